@@ -1,0 +1,67 @@
+"""The backlog: how far behind the export is, and whether a run is worth starting.
+
+What belongs here: the numbers that a probe brings back, and the decision. What does not: how they are
+counted (`stores.outbox`) and who launches the run (`defs.automation`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """How far behind we are. `rows` are pending rows of known versions, dead letters not among them."""
+
+    rows: int
+    rows_at_least: bool  # the probe stopped counting here
+    lag_s: float  # age of the oldest pending row by its created_at; 0 when there is none
+    unknown_rows: int
+    unknown_versions: tuple[str, ...]
+    dead_rows: int
+    open_batches: int
+    leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
+
+    @property
+    def shown_rows(self) -> str:
+        return f"{self.rows:,}+" if self.rows_at_least else f"{self.rows:,}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What makes a run worth starting: this many rows, or the oldest this old, whichever comes first."""
+
+    rows: int
+    lag_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether to launch, and the sentence with the numbers that says why."""
+
+    launch: bool
+    reason: str
+
+
+def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None) -> Decision:
+    """One drain at a time; then rows, lag, or batches that a dead run left behind start the next.
+
+    `at_work` names the live run or process that drains already, or is None.
+    """
+    numbers = (
+        f"{backlog.shown_rows} pending rows (a run starts at {thresholds.rows:,}), "
+        f"lag {backlog.lag_s:.0f} s (at {thresholds.lag_s:.0f} s), {backlog.open_batches} open batches"
+    )
+    if backlog.unknown_rows:
+        numbers += f", {backlog.unknown_rows:,} rows of unknown versions {', '.join(backlog.unknown_versions)}"
+    if backlog.dead_rows:
+        numbers += f", {backlog.dead_rows:,} dead letters"
+    if at_work is not None:
+        return Decision(launch=False, reason=f"{at_work} is at work: {numbers}")
+    if backlog.open_batches:
+        return Decision(launch=True, reason=f"{backlog.open_batches} batches were left open: {numbers}")
+    if backlog.rows >= thresholds.rows:
+        return Decision(launch=True, reason=f"backlog: {numbers}")
+    if backlog.rows and backlog.lag_s >= thresholds.lag_s:
+        return Decision(launch=True, reason=f"lag: {numbers}")
+    return Decision(launch=False, reason=f"nothing to do: {numbers}")

@@ -1,0 +1,191 @@
+"""Batches and their blocks: what the ledger knows about a claimed, sealed, written and marked batch.
+
+What belongs here: frozen values, digests and tokens, all pure. What does not: how they are stored, and
+the verbs that move a batch from one state to the next (`core.export`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+
+from auditexport_pipeline.core.pks import PkSet
+
+
+class State(str, Enum):
+    """Where a batch stands. `OPEN` ones hold their rows: no other batch may take them."""
+
+    CLAIMED = "claimed"
+    SEALED = "sealed"
+    WRITTEN = "written"  # ClickHouse acknowledged every block
+    STOPPED = "stopped"  # its rows no longer read as sealed; resolved by the next run after the lease
+    EXPORTED = "exported"  # marked in the outbox
+    VERIFIED = "verified"  # counted and fingerprinted in ClickHouse
+    DISCREPANT = "discrepant"  # exported, but ClickHouse does not hold what it should
+
+    def __str__(self) -> str:
+        return self.value
+
+
+OPEN = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """The fenced right to work on one batch: `epoch` is the plan that granted it.
+
+    Every effect of a claim is refused once another plan has adopted the batch, because the ledger then
+    holds a higher epoch. Small and without payload: this is what Dagster's storage may hold.
+    """
+
+    batch_id: int
+    epoch: int
+    version: str
+    generation: int
+    rows: int
+    adopted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """The part of a batch that one INSERT carries: one `inserted_at_ms`, one partition, one token, one part.
+
+    `pks` are the rows whose payloads are sent, in that order; `normalised` are those among them that are
+    sent in normal form (`core.event.normal_form`). `digest` and `fingerprint` are empty until the seal.
+    """
+
+    number: int
+    inserted_at_ms: int
+    pks: PkSet
+    normalised: PkSet = field(default_factory=PkSet)
+    digest: str = ""
+    fingerprint: int = 0
+    bytes: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.pks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What became of the rows that a batch claimed, beside those it sent."""
+
+    dead: int = 0  # became dead letters
+    folded: int = 0  # the same event as another row of the batch: marked, not sent
+    vanished: int = 0  # deleted from the outbox by somebody before they were sealed or marked
+    elsewhere: int = 0  # marked by somebody else
+    released: int = 0  # given back to pending: their block was never written and cannot be reproduced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends."""
+
+    batch_id: int
+    epoch: int
+    generation: int
+    version: str
+    state: State
+    owner: str
+    pks: PkSet
+    blocks: tuple[Block, ...]
+    bytes: int = 0
+    counts: Counts = field(default_factory=Counts)
+    digest: str = ""
+    attempts: int = 0
+    exported_at_ms: int | None = None
+    oldest_ms: int | None = None  # event times, as the payloads say
+    newest_ms: int | None = None
+    last_error: str = ""
+
+    @property
+    def rows(self) -> int:
+        return len(self.pks)
+
+    @property
+    def entries(self) -> int:
+        return sum(block.rows for block in self.blocks)
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(
+            batch_id=self.batch_id, epoch=self.epoch, version=self.version, generation=self.generation, rows=self.rows
+        )
+
+    def token(self, block: Block) -> str:
+        """The `insert_deduplication_token` of a block: the same content at every attempt, and no other."""
+        return f"auditexport-{self.batch_id}-{self.generation}-{block.digest}-{block.number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Proof that ClickHouse acknowledged every block of a batch; only `core.export.write` makes one."""
+
+    claim: Claim
+    digest: str
+    entries: int
+    blocks: int
+    bytes: int
+    found: int  # blocks that an earlier attempt had written already
+    seconds: float
+
+
+def block_digest(version: str, inserted_at_ms: int, pks: PkSet, body: bytes) -> str:
+    """128 bits over everything that fixes what a block puts into ClickHouse."""
+    digest = hashlib.sha256(f"{version}\n{inserted_at_ms}\n{pks}\n".encode())
+    digest.update(body)
+    return digest.hexdigest()[:32]
+
+
+def batch_digest(blocks: Iterable[Block], folded: PkSet) -> str:
+    """The seal of a whole batch: its blocks' digests in order, and the rows folded into others."""
+    return hashlib.sha256("\n".join([*(block.digest for block in blocks), str(folded)]).encode()).hexdigest()[:32]
+
+
+class _Manifest(msgspec.Struct, omit_defaults=True):
+    """The text form of a batch's blocks in the ledger's column `manifest`."""
+
+    n: int
+    at: int
+    pks: str
+    norm: str = ""
+    digest: str = ""
+    fp: str = ""
+    bytes: int = 0
+
+
+def blocks_to_text(blocks: Iterable[Block]) -> str:
+    return msgspec.json.encode(
+        [
+            _Manifest(
+                n=block.number,
+                at=block.inserted_at_ms,
+                pks=str(block.pks),
+                norm=str(block.normalised),
+                digest=block.digest,
+                fp=f"{block.fingerprint:016x}" if block.digest else "",
+                bytes=block.bytes,
+            )
+            for block in blocks
+        ]
+    ).decode()
+
+
+def blocks_from_text(text: str) -> tuple[Block, ...]:
+    return tuple(
+        Block(
+            number=part.n,
+            inserted_at_ms=part.at,
+            pks=PkSet.parse(part.pks),
+            normalised=PkSet.parse(part.norm),
+            digest=part.digest,
+            fingerprint=int(part.fp, 16) if part.fp else 0,
+            bytes=part.bytes,
+        )
+        for part in msgspec.json.decode(text, type=list[_Manifest])
+    )

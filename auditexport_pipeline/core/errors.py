@@ -1,0 +1,86 @@
+"""Every error this project raises, in one tree split by one question: can a rerun change this?
+
+What belongs here: the classes, and what each asks of the reader. What does not: expected outcomes
+(an undecodable row, an empty outbox), which are values, and driver exceptions, which each store
+translates in exactly one place.
+
+    AuditExportError
+    ├── TransientError             yes: wait and run again, nothing has to be repaired
+    │   ├── OutboxUnavailable          MySQL: down, deadlock, lock wait, failover
+    │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
+    │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
+    │   ├── LeaseLost                  another run has taken the batch over; this one is refused
+    │   └── LocalServerFailed          a server of the local stack did not start
+    └── PermanentError             no: somebody has to change something first
+        ├── InvalidConfig              a setting is out of its bounds
+        ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
+        ├── BatchAltered               rows of a sealed batch no longer read as they were sealed
+        ├── InsertRefused              ClickHouse refuses rows for good (bisected before it is raised further)
+        ├── VerificationFailed         ClickHouse does not hold what it acknowledged
+        ├── IncompleteRun              fewer batches arrived at the end of a run than were planned
+        └── LocalServerMissing         no server binary on this machine
+
+A message says what happened, to which thing (ids and counts, never payload text), and what to do.
+"""
+
+from __future__ import annotations
+
+
+class AuditExportError(Exception):
+    """The root: catch it to catch everything that this project raises on purpose."""
+
+
+class TransientError(AuditExportError):
+    """A rerun can succeed without anybody changing anything."""
+
+
+class OutboxUnavailable(TransientError):
+    """MySQL could not be asked, or gave up on us: connection, deadlock, lock wait, failover."""
+
+
+class AuditLogUnavailable(TransientError):
+    """ClickHouse could not be asked, or refused for a while: connection, overload, read-only, disk."""
+
+
+class InsertOutcomeUnknown(AuditLogUnavailable):
+    """An INSERT was sent and its answer never came: it may or may not have been written."""
+
+
+class LeaseLost(TransientError):
+    """The batch belongs to another run by now; whatever this one does to it is refused."""
+
+
+class LocalServerFailed(TransientError):
+    """A server of the local stack did not start or ended on its own."""
+
+
+class PermanentError(AuditExportError):
+    """A rerun gives the same result until somebody changes something."""
+
+
+class InvalidConfig(PermanentError):
+    """A setting is outside its bounds or contradicts another; the message names the field."""
+
+
+class SetupIncomplete(PermanentError):
+    """A table, column, grant or engine setting is missing or not what exactly-once needs."""
+
+
+class BatchAltered(PermanentError):
+    """Rows of a sealed batch were changed or removed before ClickHouse had them."""
+
+
+class InsertRefused(PermanentError):
+    """ClickHouse answered that it will never take these rows; nothing was written."""
+
+
+class VerificationFailed(PermanentError):
+    """ClickHouse does not hold a batch that it acknowledged."""
+
+
+class IncompleteRun(PermanentError):
+    """Fewer batches reached the end of the run than it had planned."""
+
+
+class LocalServerMissing(PermanentError):
+    """No server binary was found; the message says in one line how to get it."""

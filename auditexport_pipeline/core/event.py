@@ -1,0 +1,260 @@
+"""Payload versions: an outbox row's JSON text becomes an event, or a named reason why it cannot.
+
+What belongs here: the registry of versions, each version's typed shape, its fingerprint, and the
+explanation of payloads that no event can be made of. What does not: SQL and drivers; the ClickHouse
+half of a version (its `input()` structure and columns) stands in `stores/audit_log.sql`.
+
+Adding a version takes two places: an entry in `VERSIONS` below, and the three statements named after
+it in `stores/audit_log.sql`.
+
+What must never happen is that Python takes an event one way and ClickHouse another: both read the same
+text, so every difference between the two readers is settled here or refused there (see `explain`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import xxhash
+
+Text = str | None
+Required = Annotated[str, msgspec.Meta(min_length=1)]
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class _Object(msgspec.Struct, gc=False):
+    """Any JSON object: checked to be one, and skipped without building it."""
+
+
+class _Actor(msgspec.Struct, gc=False):
+    type: Text = None
+    id: Text = None
+    name: Text = None
+    meta: _Object | None = None
+
+
+class _Target(msgspec.Struct, gc=False):
+    type: Text = None
+    id: Text = None
+    name: Text = None
+    meta: _Object | None = None
+
+
+class _AuditLogV1(msgspec.Struct, gc=False):
+    event_id: Required
+    time: Int64
+    workspace_id: Required
+    event: Required
+    bucket: Text = None
+    source: Text = None
+    description: Text = None
+    actor: _Actor | None = None
+    remote_ip: Text = None
+    user_agent: Text = None
+    meta: _Object | None = None
+    targets: list[_Target] | None = None
+    correlation_id: Text = None
+
+
+class OutboxRow(msgspec.Struct, gc=False, frozen=True):
+    """One row of `clickhouse_outbox`, as far as exporting needs it."""
+
+    pk: int
+    event_id: str
+    workspace_id: str
+    payload: bytes
+
+
+class Event(msgspec.Struct, gc=False, frozen=True):
+    """What is kept of a decoded payload: its place in ClickHouse, its time and its fingerprint."""
+
+    key: tuple[str, str, int, str]  # workspace_id, bucket, time, event_id: the sort key of the table
+    fingerprint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undecodable:
+    """Why no event can be made of a payload: a reason, and where in the JSON; never its text."""
+
+    reason: str
+    json_path: str = "$"
+    detail: str = ""
+
+
+def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
+    payload = row.payload
+    try:
+        event = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _undecodable(payload, error)
+    if event.event_id != row.event_id:
+        return Undecodable(reason="identity_mismatch", json_path="$.event_id", detail="differs from the row's event_id")
+    if event.workspace_id != row.workspace_id:
+        return Undecodable(
+            reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
+        )
+    if _LONG_NUMBER in payload.translate(_NUMBER_SHAPES) or b"%2E" in payload or b"%2e" in payload:
+        problem = explain(payload)
+        if problem is not None:
+            return problem
+    actor = event.actor or _NOBODY
+    targets = event.targets or ()
+    fingerprint = xxhash.xxh64_intdigest(
+        "\0".join(
+            (
+                event.event_id,
+                str(event.time),
+                event.workspace_id,
+                event.bucket or "",
+                event.source or "platform",
+                event.event,
+                event.description or "",
+                actor.type or "",
+                actor.id or "",
+                actor.name or "",
+                event.remote_ip or "",
+                event.user_agent or "",
+                event.correlation_id or "",
+                "\1".join([target.type or "" for target in targets]),
+                "\1".join([target.id or "" for target in targets]),
+                "\1".join([target.name or "" for target in targets]),
+            )
+        ).encode()
+    )
+    return Event((event.workspace_id, event.bucket or "", event.time, event.event_id), fingerprint)
+
+
+_decoder = msgspec.json.Decoder(_AuditLogV1)
+_NOBODY = _Actor()
+# All digits become 0 and whatever can stand before a number becomes ':', so that one search finds every
+# number of 16 digits or more; below that, ClickHouse and everybody else read integers exactly.
+_NUMBER_SHAPES = bytes(
+    ord("0") if chr(c).isdigit() and c < 128 else ord(":") if chr(c) in ":,[ -\n\r\t" else c for c in range(256)
+)
+_LONG_NUMBER = b":" + b"0" * 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One payload version: its name in the outbox and how a row of it becomes an event."""
+
+    name: str
+    decode: Callable[[OutboxRow], Event | Undecodable]
+
+
+VERSIONS: dict[str, Version] = {
+    version.name: version for version in (Version(name="audit_log.v1", decode=_decode_audit_log_v1),)
+}
+
+
+def _undecodable(payload: bytes, error: Exception) -> Undecodable:
+    """The reason behind a decoder's error, from its message's shape; the message holds paths and types only."""
+    if isinstance(error, RecursionError):
+        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+    message, _, path = str(error).partition(" - at `")
+    path = path.rstrip("`") or "$"
+    if not isinstance(error, msgspec.ValidationError):
+        return explain(payload) or Undecodable(reason="invalid_json", detail="not JSON text in UTF-8")
+    if message.startswith("Object missing required field"):
+        name = message.rsplit("`", 2)[1]
+        return Undecodable(reason="missing_field", json_path=f"{path}.{name}")
+    if "of length >= 1" in message:
+        return Undecodable(reason="missing_field", json_path=path, detail="empty")
+    if path == "$":
+        return Undecodable(reason="not_an_object", detail=message)
+    if message.startswith(("Expected `int` >=", "Expected `int` <=")):
+        return Undecodable(reason="number_out_of_range", json_path=path, detail="outside 64 bits")
+    return Undecodable(reason="wrong_type", json_path=path, detail=message)
+
+
+class _Pairs(list):  # type: ignore[type-arg]
+    """A JSON object as its pairs, so that a key given twice is seen twice."""
+
+
+class _Overflow(Exception):
+    pass
+
+
+def explain(payload: bytes) -> Undecodable | None:
+    """What ClickHouse would refuse or take differently in this JSON text, or None.
+
+    The slow, complete look: made of payloads that a cheap test singled out, and of rows that ClickHouse
+    refused. Reasons: invalid_json, too_deep, lone_surrogate, duplicate_key, number_out_of_range,
+    integer_precision, escaped_dot_in_key.
+    """
+    try:
+        document = json.loads(payload, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+    except RecursionError:
+        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+    except (ValueError, UnicodeDecodeError):
+        return Undecodable(reason="invalid_json", detail="not JSON text in UTF-8")
+    try:
+        return next(_problems(document, "$"), None)
+    except RecursionError:
+        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _problems(value: object, path: str) -> Iterator[Undecodable]:
+    """Every problem below `value`; paths name the contract's own fields and `[…]` for anybody else's keys."""
+    if isinstance(value, _Pairs):
+        seen: set[str] = set()
+        for key, child in value:
+            child_path = f"{path}.{key}" if path == "$" and key in _AuditLogV1.__struct_fields__ else f"{path}[…]"
+            if key in seen:
+                yield Undecodable(
+                    reason="duplicate_key", json_path=child_path, detail="the same key twice in one object"
+                )
+            seen.add(key)
+            if _is_lone(key):
+                yield Undecodable(reason="lone_surrogate", json_path=child_path, detail="in a key")
+            if "%2E" in key.upper():
+                yield Undecodable(
+                    reason="escaped_dot_in_key",
+                    json_path=child_path,
+                    detail="ClickHouse would read %2E in a key as a dot",
+                )
+            yield from _problems(child, child_path)
+    elif isinstance(value, list):
+        integers = all(type(child) is int and -(2**63) <= child < 2**63 for child in value)
+        for child in value:
+            if type(child) is int and abs(child) > 2**53 and not integers:
+                yield Undecodable(
+                    reason="integer_precision",
+                    json_path=f"{path}[…]",
+                    detail="an integer above 2^53 in a mixed array would become a float",
+                )
+            yield from _problems(child, f"{path}[…]")
+    elif isinstance(value, str):
+        if _is_lone(value):
+            yield Undecodable(reason="lone_surrogate", json_path=path)
+    elif isinstance(value, float):
+        if math.isinf(value):
+            yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond a 64-bit float")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond 64 bits")
+
+
+def _is_lone(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def normal_form(payload: bytes) -> bytes:
+    """The same JSON with each repeated key given once, its last value kept.
+
+    That is what MySQL stores of such a text and what every common parser reads; MariaDB keeps both and
+    ClickHouse refuses both, so this is how the two servers come to export the same event.
+    """
+    return json.dumps(json.loads(payload), ensure_ascii=False, separators=(",", ":")).encode()

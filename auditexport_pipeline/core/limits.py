@@ -1,0 +1,78 @@
+"""Every limit of a drain, once: its default, unit, bounds and one sentence for the launchpad.
+
+What belongs here: the settings a run can be launched with and the checks between them. What does not:
+connections (resources) and the thresholds that start a run (`core.backlog`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.event import VERSIONS
+
+
+def _limit(default: int, low: int, high: int, meaning: str) -> int:
+    return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds one drain. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
+
+    # benchmarks/batch_size.py: 50,000 rows is where the per-step cost of Dagster is under a tenth of the
+    # work and one batch still fits a few tens of megabytes.
+    batch_rows: int = _limit(
+        50_000, 1, 500_000, "Rows claimed, sealed and marked together; memory grows with it, the cost per row falls."
+    )
+    batch_bytes: int = _limit(
+        64 * 1024**2, 1024, 1024**3, "Payload bytes of one batch at most (one larger row still goes, alone)."
+    )
+    max_batches: int = _limit(64, 1, 1_000, "Batches of one run at most; what is left over waits for the next run.")
+    # FACTS: two INSERTs at once cost half per row of what one does on two cores.
+    blocks_per_batch: int = _limit(2, 1, 16, "INSERTs that carry one batch, sent at the same time.")
+    lease_s: int = _limit(300, 10, 86_400, "How long a run may hold a batch between two signs of life, in seconds.")
+    insert_timeout_s: int = _limit(
+        60, 1, 3_600, "max_execution_time of one INSERT in ClickHouse, in seconds; must stay below half of lease_s."
+    )
+    # A marking chunk is one binlog event group; 5,000 rows of images are a few megabytes.
+    mark_rows: int = _limit(
+        5_000, 1, 50_000, "Rows stamped by one UPDATE; bounds the binary log's event groups and locks."
+    )
+    mark_connections: int = _limit(
+        4, 1, 16, "UPDATEs that mark one batch at the same time, each on a connection of its own."
+    )
+    versions: tuple[str, ...] = field(
+        default=tuple(VERSIONS),
+        metadata={"meaning": "Payload versions to export; any other stays untouched and is counted."},
+    )
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if limit.name == "versions":
+                continue
+            low, high = limit.metadata["low"], limit.metadata["high"]
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InvalidConfig(f"{limit.name} is {value!r}; it must be an integer from {low} to {high}")
+        if self.insert_timeout_s * 2 > self.lease_s:
+            raise InvalidConfig(
+                f"insert_timeout_s is {self.insert_timeout_s} and lease_s is {self.lease_s}: an INSERT must end well "
+                f"before the lease does; set lease_s to at least {2 * self.insert_timeout_s}"
+            )
+        unknown = [version for version in self.versions if version not in VERSIONS]
+        if unknown or not self.versions:
+            raise InvalidConfig(f"versions is {list(self.versions)}; choose from {list(VERSIONS)}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> Limits:
+        """The limits with these settings; raises `InvalidConfig` for a name that does not exist."""
+        names = {limit.name for limit in fields(cls)}
+        for name in settings:
+            if name not in names:
+                raise InvalidConfig(f"{name} is not a setting of a drain; choose from {sorted(names)}")
+        values = dict(settings)
+        if isinstance(values.get("versions"), list):
+            values["versions"] = tuple(values["versions"])  # type: ignore[arg-type]
+        return cls(**values)  # type: ignore[arg-type]

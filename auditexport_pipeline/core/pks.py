@@ -1,0 +1,110 @@
+"""Sets of outbox primary keys, kept as runs of consecutive integers.
+
+What belongs here: the one compact form in which the ledger says exactly which rows a batch holds, and
+the arithmetic on it. What does not: anything about rows, batches or SQL.
+
+The text form is what the ledger stores: `1000-1999,2001` is a thousand and one rows. Every integer
+inside a run is a member, so `pk BETWEEN first AND last` never touches a row that committed later.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PkSet:
+    """An immutable, ordered set of pks; `runs` are disjoint inclusive (first, last) pairs, ascending."""
+
+    runs: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, ascending: Iterable[int]) -> PkSet:
+        """The set of these pks, which must come in strictly ascending order; raises `ValueError` otherwise."""
+        runs: list[tuple[int, int]] = []
+        first: int | None = None
+        last = 0
+        for pk in ascending:
+            if first is None:
+                first = pk
+            elif pk == last + 1:
+                pass
+            elif pk > last:
+                runs.append((first, last))
+                first = pk
+            else:
+                raise ValueError(f"pks must ascend: {pk} after {last}")
+            last = pk
+        if first is not None:
+            runs.append((first, last))
+        return cls(tuple(runs))
+
+    @classmethod
+    def parse(cls, text: str) -> PkSet:
+        """The set that `str()` of it had written."""
+        runs = []
+        for part in text.split(",") if text else ():
+            first, _, last = part.partition("-")
+            runs.append((int(first), int(last or first)))
+        return cls(tuple(runs))
+
+    def __str__(self) -> str:
+        return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in self.runs)
+
+    def __len__(self) -> int:
+        return sum(b - a + 1 for a, b in self.runs)
+
+    def __iter__(self) -> Iterator[int]:
+        for a, b in self.runs:
+            yield from range(a, b + 1)
+
+    def __contains__(self, pk: object) -> bool:
+        return isinstance(pk, int) and self.run_of(pk) is not None
+
+    def run_of(self, pk: int) -> tuple[int, int] | None:
+        """The run that holds `pk`, or None."""
+        index = bisect_right(self.runs, (pk, float("inf"))) - 1
+        if index >= 0 and self.runs[index][1] >= pk:
+            return self.runs[index]
+        return None
+
+    @property
+    def first(self) -> int:
+        return self.runs[0][0]
+
+    @property
+    def last(self) -> int:
+        return self.runs[-1][1]
+
+    def __sub__(self, other: PkSet) -> PkSet:
+        return PkSet.of(pk for pk in self if pk not in other) if other else self
+
+    def __and__(self, other: PkSet) -> PkSet:
+        return PkSet.of(pk for pk in self if pk in other)
+
+    def __or__(self, other: PkSet) -> PkSet:
+        merged: list[tuple[int, int]] = []
+        for a, b in sorted(self.runs + other.runs):
+            if merged and a <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+            else:
+                merged.append((a, b))
+        return PkSet(tuple(merged))
+
+    def chunks(self, rows: int) -> Iterator[PkSet]:
+        """Consecutive subsets of at most `rows` pks each, ascending, runs cut where needed."""
+        chunk: list[tuple[int, int]] = []
+        room = rows
+        for a, b in self.runs:
+            while a <= b:
+                end = min(b, a + room - 1)
+                chunk.append((a, end))
+                room -= end - a + 1
+                a = end + 1
+                if room == 0:
+                    yield PkSet(tuple(chunk))
+                    chunk, room = [], rows
+        if chunk:
+            yield PkSet(tuple(chunk))

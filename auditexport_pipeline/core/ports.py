@@ -1,0 +1,213 @@
+"""The two seams: what exporting needs of MySQL and of ClickHouse, and nothing more.
+
+What belongs here: the Protocols that the stores implement and that tests wrap to inject crashes, and
+the values that cross them. What does not: any SQL, any driver, any decision.
+
+Every method that changes something is one durable effect: it has happened whole when it returns, and
+not at all when it raises `TransientError` (except `insert`, whose outcome can be unknown).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts
+from auditexport_pipeline.core.event import OutboxRow, Undecodable
+from auditexport_pipeline.core.pks import PkSet
+
+
+class StoredRow(OutboxRow, gc=False, frozen=True):
+    """An outbox row with its mark: `exported_at_ms` is the column `deleted_at`."""
+
+    version: str
+    exported_at_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A row set aside with a reason: its ids and the reason, never its payload."""
+
+    pk: int
+    event_id: str
+    workspace_id: str
+    problem: Undecodable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBatch:
+    """An open batch as the planner sees it: enough to adopt it and to keep off its rows."""
+
+    batch: Batch
+    lease_expired: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedBlock:
+    """A block about to be claimed; `inserted_at_ms` is given only when rows go out again (a requeue)."""
+
+    pks: PkSet
+    bytes: int
+    inserted_at_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a batch is sent: its blocks, the rows it will mark, and what became of the others."""
+
+    blocks: tuple[Block, ...]
+    pks: PkSet
+    counts: Counts
+    digest: str
+    dead_letters: tuple[DeadLetter, ...] = ()
+    oldest_ms: int | None = None
+    newest_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marked:
+    """What one pass of marking found, in rows: those it stamped, those stamped earlier by this batch, the others."""
+
+    stamped: int = 0
+    earlier: int = 0
+    elsewhere: int = 0
+    vanished: int = 0
+
+    def __add__(self, other: Marked) -> Marked:
+        return Marked(
+            stamped=self.stamped + other.stamped,
+            earlier=self.earlier + other.earlier,
+            elsewhere=self.elsewhere + other.elsewhere,
+            vanished=self.vanished + other.vanished,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What ClickHouse holds under one `inserted_at`: entries, and the sum of their fingerprints modulo 2^64."""
+
+    rows: int
+    fingerprint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEntry:
+    """One entry as ClickHouse holds it: its sort key and its fingerprint."""
+
+    key: tuple[str, str, int, str]
+    fingerprint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """ClickHouse's answer that it will never take some rows: its error code and name, never its text."""
+
+    code: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discrepancy:
+    """What a comparison of a batch with ClickHouse found, in entries."""
+
+    missing: int = 0
+    duplicated: int = 0
+    unexpected: int = 0
+    altered: int = 0
+    event_ids: tuple[str, ...] = field(default=())
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.duplicated or self.unexpected or self.altered)
+
+    def __str__(self) -> str:
+        found = {
+            "missing": self.missing,
+            "duplicated": self.duplicated,
+            "unexpected": self.unexpected,
+            "altered": self.altered,
+        }
+        return ", ".join(f"{count} {what}" for what, count in found.items() if count) or "none"
+
+
+class Planning(Protocol):
+    """One planner's turn: a short transaction that holds the ledger's lock and none on the outbox."""
+
+    def open_batches(self) -> list[OpenBatch]: ...
+
+    def adopt(self, batch: Batch) -> Claim: ...
+
+    def candidates(self, version: str, after_pk: int, rows: int) -> list[tuple[int, int]]:
+        """(pk, payload bytes) of pending rows above `after_pk` that no open dead letter holds, oldest pk first."""
+        ...
+
+    def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        """Closed batches whose pk range overlaps, oldest first: whoever is pending again comes from one of them."""
+        ...
+
+    def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim: ...
+
+
+class Outbox(Protocol):
+    """MySQL: the application's outbox, our ledger and our dead letters."""
+
+    def open_owners(self) -> list[str]: ...
+
+    def planning(self, owner: str, lease_s: int) -> AbstractContextManager[Planning]: ...
+
+    def renew(self, claim: Claim, lease_s: int) -> Batch:
+        """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""
+        ...
+
+    def read(self, pks: PkSet) -> Iterator[StoredRow]: ...
+
+    def seal(self, claim: Claim, cut: Cut) -> None: ...
+
+    def begin_write(self, claim: Claim, lease_s: int) -> Batch:
+        """Counts one more attempt before anything is sent, and returns the batch with that count."""
+        ...
+
+    def recut(self, claim: Claim, cut: Cut) -> None: ...
+
+    def reserve_inserted_at(self, count: int) -> list[int]: ...
+
+    def stop(self, claim: Claim, error: str) -> None: ...
+
+    def record_written(self, claim: Claim) -> Batch:
+        """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch."""
+        ...
+
+    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked: ...
+
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+        """Marks the last rows and records the batch as exported, in one transaction."""
+        ...
+
+    def unverified(self, batches: int) -> list[Batch]: ...
+
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy) -> None: ...
+
+    def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
+
+
+class AuditLog(Protocol):
+    """ClickHouse: the table `audit_logs_raw_v1`."""
+
+    def deadline_ms(self, within_s: float) -> int:
+        """ClickHouse's own clock, `within_s` from now: an INSERT that starts later is refused by ClickHouse."""
+        ...
+
+    def insert(self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int) -> Refusal | None:
+        """One synchronous INSERT under the block's token; None when acknowledged."""
+        ...
+
+    def probe(self, version: str, body: bytes, *, timeout_s: int) -> Refusal | None:
+        """Parses rows exactly as `insert` would, writing nothing; None when they would be taken."""
+        ...
+
+    def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]: ...
+
+    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]: ...
+
+    def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...

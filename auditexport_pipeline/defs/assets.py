@@ -1,0 +1,225 @@
+"""The asset: five ops that translate between Dagster and the verbs of `core.export`.
+
+What belongs here: wiring, metadata and log lines. What does not: decisions; an op takes a claim, opens
+the stores, calls one verb and says what happened.
+
+    plan_batches ─▶ map( fetch_batch ─▶ write_clickhouse ─▶ mark_exported ) ─▶ finish_export
+
+Three things about Dagster shape this graph. A crashed run retried from failure would skip mapped steps
+that had not started and still end green, so the plan is idempotent, the jobs retry all steps, and
+`finish_export` counts. "Materialize" on the page runs the implicit asset job, where job tags do not
+apply, so what must hold everywhere sits on the ops. Steps run breadth-first unless a priority says
+otherwise, which would fetch every batch before the first is written.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core.batch import Batch, Claim, Receipt
+from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
+from auditexport_pipeline.defs.failures import told_to_dagster
+from auditexport_pipeline.defs.report import run_metadata
+from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
+from auditexport_pipeline.stores.setup import refuse_unless_ready
+
+# One drain at a time, however it is launched: the queue admits one run holding this pool (dagster.yaml).
+DRAIN_POOL = "audit_log_export"
+# Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
+COUNT_BACKLOG_TO = 1_000_000
+# Batches of earlier runs that died before they verified; the rest waits for the next run.
+VERIFY_LEFTOVERS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What `plan_batches` promises to `finish_export`."""
+
+    batches: int
+    started_at_s: float
+
+
+def _owner(context: dg.OpExecutionContext) -> str:
+    """The root run: a retry of a run inherits what the run it retries had claimed."""
+    return context.run.root_run_id or context.run_id
+
+
+def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
+    """Owners that are Dagster runs which have ended, and whose retries, sharing the root, have ended too."""
+    finished = set()
+    for owner in owners:
+        root = instance.get_run_by_id(owner)
+        if root is not None:
+            retries = instance.get_runs(dg.RunsFilter(tags={"dagster/root_run_id": owner}), limit=10)
+            if all(run.is_finished for run in (root, *retries)):
+                finished.add(owner)
+    return finished
+
+
+@dg.op(
+    out={
+        "claims": dg.DynamicOut(Claim, description="One claimed batch each: ids and counts, no rows."),
+        "planned": dg.Out(Planned),
+    },
+    ins={"clickhouse_outbox": dg.In(dg.Nothing)},
+    config_schema=DRAIN_SCHEMA,
+    pool=DRAIN_POOL,
+    description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
+)
+def plan_batches(
+    context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource, heartbeat: HeartbeatResource
+) -> Iterator[Any]:
+    started_at_s = time.time()
+    limits = Limits.of(context.op_config)
+    heartbeat.start()
+    with told_to_dagster(context, heartbeat):
+        outbox = mysql.outbox()
+        refuse_unless_ready(outbox, clickhouse.audit_log())
+        dead_owners = _finished(context.instance, outbox.open_owners())
+        claims = export.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
+    adopted = sum(1 for claim in claims if claim.adopted)
+    context.log.info(
+        f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
+        + (f"; {adopted} of them adopted from runs that ended before they were done" if adopted else "")
+    )
+    for claim in claims:
+        yield dg.DynamicOutput(claim, mapping_key=f"batch_{claim.batch_id}", output_name="claims")
+    yield dg.Output(Planned(batches=len(claims), started_at_s=started_at_s), output_name="planned")
+
+
+@dg.op(
+    out=dg.Out(dict, io_manager_key="outbox_io_manager"),
+    config_schema=DRAIN_SCHEMA,
+    description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
+)
+def fetch_batch(
+    context: dg.OpExecutionContext, claim: Claim, mysql: MySQLResource, heartbeat: HeartbeatResource
+) -> dg.Output[dict[int, bytes]]:
+    with told_to_dagster(context, heartbeat):
+        fetched = export.fetch(mysql.outbox(), claim, Limits.of(context.op_config))
+    context.log.info(
+        f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
+        f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
+    )
+    return dg.Output(fetched.bodies, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
+
+
+@dg.op(
+    config_schema=DRAIN_SCHEMA,
+    tags={"dagster/priority": "1"},
+    description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
+)
+def write_clickhouse(
+    context: dg.OpExecutionContext,
+    claim: Claim,
+    bodies: dict,  # type: ignore[type-arg]  # block number → bytes; Dagster knows the bare type only
+    mysql: MySQLResource,
+    clickhouse: ClickHouseResource,
+    heartbeat: HeartbeatResource,
+) -> Receipt:
+    with told_to_dagster(context, heartbeat):
+        receipt = export.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
+    context.log.info(
+        f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} bytes, "
+        f"{receipt.seconds:.2f} s" + (f"; {receipt.found} blocks were there already" if receipt.found else "")
+    )
+    return receipt
+
+
+@dg.op(
+    config_schema=DRAIN_SCHEMA,
+    tags={"dagster/priority": "2"},
+    description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
+)
+def mark_exported(
+    context: dg.OpExecutionContext, receipt: Receipt, mysql: MySQLResource, heartbeat: HeartbeatResource
+) -> int:
+    started = time.perf_counter()
+    with told_to_dagster(context, heartbeat):
+        batch = export.mark(mysql.outbox(), receipt, Limits.of(context.op_config))
+    context.log.info(
+        f"marked batch {batch.batch_id}: {batch.rows:,} rows, {time.perf_counter() - started:.2f} s{_others(batch)}"
+    )
+    return batch.batch_id
+
+
+def _others(batch: Batch) -> str:
+    counts = batch.counts
+    others = {"deleted by others": counts.vanished, "marked by others": counts.elsewhere, "given back": counts.released}
+    return "".join(f"; {count:,} {what}" for what, count in others.items() if count)
+
+
+@dg.op(
+    out=dg.Out(dg.Nothing),
+    config_schema=DRAIN_SCHEMA,
+    tags={"dagster/priority": "3"},
+    description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
+)
+def finish_export(
+    context: dg.OpExecutionContext,
+    batch_ids: list[int],
+    planned: Planned,
+    mysql: MySQLResource,
+    clickhouse: ClickHouseResource,
+    heartbeat: HeartbeatResource,
+) -> None:
+    limits = Limits.of(context.op_config)
+    with told_to_dagster(context, heartbeat):
+        if len(batch_ids) != planned.batches:
+            raise IncompleteRun(
+                f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry from "
+                "failure does. Nothing is lost: launch a new run, which adopts the others"
+            )
+        outbox = mysql.outbox()
+        verified = verify.verify(outbox, clickhouse.audit_log(), outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
+        batches = outbox.batches(batch_ids)
+        backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
+        context.add_output_metadata(run_metadata(batches, verified, backlog, time.time() - planned.started_at_s))
+        wrong = {batch_id: found for batch_id, found in verified.items() if found}
+        if wrong:
+            raise VerificationFailed(
+                "ClickHouse acknowledged and does not hold as sealed: "
+                + "; ".join(
+                    f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}"
+                    for batch_id, found in wrong.items()
+                )
+                + ". The rows are marked; clear their deleted_at to export them again under the same inserted_at"
+            )
+    context.log.info(
+        f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
+    )
+    heartbeat.success()
+
+
+@dg.graph
+def export_batch(claim: Claim) -> Any:
+    return mark_exported(write_clickhouse(claim, fetch_batch(claim)))
+
+
+clickhouse_outbox = dg.AssetSpec(
+    "clickhouse_outbox",
+    description="The application's outbox in MySQL: one row per audit event, written in the transaction of the change it "
+    "describes. Observed here, never altered but for `deleted_at` of exported rows.",
+    kinds={"mysql"},
+    group_name="audit_logs",
+)
+
+
+@dg.graph_asset(
+    config=drain_config,
+    ins={"clickhouse_outbox": dg.AssetIn(dagster_type=dg.Nothing)},
+    group_name="audit_logs",
+    kinds={"clickhouse"},
+    description="Every audit event of the outbox, exactly once.\n\n"
+    "**Materialize** drains the outbox: it adopts what an interrupted run left open, exports pending rows until none is left "
+    "or `max_batches` is reached, marks them, and verifies them in ClickHouse. Running it again is always safe.",
+)
+def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
+    claims, planned = plan_batches(clickhouse_outbox)
+    return finish_export(claims.map(export_batch).collect(), planned)

@@ -1,0 +1,121 @@
+"""What starts a drain: the job, the sensor on the backlog, the schedule.
+
+What belongs here: asking Dagster and the ledger, and handing the answer to `core.backlog.decide`. What
+does not: the decision itself, or the counting.
+"""
+
+import os
+
+import dagster as dg
+import msgspec
+
+from auditexport_pipeline.core.backlog import Backlog, Thresholds, decide
+from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
+from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.defs.report import backlog_metadata
+from auditexport_pipeline.defs.resources import MySQLResource
+
+JOB = "audit_log_export"
+ASSET = dg.AssetKey("audit_logs_raw_v1")
+DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
+# A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
+SENSOR_INTERVAL_S = 15
+# Even when nothing changes, the page shows a fresh observation of the outbox this often.
+OBSERVE_EVERY_S = 600
+
+_UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+export_job = dg.define_asset_job(
+    JOB,
+    selection=dg.AssetSelection.assets(ASSET),
+    description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
+    # From failure, Dagster would skip mapped steps that had not started and end green.
+    tags={"dagster/retry_strategy": "ALL_STEPS"},
+)
+
+export_schedule = dg.ScheduleDefinition(
+    name="audit_log_export_schedule",
+    job=export_job,
+    cron_schedule="*/15 * * * *",
+    description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
+)
+
+
+def thresholds() -> Thresholds:
+    """AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S, read at every tick; raises `InvalidConfig`."""
+    return Thresholds(
+        rows=int(_positive("AUDITEXPORT_SENSOR_ROWS", DEFAULT_THRESHOLDS.rows)),
+        lag_s=_positive("AUDITEXPORT_SENSOR_LAG_S", DEFAULT_THRESHOLDS.lag_s),
+    )
+
+
+def _positive(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else float(default)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise InvalidConfig(f"{name} is {text!r}; it must be a number above 0")
+    return value
+
+
+def _run_at_work(instance: dg.DagsterInstance) -> str | None:
+    """The unfinished run that drains, whether the job, the schedule or the page launched it."""
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200):
+        if run.job_name == JOB or (run.asset_selection is not None and ASSET in run.asset_selection):
+            return f"run {run.run_id[:8]}"
+    return None
+
+
+def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None:
+    """A process outside this Dagster that holds a lease; a run that has ended holds nothing any more."""
+    for owner in backlog.leasing_owners:
+        run = instance.get_run_by_id(owner)
+        if run is None:
+            return f"the process {owner}"
+    return None
+
+
+class _Seen(msgspec.Struct):
+    """The sensor's cursor: what was observed last and when. Never a pk: the backlog is counted anew each time."""
+
+    numbers: dict[str, str]
+    at_s: float
+
+
+@dg.sensor(
+    name="outbox_backlog_sensor",
+    job=export_job,
+    minimum_interval_seconds=SENSOR_INTERVAL_S,
+    description="Starts a drain when enough rows are pending or the oldest is old enough, and none is running. "
+    "AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S set the thresholds.",
+)
+def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResource) -> dg.SensorResult:
+    import time
+
+    try:
+        limits = thresholds()
+        backlog = mysql.outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
+    except AuditExportError as error:
+        raise dg.Failure(description=str(error)) from error
+    decision = decide(
+        backlog, limits, at_work=_run_at_work(context.instance) or _owner_at_work(context.instance, backlog)
+    )
+    numbers = backlog_metadata(backlog)
+    steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
+    seen = msgspec.json.decode(context.cursor, type=_Seen) if context.cursor else None
+    fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
+    return dg.SensorResult(
+        # No run_key: Dagster remembers one for ever, failed runs included.
+        run_requests=[dg.RunRequest(tags={"auditexport/why": decision.reason[:250]})] if decision.launch else [],
+        skip_reason=None if decision.launch else dg.SkipReason(decision.reason),
+        cursor=msgspec.json.encode(_Seen(numbers=steady, at_s=time.time())).decode() if fresh else context.cursor,
+        asset_events=[dg.AssetObservation("clickhouse_outbox", metadata=numbers)] if fresh else [],
+    )

@@ -1,0 +1,46 @@
+"""The launchpad: `core.limits.Limits` as a flat Dagster configuration.
+
+What belongs here: turning the one table of limits into a schema, and spreading its values over the ops.
+What does not: names, defaults, bounds and descriptions; those stand in `core.limits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import Limits
+
+
+def _schema() -> dict[str, dg.Field]:
+    schema: dict[str, dg.Field] = {}
+    for limit in fields(Limits):
+        assert limit.default is not MISSING
+        meaning = limit.metadata["meaning"]
+        if limit.name == "versions":
+            schema[limit.name] = dg.Field([str], default_value=list(limit.default), description=meaning)
+        else:
+            bounds = f" From {limit.metadata['low']:,} to {limit.metadata['high']:,}."
+            schema[limit.name] = dg.Field(int, default_value=limit.default, description=meaning + bounds)
+    return schema
+
+
+DRAIN_SCHEMA = _schema()
+
+
+@dg.config_mapping(config_schema=DRAIN_SCHEMA)
+def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """One flat form for the whole graph; a value out of bounds is refused before anything runs, by name."""
+    try:
+        Limits.of(settings)
+    except InvalidConfig as error:
+        raise dg.DagsterInvalidConfigError(str(error), [], settings) from error
+    op = {"config": settings}
+    return {
+        "plan_batches": op,
+        "export_batch": {"ops": {"fetch_batch": op, "write_clickhouse": op, "mark_exported": op}},
+        "finish_export": op,
+    }

@@ -1,0 +1,41 @@
+"""From this project's errors to Dagster's: what is retried in place, what fails the step, with which line.
+
+What belongs here: the translation and nothing else. What does not: deciding what an error means, which
+the tree in `core.errors` has done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+
+from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, TransientError
+from auditexport_pipeline.defs.resources import HeartbeatResource
+
+# Long enough for a restart or a failover that takes seconds, short enough to stay within one lease;
+# what lasts longer is for the next run.
+STEP_RETRIES = 4
+FIRST_WAIT_S = 1.0
+
+
+@contextmanager
+def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource) -> Iterator[None]:
+    """Retries a transient error with backoff and jitter, and fails the step with one clear line otherwise.
+
+    A lost lease is not retried: the batch has a new owner, and this run has nothing left to do with it.
+    """
+    try:
+        yield
+    except AuditExportError as error:
+        again = isinstance(error, TransientError) and not isinstance(error, LeaseLost)
+        if again and context.retry_number < STEP_RETRIES:
+            wait_s = FIRST_WAIT_S * 2**context.retry_number * random.uniform(0.5, 1.5)
+            context.log.warning(f"{error} — trying again in {wait_s:.1f} s")
+            raise dg.RetryRequested(max_retries=STEP_RETRIES, seconds_to_wait=wait_s) from error
+        heartbeat.fail()
+        raise dg.Failure(
+            description=str(error), metadata={"error": type(error).__name__, "rerun_helps": again}, allow_retries=False
+        ) from error

@@ -1,0 +1,96 @@
+"""What a run says about itself: the numbers and the table on a materialization.
+
+What belongs here: names and types of metadata, the same everywhere. What does not: payloads. Ids,
+counts and times only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+
+import dagster as dg
+
+from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.ports import Discrepancy
+
+# The table on the page; a run has 64 batches at most unless it is configured otherwise.
+TABLE_ROWS = 100
+
+
+def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | float | str]:
+    """The outbox as the probe saw it; `backlog_rows` stops at the probe's limit."""
+    return {
+        "backlog_rows": backlog.rows,
+        "lag_s": round(backlog.lag_s, 1),
+        "unknown_rows": backlog.unknown_rows,
+        "unknown_versions": ", ".join(backlog.unknown_versions) or "none",
+        "dead_letters_standing": backlog.dead_rows,
+        "open_batches": backlog.open_batches,
+    }
+
+
+def run_metadata(
+    batches: Sequence[Batch], verified: Mapping[int, Discrepancy], backlog: Backlog, seconds: float
+) -> dict[str, dg.MetadataValue | int | float | str]:
+    """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes."""
+    rows = sum(batch.rows for batch in batches)
+    oldest = [batch.oldest_ms for batch in batches if batch.oldest_ms is not None]
+    newest = [batch.newest_ms for batch in batches if batch.newest_ms is not None]
+    metadata: dict[str, dg.MetadataValue | int | float | str] = {
+        "rows": rows,
+        "entries": sum(batch.entries for batch in batches),
+        "batches": len(batches),
+        "dead_letters": sum(batch.counts.dead for batch in batches),
+        "folded_rows": sum(batch.counts.folded for batch in batches),
+        "vanished_rows": sum(batch.counts.vanished for batch in batches),
+        "elsewhere_rows": sum(batch.counts.elsewhere for batch in batches),
+        "bytes": sum(batch.bytes for batch in batches),
+        "seconds": round(seconds, 3),
+        "rows_per_s": round(rows / seconds, 1) if seconds else 0.0,
+        "verified_batches": sum(1 for found in verified.values() if not found),
+        **backlog_metadata(backlog),
+        "per_batch": dg.MetadataValue.md(batch_table(batches, verified)),
+    }
+    if oldest and newest:
+        metadata["oldest_event"] = (
+            dg.MetadataValue.timestamp(min(oldest) / 1000) if _datable(min(oldest)) else str(min(oldest))
+        )
+        metadata["newest_event"] = (
+            dg.MetadataValue.timestamp(max(newest) / 1000) if _datable(max(newest)) else str(max(newest))
+        )
+    return metadata
+
+
+def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -> str:
+    """One line a batch, as markdown."""
+    lines = [
+        "| batch | generation | state | rows | entries | blocks | bytes | dead letters | folded | oldest event | newest event |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for batch in batches[:TABLE_ROWS]:
+        found = verified.get(batch.batch_id)
+        state = f"**{found}**" if found else str(batch.state)
+        lines.append(
+            f"| {batch.batch_id} | {batch.generation} | {state} | {batch.rows:,} | {batch.entries:,} | {len(batch.blocks)} "
+            f"| {batch.bytes:,} | {batch.counts.dead:,} | {batch.counts.folded:,} | {_when(batch.oldest_ms)} | {_when(batch.newest_ms)} |"
+        )
+    if len(batches) > TABLE_ROWS:
+        lines.append(f"\n…and {len(batches) - TABLE_ROWS} more")
+    if not batches:
+        return "nothing was pending"
+    return "\n".join(lines)
+
+
+def _datable(at_ms: int) -> bool:
+    """Event times are any 64-bit integer; only years 1 to 9999 are dates to Python and to the page."""
+    return -62_135_596_800_000 <= at_ms < 253_402_300_800_000
+
+
+def _when(at_ms: int | None) -> str:
+    if at_ms is None:
+        return ""
+    if not _datable(at_ms):
+        return f"{at_ms} ms"
+    return datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")

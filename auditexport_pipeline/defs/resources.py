@@ -1,0 +1,73 @@
+"""Resources: what a run needs from outside, as thin shells that hand out plain objects.
+
+What belongs here: reading connection settings when a run starts, and constructing stores from them. What
+does not: anything the stores or the core do. Nothing here reads the environment at import.
+"""
+
+import logging
+import os
+
+import dagster as dg
+from pydantic import Field
+
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+
+# A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
+HEARTBEAT_TIMEOUT_S = 5.0
+
+_log = logging.getLogger("auditexport")
+
+
+class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The database that holds the outbox and our ledger."""
+
+    url: str = Field(description="SQLAlchemy URL, mysql+pymysql://user:password@host:port/database (TLS: ?ssl_ca=…).")
+
+    def outbox(self) -> MySQLOutbox:
+        return MySQLOutbox(self.url)
+
+
+class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The database that holds audit_logs_raw_v1."""
+
+    url: str = Field(description="http[s]://user:password@host:port/database of ClickHouse's HTTP interface.")
+
+    def audit_log(self) -> ClickHouseAuditLog:
+        return ClickHouseAuditLog(self.url)
+
+
+class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Pings in the manner of healthchecks: `<url>/start`, `<url>` after success, `<url>/fail`.
+
+    A ping that cannot be sent is logged and nothing more: an export that is done stays done.
+    """
+
+    url: str = Field(
+        default="", description="Base URL of the check; empty means AUDITEXPORT_HEARTBEAT_URL, or no heartbeat."
+    )
+
+    def start(self) -> bool:
+        return self._ping("/start")
+
+    def success(self) -> bool:
+        return self._ping("")
+
+    def fail(self) -> bool:
+        return self._ping("/fail")
+
+    def _ping(self, path: str) -> bool:
+        url = self.url or os.environ.get("AUDITEXPORT_HEARTBEAT_URL", "")
+        if not url:
+            return False
+        import httpx
+
+        try:
+            httpx.get(url.rstrip("/") + path, timeout=HEARTBEAT_TIMEOUT_S).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            # The URL is a secret of its own: whoever knows it can silence the alarm.
+            _log.warning(
+                "the heartbeat%s could not be sent (%s); the export itself is not affected", path, type(error).__name__
+            )
+            return False
+        return True

@@ -1,0 +1,404 @@
+"""A private MySQL-family server for tests, the demo and `make dev`: one directory, one process, loopback.
+
+What belongs here: finding a server binary, initialising its data directory once, starting, stopping and
+killing it. What does not: tables, users or events inside it, and how a process is supervised
+(`processes`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal
+
+from auditexport_pipeline.core.errors import LocalServerFailed, LocalServerMissing
+from auditexport_pipeline.local.processes import Child, free_port
+
+Family = Literal["mariadb", "mysql"]
+
+SERVER_VARIABLE = "AUDITEXPORT_MYSQLD"
+SERVER_NAMES = ("mariadbd", "mysqld")
+# Where packages put a server without putting it on everybody's PATH; the last two are Homebrew's.
+SERVER_DIRECTORIES = (
+    "/usr/sbin",
+    "/usr/local/sbin",
+    "/usr/local/mysql/bin",
+    "/opt/homebrew/bin",
+    "/usr/local/bin",
+)
+HOW_TO_GET_ONE = (
+    "no MySQL or MariaDB server on this machine: Debian/Ubuntu `apt-get install mariadb-server`, "
+    f"macOS `brew install mariadb`, or {SERVER_VARIABLE}=path of a mysqld or mariadbd"
+)
+
+# Initialising takes 0.5 s (MariaDB) to 3 s (MySQL); the rest is room for a loaded machine.
+INITIALISED_WITHIN_S = 120.0
+# A server whose starter died is being stopped by its supervisor, which kills it after 15 s.
+ORPHAN_GONE_WITHIN_S = 20.0
+# Another process can take a free port between our looking and the server's binding it.
+PORT_ATTEMPTS = 3
+
+SETTINGS = (
+    "--bind-address=127.0.0.1",
+    # Names of the local host differ between machines; 127.0.0.1 does not.
+    "--skip-name-resolve",
+    "--character-set-server=utf8mb4",
+    # Row images in the binary log cost what they cost in production (MySQL logs by default, MariaDB does
+    # not), so that a statement too large for replication is slow here too, and not only there.
+    "--server-id=1",
+    "--log-bin=binlog",
+    "--binlog-format=ROW",
+    "--binlog-row-image=FULL",
+    # A million events write about 1 GB of it; whatever stays on disk beyond an hour is of use to nobody.
+    "--max-binlog-size=256M",
+    "--binlog-expire-logs-seconds=3600",
+    # The default durability: a commit that was answered survives SIGKILL.
+    "--innodb-flush-log-at-trx-commit=1",
+    "--innodb-buffer-pool-size=256M",
+    "--max-allowed-packet=64M",
+    "--local-infile=OFF",
+)
+
+# --skip-name-resolve makes root@localhost unreachable over TCP; MariaDB's installer adds this one itself.
+LOOPBACK_ROOT = (
+    "CREATE USER 'root'@'127.0.0.1' IDENTIFIED BY '';\n"
+    "GRANT ALL PRIVILEGES ON *.* TO 'root'@'127.0.0.1' WITH GRANT OPTION;\n"
+)
+
+
+def find_server() -> Path:
+    """The server binary to start: `AUDITEXPORT_MYSQLD`, else `mariadbd` or `mysqld` where they usually are.
+
+    Raises `LocalServerMissing` when there is none, or when the variable names something not executable.
+    """
+    if named := os.environ.get(SERVER_VARIABLE):
+        found = shutil.which(os.path.expanduser(named))
+        if found is None:
+            raise LocalServerMissing(f"{SERVER_VARIABLE}={named} is not an executable file")
+        return Path(found).absolute()
+    usual_places = os.pathsep.join(SERVER_DIRECTORIES)
+    for name in SERVER_NAMES:
+        if found := shutil.which(name) or shutil.which(name, path=usual_places):
+            return Path(found).absolute()
+    raise LocalServerMissing(HOW_TO_GET_ONE)
+
+
+class LocalMySQL:
+    """One server on one directory, which holds its data, its log and nothing of the host's.
+
+    The first `start()` initialises the data directory, later ones reuse it, after a crash too. `port` None
+    picks a free one, which this object then keeps over its restarts. `options` are appended to the server's
+    command line and so win over ours. Root has no password and can only come from 127.0.0.1.
+    Raises `LocalServerMissing` when `server` is None and there is no binary.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        server: Path | None = None,
+        port: int | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
+        self.directory = directory.resolve()
+        self.data = self.directory / "data"
+        self.log = self.directory / "mysqld.log"
+        self.server = server if server is not None else find_server()
+        self.options = tuple(options)
+        self._asked_port = port
+        self._port = port
+        self._child: Child | None = None
+        self._claim: IO[bytes] | None = None
+
+    def start(self) -> str:
+        """Starts the server and returns its `url` once it answers; a second call only returns it.
+
+        Raises `LocalServerFailed` when the directory belongs to a live server, or the server ends early.
+        """
+        if self.running:
+            return self.url
+        self._let_go()
+        self._claim_directory()
+        try:
+            self._wait_for_orphan()
+            if not self.data.exists():
+                self._initialise()
+            self._check_family()
+            self._launch()
+        except BaseException:
+            self._let_go()
+            raise
+        return self.url
+
+    def stop(self) -> None:
+        """A clean shutdown. Data stays; a second call does nothing."""
+        self._let_go()
+
+    def kill(self) -> None:
+        """SIGKILL of the server itself: what was not flushed is lost, the next `start()` recovers."""
+        if self._child is not None:
+            self._child.kill()
+        self._let_go()
+
+    def __enter__(self) -> LocalMySQL:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None and self._child.running
+
+    @property
+    def pid(self) -> int:
+        """The server's own process id. Raises `LocalServerFailed` when it is not running."""
+        if self._child is None or not self._child.running:
+            raise LocalServerFailed(f"{self._name} is not running")
+        return self._child.pid
+
+    @property
+    def port(self) -> int:
+        if self._port is None:
+            raise LocalServerFailed(f"{self._name} has no port before its first start")
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """SQLAlchemy URL of the server, without a database."""
+        return f"mysql+pymysql://root@127.0.0.1:{self.port}/"
+
+    @cached_property
+    def _version_line(self) -> str:
+        # MariaDB ships a `mysqld` too: only its own answer tells the families apart.
+        answer = subprocess.run(
+            [self.server, "--version"], capture_output=True, text=True, errors="replace", timeout=60
+        )
+        if answer.returncode != 0:
+            raise LocalServerFailed(f"{self.server} --version failed: {_tail(answer.stderr)}")
+        return answer.stdout.strip()
+
+    @property
+    def family(self) -> Family:
+        return "mariadb" if "mariadb" in self._version_line.lower() else "mysql"
+
+    @property
+    def version(self) -> str:
+        """For example `10.11.19` or `9.7.4`."""
+        found = re.search(r"Ver\s+(\d+(?:\.\d+)+)", self._version_line)
+        if found is None:
+            raise LocalServerFailed(f"{self.server} --version names no version: {self._version_line[:200]}")
+        return found[1]
+
+    @property
+    def _name(self) -> str:
+        return f"the local MySQL server in {self.directory}"
+
+    @cached_property
+    def _isolation(self) -> list[str]:
+        """`--no-defaults`, so that the host's my.cnf has no say; it has to come first and only once.
+
+        A wrapper script that says it already would make ours an unknown option.
+        """
+        with self.server.open("rb") as binary:
+            head = binary.read(65536)
+        wrapped = head.startswith(b"#!") and b"--no-defaults" in head
+        return [] if wrapped else ["--no-defaults"]
+
+    @property
+    def _user(self) -> list[str]:
+        # A server refuses to run as root unless it is told to.
+        return ["--user=root"] if os.geteuid() == 0 else []
+
+    def _claim_directory(self) -> None:
+        """Holds the directory for the life of this object's server; the kernel lets go if we die."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        claim = (self.directory / "lock").open("ab")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            claim.close()
+            raise LocalServerFailed(
+                f"{self._name} is in use by a live process: stop that one, or use another directory"
+            ) from error
+        self._claim = claim
+
+    def _let_go(self) -> None:
+        child, claim = self._child, self._claim
+        self._child = self._claim = None
+        try:
+            if child is not None:
+                child.stop()
+        finally:
+            if claim is not None:
+                claim.close()
+
+    def _wait_for_orphan(self) -> None:
+        """Waits for a server whose starter died, which its supervisor is stopping at this moment.
+
+        Asked here because the servers themselves retry a locked file for 30 s (MariaDB) and 100 s (MySQL).
+        """
+        deadline = time.monotonic() + ORPHAN_GONE_WITHIN_S
+        while _held_by_a_server(self.data / "ibdata1"):
+            if time.monotonic() > deadline:
+                raise LocalServerFailed(
+                    f"{self._name} is in use by a server that nobody here started: stop it, "
+                    "or use another directory"
+                )
+            time.sleep(0.02)
+
+    def _initialise(self) -> None:
+        """Fills a directory beside `data` and renames it, so that a half-initialised one is never started."""
+        for leftover in self.directory.glob("data.new.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=self.directory))
+        with self._initialising_argv(fresh) as argv, self.log.open("ab") as output:
+            try:
+                done = subprocess.run(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    timeout=INITIALISED_WITHIN_S,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise LocalServerFailed(f"{self._name} could not be initialised: {error}") from error
+        if done.returncode != 0:
+            reason = _tail(self.log.read_text(errors="replace"))
+            raise LocalServerFailed(f"{self._name} could not be initialised: {reason}")
+        fresh.rename(self.data)
+
+    @contextlib.contextmanager
+    def _initialising_argv(self, fresh: Path) -> Iterator[list[str]]:
+        if self.family == "mariadb":
+            yield [
+                *self._mariadb_installer(),
+                f"--datadir={fresh}",
+                *self._user,
+                "--skip-test-db",
+                "--skip-name-resolve",
+                "--auth-root-authentication-method=normal",
+            ]
+            return
+        with tempfile.NamedTemporaryFile("w", suffix=".sql") as accounts:
+            accounts.write(LOOPBACK_ROOT)
+            accounts.flush()
+            yield [
+                str(self.server),
+                *self._isolation,
+                "--initialize-insecure",
+                f"--datadir={fresh}",
+                *self._user,
+                f"--init-file={accounts.name}",
+                # Nothing to replicate, observe or encrypt yet: a fifth of the time.
+                "--skip-log-bin",
+                "--performance-schema=OFF",
+                "--auto-generate-certs=OFF",
+            ]
+
+    def _mariadb_installer(self) -> list[str]:
+        beside = self.server.resolve().parent
+        candidates = [
+            str(place / name)
+            for name in ("mariadb-install-db", "mysql_install_db")
+            for place in (self.server.parent, beside, beside.parent / "bin", beside.parent / "scripts")
+        ]
+        usual_places = os.pathsep.join(("/usr/bin", *SERVER_DIRECTORIES))
+        for candidate in [*candidates, "mariadb-install-db", "mysql_install_db"]:
+            if found := shutil.which(candidate) or shutil.which(candidate, path=usual_places):
+                # An unpacked tarball has no compiled-in home.
+                at_home = Path(found).parent.name == "scripts"
+                return [found, "--no-defaults", *([f"--basedir={beside.parent}"] if at_home else [])]
+        raise LocalServerMissing(f"{self.server} is there but mariadb-install-db is not: {HOW_TO_GET_ONE}")
+
+    def _check_family(self) -> None:
+        on_disk: Family = "mysql" if (self.data / "mysql.ibd").exists() else "mariadb"
+        if on_disk != self.family:
+            raise LocalServerFailed(
+                f"{self._name} was initialised by {on_disk} and {self.server} is {self.family}: "
+                "use another directory"
+            )
+
+    def _launch(self) -> None:
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            if self._port is None:
+                self._port = free_port()
+            log_start = self.log.stat().st_size if self.log.exists() else 0
+            child = Child("the local MySQL server", self._argv(), log=self.log)
+            try:
+                child.wait_until(self._answers)
+            except BaseException as error:
+                child.stop()
+                with self.log.open("rb") as log:
+                    log.seek(log_start)
+                    port_taken = b"already in use" in log.read()
+                if not (isinstance(error, LocalServerFailed) and port_taken):
+                    raise
+                if self._asked_port is not None or attempt == PORT_ATTEMPTS:
+                    raise LocalServerFailed(f"{self._name}: port {self._port} is taken") from error
+                self._port = None
+            else:
+                self._child = child
+                return
+
+    def _argv(self) -> list[str]:
+        temporary = self.directory / "tmp"
+        temporary.mkdir(exist_ok=True)
+        return [
+            str(self.server),
+            *self._isolation,
+            f"--datadir={self.data}",
+            f"--port={self._port}",
+            # Relative to the data directory, which the server enters: socket paths end at ~100 bytes.
+            "--socket=mysqld.sock",
+            "--pid-file=mysqld.pid",
+            f"--tmpdir={temporary}",
+            *self._user,
+            *SETTINGS,
+            *(["--mysqlx=OFF"] if self.family == "mysql" else []),
+            *self.options,
+        ]
+
+    def _answers(self) -> bool:
+        """True when *our* server answers: on an asked port, somebody else's could."""
+        import pymysql
+
+        try:
+            connection = pymysql.connect(
+                host="127.0.0.1", port=self.port, user="root", connect_timeout=5, read_timeout=5
+            )
+        except pymysql.err.OperationalError:
+            return False
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SELECT @@datadir")
+            row = cursor.fetchone()
+        return row is not None and Path(row[0]).resolve() == self.data
+
+
+def _held_by_a_server(system_tablespace: Path) -> bool:
+    """Whether a live server has InnoDB's lock on its first file. The lock dies with its process."""
+    try:
+        with system_tablespace.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _tail(text: str, lines: int = 5) -> str:
+    return " | ".join(text.strip().splitlines()[-lines:])

@@ -1,0 +1,299 @@
+"""ClickHouse: the table `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
+
+What belongs here: putting a version's SQL together, the settings every INSERT carries, and the one place
+where ClickHouse's errors become ours. What does not: the statements (`audit_log.sql`), creating and
+checking tables (`stores.setup`), and any decision about what to send.
+
+A payload crosses as the text that the outbox holds; ClickHouse parses it, in the types of `v.input`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from string import Template
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from auditexport_pipeline.core.batch import Batch, Block
+from auditexport_pipeline.core.errors import (
+    AuditExportError,
+    AuditLogUnavailable,
+    InsertOutcomeUnknown,
+    InvalidConfig,
+    LeaseLost,
+    SetupIncomplete,
+)
+from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.core.ports import Holding, Refusal, StoredEntry
+from auditexport_pipeline.stores.statements import load
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver.client import Client
+
+CONNECT_TIMEOUT_S = 10
+# The socket waits this much longer than ClickHouse may work: its own answer is worth more than our giving up.
+ANSWER_GRACE_S = 15
+LOOK_UP_TIMEOUT_S = 60
+
+# How ClickHouse reads JSON wherever we read or write it: keys keep their dots (stored as %2E), or
+# {"a.b": 1} would silently become {"a": {"b": 1}}.
+READ_SETTINGS: dict[str, Any] = {"json_type_escape_dots_in_keys": 1}
+
+# What an INSERT carries, each because leaving it to the server's default changes or loses something.
+INSERT_SETTINGS: dict[str, Any] = {
+    **READ_SETTINGS,
+    "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
+    "wait_end_of_query": 1,
+    "insert_deduplicate": 1,
+    # One block and one part: squash until the end, never split.
+    "max_insert_block_size": 10_000_000,
+    "min_insert_block_size_rows": 10_000_000,
+    "min_insert_block_size_bytes": 4 * 1024**3,
+    "max_insert_threads": 1,
+    "input_format_allow_errors_num": 0,
+    "input_format_allow_errors_ratio": 0,
+    "input_format_skip_unknown_fields": 1,
+    "input_format_null_as_default": 1,
+    # Strings stay strings and booleans booleans: by default "2024-01-01T10:00:00Z" inside a meta becomes
+    # another text, [true, 1] becomes [1, 1] and [1, "a"] becomes ["1", "a"].
+    "input_format_try_infer_dates": 0,
+    "input_format_try_infer_datetimes": 0,
+    "input_format_json_read_bools_as_strings": 0,
+    "input_format_json_read_bools_as_numbers": 0,
+    "input_format_json_read_numbers_as_strings": 0,
+    # "Description" is not description, for msgspec as for everybody else.
+    "input_format_column_name_matching_mode": "match_case",
+    # What cannot be kept is refused, loudly: the row becomes a dead letter with a reason.
+    "type_json_skip_duplicated_paths": 0,
+    "input_format_json_throw_on_bad_escape_sequence": 1,
+}
+
+# Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
+_ROW_ERRORS = {6, 25, 26, 27, 33, 38, 41, 53, 69, 72, 117, 130, 131, 190, 306, 321, 349, 441, 467, 469, 675, 676}
+# Codes that no rerun mends: tables, columns, grants, settings, credentials.
+_SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
+_LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
+_TIMEOUT_EXCEEDED = 159
+
+_PIECES = load("audit_log.sql")
+
+
+@lru_cache(maxsize=64)
+def _sql(name: str, version: str) -> str:
+    """A statement for one payload version; both come from the program, never from data."""
+    if version not in VERSIONS:
+        raise InvalidConfig(f"{version} is not a known payload version")
+    columns = _PIECES[f"{version}.columns"]
+    names = [part.split()[0] for part in _top_level_parts(columns)]
+    return Template(_PIECES[name]).substitute(
+        table=_PIECES[f"{version}.table"],
+        columns=columns,
+        column_names=", ".join(names),
+        input=_PIECES[f"{version}.input"],
+        select=_PIECES[f"{version}.select"],
+        fingerprint=_PIECES[f"{version}.fingerprint"],
+    )
+
+
+def _top_level_parts(columns: str) -> Iterator[str]:
+    """The comma-separated parts of a column list, commas inside parentheses not counted."""
+    part, depth = "", 0
+    for letter in columns:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            yield part
+            part = ""
+        else:
+            part += letter
+    yield part
+
+
+def connection_arguments(url: str) -> dict[str, Any]:
+    """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
+
+    Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
+    are verified by default. Raises `InvalidConfig` for anything else.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidConfig("AUDITEXPORT_CLICKHOUSE_URL must read http[s]://user:password@host:port/database")
+    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    arguments: dict[str, Any] = {
+        "interface": parts.scheme,
+        "host": parts.hostname,
+        "port": parts.port or (8443 if parts.scheme == "https" else 8123),
+        "username": unquote(parts.username or "default"),
+        "password": unquote(parts.password or ""),
+        "database": parts.path.strip("/") or "default",
+        "verify": options.pop("verify", "true").lower() != "false",
+    }
+    for name in ("ca_cert", "client_cert", "client_cert_key"):
+        if name in options:
+            arguments[name] = options.pop(name)
+    if options:
+        raise InvalidConfig(f"AUDITEXPORT_CLICKHOUSE_URL has unknown options: {', '.join(sorted(options))}")
+    return arguments
+
+
+@lru_cache(maxsize=16)
+def _client(url: str, timeout_s: int, pid: int) -> Client:
+    import clickhouse_connect
+    from clickhouse_connect.driver import httputil
+
+    return clickhouse_connect.get_client(
+        **connection_arguments(url),
+        autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
+        connect_timeout=CONNECT_TIMEOUT_S,
+        send_receive_timeout=timeout_s,
+        pool_mgr=httputil.get_pool_manager(maxsize=32, num_pools=4),
+        client_name="auditexport",
+    )
+
+
+@contextmanager
+def translated(what: str, *, sending: bool = False) -> Iterator[None]:
+    """The one place where ClickHouse's and HTTP's errors become this project's.
+
+    With `sending`, an error without a code means that rows were sent and no answer came.
+    """
+    from clickhouse_connect.driver.exceptions import ClickHouseError
+
+    try:
+        yield
+    except AuditExportError:
+        raise
+    except (ClickHouseError, OSError) as error:
+        code = getattr(error, "code", None)
+        name = getattr(error, "name", None) or "no code"
+        if code == _LEASE_ENDED:
+            raise LeaseLost(
+                f"ClickHouse refused {what}: the lease of this run had ended; nothing was written"
+            ) from error
+        if code in _SETUP_ERRORS:
+            raise SetupIncomplete(
+                f"ClickHouse refuses {what} (code {code}, {name}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
+                "or run `auditexport init`"
+            ) from error
+        if sending and (code is None or code == _TIMEOUT_EXCEEDED):
+            raise InsertOutcomeUnknown(
+                f"no answer from ClickHouse to {what} ({name}); it may or may not be written, the next attempt looks first"
+            ) from error
+        raise AuditLogUnavailable(f"ClickHouse failed at {what} ({name}); run again") from error
+
+
+class ClickHouseAuditLog:
+    """`core.ports.AuditLog` over one ClickHouse database named by an `http[s]://` URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        connection_arguments(url)
+
+    def __repr__(self) -> str:
+        arguments = connection_arguments(self.url)
+        return f"ClickHouseAuditLog({arguments['host']}:{arguments['port']}/{arguments['database']})"
+
+    def client(self, timeout_s: int = LOOK_UP_TIMEOUT_S) -> Client:
+        """A client whose requests may take `timeout_s` in ClickHouse; safe to use from several threads."""
+        return _client(self.url, timeout_s + ANSWER_GRACE_S, os.getpid())
+
+    def deadline_ms(self, within_s: float) -> int:
+        with translated("asking for the time"):
+            ((now_ms,),) = self.client().query(_PIECES["now_ms"]).result_rows
+        return int(now_ms) + int(within_s * 1000)
+
+    def insert(self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int) -> Refusal | None:
+        """One synchronous INSERT of one block; None when ClickHouse acknowledged it.
+
+        Durable effect: `block.rows` rows and one part in the version's table, or nothing. Raises
+        `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
+        deadline, `AuditLogUnavailable` or `SetupIncomplete` when nothing was written.
+        """
+        what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
+        return self._post(
+            "insert",
+            batch.version,
+            body,
+            what,
+            parameters={"inserted_at_ms": block.inserted_at_ms, "deadline_ms": deadline_ms},
+            settings={"insert_deduplication_token": batch.token(block), "max_execution_time": timeout_s},
+            timeout_s=timeout_s,
+            sending=True,
+        )
+
+    def probe(self, version: str, body: bytes, *, timeout_s: int) -> Refusal | None:
+        return self._post(
+            "probe",
+            version,
+            body,
+            "parsing rows without writing them",
+            parameters={"inserted_at_ms": 0},
+            settings={"max_execution_time": timeout_s},
+            timeout_s=timeout_s,
+            sending=False,
+        )
+
+    def _post(
+        self,
+        name: str,
+        version: str,
+        body: bytes,
+        what: str,
+        *,
+        parameters: dict[str, int],
+        settings: dict[str, Any],
+        timeout_s: int,
+        sending: bool,
+    ) -> Refusal | None:
+        from clickhouse_connect.driver.exceptions import ClickHouseError
+
+        with translated(what, sending=sending):
+            try:
+                self.client(timeout_s).command(
+                    _sql(name, version), parameters=parameters, data=body, settings={**INSERT_SETTINGS, **settings}
+                )
+            except ClickHouseError as error:
+                code = getattr(error, "code", None)
+                if code in _ROW_ERRORS:
+                    return Refusal(code=int(code), name=str(getattr(error, "name", "")))
+                raise
+        return None
+
+    def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
+        if not inserted_at_ms:
+            return {}
+        found: dict[int, Holding] = {}
+        for version in VERSIONS:
+            with translated("looking for blocks"):
+                result = self.client().query(
+                    _sql("holdings", version),
+                    parameters={"inserted_at_ms": list(inserted_at_ms)},
+                    settings=READ_SETTINGS,
+                )
+            for at_ms, rows, fingerprint in result.result_rows:
+                found[at_ms] = Holding(rows=rows, fingerprint=fingerprint)
+        return found
+
+    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
+        return self._entries("entries_at", {"inserted_at_ms": inserted_at_ms})
+
+    def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
+        columns = {
+            "workspaces": [key[0] for key in keys],
+            "buckets": [key[1] for key in keys],
+            "times": [key[2] for key in keys],
+            "events": [key[3] for key in keys],
+        }
+        return self._entries("entries_of", columns) if keys else []
+
+    def _entries(self, name: str, parameters: dict[str, Any]) -> list[StoredEntry]:
+        entries: list[StoredEntry] = []
+        for version in VERSIONS:
+            with translated("reading entries"):
+                rows = (
+                    self.client().query(_sql(name, version), parameters=parameters, settings=READ_SETTINGS).result_rows
+                )
+            entries.extend(StoredEntry(key=(row[0], row[1], row[2], row[3]), fingerprint=row[4]) for row in rows)
+        return entries

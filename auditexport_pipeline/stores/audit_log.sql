@@ -1,0 +1,77 @@
+-- Everything that is said to ClickHouse about exporting. A payload version `v` brings five pieces, named
+-- `v.table`, `v.columns`, `v.input`, `v.select` and `v.fingerprint`; `stores/audit_log.py` puts them together.
+-- Statements that look for one export go by `inserted_at`: it is unique per block and has a minmax index.
+
+-- name: audit_log.v1.table
+audit_logs_raw_v1
+
+-- name: audit_log.v1.columns
+-- In the order of `select`; with their types, so that a probe can parse into the same ones.
+event_id String, time Int64, inserted_at Int64, workspace_id String, bucket LowCardinality(String),
+source LowCardinality(String), event LowCardinality(String), description String,
+actor_type LowCardinality(String), actor_id String, actor_name String, actor_meta JSON,
+remote_ip String, user_agent String, meta JSON,
+`targets.type` Array(LowCardinality(String)), `targets.id` Array(String), `targets.name` Array(String),
+`targets.meta` Array(JSON), correlation_id String
+
+-- name: audit_log.v1.input
+-- The payload's own fields and nothing else: an unknown one is skipped even if it is named like a column of ours.
+event_id String, time Int64, workspace_id String, bucket Nullable(String), source Nullable(String), event String,
+description Nullable(String),
+actor Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta JSON),
+remote_ip Nullable(String), user_agent Nullable(String), meta JSON,
+targets Array(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta JSON)),
+correlation_id Nullable(String)
+
+-- name: audit_log.v1.select
+event_id, time, {inserted_at_ms:Int64}, workspace_id, ifNull(bucket, ''),
+if(ifNull(source, '') = '', 'platform', assumeNotNull(source)), event, ifNull(description, ''),
+ifNull(actor.type, ''), ifNull(actor.id, ''), ifNull(actor.name, ''), actor.meta,
+ifNull(remote_ip, ''), ifNull(user_agent, ''), meta,
+arrayMap(value -> ifNull(value, ''), targets.type), arrayMap(value -> ifNull(value, ''), targets.id),
+arrayMap(value -> ifNull(value, ''), targets.name), targets.meta, ifNull(correlation_id, '')
+
+-- name: audit_log.v1.fingerprint
+-- The same bytes as `core/event.py` hashes for this version, from the stored columns.
+xxHash64(concat(
+  event_id, '\0', toString(time), '\0', workspace_id, '\0', bucket, '\0', source, '\0', event, '\0', description, '\0',
+  actor_type, '\0', actor_id, '\0', actor_name, '\0', remote_ip, '\0', user_agent, '\0', correlation_id, '\0',
+  arrayStringConcat(arrayMap(value -> toString(value), targets.type), '\x01'), '\0',
+  arrayStringConcat(targets.id, '\x01'), '\0', arrayStringConcat(targets.name, '\x01')))
+
+-- name: insert
+-- One block, one part: the squash limits are above any block. The WHERE is the fence: an INSERT that starts
+-- after the lease of its run has ended is refused by ClickHouse itself (code 395), whoever sends it.
+INSERT INTO $table ($column_names)
+SELECT $select FROM input('$input')
+WHERE NOT throwIf(now64(3) > fromUnixTimestamp64Milli({deadline_ms:Int64}), 'auditexport: the lease of this batch has ended')
+FORMAT JSONEachRow
+
+-- name: probe
+-- Parses exactly as `insert` does and writes nothing.
+INSERT INTO FUNCTION null('$columns')
+SELECT $select FROM input('$input')
+FORMAT JSONEachRow
+
+-- name: now_ms
+SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
+
+-- name: holdings
+-- minmax index on inserted_at, pruned to the partitions of these months. sum() of UInt64 wraps at 2^64.
+SELECT inserted_at, count() AS rows, sum($fingerprint) AS fingerprint
+FROM $table
+WHERE inserted_at IN {inserted_at_ms:Array(Int64)}
+GROUP BY inserted_at
+
+-- name: entries_at
+-- As holdings, entry by entry.
+SELECT workspace_id, bucket, time, event_id, $fingerprint AS fingerprint
+FROM $table
+WHERE inserted_at = {inserted_at_ms:Int64}
+
+-- name: entries_of
+-- Primary key: the four arrays are the sort key's columns, zipped.
+SELECT workspace_id, bucket, time, event_id, $fingerprint AS fingerprint
+FROM $table
+WHERE (workspace_id, bucket, time, event_id) IN
+  arrayZip({workspaces:Array(String)}, {buckets:Array(String)}, {times:Array(Int64)}, {events:Array(String)})

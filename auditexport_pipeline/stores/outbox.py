@@ -1,0 +1,487 @@
+"""MySQL: the application's outbox, our ledger and our dead letters, behind `core.ports.Outbox`.
+
+What belongs here: transactions, fences, and the one place where MySQL's errors become ours. What does
+not: the statements (`outbox.sql`), creating and checking tables (`stores.setup`), and any decision.
+
+Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S`, and holds no
+transaction while anything but MySQL is asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, Row, TextClause, bindparam, create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, State, blocks_from_text, blocks_to_text
+from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, OutboxUnavailable, SetupIncomplete
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
+from auditexport_pipeline.stores.statements import load
+
+# We are never worth waiting for: a lock that the application holds longer is tried again by the next attempt.
+LOCK_WAIT_S = 5
+CONNECT_TIMEOUT_S = 10
+# A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
+READ_TIMEOUT_S = 120
+# One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
+READ_ROWS = 5_000
+# Above this many runs in a chunk, one statement with a list beats a statement per run.
+LIST_ABOVE_RUNS = 8
+# The probe steps through the versions that are pending; more than this is a misuse of the column.
+VERSIONS_LOOKED_AT = 50
+
+_LISTS = ("rows_in", "mark_in", "marks_in")
+SQL: dict[str, TextClause] = {
+    name: text(statement).bindparams(bindparam("pks", expanding=True)) if name in _LISTS else text(statement)
+    for name, statement in load("outbox.sql").items()
+}
+
+# Server errors that no rerun mends: access, unknown database, table or column, a statement without grant.
+_SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698}
+
+
+@lru_cache(maxsize=16)
+def _engine(url: str, pid: int) -> Engine:
+    """One pool per server and process: a forked child must not share its parent's connections."""
+    return create_engine(
+        url,
+        isolation_level="READ COMMITTED",
+        pool_size=20,
+        max_overflow=20,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "write_timeout": READ_TIMEOUT_S,
+            "init_command": f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}",
+        },
+    )
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """The one place where MySQL's and SQLAlchemy's errors become this project's; `what` says what was being done."""
+    try:
+        yield
+    except AuditExportError:
+        raise
+    except PoolTimeout as error:
+        raise OutboxUnavailable(f"MySQL: no free connection while {what}; run again") from error
+    except DBAPIError as error:
+        arguments: tuple[object, ...] = getattr(error.orig, "args", ())
+        code = arguments[0] if arguments and isinstance(arguments[0], int) else 0
+        if code in _SETUP_ERRORS:
+            reason = " ".join(map(str, arguments[1:]))
+            raise SetupIncomplete(
+                f"MySQL refuses {what} (error {code}: {reason}); check AUDITEXPORT_MYSQL_URL and the grants, or run `auditexport init`"
+            ) from error
+        if isinstance(error.orig, _rerunnable()):
+            raise OutboxUnavailable(
+                f"MySQL failed while {what} (error {code}); nothing of it was kept, run again"
+            ) from error
+        raise
+
+
+def _rerunnable() -> tuple[type[Exception], ...]:
+    from pymysql.err import InterfaceError, InternalError, OperationalError
+
+    return (OperationalError, InternalError, InterfaceError)
+
+
+class MySQLOutbox:
+    """`core.ports.Outbox` over one MySQL or MariaDB database named by a SQLAlchemy URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"MySQLOutbox({make_url(self.url).render_as_string(hide_password=True)})"
+
+    @property
+    def engine(self) -> Engine:
+        return _engine(self.url, os.getpid())
+
+    @contextmanager
+    def transaction(self, what: str) -> Iterator[Connection]:
+        """A READ COMMITTED transaction: committed at the end, rolled back by any exception."""
+        with translated(what), self.engine.begin() as connection:
+            yield connection
+
+    # ── planning ─────────────────────────────────────────────────────────────────────────────────
+
+    def open_owners(self) -> list[str]:
+        with self.transaction("reading the ledger's owners") as connection:
+            return [row.owner for row in connection.execute(SQL["open_owners"])]
+
+    @contextmanager
+    def planning(self, owner: str, lease_s: int) -> Iterator[MySQLPlanning]:
+        with self.transaction("planning batches") as connection:
+            epoch, last_ms = _lock_ledger(connection)
+            connection.execute(SQL["count_plan"], {"epoch": epoch + 1})
+            yield MySQLPlanning(connection, owner=owner, lease_ms=lease_s * 1000, epoch=epoch + 1, last_ms=last_ms)
+
+    def reserve_inserted_at(self, count: int) -> list[int]:
+        with self.transaction("reserving an inserted_at") as connection:
+            _, last_ms = _lock_ledger(connection)
+            return _reserve(connection, last_ms, count)
+
+    # ── a batch's life ───────────────────────────────────────────────────────────────────────────
+
+    def renew(self, claim: Claim, lease_s: int) -> Batch:
+        with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
+            connection.execute(SQL["renew"], {"epoch": claim.epoch, "lease_ms": lease_s * 1000})
+            return _own(connection, claim)
+
+    def read(self, pks: PkSet) -> Iterator[StoredRow]:
+        """The rows of these pks that exist, by ascending pk, marked or not; `READ_ROWS` of them in memory."""
+        for chunk in pks.chunks(READ_ROWS):
+            with self.transaction("reading outbox rows") as connection:
+                found = [
+                    row for part, values in _by_shape("rows", chunk) for row in _driver_rows(connection, part, values)
+                ]
+            for pk, event_id, workspace_id, version, exported_at_ms, payload in found:
+                yield StoredRow(
+                    pk=pk,
+                    event_id=event_id,
+                    workspace_id=workspace_id,
+                    version=version,
+                    exported_at_ms=exported_at_ms,
+                    payload=payload,
+                )
+
+    def seal(self, claim: Claim, cut: Cut) -> None:
+        self._cut(claim, cut, State.CLAIMED)
+
+    def recut(self, claim: Claim, cut: Cut) -> None:
+        self._cut(claim, cut, State.SEALED, State.STOPPED)
+
+    def _cut(self, claim: Claim, cut: Cut, *states: State) -> None:
+        with self.transaction(f"sealing batch {claim.batch_id}") as connection:
+            _fence(connection, claim, *states)
+            connection.execute(
+                SQL["cut"],
+                {
+                    "batch_id": claim.batch_id,
+                    "rows": len(cut.pks),
+                    "entries": sum(block.rows for block in cut.blocks),
+                    "bytes": sum(block.bytes for block in cut.blocks),
+                    "first_pk": cut.pks.first if cut.pks else None,
+                    "last_pk": cut.pks.last if cut.pks else None,
+                    "pks": str(cut.pks),
+                    "manifest": blocks_to_text(cut.blocks),
+                    "counts": _counts_to_text(cut.counts),
+                    "digest": cut.digest,
+                    "oldest_ms": cut.oldest_ms,
+                    "newest_ms": cut.newest_ms,
+                },
+            )
+            letters = [
+                {
+                    "pk": letter.pk,
+                    "version": claim.version,
+                    "workspace_id": letter.workspace_id,
+                    "event_id": letter.event_id,
+                    "reason": letter.problem.reason,
+                    "json_path": letter.problem.json_path[:255],
+                    "detail": letter.problem.detail[:255],
+                    "batch_id": claim.batch_id,
+                }
+                for letter in cut.dead_letters
+            ]
+            if letters:
+                connection.execute(SQL["add_dead_letter"], letters)
+
+    def begin_write(self, claim: Claim, lease_s: int) -> Batch:
+        with self.transaction(f"beginning to write batch {claim.batch_id}") as connection:
+            _fence(
+                connection,
+                claim,
+                State.SEALED,
+                State.STOPPED,
+                State.WRITTEN,
+                State.EXPORTED,
+                State.VERIFIED,
+                State.DISCREPANT,
+            )
+            connection.execute(SQL["begin_write"], {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000})
+            return _own(connection, claim)
+
+    def stop(self, claim: Claim, error: str) -> None:
+        with self.transaction(f"stopping batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.SEALED)
+            connection.execute(SQL["stop"], {"batch_id": claim.batch_id, "error": error[:1000]})
+
+    def record_written(self, claim: Claim) -> Batch:
+        with self.transaction(f"recording batch {claim.batch_id} as written") as connection:
+            _fence(connection, claim, State.SEALED, State.STOPPED)
+            connection.execute(SQL["record_written"], {"batch_id": claim.batch_id})
+            return _own(connection, claim)
+
+    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
+        with self.transaction(f"marking rows of batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            return _mark(connection, pks, exported_at_ms)
+
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+        with self.transaction(f"marking the last rows of batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.WRITTEN)
+            total = before + _mark(connection, pks, exported_at_ms)
+            counts = _own(connection, claim).counts
+            counts = Counts(
+                dead=counts.dead,
+                folded=counts.folded,
+                released=counts.released,
+                vanished=counts.vanished + total.vanished,
+                elsewhere=counts.elsewhere + total.elsewhere,
+            )
+            connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
+            return _own(connection, claim)
+
+    def unverified(self, batches: int) -> list[Batch]:
+        with self.transaction("listing batches to verify") as connection:
+            return [_batch(row) for row in connection.execute(SQL["unverified"], {"row_limit": batches})]
+
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy) -> None:
+        state = State.DISCREPANT if discrepancy else State.VERIFIED
+        error = f"in ClickHouse: {discrepancy}" if discrepancy else ""
+        with self.transaction(f"recording the verification of batch {batch.batch_id}") as connection:
+            connection.execute(
+                SQL["record_verified"], {"batch_id": batch.batch_id, "state": str(state), "error": error}
+            )
+
+    def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
+        with self.transaction("reading batches") as connection:
+            found = [connection.execute(SQL["batch"], {"batch_id": batch_id}).one_or_none() for batch_id in batch_ids]
+            return [_batch(row) for row in found if row is not None]
+
+    # ── the backlog ──────────────────────────────────────────────────────────────────────────────
+
+    def backlog(self, versions: Sequence[str], *, count_to: int) -> Backlog:
+        """How far behind the export is; counts pending rows up to `count_to` beyond the dead letters.
+
+        Source: `drainer_pending_idx`, the ledger's `state_idx`, `letter_state_idx`. No lock, and nothing
+        that grows with the table.
+        """
+        with self.transaction("probing the backlog") as connection:
+            dead = {row.version: row.n for row in connection.execute(SQL["count_dead"])}
+            rows = 0
+            lag_ms = 0
+            for version in versions:
+                held = dead.get(version, 0)
+                counted = connection.execute(
+                    SQL["count_pending"], {"version": version, "row_limit": count_to + held}
+                ).scalar_one()
+                rows += max(0, counted - held)
+                oldest = connection.execute(SQL["oldest_pending"], {"version": version}).scalar()
+                lag_ms = max(lag_ms, oldest or 0)
+            unknown = self._unknown(connection, versions, count_to)
+            open_batches = list(connection.execute(SQL["open_batches"]))
+            return Backlog(
+                rows=rows,
+                rows_at_least=rows >= count_to,
+                lag_s=lag_ms / 1000,
+                unknown_rows=sum(unknown.values()),
+                unknown_versions=tuple(unknown),
+                dead_rows=sum(dead.values()),
+                open_batches=len(open_batches),
+                leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),
+            )
+
+    @staticmethod
+    def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> dict[str, int]:
+        unknown: dict[str, int] = {}
+        version = ""
+        for _ in range(VERSIONS_LOOKED_AT):
+            found = connection.execute(SQL["next_pending_version"], {"version": version}).scalar()
+            if found is None:
+                break
+            version = found
+            if version not in versions:
+                unknown[version] = connection.execute(
+                    SQL["count_pending"], {"version": version, "row_limit": count_to}
+                ).scalar_one()
+        return unknown
+
+    def dead_by_reason(self) -> dict[str, int]:
+        """Open dead letters by reason, most frequent first."""
+        with self.transaction("counting dead letters") as connection:
+            return {row.reason: row.n for row in connection.execute(SQL["dead_by_reason"])}
+
+
+class MySQLPlanning:
+    """`core.ports.Planning`: lives inside one transaction that holds the ledger's lock."""
+
+    def __init__(self, connection: Connection, *, owner: str, lease_ms: int, epoch: int, last_ms: int) -> None:
+        self._connection = connection
+        self._owner = owner
+        self._lease_ms = lease_ms
+        self._epoch = epoch
+        self._last_ms = last_ms
+
+    def open_batches(self) -> list[OpenBatch]:
+        rows = self._connection.execute(SQL["open_batches"])
+        return [OpenBatch(batch=_batch(row), lease_expired=bool(row.lease_expired)) for row in rows]
+
+    def adopt(self, batch: Batch) -> Claim:
+        self._connection.execute(
+            SQL["adopt"],
+            {"batch_id": batch.batch_id, "epoch": self._epoch, "owner": self._owner, "lease_ms": self._lease_ms},
+        )
+        return Claim(
+            batch_id=batch.batch_id,
+            epoch=self._epoch,
+            version=batch.version,
+            generation=batch.generation,
+            rows=batch.rows,
+            adopted=True,
+        )
+
+    def candidates(self, version: str, after_pk: int, rows: int) -> list[tuple[int, int]]:
+        values = {"version": version, "after_pk": after_pk, "row_limit": rows}
+        return _driver_rows(self._connection, "candidates", values)
+
+    def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})
+        return [_batch(row) for row in found]
+
+    def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim:
+        new = sum(1 for block in blocks if block.inserted_at_ms is None)
+        reserved = iter(_reserve(self._connection, self._last_ms, new) if new else [])
+        planned = tuple(
+            Block(
+                number=number,
+                inserted_at_ms=block.inserted_at_ms if block.inserted_at_ms is not None else next(reserved),
+                pks=block.pks,
+                bytes=block.bytes,
+            )
+            for number, block in enumerate(blocks)
+        )
+        if new:
+            self._last_ms = max(block.inserted_at_ms for block in planned)
+        pks = PkSet()
+        for block in planned:
+            pks |= block.pks
+        batch_id = self._connection.execute(SQL["last_batch_id"]).scalar_one() + 1
+        self._connection.execute(
+            SQL["add_batch"],
+            {
+                "batch_id": batch_id,
+                "epoch": self._epoch,
+                "generation": generation,
+                "version": version,
+                "owner": self._owner,
+                "lease_ms": self._lease_ms,
+                "rows": len(pks),
+                "bytes": sum(block.bytes for block in planned),
+                "first_pk": pks.first,
+                "last_pk": pks.last,
+                "pks": str(pks),
+                "manifest": blocks_to_text(planned),
+                "inserted_at_ms": max(block.inserted_at_ms for block in planned),
+            },
+        )
+        return Claim(batch_id=batch_id, epoch=self._epoch, version=version, generation=generation, rows=len(pks))
+
+
+def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
+    """The driver's own tuples: on the two statements that read every row, SQLAlchemy's rows would cost as much again."""
+    cursor = connection.execute(SQL[statement], values).cursor
+    assert cursor is not None
+    return list(cursor.fetchall())
+
+
+def _lock_ledger(connection: Connection) -> tuple[int, int]:
+    head = connection.execute(SQL["lock_ledger"]).one_or_none()
+    if head is None:
+        raise SetupIncomplete("clickhouse_outbox_batch lacks its row 0, the ledger's lock; run `auditexport init`")
+    return head.epoch, head.inserted_at_ms
+
+
+def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
+    """`count` values of `inserted_at`, above every earlier one and not before the database's clock."""
+    first_ms = max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)
+    connection.execute(SQL["reserve_inserted_at"], {"last_ms": first_ms + count - 1})
+    return list(range(first_ms, first_ms + count))
+
+
+def _fence(connection: Connection, claim: Claim, *states: State, shared: bool = False) -> None:
+    """Refuses a claim that another plan has adopted, or whose batch is past this step; locks the ledger row."""
+    row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
+    if row is None or row.epoch != claim.epoch:
+        raise _lost(claim, row)
+    if row.state not in tuple(map(str, states)):
+        raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
+
+
+def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
+    now = f"plan {row.epoch} of {row.owner} holds it" if row is not None else "it is not in the ledger"
+    return LeaseLost(
+        f"batch {claim.batch_id} was claimed by plan {claim.epoch}, and now {now}; this run is refused and changed nothing"
+    )
+
+
+def _own(connection: Connection, claim: Claim) -> Batch:
+    row = connection.execute(SQL["batch"], {"batch_id": claim.batch_id}).one_or_none()
+    if row is None or row.epoch != claim.epoch:
+        raise _lost(claim, row)
+    return _batch(row)
+
+
+def _by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
+    """The statements that cover these pks: a range each for few runs, else one list."""
+    if len(pks.runs) > LIST_ABOVE_RUNS:
+        return [(f"{kind}_in", {"pks": list(pks)})]
+    return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
+
+
+def _mark(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+    stamped = 0
+    for part, values in _by_shape("mark", pks):
+        stamped += connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
+    if stamped == len(pks):
+        return Marked(stamped=stamped)
+    ours = elsewhere = 0
+    for part, values in _by_shape("marks", pks):
+        for row in connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}):
+            if row.ours:
+                ours += row.n
+            else:
+                elsewhere += row.n
+    return Marked(stamped=stamped, earlier=ours - stamped, elsewhere=elsewhere, vanished=len(pks) - ours - elsewhere)
+
+
+def _counts_to_text(counts: Counts) -> str:
+    return msgspec.json.encode({name: count for name, count in asdict(counts).items() if count}).decode()
+
+
+def _batch(row: Row[tuple[object, ...]]) -> Batch:
+    return Batch(
+        batch_id=row.batch_id,
+        epoch=row.epoch,
+        generation=row.generation,
+        version=row.version,
+        state=State(row.state),
+        owner=row.owner,
+        pks=PkSet.parse(row.pks),
+        blocks=blocks_from_text(row.manifest),
+        bytes=row.bytes,
+        counts=Counts(**msgspec.json.decode(row.counts, type=dict[str, int])) if row.counts else Counts(),
+        digest=row.digest,
+        attempts=row.attempts,
+        exported_at_ms=row.exported_at_ms,
+        oldest_ms=row.oldest_event_ms,
+        newest_ms=row.newest_event_ms,
+        last_error=row.last_error,
+    )

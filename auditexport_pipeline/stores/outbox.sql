@@ -1,0 +1,213 @@
+-- Everything that is said to MySQL about exporting: the outbox, the ledger, the dead letters.
+-- Isolation is READ COMMITTED on every connection; plain SELECTs lock nothing. Times are the server's.
+-- The ledger's row 0 is not a batch: it is the ledger's lock, its plan counter and its last inserted_at.
+
+-- name: now_ms
+SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
+
+-- ── planning ────────────────────────────────────────────────────────────────────────────────────
+
+-- name: lock_ledger
+-- Primary key. Locks the ledger's row 0 until commit, so planners take turns; nobody else waits for it.
+SELECT epoch, inserted_at_ms FROM clickhouse_outbox_batch WHERE batch_id = 0 FOR UPDATE
+
+-- name: count_plan
+-- Primary key; under lock_ledger.
+UPDATE clickhouse_outbox_batch SET epoch = :epoch WHERE batch_id = 0
+
+-- name: reserve_inserted_at
+-- Primary key; under lock_ledger. Keeps inserted_at strictly increasing even when the clock steps back.
+UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
+
+-- name: open_batches
+-- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error,
+       lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired
+FROM clickhouse_outbox_batch
+WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
+ORDER BY batch_id
+
+-- name: candidates
+-- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps pk order, `IN` would
+-- sort. No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
+SELECT outbox.pk, OCTET_LENGTH(outbox.payload) AS bytes
+FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk
+  AND NOT EXISTS (SELECT 1 FROM clickhouse_outbox_dead_letter AS letter WHERE letter.pk = outbox.pk AND letter.state = 'open')
+ORDER BY outbox.pk
+LIMIT :row_limit
+
+-- name: exported_over
+-- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error
+FROM clickhouse_outbox_batch
+WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND state IN ('exported', 'verified', 'discrepant')
+ORDER BY batch_id
+
+-- name: last_batch_id
+-- Primary key, last entry; under lock_ledger.
+SELECT MAX(batch_id) AS batch_id FROM clickhouse_outbox_batch
+
+-- name: add_batch
+-- Under lock_ledger, which makes the new batch_id ours.
+INSERT INTO clickhouse_outbox_batch
+  (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, row_count, entry_count, bytes,
+   first_pk, last_pk, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms)
+VALUES
+  (:batch_id, :epoch, :generation, :version, 'claimed', :owner,
+   CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms, :rows, :rows, 0, :bytes,
+   :first_pk, :last_pk, :pks, :manifest, '', '', :inserted_at_ms, 0, '', CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
+
+-- name: adopt
+-- Primary key; under lock_ledger. The higher epoch is the fence: whatever the old owner does is refused.
+UPDATE clickhouse_outbox_batch
+SET epoch = :epoch, owner = :owner, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
+WHERE batch_id = :batch_id
+
+-- name: open_owners
+-- state_idx; no lock.
+SELECT DISTINCT owner FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
+
+-- ── a batch's life ──────────────────────────────────────────────────────────────────────────────
+
+-- name: renew
+-- state_idx; locks the plan's open batches for one statement. All of them: the last batch of a long run
+-- must not expire while the first is written.
+UPDATE clickhouse_outbox_batch
+SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
+WHERE epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
+
+-- name: batch
+-- Primary key; no lock.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error
+FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
+
+-- name: fence
+-- Primary key. Locks the batch's ledger row until commit, so that no planner adopts it in between.
+SELECT epoch, state, owner, attempts FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
+
+-- name: fence_shared
+-- Primary key. As `fence`, but chunks of one batch are marked at the same time under it.
+SELECT epoch, state, owner, attempts FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
+
+-- name: rows_between
+-- Primary key range; no lock. Every integer of the range is the batch's own.
+SELECT pk, event_id, workspace_id, version, deleted_at, CAST(payload AS BINARY) AS payload
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk
+ORDER BY pk
+
+-- name: rows_in
+-- Primary key, point by point, for scattered pks (interleaved servers or versions); no lock.
+SELECT pk, event_id, workspace_id, version, deleted_at, CAST(payload AS BINARY) AS payload
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk IN :pks
+ORDER BY pk
+
+-- name: cut
+-- Primary key; under fence.
+UPDATE clickhouse_outbox_batch
+SET state = IF(state = 'claimed', 'sealed', state),
+    sealed_at_ms = COALESCE(sealed_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)),
+    row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
+    pks = :pks, manifest = :manifest, counts = :counts, digest = :digest,
+    oldest_event_ms = COALESCE(:oldest_ms, oldest_event_ms), newest_event_ms = COALESCE(:newest_ms, newest_event_ms)
+WHERE batch_id = :batch_id
+
+-- name: add_dead_letter
+-- Primary key. A row whose retry failed again reopens its letter.
+INSERT INTO clickhouse_outbox_dead_letter
+  (pk, state, version, workspace_id, event_id, reason, json_path, detail, batch_id, created_at_ms, updated_at_ms)
+VALUES
+  (:pk, 'open', :version, :workspace_id, :event_id, :reason, :json_path, :detail, :batch_id,
+   CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED), CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
+ON DUPLICATE KEY UPDATE
+  state = 'open', reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
+  batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
+
+-- name: begin_write
+-- Primary key; under fence.
+UPDATE clickhouse_outbox_batch
+SET attempts = attempts + 1, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
+WHERE batch_id = :batch_id
+
+-- name: stop
+-- Primary key; under fence. The lease stays as it is: nobody adopts the batch while an INSERT can still run.
+UPDATE clickhouse_outbox_batch SET state = 'stopped', last_error = :error WHERE batch_id = :batch_id
+
+-- name: record_written
+-- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one.
+UPDATE clickhouse_outbox_batch
+SET state = 'written', written_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
+    exported_at_ms = COALESCE(exported_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)), last_error = ''
+WHERE batch_id = :batch_id
+
+-- name: mark_between
+-- Primary key range. Locks exactly the rows it stamps (READ COMMITTED, no gaps), for one short transaction.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY)
+SET deleted_at = :exported_at_ms
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NULL
+
+-- name: mark_in
+-- Primary key, point by point; otherwise as mark_between.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY)
+SET deleted_at = :exported_at_ms
+WHERE pk IN :pks AND deleted_at IS NULL
+
+-- name: marks_between
+-- Primary key range; no lock. Asked only when a chunk stamped fewer rows than it holds.
+SELECT deleted_at = :exported_at_ms AS ours, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL GROUP BY ours
+
+-- name: marks_in
+-- Primary key, point by point; otherwise as marks_between.
+SELECT deleted_at = :exported_at_ms AS ours, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk IN :pks AND deleted_at IS NOT NULL GROUP BY ours
+
+-- name: record_exported
+-- Primary key; under fence, in the transaction of the last chunk.
+UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_until_ms = 0 WHERE batch_id = :batch_id
+
+-- name: unverified
+-- state_idx; no lock.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error
+FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
+
+-- name: record_verified
+-- Primary key. The state guard lets two verifiers meet: the second changes nothing.
+UPDATE clickhouse_outbox_batch
+SET state = :state, last_error = :error, verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE batch_id = :batch_id AND state = 'exported'
+
+-- ── the backlog probe: O(1) in the size of the table ────────────────────────────────────────────
+
+-- name: count_pending
+-- drainer_pending_idx, covering; stops at row_limit.
+SELECT COUNT(*) AS n FROM
+  (SELECT 1 FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+   WHERE deleted_at IS NULL AND version = :version LIMIT :row_limit) AS pending
+
+-- name: oldest_pending
+-- drainer_pending_idx in order, first row that no open dead letter holds.
+SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - outbox.created_at AS lag_ms
+FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version
+  AND NOT EXISTS (SELECT 1 FROM clickhouse_outbox_dead_letter AS letter WHERE letter.pk = outbox.pk AND letter.state = 'open')
+ORDER BY outbox.pk LIMIT 1
+
+-- name: next_pending_version
+-- drainer_pending_idx, one step per version present.
+SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at IS NULL AND version > :version ORDER BY version LIMIT 1
+
+-- name: count_dead
+-- letter_state_idx, covering.
+SELECT version, COUNT(*) AS n FROM clickhouse_outbox_dead_letter WHERE state = 'open' GROUP BY version
+
+-- name: dead_by_reason
+-- letter_state_idx.
+SELECT reason, COUNT(*) AS n FROM clickhouse_outbox_dead_letter WHERE state = 'open' GROUP BY reason ORDER BY n DESC, reason

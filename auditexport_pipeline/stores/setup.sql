@@ -1,0 +1,135 @@
+-- The tables. Ours in MySQL, the application's outbox (only when asked for), and ClickHouse's.
+
+-- name: ledger
+CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
+  batch_id BIGINT UNSIGNED NOT NULL COMMENT 'counted up under the lock of row 0, which is not a batch',
+  epoch BIGINT UNSIGNED NOT NULL COMMENT 'the plan that holds the batch; a higher one fences its predecessor off',
+  generation INT UNSIGNED NOT NULL COMMENT '0 for a first export, more for a requeue',
+  version VARCHAR(64) NOT NULL,
+  state VARCHAR(16) NOT NULL COMMENT 'claimed, sealed, written, stopped, exported, verified, discrepant',
+  owner VARCHAR(128) NOT NULL COMMENT 'root run id, or the process that drains',
+  lease_until_ms BIGINT NOT NULL,
+  claimed_rows INT UNSIGNED NOT NULL,
+  row_count INT UNSIGNED NOT NULL COMMENT 'outbox rows to mark',
+  entry_count INT UNSIGNED NOT NULL COMMENT 'entries sent to ClickHouse',
+  bytes BIGINT UNSIGNED NOT NULL COMMENT 'payload bytes',
+  first_pk BIGINT UNSIGNED NULL,
+  last_pk BIGINT UNSIGNED NULL,
+  pks MEDIUMTEXT NOT NULL COMMENT 'runs of pks: 1-9,11',
+  manifest MEDIUMTEXT NOT NULL COMMENT 'blocks: number, inserted_at, pks, digest, fingerprint',
+  counts VARCHAR(255) NOT NULL COMMENT 'rows that were dead, folded, vanished, marked elsewhere, released',
+  digest VARCHAR(64) NOT NULL COMMENT 'seal of the content',
+  previous_digest VARCHAR(64) NULL COMMENT 'kept free for a chain of seals',
+  inserted_at_ms BIGINT NOT NULL COMMENT 'latest of the blocks; in row 0 the last one reserved',
+  oldest_event_ms BIGINT NULL,
+  newest_event_ms BIGINT NULL,
+  attempts INT UNSIGNED NOT NULL COMMENT 'of writing',
+  last_error VARCHAR(1000) NOT NULL,
+  claimed_at_ms BIGINT NOT NULL,
+  sealed_at_ms BIGINT NULL,
+  written_at_ms BIGINT NULL,
+  exported_at_ms BIGINT NULL COMMENT 'the deleted_at of its rows',
+  verified_at_ms BIGINT NULL,
+  PRIMARY KEY (batch_id),
+  KEY state_idx (state, batch_id),
+  KEY last_pk_idx (last_pk, first_pk),
+  KEY exported_idx (exported_at_ms)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
+
+-- name: ledger_head
+INSERT IGNORE INTO clickhouse_outbox_batch
+  (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, row_count, entry_count, bytes,
+   pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms)
+VALUES (0, 0, 0, '', 'head', '', 0, 0, 0, 0, 0, '', '[]', '', '', 0, 0, '', 0)
+
+-- name: dead_letters
+CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
+  pk BIGINT UNSIGNED NOT NULL COMMENT 'of the outbox row, which stays where it is, unmarked',
+  state VARCHAR(16) NOT NULL COMMENT 'open while it keeps its row out of batches',
+  version VARCHAR(64) NOT NULL,
+  workspace_id VARCHAR(48) NOT NULL,
+  event_id VARCHAR(48) NOT NULL,
+  reason VARCHAR(64) NOT NULL,
+  json_path VARCHAR(255) NOT NULL,
+  detail VARCHAR(255) NOT NULL COMMENT 'types and codes, never payload text',
+  batch_id BIGINT UNSIGNED NOT NULL,
+  created_at_ms BIGINT NOT NULL,
+  updated_at_ms BIGINT NOT NULL,
+  PRIMARY KEY (pk),
+  KEY letter_state_idx (state, version, reason),
+  KEY workspace_idx (workspace_id, state)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
+
+-- name: outbox
+-- The application's table, by the contract; for the demo and the tests.
+CREATE TABLE IF NOT EXISTS clickhouse_outbox (
+  pk BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+  version VARCHAR(64) NOT NULL,
+  workspace_id VARCHAR(48) NOT NULL,
+  event_id VARCHAR(48) NOT NULL,
+  payload JSON NOT NULL,
+  created_at BIGINT NOT NULL,
+  deleted_at BIGINT UNSIGNED NULL,
+  KEY drainer_pending_idx (deleted_at, version, pk)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = $collation
+
+-- name: mysql_columns
+SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name FROM information_schema.columns
+WHERE table_schema = DATABASE()
+  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter')
+
+-- name: mysql_indexes
+SELECT LOWER(table_name) AS table_name, LOWER(index_name) AS index_name,
+       GROUP_CONCAT(LOWER(column_name) ORDER BY seq_in_index) AS columns
+FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = 'clickhouse_outbox'
+GROUP BY table_name, index_name
+
+-- name: audit_logs_raw_v1
+CREATE TABLE IF NOT EXISTS audit_logs_raw_v1 (
+  event_id String,
+  time Int64,
+  inserted_at Int64,
+  workspace_id String,
+  bucket LowCardinality(String),
+  source LowCardinality(String) DEFAULT 'platform',
+  event LowCardinality(String),
+  description String,
+  actor_type LowCardinality(String),
+  actor_id String,
+  actor_name String,
+  actor_meta JSON,
+  remote_ip String,
+  user_agent String,
+  meta JSON,
+  meta_text String MATERIALIZED toJSONString(meta),
+  `targets.type` Array(LowCardinality(String)),
+  `targets.id` Array(String),
+  `targets.name` Array(String),
+  `targets.meta` Array(JSON),
+  targets_meta_text String MATERIALIZED arrayStringConcat(arrayMap(target -> toJSONString(target), `targets.meta`), '\n'),
+  correlation_id String,
+  INDEX event_idx event TYPE set(100),
+  INDEX actor_id_idx actor_id TYPE bloom_filter(0.01),
+  INDEX targets_id_idx `targets.id` TYPE bloom_filter(0.01),
+  INDEX correlation_id_idx correlation_id TYPE bloom_filter(0.01),
+  INDEX meta_text_idx meta_text TYPE tokenbf_v1(32768, 3, 0),
+  INDEX targets_meta_text_idx targets_meta_text TYPE tokenbf_v1(32768, 3, 0),
+  INDEX inserted_at_idx inserted_at TYPE minmax
+)
+ENGINE = $engine
+PARTITION BY toYYYYMM(fromUnixTimestamp64Milli(inserted_at, 'UTC'))
+ORDER BY (workspace_id, bucket, time, event_id)
+TTL toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC')) + INTERVAL 90 DAY
+SETTINGS $table_settings
+
+-- name: audit_logs
+-- The read side: each event once, also while two copies of it have not merged yet.
+CREATE VIEW IF NOT EXISTS audit_logs AS
+SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL
+
+-- name: clickhouse_columns
+SELECT table, name FROM system.columns WHERE database = currentDatabase() AND table IN ('audit_logs_raw_v1', 'audit_logs')
+
+-- name: clickhouse_table
+SELECT engine, engine_full, partition_key, sorting_key FROM system.tables
+WHERE database = currentDatabase() AND name = 'audit_logs_raw_v1'

@@ -1,0 +1,134 @@
+"""Real servers for the whole run, one database of its own for each test.
+
+A missing server fails the run. AUDITEXPORT_TEST_MYSQL_URL and AUDITEXPORT_TEST_CLICKHOUSE_URL point the
+suite at servers of yours (it creates and drops databases there); otherwise a private MySQL or MariaDB
+(AUDITEXPORT_MYSQLD chooses) and the embedded ClickHouse are started and stopped here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from auditexport_pipeline.local.clickhouse import LocalClickHouse
+from auditexport_pipeline.local.mysql import LocalMySQL
+from auditexport_pipeline.stores import setup
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+
+_numbers = itertools.count(1)
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"mysql: {os.environ.get('AUDITEXPORT_TEST_MYSQL_URL') or os.environ.get('AUDITEXPORT_MYSQLD') or 'private, from PATH'}",
+        f"clickhouse: {os.environ.get('AUDITEXPORT_TEST_CLICKHOUSE_URL') or 'embedded'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def mysql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a MySQL-family server, without a database and ending in a slash."""
+    given = os.environ.get("AUDITEXPORT_TEST_MYSQL_URL")
+    if given:
+        yield given.rstrip("/") + "/"
+        return
+    with LocalMySQL(tmp_path_factory.mktemp("mysql")) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def clickhouse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a ClickHouse server, without a database and ending in a slash."""
+    given = os.environ.get("AUDITEXPORT_TEST_CLICKHOUSE_URL")
+    if given:
+        yield given.rstrip("/") + "/"
+        return
+    with LocalClickHouse(tmp_path_factory.mktemp("clickhouse")) as server:
+        yield server.url.removesuffix("default")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """One test's two databases, tables created, and the stores over them."""
+
+    mysql_url: str
+    clickhouse_url: str
+    outbox: MySQLOutbox
+    log: ClickHouseAuditLog
+
+    def sql(self, statement: str, **values: object) -> list[sa.Row[tuple[object, ...]]]:
+        """Runs a statement in MySQL as the application would, in a transaction of its own."""
+        with self.outbox.engine.begin() as connection:
+            result = connection.execute(sa.text(statement), values)
+            return list(result) if result.returns_rows else []
+
+    def put(self, *rows: tuple[str, str, str], version: str = "audit_log.v1") -> list[int]:
+        """Inserts (workspace_id, event_id, payload) rows as one application transaction; returns their pks."""
+        pks = []
+        with self.outbox.engine.begin() as connection:
+            for workspace_id, event_id, payload in rows:
+                result = connection.execute(
+                    sa.text(
+                        "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
+                        "VALUES (:version, :workspace_id, :event_id, :payload, UNIX_TIMESTAMP(NOW(3)) * 1000)"
+                    ),
+                    {"version": version, "workspace_id": workspace_id, "event_id": event_id, "payload": payload},
+                )
+                pks.append(int(result.lastrowid))
+        return pks
+
+    def clickhouse(self, query: str, **parameters: object) -> list[tuple[object, ...]]:
+        """Rows of a ClickHouse query, JSON keys with dots shown as they are."""
+        result = self.log.client().query(
+            query, parameters=parameters or None, settings={"json_type_escape_dots_in_keys": 1}
+        )
+        return [tuple(row) for row in result.result_rows]
+
+    def counts(self) -> tuple[int, int]:
+        """(entries, distinct events) in ClickHouse, without FINAL: equal means no duplicate."""
+        ((entries, events),) = self.clickhouse(
+            "SELECT count(), uniqExact(workspace_id, event_id) FROM audit_logs_raw_v1"
+        )
+        return int(str(entries)), int(str(events))
+
+    def pending(self) -> int:
+        """Rows of the outbox that are not marked."""
+        return int(str(self.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox WHERE deleted_at IS NULL")[0].n))
+
+
+@pytest.fixture
+def stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
+    """Two fresh databases with all tables, dropped afterwards."""
+    name = f"auditexport_test_{os.getpid()}_{next(_numbers)}"
+    admin = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    admin_log = ClickHouseAuditLog(clickhouse_server + "default")
+    admin_log.client().command(f"CREATE DATABASE {name}")
+    outbox = MySQLOutbox(mysql_server + name)
+    log = ClickHouseAuditLog(clickhouse_server + name)
+    setup.create(outbox, log, with_outbox=True)
+    try:
+        yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
+    finally:
+        outbox.engine.dispose()
+        log.client().close_connections()
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name}")
+        admin_log.client().command(f"DROP DATABASE {name}")
+        admin.dispose()
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """An empty directory for a Dagster instance."""
+    home = tmp_path / "dagster_home"
+    home.mkdir()
+    return home

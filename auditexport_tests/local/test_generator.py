@@ -1,0 +1,297 @@
+"""The event generator: the same rows from the same seed, and writers that behave as applications do.
+
+What belongs here: sizes, vocabulary, broken rows, and what is in the outbox after seeding. What does not:
+whether a payload decodes, which `core.event` and its tests decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from auditexport_pipeline.local.generator import (
+    MALFORMED_KINDS,
+    PLATFORM_BUCKET,
+    Generator,
+    OutboxRow,
+    seed_outbox,
+    trickle,
+)
+from auditexport_pipeline.local.mysql import LocalMySQL
+
+COLLATIONS = {"mariadb": "utf8mb4_bin", "mysql": "utf8mb4_0900_as_cs"}
+DDL = """
+CREATE TABLE clickhouse_outbox (
+    pk BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+    version VARCHAR(64) NOT NULL,
+    workspace_id VARCHAR(48) NOT NULL,
+    event_id VARCHAR(48) NOT NULL,
+    payload JSON NOT NULL,
+    created_at BIGINT NOT NULL,
+    deleted_at BIGINT UNSIGNED NULL,
+    INDEX drainer_pending_idx (deleted_at, version, pk)
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMySQL]:
+    with LocalMySQL(tmp_path_factory.mktemp("generator-mysql")) as running:
+        yield running
+
+
+@pytest.fixture
+def outbox(server: LocalMySQL) -> Iterator[sa.Engine]:
+    """An empty outbox in a database of its own."""
+    name = f"outbox_{uuid4().hex[:12]}"
+    admin = sa.create_engine(server.url)
+    with admin.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE {COLLATIONS[server.family]}"
+        )
+    admin.dispose()
+    engine = sa.create_engine(f"{server.url}{name}", isolation_level="READ COMMITTED")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(DDL)
+    yield engine
+    engine.dispose()
+
+
+def url(engine: sa.Engine) -> str:
+    return engine.url.render_as_string(hide_password=False)
+
+
+def stored(engine: sa.Engine, columns: str = "event_id, payload") -> list[Any]:
+    with engine.connect() as connection:
+        return list(connection.exec_driver_sql(f"SELECT {columns} FROM clickhouse_outbox ORDER BY pk"))
+
+
+def test_a_seed_gives_the_same_rows_every_time_and_another_seed_gives_others() -> None:
+    """A failure that a generated event caused has to come back when the test is run again."""
+    first = list(Generator(7).events(500))
+    assert first == list(Generator(7).events(500))
+    assert not {row.event_id for row in first} & {row.event_id for row in Generator(8).events(500)}
+
+
+def test_rows_do_not_depend_on_how_many_are_asked_for_at_a_time() -> None:
+    """Writers take transactions of any size from one generator; the events must not change with them."""
+    piecewise = Generator(7)
+    rows = [row for size in (1, 199, 300) for row in piecewise.events(size)]
+    assert rows == list(Generator(7).events(500))
+
+
+def test_streams_of_one_seed_share_workspaces_but_no_event() -> None:
+    """Several writers of one application write about the same tenants, never the same event."""
+    one, two = (list(Generator(7, stream=stream).events(2_000)) for stream in (0, 1))
+    assert not {row.event_id for row in one} & {row.event_id for row in two}
+    assert {row.workspace_id for row in one} == {row.workspace_id for row in two}
+
+
+def test_events_are_varied_skewed_and_within_the_columns() -> None:
+    """An even, ASCII, always complete world would hide what breaks in the real one."""
+    rows = list(Generator(7).events(20_000))
+    events = [json.loads(row.payload) for row in rows]
+    assert len({row.event_id for row in rows}) == len(rows)
+    assert all(len(row.event_id) <= 48 and len(row.workspace_id) <= 48 for row in rows)
+    assert all(row.event_id.startswith("evt_") and row.workspace_id.startswith("ws_") for row in rows)
+    for row, event in zip(rows, events, strict=True):
+        assert (event["event_id"], event["workspace_id"]) == (row.event_id, row.workspace_id)
+        assert isinstance(event["time"], int)
+        assert event["time"] <= row.created_at_ms
+
+    workspaces = Counter(row.workspace_id for row in rows).most_common()
+    assert len(workspaces) == 40
+    assert workspaces[0][1] > 10 * workspaces[-1][1]
+    assert {event["actor"]["type"] for event in events} == {"user", "key", "system"}
+    assert {event["source"] for event in events} == {"platform", "customer", ""}
+    assert {len(event.get("targets") or ()) for event in events} == set(range(6))
+    assert {"key.create", "api.create", "ratelimit.set_override", "user.login"} <= {
+        event["event"] for event in events
+    }
+    buckets = Counter(event["bucket"] for event in events)
+    assert buckets.most_common(1)[0][0] == PLATFORM_BUCKET
+    assert len(buckets) > 3
+    for field in ("remote_ip", "user_agent", "meta", "correlation_id"):
+        states = {"absent" if field not in event else event[field] is None for event in events}
+        assert states == {"absent", True, False}, f"{field} is not present, null and absent in turn"
+    assert any(":" in (event.get("remote_ip") or "") for event in events)
+    text = "".join(row.payload for row in rows[:2_000])
+    for sample in ("山", "م", "Ольга", "🚀", "\\n", "\\\\", "'"):
+        assert sample in text
+
+
+def test_payloads_are_compact_and_about_600_bytes() -> None:
+    """Throughput is quoted in events a second: the size of an event has to be a realistic one."""
+    rows = list(Generator(7).events(5_000))
+    assert 550 <= statistics.mean(len(row.payload.encode()) for row in rows) <= 680
+    sample = rows[0].payload
+    assert sample == json.dumps(json.loads(sample), ensure_ascii=False, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "low", "high"), [(100, 200, 420), (2_000, 1_960, 2_000), (20_000, 19_960, 20_000)]
+)
+def test_payloads_approach_the_size_asked_for(asked: int, low: int, high: int) -> None:
+    """Batches are cut by bytes too, which needs small and large events to try."""
+    rows = list(Generator(7, payload_bytes=asked).events(300))
+    sizes = [len(row.payload.encode()) for row in rows]
+    assert low <= min(sizes)
+    assert max(sizes) <= high
+    assert {"event_id", "time", "workspace_id", "event", "actor"} <= set(json.loads(rows[0].payload))
+
+
+def test_each_malformed_kind_differs_from_a_sound_event_in_its_own_way() -> None:
+    """A dead letter's reason can only be tested if the fault is the one its name says."""
+    broken = dict(zip(MALFORMED_KINDS, Generator(7).malformed(len(MALFORMED_KINDS)), strict=True))
+    payload = {kind: json.loads(row.payload) for kind, row in broken.items()}
+    assert isinstance(payload["array_not_object"], list)
+    assert isinstance(payload["string_not_object"], str)
+    assert payload["null_not_object"] is None
+    assert payload["empty_object"] == {}
+    for field in ("event_id", "time", "workspace_id", "event"):
+        assert field not in payload[f"no_{field}"]
+    assert payload["event_is_null"]["event"] is None
+    assert isinstance(payload["time_is_string"]["time"], str)
+    assert payload["time_has_fraction"]["time"] % 1 == 0.5
+    assert payload["time_beyond_int64"]["time"] > 2**63
+    assert isinstance(payload["meta_is_list"]["meta"], list)
+    assert payload["other_workspace_id"]["workspace_id"] != broken["other_workspace_id"].workspace_id
+    assert payload["other_event_id"]["event_id"] != broken["other_event_id"].event_id
+    assert {row.version for row in broken.values()} == {"audit_log.v1"}
+
+
+def test_the_json_column_takes_every_row_and_gives_back_the_same_value(outbox: sa.Engine) -> None:
+    """MySQL refuses invalid JSON: a broken row has to be broken for us alone. It also rewrites the text."""
+    generator = Generator(7)
+    rows: list[OutboxRow] = [
+        *generator.events(300),
+        *generator.malformed(2 * len(MALFORMED_KINDS)),
+        *generator.unknown_version(5),
+    ]
+    with outbox.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at)"
+                " VALUES (:version, :workspace_id, :event_id, :payload, :created_at_ms)"
+            ),
+            [{name: getattr(row, name) for name in OutboxRow.__dataclass_fields__} for row in rows],
+        )
+    for row, (event_id, payload) in zip(rows, stored(outbox), strict=True):
+        assert event_id == row.event_id
+        assert json.loads(str(payload)) == json.loads(row.payload)
+
+
+def test_seeding_writes_what_it_says(outbox: sa.Engine) -> None:
+    """Every exactly-once test compares what was exported with these counts."""
+    heard: list[int] = []
+    seeded = seed_outbox(
+        url(outbox), seed=7, events=3_000, malformed=40, unknown=30, writers=3, progress=heard.append
+    )
+    rows = stored(outbox, "event_id, version, workspace_id, created_at, deleted_at")
+    assert seeded.rows == len(rows) == 3_070
+    assert (seeded.events, seeded.unknown) == (3_000, 30)
+    assert sum(seeded.malformed.values()) == 40
+    assert set(seeded.malformed) == set(MALFORMED_KINDS)
+    assert sum(row.version == "audit_log.v99" for row in rows) == 30
+    assert len({row.event_id for row in rows}) == len(rows)
+    assert seeded.workspaces == len({row.workspace_id for row in rows})
+    assert seeded.first_created_at_ms == min(row.created_at for row in rows)
+    assert seeded.last_created_at_ms == max(row.created_at for row in rows)
+    assert {row.deleted_at for row in rows} == {None}
+    assert heard == sorted(heard)
+    assert heard[-1] == 3_070
+    assert len(heard) == seeded.transactions
+
+
+def test_seeding_keeps_every_character(outbox: sa.Engine) -> None:
+    """The writers quote payloads themselves, for speed: a backslash too few would be our own corruption."""
+    seed_outbox(url(outbox), seed=7, events=2_000, writers=1, end_ms=1_800_000_000_000)
+    other = Generator(7, start_ms=1_800_000_000_000 - 3_600_000, step_ms=3_600_000 / 2_000)
+    written = {row.event_id: json.loads(row.payload) for row in other.events(20_000)}
+    rows = stored(outbox)
+    assert len(rows) == 2_000
+    for event_id, payload in rows:
+        assert json.loads(str(payload)) == written[str(event_id)]
+
+
+def test_rolled_back_rows_never_appear_and_leave_gaps_in_the_pks(outbox: sa.Engine) -> None:
+    """A gap is no missing row: whoever waits for it to be filled waits for ever."""
+    seeded = seed_outbox(url(outbox), seed=7, events=5_000)
+    rows = stored(outbox, "pk, event_id")
+    assert seeded.rolled_back_event_ids
+    assert not {row.event_id for row in rows} & set(seeded.rolled_back_event_ids)
+    assert max(row.pk for row in rows) - min(row.pk for row in rows) + 1 > len(rows)
+
+
+def test_lower_pks_become_visible_after_higher_ones(outbox: sa.Engine) -> None:
+    """The race that breaks every exporter with a watermark: without it in the data nobody notices."""
+    seen: list[set[int]] = [set()]
+    with outbox.connect() as connection:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+
+        def look(_: int) -> None:
+            found = connection.exec_driver_sql("SELECT pk FROM clickhouse_outbox")
+            seen.append({pk for (pk,) in found})
+
+        seeded = seed_outbox(url(outbox), seed=7, events=2_000, writers=1, progress=look)
+    late = sum(
+        bool(before) and min(after - before) < max(before) for before, after in itertools.pairwise(seen)
+    )
+    assert late == seeded.late_transactions
+    assert late > 0
+
+
+def test_the_committed_events_are_the_same_for_the_same_seed(server: LocalMySQL, outbox: sa.Engine) -> None:
+    """Threads decide pks and the order of commits, never which events there are."""
+    ids = []
+    for _ in range(2):
+        seed_outbox(url(outbox), seed=7, events=1_000, malformed=7, writers=4)
+        ids.append({event_id for (event_id,) in stored(outbox, "event_id")})
+        with outbox.begin() as connection:
+            connection.exec_driver_sql("TRUNCATE clickhouse_outbox")
+    assert ids[0] == ids[1]
+
+
+def test_a_failing_writer_is_reported_and_the_others_stop(outbox: sa.Engine) -> None:
+    """A half-filled outbox that passes for a full one would make every count after it wrong."""
+    with outbox.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE clickhouse_outbox")
+    with pytest.raises(sa.exc.ProgrammingError):
+        seed_outbox(url(outbox), seed=7, events=1_000)
+
+
+def test_a_trickle_commits_until_told_to_stop_and_outlives_a_crash(
+    outbox: sa.Engine, server: LocalMySQL
+) -> None:
+    """`make dev` shows a live backlog, also to somebody who kills the database to see what happens."""
+    stop, committed = threading.Event(), list[int]()
+    thread = threading.Thread(
+        target=lambda: committed.append(trickle(url(outbox), seed=7, events_per_s=300, stop=stop))
+    )
+
+    def wait_for(rows: int) -> None:
+        while len(stored(outbox, "pk")) < rows:
+            assert thread.is_alive()
+
+    thread.start()
+    try:
+        wait_for(20)
+        server.kill()
+        server.start()
+        outbox.dispose()
+        before = len(stored(outbox, "pk"))
+        assert before >= 20, "a commit that was answered survives"
+        wait_for(before + 20)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(stored(outbox, "pk")) >= committed[0] >= before + 20
