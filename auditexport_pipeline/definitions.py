@@ -56,7 +56,7 @@ def build_defs(**resources: Any) -> dg.Definitions:
             "outbox_io_manager": outbox_io_manager,
             **resources,
         },
-        executor=_executor(os.environ.get("AUDITEXPORT_EXECUTOR", "in_process")),
+        executor=_executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process"),
     )
 
 

@@ -77,7 +77,8 @@ def plan_batches(
 ) -> Iterator[Any]:
     started_at_s = time.time()
     limits = Limits.of(context.op_config)
-    heartbeat.start()
+    if context.retry_number == 0:
+        heartbeat.start()
     with told_to_dagster(context, heartbeat):
         outbox = mysql.outbox()
         refuse_unless_ready(outbox, clickhouse.audit_log())

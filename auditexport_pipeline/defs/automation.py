@@ -4,7 +4,9 @@ What belongs here: asking Dagster and the ledger, and handing the answer to `cor
 does not: the decision itself, or the counting.
 """
 
+import math
 import os
+import time
 
 import dagster as dg
 import msgspec
@@ -12,6 +14,7 @@ import msgspec
 from auditexport_pipeline.core.backlog import Backlog, Thresholds, decide
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.defs.assets import DRAIN_POOL
 from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.defs.resources import MySQLResource
 
@@ -50,7 +53,7 @@ export_schedule = dg.ScheduleDefinition(
 def thresholds() -> Thresholds:
     """AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S, read at every tick; raises `InvalidConfig`."""
     return Thresholds(
-        rows=int(_positive("AUDITEXPORT_SENSOR_ROWS", DEFAULT_THRESHOLDS.rows)),
+        rows=math.ceil(_positive("AUDITEXPORT_SENSOR_ROWS", DEFAULT_THRESHOLDS.rows)),
         lag_s=_positive("AUDITEXPORT_SENSOR_LAG_S", DEFAULT_THRESHOLDS.lag_s),
     )
 
@@ -61,15 +64,16 @@ def _positive(name: str, default: float) -> float:
         value = float(text) if text else float(default)
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise InvalidConfig(f"{name} is {text!r}; it must be a number above 0")
     return value
 
 
 def _run_at_work(instance: dg.DagsterInstance) -> str | None:
-    """The unfinished run that drains, whether the job, the schedule or the page launched it."""
+    """The unfinished run that drains: our job's, one from the page that names the asset, or any that holds the pool."""
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200):
-        if run.job_name == JOB or (run.asset_selection is not None and ASSET in run.asset_selection):
+        pools = run.run_op_concurrency.all_pools if run.run_op_concurrency else None
+        if run.job_name == JOB or ASSET in (run.asset_selection or ()) or DRAIN_POOL in (pools or ()):
             return f"run {run.run_id[:8]}"
     return None
 
@@ -90,6 +94,13 @@ class _Seen(msgspec.Struct):
     at_s: float
 
 
+def _seen(cursor: str | None) -> _Seen | None:
+    try:
+        return msgspec.json.decode(cursor or "", type=_Seen)
+    except msgspec.DecodeError:  # none yet, or one that was set by hand on the page
+        return None
+
+
 @dg.sensor(
     name="outbox_backlog_sensor",
     job=export_job,
@@ -98,19 +109,17 @@ class _Seen(msgspec.Struct):
     "AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S set the thresholds.",
 )
 def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResource) -> dg.SensorResult:
-    import time
-
     try:
         limits = thresholds()
         backlog = mysql.outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
     except AuditExportError as error:
-        raise dg.Failure(description=str(error)) from error
+        raise dg.Failure(description=str(error)) from None
     decision = decide(
         backlog, limits, at_work=_run_at_work(context.instance) or _owner_at_work(context.instance, backlog)
     )
     numbers = backlog_metadata(backlog)
     steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
-    seen = msgspec.json.decode(context.cursor, type=_Seen) if context.cursor else None
+    seen = _seen(context.cursor)
     fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
     return dg.SensorResult(
         # No run_key: Dagster remembers one for ever, failed runs included.

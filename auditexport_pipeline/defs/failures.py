@@ -7,8 +7,10 @@ the tree in `core.errors` has done.
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import dagster as dg
 
@@ -26,10 +28,16 @@ def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource
     """Retries a transient error with backoff and jitter, and fails the step with one clear line otherwise.
 
     A lost lease is not retried: the batch has a new owner, and this run has nothing left to do with it.
+
+    Dagster stores an exception with everything it was caused by, and what a driver says may quote the row
+    it was sent. So the causes end here, and of an exception that nobody foresaw only its type and the
+    lines of source it came through are told.
     """
     try:
         yield
     except AuditExportError as error:
+        error.__cause__ = None
+        error.__context__ = None
         again = isinstance(error, TransientError) and not isinstance(error, LeaseLost)
         if again and context.retry_number < STEP_RETRIES:
             wait_s = FIRST_WAIT_S * 2**context.retry_number * random.uniform(0.5, 1.5)
@@ -39,3 +47,13 @@ def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource
         raise dg.Failure(
             description=str(error), metadata={"error": type(error).__name__, "rerun_helps": again}, allow_retries=False
         ) from error
+    except Exception as error:
+        heartbeat.fail()
+        stack = traceback.extract_tb(error.__traceback__)
+        raise dg.Failure(
+            description=f"{type(error).__name__} at {Path(stack[-1].filename).name}:{stack[-1].lineno}, which is a defect "
+            "of this program or of its surroundings. Its text is withheld, because it may quote an event; "
+            "nothing is lost, the next run continues",
+            metadata={"error": type(error).__name__, "stack": "".join(stack.format())},
+            allow_retries=False,
+        ) from None

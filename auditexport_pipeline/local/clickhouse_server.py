@@ -125,10 +125,10 @@ TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# ParserInsertQuery: after the format's name blanks, then at most one line end, then data. A Native block
-# of ten columns begins with a line feed of its own.
 FORMAT_NAME = re.compile(rb"(?:\s|--[^\n]*\n|/\*.*?\*/)+([A-Za-z]\w*)", re.DOTALL)
 LAST_FORMAT = re.compile(rb"\bFORMAT\s+([A-Za-z]\w*)\s*(?:SETTINGS\b[^()]*)?;?\s*\Z", re.IGNORECASE)
+# ParserInsertQuery: after the format's name blanks, then at most one line end, then data. A Native block
+# of ten columns begins with a line feed of its own.
 DATA_START = re.compile(rb"[ \t\f]*(\r?\n)?")
 CALL = re.compile(rb"\s*\(")
 # Statements whose answer is rows; a client tells an empty result from no result by the format header.
@@ -138,9 +138,7 @@ ROWS_FOLLOW = re.compile(
 )
 UNREMARKABLE = re.compile(rb"[^;'\"`$/#-]+")
 # What may follow a *column* called format; a format of that name does not exist.
-NOT_A_FORMAT = frozenset(
-    b"FROM AS ASC DESC AND OR IN IS LIKE NOT UNION WHERE GROUP ORDER LIMIT SETTINGS".split()
-)
+NOT_A_FORMAT = frozenset(b"FROM AS ASC DESC AND OR IN IS LIKE NOT UNION WHERE GROUP ORDER LIMIT SETTINGS".split())
 OPENING, CLOSING = (b"(", b"[", b"{"), (b")", b"]", b"}")
 
 
@@ -214,9 +212,7 @@ def split_insert(text: bytes, *, complete: bool) -> Insert | bool | None:
             # Of a name, or of a line end, there may be more to come.
             if not complete and data.end() >= len(text) - 1:
                 return undecided
-            return Insert(
-                sql=text[: token.start()], format=name[1].decode(), data_at=data.end(), inputs=tuple(inputs)
-            )
+            return Insert(sql=text[: token.start()], format=name[1].decode(), data_at=data.end(), inputs=tuple(inputs))
     return undecided
 
 
@@ -426,8 +422,7 @@ class Scope:
         return cls(
             database=parameters.get("database") or headers.get("x-clickhouse-database", ""),
             settings=tuple(settings),
-            default_format=parameters.get("default_format")
-            or headers.get("x-clickhouse-format", "TabSeparated"),
+            default_format=parameters.get("default_format") or headers.get("x-clickhouse-format", "TabSeparated"),
             read_only=request.method == "GET",
         )
 
@@ -548,9 +543,7 @@ def read_form(content_type: str, body: bytes) -> dict[str, str]:
     fields: dict[str, str] = {}
     for part in message.iter_parts() if message.is_multipart() else ():
         if part.get_filename() is not None:
-            raise Refused.because(
-                NOT_IMPLEMENTED, "NOT_IMPLEMENTED", "External tables are not supported here"
-            )
+            raise Refused.because(NOT_IMPLEMENTED, "NOT_IMPLEMENTED", "External tables are not supported here")
         value = part.get_payload(decode=True)
         name = part.get_param("name", header="content-disposition")
         fields[str(name)] = value.decode() if isinstance(value, bytes) else str(value)
@@ -640,9 +633,7 @@ class Server:
         result = await loop.run_in_executor(self._statements, self._engine.run, body, scope)
         encoding = ""
         if dict(scope.settings).get("enable_http_compression", "0") not in ("0", "false"):
-            accepted = {
-                name.split(";")[0].strip() for name in request.headers.get("accept-encoding", "").split(",")
-            }
+            accepted = {name.split(";")[0].strip() for name in request.headers.get("accept-encoding", "").split(",")}
             encoding = next((name for name in ENCODERS if name in accepted), "")
         if not encoding or not result.data:
             return result, "", result.data
@@ -684,9 +675,7 @@ def serve(directory: Path, port: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="An embedded ClickHouse on 127.0.0.1, for development and tests."
-    )
+    parser = argparse.ArgumentParser(description="An embedded ClickHouse on 127.0.0.1, for development and tests.")
     parser.add_argument("--directory", type=Path, required=True, help="where the data lives; one server each")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args(arguments)

@@ -130,7 +130,7 @@ PEOPLE = (
     "Zoë Müller-Lüdenscheidt",
     "Søren Kierkegaard",
     "Łukasz Żółć",
-    "İbrahim Yıldız",  # noqa: RUF001
+    "İbrahim Yıldız",
     "Nguyễn Thị Hương",
     "Ольга Петрова",
     "Ελένη Παπαδοπούλου",
@@ -203,10 +203,7 @@ class _Workspace:
         people = random.sample(PEOPLE, 6)
         self.actors: list[Event] = [
             *(_optional({"type": "user", "id": _id("user_2", random)}, "name", name) for name in people),
-            *(
-                _optional({"type": "key", "id": _id("key_", random)}, "name", random.choice(THINGS))
-                for _ in range(4)
-            ),
+            *(_optional({"type": "key", "id": _id("key_", random)}, "name", random.choice(THINGS)) for _ in range(4)),
         ]
         for actor in random.sample(self.actors, 3):
             actor["meta"] = random.choice(
@@ -316,9 +313,7 @@ class Generator:
         """Rows of a version that nobody here knows, in a shape of their own."""
         for _ in range(n):
             event, created_at_ms = self._next(None)
-            yield _row(
-                UNKNOWN_VERSION, event, {"v": 99, "envelope": {"id": event["event_id"]}}, created_at_ms
-            )
+            yield _row(UNKNOWN_VERSION, event, {"v": 99, "envelope": {"id": event["event_id"]}}, created_at_ms)
 
     def _next(self, at_ms: int | None) -> tuple[Event, int]:
         draw = self._random.random
@@ -471,8 +466,7 @@ class Seeded:
 # Index used: appends to the primary key and to drainer_pending_idx. Locks: its own new rows; the pks of a
 # statement are reserved when it starts, which is why a transaction can commit after others with higher pks.
 INSERT = (
-    "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at)"
-    " VALUES (%s, %s, %s, %s, %s)"
+    "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) VALUES (%s, %s, %s, %s, %s)"
 )
 
 
@@ -516,9 +510,7 @@ def seed_outbox(
             step_ms=span_ms / max(1, mine + broken + strange),
             payload_bytes=payload_bytes,
         )
-        todo.append(
-            _Writer(generator, Random(f"{seed}:writer:{index}"), mine, broken, strange, offset, tally)
-        )
+        todo.append(_Writer(generator, Random(f"{seed}:writer:{index}"), mine, broken, strange, offset, tally))
         offset += broken
     try:
         with ThreadPoolExecutor(writers, thread_name_prefix="outbox-writer") as pool:
@@ -720,8 +712,5 @@ def _insert(connection: Connection, rows: list[OutboxRow]) -> None:
     # The driver makes multi-row statements of at most 1 MB of these, below every max_allowed_packet.
     connection.exec_driver_sql(
         INSERT,
-        [
-            (row.version, row.workspace_id, row.event_id, _Payload(row.payload), row.created_at_ms)
-            for row in rows
-        ],
+        [(row.version, row.workspace_id, row.event_id, _Payload(row.payload), row.created_at_ms) for row in rows],
     )

@@ -255,8 +255,7 @@ class LocalMySQL:
         while _held_by_a_server(self.data / "ibdata1"):
             if time.monotonic() > deadline:
                 raise LocalServerFailed(
-                    f"{self._name} is in use by a server that nobody here started: stop it, "
-                    "or use another directory"
+                    f"{self._name} is in use by a server that nobody here started: stop it, or use another directory"
                 )
             time.sleep(0.02)
 
@@ -328,8 +327,7 @@ class LocalMySQL:
         on_disk: Family = "mysql" if (self.data / "mysql.ibd").exists() else "mariadb"
         if on_disk != self.family:
             raise LocalServerFailed(
-                f"{self._name} was initialised by {on_disk} and {self.server} is {self.family}: "
-                "use another directory"
+                f"{self._name} was initialised by {on_disk} and {self.server} is {self.family}: use another directory"
             )
 
     def _launch(self) -> None:

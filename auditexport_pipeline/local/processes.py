@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from auditexport_pipeline.core.errors import LocalServerFailed
@@ -40,7 +40,7 @@ class Child:
     Raises `LocalServerFailed` when it cannot be started.
     """
 
-    def __init__(self, name: str, argv: Sequence[str], *, log: Path) -> None:
+    def __init__(self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.log = log
         self._read_end, child_end = os.pipe()
@@ -52,6 +52,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 pass_fds=(child_end,),
+                env=env,
                 start_new_session=True,  # Ctrl-C is for us; we decide the order in which servers stop
             )
         os.close(child_end)

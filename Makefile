@@ -1,0 +1,55 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up what it needs, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STATE := .auditexport
+
+.PHONY: help demo dev test test-fast lint format bench server lock clean
+
+help:
+	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
+	@echo "make dev     the stack, Dagster's page and a live trickle of events"
+	@echo "make test    the tests, on real servers"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   speed and memory beside the ancestor's algorithm, on this machine"
+
+demo: $(READY) server
+	@$(BIN)/auditexport demo
+
+dev: $(READY) server
+	@$(BIN)/auditexport dev
+
+test: $(READY) server
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) server
+	@$(BIN)/python -m auditexport_tests.benchmarks
+
+# The virtual environment, from the pinned versions in constraints.txt.
+$(READY): constraints.txt pyproject.toml
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned dependencies (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A MySQL-family server binary: whatever is there, or Debian's MariaDB when we may install it.
+server: $(READY)
+	@$(BIN)/python -m auditexport_pipeline.local.install
+
+lock: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-header pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(STATE) $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,115 @@
+"""`make dev`: the local stack, Dagster's page on it, and an application that keeps writing events.
+
+What belongs here: starting those together, switching the sensor and the schedule on, and taking all of
+it down again. What does not: the stack (`stack`) and the events (`generator`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+
+from auditexport_pipeline.core.errors import LocalServerFailed
+from auditexport_pipeline.local.generator import trickle
+from auditexport_pipeline.local.processes import Child, free_port
+from auditexport_pipeline.local.stack import PROJECT, LocalStack
+
+# A backlog worth a run within seconds, so that one sees the sensor work.
+SENSOR_ROWS = 2_000
+SENSOR_LAG_S = 20
+PAGE_WITHIN_S = 90.0
+
+
+def run(directory: Path, *, port: int, events_per_s: float) -> int:
+    """Runs until Ctrl-C; the stack keeps what a demo or an earlier dev left in it."""
+    console = Console()
+    with console.status("starting MySQL and ClickHouse"):
+        stack = LocalStack(directory)
+        stack.__enter__()
+    stop = threading.Event()
+    try:
+        url = f"http://127.0.0.1:{port if _is_free(port) else (port := free_port())}"
+        environment = {
+            **stack.environment(),
+            "AUDITEXPORT_SENSOR_ROWS": os.environ.get("AUDITEXPORT_SENSOR_ROWS", str(SENSOR_ROWS)),
+            "AUDITEXPORT_SENSOR_LAG_S": os.environ.get("AUDITEXPORT_SENSOR_LAG_S", str(SENSOR_LAG_S)),
+        }
+        arguments = ["dev", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+        dagster = Child(
+            "Dagster",
+            [sys.executable, "-m", "dagster", *arguments],
+            log=stack.directory / "dagster-dev.log",
+            env=environment,
+        )
+        try:
+            with console.status("starting Dagster: page, daemon and code location"):
+                dagster.wait_until(lambda: _answers(url), within_s=PAGE_WITHIN_S)
+            writer = threading.Thread(
+                target=trickle,
+                args=(stack.outbox.url,),
+                kwargs={"seed": int(time.time()), "events_per_s": events_per_s, "stop": stop},
+                daemon=True,
+            )
+            writer.start()
+            with console.status("switching the sensor and the schedule on"):
+                _switch_on(environment)
+            console.print(
+                f"\n  Dagster       [bold]{url}[/bold]\n"
+                f"  the asset     {url}/assets/audit_logs_raw_v1\n"
+                f"  the sensor    {url}/locations/auditexport/sensors/outbox_backlog_sensor\n"
+                f"  MySQL         {stack.outbox.url}\n"
+                f"  ClickHouse    {stack.log.url}\n\n"
+                f"  An application commits about {events_per_s:g} events a second; the sensor starts a drain at "
+                f"{environment['AUDITEXPORT_SENSOR_ROWS']} rows or {environment['AUDITEXPORT_SENSOR_LAG_S']} s of lag.\n"
+                "  Ctrl-C stops everything.\n"
+            )
+            while dagster.running:
+                time.sleep(0.5)
+            raise LocalServerFailed(f"Dagster ended by itself: {dagster.log_tail()}")
+        finally:
+            stop.set()
+            dagster.stop()
+    finally:
+        stack.__exit__(None, None, None)
+
+
+def _switch_on(environment: dict[str, str]) -> None:
+    workspace = ["-w", str(PROJECT / "workspace.yaml")]
+    for kind, name in (("sensor", "outbox_backlog_sensor"), ("schedule", "audit_log_export_schedule")):
+        done = subprocess.run(
+            [sys.executable, "-m", "dagster", kind, "start", name, *workspace],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        # One that an earlier dev switched on stays on.
+        if done.returncode != 0 and "already running" not in done.stdout + done.stderr:
+            raise LocalServerFailed(f"Dagster did not start the {kind} {name}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def _is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/server_info", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,94 @@
+"""The local stack: one private MySQL, one embedded ClickHouse and a Dagster home, in one directory.
+
+What belongs here: starting and stopping the three together, and the environment that points a Dagster
+process at them. What does not: what is done with them (`demo`, `dev`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from auditexport_pipeline.core.errors import InvalidConfig, LocalServerFailed
+from auditexport_pipeline.local.clickhouse import LocalClickHouse
+from auditexport_pipeline.local.mysql import LocalMySQL
+from auditexport_pipeline.stores import setup
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+
+# The application's database in the private MySQL.
+DATABASE = "app"
+# Beside the package in a checkout; an installed package has neither and takes its Dagster settings as shipped.
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class LocalStack:
+    """Both servers, started; tables created. Use as a context manager. `fresh` forgets what was there.
+
+    Raises `LocalServerFailed` when the directory is in use by another stack, `LocalServerMissing` when
+    there is no MySQL or MariaDB binary.
+    """
+
+    def __init__(self, directory: Path, *, fresh: bool = False) -> None:
+        self.directory = directory.resolve()
+        self.dagster_home = self.directory / "dagster_home"
+        self._fresh = fresh
+        self._running = contextlib.ExitStack()
+
+    def __enter__(self) -> LocalStack:
+        with contextlib.ExitStack() as starting:
+            starting.enter_context(self._claimed())
+            if self._fresh:
+                for part in ("mysql", "clickhouse", "dagster_home"):
+                    shutil.rmtree(self.directory / part, ignore_errors=True)
+            self.mysql = starting.enter_context(LocalMySQL(self.directory / "mysql"))
+            self.clickhouse = starting.enter_context(LocalClickHouse(self.directory / "clickhouse"))
+            engine = sa.create_engine(self.mysql.url, isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                connection.exec_driver_sql(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
+            engine.dispose()
+            self.outbox = MySQLOutbox(self.mysql.url + DATABASE)
+            self.log = ClickHouseAuditLog(self.clickhouse.url)
+            setup.create(self.outbox, self.log, with_outbox=True)
+            self._prepare_dagster_home()
+            self._running = starting.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.outbox.engine.dispose()
+        self._running.close()
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Holds the directory; the kernel lets go of it however this process ends."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / "lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LocalServerFailed(
+                    f"{self.directory.name} is in use by another demo or dev: stop that one first"
+                ) from error
+            yield
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, pointed at the stack: for Dagster processes started from here."""
+        return {
+            **os.environ,
+            "AUDITEXPORT_MYSQL_URL": self.outbox.url,
+            "AUDITEXPORT_CLICKHOUSE_URL": self.log.url,
+            "DAGSTER_HOME": str(self.dagster_home),
+        }
+
+    def _prepare_dagster_home(self) -> None:
+        self.dagster_home.mkdir(parents=True, exist_ok=True)
+        settings = PROJECT / "dagster.yaml"
+        if not settings.exists():
+            raise InvalidConfig(f"{settings} is missing: run the demo and dev from a checkout of the project")
+        shutil.copyfile(settings, self.dagster_home / "dagster.yaml")
