@@ -1,0 +1,22 @@
+"""auditexport: every audit event of a MySQL outbox in ClickHouse, exactly once.
+
+    application ──INSERT──▶ clickhouse_outbox            audit_logs_raw_v1 ──▶ audit_logs (view)
+                                 │  ▲                            ▲
+                        claim,   │  │ mark                       │ one INSERT and one token a block
+                        fetch    ▼  │                            │
+                            clickhouse_outbox_batch: the ledger ─┘
+                            clickhouse_outbox_dead_letter: rows no event can be made of
+
+A batch is claimed in the ledger, fetched and sealed, written block by block, marked in the outbox, and
+verified in ClickHouse. Every step can be run again after any crash; `core/__init__.py` says what each
+crash leaves behind and why nothing is lost and nothing is there twice.
+
+Where things are, and the one direction of imports (a test reads it from the source):
+
+    core      what exporting means: no Dagster, no driver, no clock, no environment
+    stores    the two databases, each in its own SQL          may import core
+    defs      Dagster: ops, resources, sensor, schedule       may import core, stores
+    definitions   the composition root                        may import core, stores, defs
+    local     servers and events to try it with               may import core, stores
+    cli       the prompt                                      may import anything
+"""

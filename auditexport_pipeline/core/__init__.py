@@ -1,0 +1,58 @@
+"""What exporting means.
+
+Two databases, no transaction between them, and a promise: every committed event of a known version is in
+ClickHouse exactly once, or is a dead letter with a reason. This is how the promise is kept.
+
+States. The ledger, a table in the outbox's own database, is the one source of truth about batches:
+
+    claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified
+                  │                        └──────▶ discrepant   ClickHouse lost or changed something
+                  └──▶ stopped ──▶ written                       rows vanished before they were written
+
+* claim   One short transaction under the ledger's lock (its row 0). Open batches of dead owners are
+          adopted under a new epoch, then new ones are cut from pending rows, oldest pk first. There is
+          no watermark: a transaction that commits late with a lower pk is found by the next claim.
+* fetch   Rows are read by pk and validated; what cannot be decoded becomes a dead letter; the rest is
+          sealed: pks, order, block cuts, `inserted_at` and a digest of the bytes never change again.
+* write   One block is one INSERT, one partition, one part, one deduplication token. First attempts
+          write at once; later ones look first, by `inserted_at`, which is unique per block.
+* mark    `deleted_at` in chunks, each fenced by the ledger row; the last chunk and `exported` commit together.
+* verify  Count and fingerprint, computed here from the outbox and there from the columns.
+
+What each crash leaves, and why it is harmless:
+
+    after …                       the next run finds        and does
+    the claim                     claimed, unsealed         reads and seals; the same rows, perhaps fewer
+    the seal                      sealed, 0 attempts        writes; the bytes are read again, held to the digest
+    an INSERT, answer lost        sealed, 1 attempt         looks first: the block is there whole, or not at all
+    some of several INSERTs       sealed, 1 attempt         looks block by block, sends the missing ones
+    all INSERTs                   sealed, 1 attempt         finds all, records `written`
+    `written`                     written                   marks
+    some chunks of marks          written                   marks the rest; the stamp is the same, so it can tell
+    `exported`                    exported                  verifies
+    a refused block               sealed, cut as before     is refused again, and cuts again
+    the new cut of one            sealed, cut anew          sends the new blocks
+
+Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
+because the ledger holds a higher epoch. What it sends to ClickHouse is fenced twice: the token makes a
+replay of the same block nothing, and the INSERT itself carries the end of the lease as a deadline, which
+ClickHouse checks against its own clock before it takes a row. So a process that was paused for an hour
+and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer
+be reproduced (`stopped`) waits for the end of the lease: then no INSERT of it can be on its way.
+
+The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds
+in which a first attempt is still running.
+
+Invariants (the tests are named after them):
+
+ 1. A row is marked only after ClickHouse acknowledged the batch that holds it: `mark` takes a receipt.
+ 2. The same sealed batch always yields the same blocks and tokens; nothing at write time reads a clock.
+ 3. One batch: one version. One block: one INSERT, one `inserted_at`, one partition, one token, one part.
+ 4. After the first write attempt a batch is only replayed, never regrouped.
+ 5. No MySQL transaction is open while ClickHouse, Dagster or the network is asked. READ COMMITTED, stated.
+ 6. Every effect of an owner is fenced.
+ 7. Rows of an unknown version are never touched, and always visible as a number.
+ 8. An undecodable row never blocks its neighbours and never vanishes.
+ 9. Nothing is deleted here at all.
+10. Payloads are nowhere but in the two databases: not in Dagster, logs, metadata or errors.
+"""

@@ -10,7 +10,8 @@ ledger says it stands. The crash that each line survives is named beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from array import array
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +26,7 @@ from auditexport_pipeline.core.batch import (
     block_digest,
 )
 from auditexport_pipeline.core.errors import BatchAltered, InsertRefused, LeaseLost
-from auditexport_pipeline.core.event import VERSIONS, Event, Undecodable, explain, normal_form
+from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecodable, explain, normal_form
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import (
@@ -159,15 +160,14 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
 
     decode = VERSIONS[batch.version].decode
     dead: list[DeadLetter] = []
-    last_with_key: dict[tuple[str, str, int, str], int] = {}
-    folded: list[int] = []
-    sealing: list[tuple[Block, list[tuple[int, bytes, int]]]] = []
+    parts = [_Part(block) for block in batch.blocks]
+    last_with_key: dict[int, tuple[_Part, int]] = {}  # by the key's hash: the place of its last row
+    folded: set[int] = set()
     found = elsewhere = 0
     oldest_ms: int | None = None
     newest_ms: int | None = None
-    for block in batch.blocks:
-        rows: list[tuple[int, bytes, int]] = []
-        for row in outbox.read(block.pks):
+    for part in parts:
+        for row in outbox.read(part.block.pks):
             found += 1
             if row.exported_at_ms is not None:
                 elsewhere += 1
@@ -177,29 +177,25 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
                 dead.append(_dead_letter(row, event))
                 continue
             # One event twice in a batch: the later row stands, as it would after a merge in ClickHouse.
-            earlier = last_with_key.get(event.key)
-            if earlier is not None:
-                folded.append(earlier)
-            last_with_key[event.key] = row.pk
+            place = hash(event.key)
+            earlier = last_with_key.get(place)
+            if earlier is not None and _same_event(decode, earlier, row, event):
+                folded.add(earlier[0].pks[earlier[1]])
+            last_with_key[place] = (part, len(part.pks))
+            part.add(row, event.fingerprint)
             at_ms = event.key[2]
             oldest_ms = at_ms if oldest_ms is None or at_ms < oldest_ms else oldest_ms
             newest_ms = at_ms if newest_ms is None or at_ms > newest_ms else newest_ms
-            rows.append((row.pk, row.payload, event.fingerprint))
-        sealing.append((block, rows))
     last_with_key.clear()
 
     folded_pks = PkSet.of(sorted(folded))
     bodies: dict[int, bytes] = {}
     blocks: list[Block] = []
-    for block, rows in sealing:
-        kept = [row for row in rows if row[0] not in folded_pks] if folded else rows
-        if kept:
-            body = b"\n".join([payload for _, payload, _ in kept])
-            bodies[block.number] = body
-            blocks.append(
-                _sealed(batch.version, block, PkSet.of(pk for pk, _, _ in kept), body, [fp for _, _, fp in kept])
-            )
-        rows.clear()
+    for part in parts:
+        pks, body, fingerprint = part.without(folded)
+        if pks:
+            bodies[part.block.number] = body
+            blocks.append(_sealed(batch.version, part.block, pks, body, fingerprint))
     cut = Cut(
         blocks=tuple(blocks),
         pks=_pks_of(blocks) | folded_pks,
@@ -219,12 +215,59 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     )
 
 
-def _sealed(version: str, block: Block, pks: PkSet, body: bytes, fingerprints: list[int]) -> Block:
+class _Part:
+    """A block while its rows are read: payloads end to end, and beside them only what a row costs in numbers."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.pks = array("Q")
+        self.ends = array("Q")  # where each row's payload ends in `body`, the newline not counted
+        self.fingerprints = array("Q")
+        self.body = bytearray()
+
+    def add(self, row: StoredRow, fingerprint: int) -> None:
+        if self.pks:
+            self.body += b"\n"
+        self.body += row.payload
+        self.pks.append(row.pk)
+        self.ends.append(len(self.body))
+        self.fingerprints.append(fingerprint)
+
+    def payload(self, index: int) -> bytes:
+        return bytes(self.body[self.ends[index - 1] + 1 if index else 0 : self.ends[index]])
+
+    def without(self, folded: set[int]) -> tuple[PkSet, bytes, int]:
+        """The pks, bytes and fingerprint of the rows that are not folded; gives up what it held."""
+        keep = [index for index, pk in enumerate(self.pks) if pk not in folded] if folded else range(len(self.pks))
+        if len(keep) == len(self.pks):
+            body = bytes(self.body)
+        else:
+            body = b"\n".join([self.payload(index) for index in keep])
+        pks = PkSet.of(self.pks[index] for index in keep)
+        fingerprint = sum(self.fingerprints[index] for index in keep)
+        self.body.clear()
+        return pks, body, fingerprint % 2**64
+
+
+def _same_event(
+    decode: Callable[[OutboxRow], Event | Undecodable], earlier: tuple[_Part, int], row: StoredRow, event: Event
+) -> bool:
+    """Whether the row at an earlier place, whose key has the same hash, has the same key."""
+    part, index = earlier
+    other = decode(
+        OutboxRow(
+            pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payload(index)
+        )
+    )
+    return isinstance(other, Event) and other.key == event.key
+
+
+def _sealed(version: str, block: Block, pks: PkSet, body: bytes, fingerprint: int) -> Block:
     return replace(
         block,
         pks=pks,
         digest=block_digest(version, block.inserted_at_ms, pks, body),
-        fingerprint=sum(fingerprints) % 2**64,
+        fingerprint=fingerprint,
         bytes=len(body),
     )
 
@@ -304,7 +347,7 @@ def _send_all(
                             outbox.stop(batch.claim, str(error))
                             raise
                         altered.append(block)
-            if altered:
+            if batch.state is State.STOPPED:
                 batch = _release(outbox, batch, altered)
             sending = [block for block in to_send if block not in altered]
             answers = [
@@ -359,7 +402,8 @@ def _release(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
     """Gives the rows of blocks that cannot be reproduced back to pending, and keeps the count.
 
     Safe only here: ClickHouse was just looked at and has nothing of these blocks, and the lease under
-    which they could have been sent has ended (the planner adopts a stopped batch only then).
+    which they could have been sent has ended (the planner adopts a stopped batch only then). From here
+    on the batch is sealed again, because its new owner is about to send the blocks it kept.
     """
     kept = tuple(block for block in batch.blocks if block not in altered)
     released = _pks_of(altered)
@@ -384,7 +428,13 @@ def _recut(
     digest = batch_digest(blocks, pks - _pks_of(blocks))
     outbox.recut(batch.claim, Cut(blocks=blocks, pks=pks, counts=counts, digest=digest, dead_letters=dead))
     return replace(
-        batch, blocks=blocks, pks=pks, counts=counts, digest=digest, bytes=sum(block.bytes for block in blocks)
+        batch,
+        state=State.SEALED,
+        blocks=blocks,
+        pks=pks,
+        counts=counts,
+        digest=digest,
+        bytes=sum(block.bytes for block in blocks),
     )
 
 
@@ -431,12 +481,12 @@ def _cut_around_refused(
     kept = [pk for pk in rows if pk not in dead]
     again: list[Block] = []
     if kept:
-        fingerprints = [_fingerprint(decode(rows[pk])) for pk in kept]
+        fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in kept) % 2**64
         body = b"\n".join([payloads[pk] for pk in kept])
         all_normalised = block.normalised | PkSet.of(sorted(normalised))
         again = [
             replace(
-                _sealed(batch.version, block, PkSet.of(kept), body, fingerprints),
+                _sealed(batch.version, block, PkSet.of(kept), body, fingerprint),
                 normalised=all_normalised - PkSet.of(sorted(dead)),
             )
         ]
@@ -454,8 +504,8 @@ def _halve(
     again = []
     for pks, part in zip(halves, (block, replace(block, number=number + 1, inserted_at_ms=second_at_ms)), strict=True):
         body = b"\n".join([payloads[pk] for pk in pks])
-        fingerprints = [_fingerprint(decode(rows[pk])) for pk in pks]
-        again.append(replace(_sealed(batch.version, part, pks, body, fingerprints), normalised=block.normalised & pks))
+        fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
+        again.append(replace(_sealed(batch.version, part, pks, body, fingerprint), normalised=block.normalised & pks))
     return _replace_block(outbox, batch, block, again, ()), again
 
 

@@ -1,0 +1,1 @@
+"""Dagster glue: it translates and does not decide."""

@@ -426,9 +426,14 @@ def _fence(connection: Connection, claim: Claim, *states: State, shared: bool = 
 
 
 def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
-    now = f"plan {row.epoch} of {row.owner} holds it" if row is not None else "it is not in the ledger"
+    if row is None:
+        now = "is not in the ledger"
+    elif row.epoch == 0:
+        now = "is stopped: the first run after its lease takes it up"
+    else:
+        now = f"is held by plan {row.epoch} of {row.owner}"
     return LeaseLost(
-        f"batch {claim.batch_id} was claimed by plan {claim.epoch}, and now {now}; this run is refused and changed nothing"
+        f"batch {claim.batch_id} was claimed by plan {claim.epoch} and now {now}; this run is refused and changed nothing"
     )
 
 

@@ -108,9 +108,10 @@ WHERE pk IN :pks
 ORDER BY pk
 
 -- name: cut
--- Primary key; under fence.
+-- Primary key; under fence. A stopped batch that is cut again is a sealed one again: what its new owner has sent
+-- can be running, so rows that change from here on stop it once more.
 UPDATE clickhouse_outbox_batch
-SET state = IF(state = 'claimed', 'sealed', state),
+SET state = 'sealed',
     sealed_at_ms = COALESCE(sealed_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)),
     row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
     pks = :pks, manifest = :manifest, counts = :counts, digest = :digest,
@@ -135,8 +136,9 @@ SET attempts = attempts + 1, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000
 WHERE batch_id = :batch_id
 
 -- name: stop
--- Primary key; under fence. The lease stays as it is: nobody adopts the batch while an INSERT can still run.
-UPDATE clickhouse_outbox_batch SET state = 'stopped', last_error = :error WHERE batch_id = :batch_id
+-- Primary key; under fence. The lease stays as it is, and the claim ends here, its own retries included: nobody
+-- works on the batch while an INSERT of it can still run.
+UPDATE clickhouse_outbox_batch SET state = 'stopped', epoch = 0, last_error = :error WHERE batch_id = :batch_id
 
 -- name: record_written
 -- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one.

@@ -3,7 +3,7 @@
 -- name: ledger
 CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
   batch_id BIGINT UNSIGNED NOT NULL COMMENT 'counted up under the lock of row 0, which is not a batch',
-  epoch BIGINT UNSIGNED NOT NULL COMMENT 'the plan that holds the batch; a higher one fences its predecessor off',
+  epoch BIGINT UNSIGNED NOT NULL COMMENT 'the plan that holds the batch; a higher one fences its predecessor off; 0 for a stopped one',
   generation INT UNSIGNED NOT NULL COMMENT '0 for a first export, more for a requeue',
   version VARCHAR(64) NOT NULL,
   state VARCHAR(16) NOT NULL COMMENT 'claimed, sealed, written, stopped, exported, verified, discrepant',
@@ -85,6 +85,8 @@ FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_nam
 GROUP BY table_name, index_name
 
 -- name: audit_logs_raw_v1
+-- A block arrives as a compact part: with some ninety subcolumns, a wide part costs a file pair for each and
+-- 25,000 rows took 69 µs a row instead of 50. Merges make parts wide once they are large.
 CREATE TABLE IF NOT EXISTS audit_logs_raw_v1 (
   event_id String,
   time Int64,
@@ -120,7 +122,7 @@ ENGINE = $engine
 PARTITION BY toYYYYMM(fromUnixTimestamp64Milli(inserted_at, 'UTC'))
 ORDER BY (workspace_id, bucket, time, event_id)
 TTL toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC')) + INTERVAL 90 DAY
-SETTINGS $table_settings
+SETTINGS $table_settings, min_bytes_for_wide_part = 134217728
 
 -- name: audit_logs
 -- The read side: each event once, also while two copies of it have not merged yet.
