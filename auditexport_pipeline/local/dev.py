@@ -7,6 +7,7 @@ it down again. What does not: the stack (`stack`) and the events (`generator`).
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +49,7 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
             [sys.executable, "-m", "dagster", *arguments],
             log=stack.directory / "dagster-dev.log",
             env=environment,
+            stop_signal=signal.SIGINT,  # at SIGTERM `dagster dev` ends and leaves its page and daemon behind
         )
         try:
             with console.status("starting Dagster: page, daemon and code location"):

@@ -40,14 +40,22 @@ class Child:
     Raises `LocalServerFailed` when it cannot be started.
     """
 
-    def __init__(self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
         self.name = name
         self.log = log
         self._read_end, child_end = os.pipe()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SUPERVISOR), str(child_end), *argv],
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(child_end), str(int(stop_signal)), *argv],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -81,7 +89,7 @@ class Child:
         raise LocalServerFailed(f"{self.name} was not ready within {within_s:.0f} s: {self.log_tail()}")
 
     def stop(self) -> None:
-        """Asks the server to stop (SIGTERM), is killed past a grace period. A second call does nothing."""
+        """Asks the server to stop (`stop_signal`); it is killed past a grace period. A second call does nothing."""
         if self._supervisor.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._supervisor.stdin.close()
