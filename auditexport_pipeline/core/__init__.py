@@ -7,7 +7,7 @@ States. The ledger, a table in the outbox's own database, is the one source of t
 
     claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified
                   │                        └──────▶ discrepant   ClickHouse lost or changed something
-                  └──▶ stopped ──▶ written                       rows vanished before they were written
+                  └──▶ stopped ──▶ sealed                        rows vanished before they were written
 
 * claim   One short transaction under the ledger's lock (its row 0). Open batches of dead owners are
           adopted under a new epoch, then new ones are cut from pending rows, oldest pk first. There is

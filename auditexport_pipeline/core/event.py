@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -98,8 +99,14 @@ def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
         return Undecodable(
             reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
         )
-    if _LONG_NUMBER in payload.translate(_NUMBER_SHAPES) or b"%2E" in payload or b"%2e" in payload:
+    if (
+        _LONG_NUMBER in payload.translate(_NUMBER_SHAPES)
+        or b"%2E" in payload
+        or (b"\\u00" in payload and _HIDDEN_DOT.search(payload))
+    ):
         problem = explain(payload)
+        if problem is not None and problem.reason == "duplicate_key":
+            problem = explain(normal_form(payload))  # what `export.write` sends once ClickHouse has refused this
         if problem is not None:
             return problem
     actor = event.actor or _NOBODY
@@ -137,6 +144,8 @@ _NUMBER_SHAPES = bytes(
     ord("0") if chr(c).isdigit() and c < 128 else ord(":") if chr(c) in ":,[ -\n\r\t" else c for c in range(256)
 )
 _LONG_NUMBER = b":" + b"0" * 16
+# A letter of %2E written as an escape, as MariaDB keeps it.
+_HIDDEN_DOT = re.compile(rb"\\u00(?:25|32|45)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +176,8 @@ def _undecodable(payload: bytes, error: Exception) -> Undecodable:
         return Undecodable(reason="missing_field", json_path=path, detail="empty")
     if path == "$":
         return Undecodable(reason="not_an_object", detail=message)
+    if message == "Number out of range":
+        return Undecodable(reason="number_out_of_range", json_path=path, detail="beyond a 64-bit float")
     if message.startswith(("Expected `int` >=", "Expected `int` <=")):
         return Undecodable(reason="number_out_of_range", json_path=path, detail="outside 64 bits")
     return Undecodable(reason="wrong_type", json_path=path, detail=message)
@@ -181,66 +192,96 @@ class _Overflow(Exception):
 
 
 def explain(payload: bytes) -> Undecodable | None:
-    """What ClickHouse would refuse or take differently in this JSON text, or None.
+    """What ClickHouse would refuse or take differently in this JSON text, or None; a repeated key goes first.
 
     The slow, complete look: made of payloads that a cheap test singled out, and of rows that ClickHouse
-    refused. Reasons: invalid_json, too_deep, lone_surrogate, duplicate_key, number_out_of_range,
-    integer_precision, escaped_dot_in_key.
+    refused. Reasons: duplicate_key, invalid_json, too_deep, lone_surrogate, number_out_of_range,
+    integer_precision, null_among_arrays, escaped_dot_in_key.
     """
     try:
-        document = json.loads(payload, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+        document = json.loads(payload, object_pairs_hook=_Pairs, parse_int=_integer, parse_constant=_refuse_constant)
+        problems = list(_problems(document, "$"))
     except RecursionError:
         return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
     except (ValueError, UnicodeDecodeError):
         return Undecodable(reason="invalid_json", detail="not JSON text in UTF-8")
-    try:
-        return next(_problems(document, "$"), None)
-    except RecursionError:
-        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+    return min(problems, key=lambda problem: problem.reason != "duplicate_key", default=None)
+
+
+def _integer(digits: str) -> int:
+    """The integer; of hopelessly long ones (Python refuses to read 4,300 digits) one that is out of range too."""
+    return int(digits) if len(digits) < 40 else 10**40
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _problems(value: object, path: str) -> Iterator[Undecodable]:
-    """Every problem below `value`; paths name the contract's own fields and `[…]` for anybody else's keys."""
+# The contract's own names, by the path of the object that holds them; what it does not name is skipped.
+_FIELDS = {
+    "$": _AuditLogV1.__struct_fields__,
+    "$.actor": _Actor.__struct_fields__,
+    "$.targets[…]": _Target.__struct_fields__,
+}
+
+
+def _problems(value: object, path: str, *, skipped: bool = False) -> Iterator[Undecodable]:
+    """Every problem below `value`; paths name the contract's own fields and `[…]` for anybody else's keys.
+
+    Of what ClickHouse skips, only what makes the text no JSON for it.
+    """
     if isinstance(value, _Pairs):
         seen: set[str] = set()
         for key, child in value:
-            child_path = f"{path}.{key}" if path == "$" and key in _AuditLogV1.__struct_fields__ else f"{path}[…]"
-            if key in seen:
-                yield Undecodable(
-                    reason="duplicate_key", json_path=child_path, detail="the same key twice in one object"
-                )
-            seen.add(key)
+            named = not skipped and key in _FIELDS.get(path, ())
+            child_path = f"{path}.{key}" if named else f"{path}[…]"
+            child_skipped = skipped or (path in _FIELDS and not named)
             if _is_lone(key):
                 yield Undecodable(reason="lone_surrogate", json_path=child_path, detail="in a key")
-            if "%2E" in key.upper():
-                yield Undecodable(
-                    reason="escaped_dot_in_key",
-                    json_path=child_path,
-                    detail="ClickHouse would read %2E in a key as a dot",
-                )
-            yield from _problems(child, child_path)
+            if not child_skipped:
+                if key in seen:
+                    yield Undecodable(
+                        reason="duplicate_key", json_path=child_path, detail="the same key twice in one object"
+                    )
+                seen.add(key)
+                if "%2E" in key:
+                    yield Undecodable(
+                        reason="escaped_dot_in_key",
+                        json_path=child_path,
+                        detail="ClickHouse would read %2E in a key as a dot",
+                    )
+            yield from _problems(child, child_path, skipped=child_skipped)
     elif isinstance(value, list):
-        integers = all(type(child) is int and -(2**63) <= child < 2**63 for child in value)
+        kinds = {"null" if child is None else "array" if _is_array(child) else "other" for child in value}
+        if kinds == {"null", "array"} and not skipped:
+            yield Undecodable(
+                reason="null_among_arrays",
+                json_path=f"{path}[…]",
+                detail="ClickHouse has no null where the other elements are arrays",
+            )
         for child in value:
-            if type(child) is int and abs(child) > 2**53 and not integers:
+            # Beside a float, or where another row of the block has floats in an array at the same path.
+            if type(child) is int and 2**53 < abs(child) < 2**64 and not skipped:
                 yield Undecodable(
                     reason="integer_precision",
                     json_path=f"{path}[…]",
-                    detail="an integer above 2^53 in a mixed array would become a float",
+                    detail="ClickHouse can take an integer above 2^53 in an array for a float",
                 )
-            yield from _problems(child, f"{path}[…]")
+            yield from _problems(child, f"{path}[…]", skipped=skipped)
     elif isinstance(value, str):
         if _is_lone(value):
             yield Undecodable(reason="lone_surrogate", json_path=path)
+    elif skipped:
+        return
     elif isinstance(value, float):
         if math.isinf(value):
             yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond a 64-bit float")
     elif isinstance(value, int) and not -(2**63) <= value < 2**64:
         yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond 64 bits")
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, list) and not isinstance(value, _Pairs)
 
 
 def _is_lone(text: str) -> bool:
@@ -257,4 +298,4 @@ def normal_form(payload: bytes) -> bytes:
     That is what MySQL stores of such a text and what every common parser reads; MariaDB keeps both and
     ClickHouse refuses both, so this is how the two servers come to export the same event.
     """
-    return json.dumps(json.loads(payload), ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(json.loads(payload, parse_int=_integer), ensure_ascii=False, separators=(",", ":")).encode()

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from auditexport_pipeline.core.batch import (
     Batch,
@@ -43,6 +44,8 @@ from auditexport_pipeline.core.ports import (
 
 # Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
 SMALLEST_BLOCK_ROWS = 5_000
+# Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
+ORIGIN_SPANS = 8
 
 
 # ── claim ────────────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +89,7 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
             if held.runs and pk in held:
                 continue
             if rows and (len(rows) == limits.batch_rows or batch_bytes + size > limits.batch_bytes):
-                for new in _add(ledger, version, rows, limits):
+                for new in islice(_add(ledger, version, rows, limits), room - batches):
                     batches += 1
                     yield new
                 rows, batch_bytes = [], 0
@@ -97,7 +100,7 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
         if not page:
             break
     if rows and batches < room:
-        yield from _add(ledger, version, rows, limits)
+        yield from islice(_add(ledger, version, rows, limits), room - batches)
 
 
 def _add(ledger: Planning, version: str, rows: list[tuple[int, int]], limits: Limits) -> Iterator[Claim]:
@@ -106,7 +109,9 @@ def _add(ledger: Planning, version: str, rows: list[tuple[int, int]], limits: Li
     sizes = dict(rows)
     again: dict[int, int] = {}
     generation = 0
-    for origin in ledger.exported_over(pks.first, pks.last):
+    # By spans: one old row among new ones must not ask for every batch between them.
+    found = {origin.batch_id: origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.exported_over(*span)}
+    for _, origin in sorted(found.items()):
         overlap = pks & origin.pks
         if overlap and origin.version == version:
             generation = max(generation, origin.generation + 1)
@@ -239,10 +244,7 @@ class _Part:
     def without(self, folded: set[int]) -> tuple[PkSet, bytes, int]:
         """The pks, bytes and fingerprint of the rows that are not folded; gives up what it held."""
         keep = [index for index, pk in enumerate(self.pks) if pk not in folded] if folded else range(len(self.pks))
-        if len(keep) == len(self.pks):
-            body = bytes(self.body)
-        else:
-            body = b"\n".join([self.payload(index) for index in keep])
+        body = bytes(self.body) if len(keep) == len(self.pks) else b"\n".join([self.payload(index) for index in keep])
         pks = PkSet.of(self.pks[index] for index in keep)
         fingerprint = sum(self.fingerprints[index] for index in keep)
         self.body.clear()
@@ -255,9 +257,7 @@ def _same_event(
     """Whether the row at an earlier place, whose key has the same hash, has the same key."""
     part, index = earlier
     other = decode(
-        OutboxRow(
-            pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payload(index)
-        )
+        OutboxRow(pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payload(index))
     )
     return isinstance(other, Event) and other.key == event.key
 

@@ -9,6 +9,7 @@ inside a run is a member, so `pk BETWEEN first AND last` never touches a row tha
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ class PkSet:
             else:
                 merged.append((a, b))
         return PkSet(tuple(merged))
+
+    def spans(self, most: int) -> list[tuple[int, int]]:
+        """At most `most` inclusive ranges that cover the set, cut at its widest gaps, ascending."""
+        gaps = sorted(range(1, len(self.runs)), key=lambda i: self.runs[i][0] - self.runs[i - 1][1], reverse=True)
+        cuts = [0, *sorted(gaps[: most - 1]), len(self.runs)]
+        return [(self.runs[a][0], self.runs[b - 1][1]) for a, b in itertools.pairwise(cuts) if a < b]
 
     def chunks(self, rows: int) -> Iterator[PkSet]:
         """Consecutive subsets of at most `rows` pks each, ascending, runs cut where needed."""

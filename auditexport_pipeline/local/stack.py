@@ -78,7 +78,7 @@ class LocalStack:
             yield
 
     def environment(self) -> dict[str, str]:
-        """This process's environment, pointed at the stack: for Dagster processes started from here."""
+        """An environment like ours, pointed at the stack: for Dagster processes started from here."""
         return {
             **os.environ,
             "AUDITEXPORT_MYSQL_URL": self.outbox.url,

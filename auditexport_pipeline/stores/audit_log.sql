@@ -16,20 +16,27 @@ remote_ip String, user_agent String, meta JSON,
 
 -- name: audit_log.v1.input
 -- The payload's own fields and nothing else: an unknown one is skipped even if it is named like a column of ours.
+-- Whatever may be null says so in its type, a Variant of one type where Nullable cannot: null read as a default
+-- (input_format_null_as_default) would be read so inside the metas too, where [null] could become [[]] or [{}].
 event_id String, time Int64, workspace_id String, bucket Nullable(String), source Nullable(String), event String,
 description Nullable(String),
-actor Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta JSON),
-remote_ip Nullable(String), user_agent Nullable(String), meta JSON,
-targets Array(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta JSON)),
+actor Variant(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta Nullable(JSON))),
+remote_ip Nullable(String), user_agent Nullable(String), meta Nullable(JSON),
+targets Variant(Array(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta Nullable(JSON)))),
 correlation_id Nullable(String)
 
 -- name: audit_log.v1.select
+-- assumeNotNull() of a null meta is {}; variantElement() of null targets is [].
 event_id, time, {inserted_at_ms:Int64}, workspace_id, ifNull(bucket, ''),
 if(ifNull(source, '') = '', 'platform', assumeNotNull(source)), event, ifNull(description, ''),
-ifNull(actor.type, ''), ifNull(actor.id, ''), ifNull(actor.name, ''), actor.meta,
-ifNull(remote_ip, ''), ifNull(user_agent, ''), meta,
-arrayMap(value -> ifNull(value, ''), targets.type), arrayMap(value -> ifNull(value, ''), targets.id),
-arrayMap(value -> ifNull(value, ''), targets.name), targets.meta, ifNull(correlation_id, '')
+ifNull((variantElement(actor,
+  'Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta Nullable(JSON))') AS who).type, ''),
+ifNull(who.id, ''), ifNull(who.name, ''), assumeNotNull(who.meta),
+ifNull(remote_ip, ''), ifNull(user_agent, ''), assumeNotNull(meta),
+arrayMap(value -> ifNull(value, ''), (variantElement(targets,
+  'Array(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta Nullable(JSON)))') AS whom).type),
+arrayMap(value -> ifNull(value, ''), whom.id), arrayMap(value -> ifNull(value, ''), whom.name),
+arrayMap(value -> assumeNotNull(value), whom.meta), ifNull(correlation_id, '')
 
 -- name: audit_log.v1.fingerprint
 -- The same bytes as `core/event.py` hashes for this version, from the stored columns.

@@ -41,9 +41,9 @@ LIST_ABOVE_RUNS = 8
 # The probe steps through the versions that are pending; more than this is a misuse of the column.
 VERSIONS_LOOKED_AT = 50
 
-_LISTS = ("rows_in", "mark_in", "marks_in")
+_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids"}
 SQL: dict[str, TextClause] = {
-    name: text(statement).bindparams(bindparam("pks", expanding=True)) if name in _LISTS else text(statement)
+    name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
     for name, statement in load("outbox.sql").items()
 }
 
@@ -141,7 +141,10 @@ class MySQLOutbox:
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
-            connection.execute(SQL["renew"], {"epoch": claim.epoch, "lease_ms": lease_s * 1000})
+            leased = [row.batch_id for row in connection.execute(SQL["leased"], {"epoch": claim.epoch})]
+            if leased:
+                values = {"batch_ids": leased, "epoch": claim.epoch, "lease_ms": lease_s * 1000}
+                connection.execute(SQL["renew"], values)
             return _own(connection, claim)
 
     def read(self, pks: PkSet) -> Iterator[StoredRow]:

@@ -30,11 +30,12 @@ ORDER BY batch_id
 
 -- name: candidates
 -- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps pk order, `IN` would
--- sort. No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
+-- sort. Dead letters row by row by their primary key: NOT EXISTS would begin with all letters there ever were.
+-- No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
 SELECT outbox.pk, OCTET_LENGTH(outbox.payload) AS bytes
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk
-  AND NOT EXISTS (SELECT 1 FROM clickhouse_outbox_dead_letter AS letter WHERE letter.pk = outbox.pk AND letter.state = 'open')
+LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY) ON letter.pk = outbox.pk AND letter.state = 'open'
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
 ORDER BY outbox.pk
 LIMIT :row_limit
 
@@ -72,12 +73,16 @@ SELECT DISTINCT owner FROM clickhouse_outbox_batch WHERE state IN ('claimed', 's
 
 -- ── a batch's life ──────────────────────────────────────────────────────────────────────────────
 
+-- name: leased
+-- state_idx; no lock. All open batches of the plan: the last one of a long run must not expire while the first is written.
+SELECT batch_id FROM clickhouse_outbox_batch WHERE epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
+
 -- name: renew
--- state_idx; locks the plan's open batches for one statement. All of them: the last batch of a long run
--- must not expire while the first is written.
-UPDATE clickhouse_outbox_batch
+-- Primary key, ascending; locks those rows for one statement. Not by state_idx: a batch that changes its state at the
+-- same time holds its row and wants its entry there, and the two would deadlock.
+UPDATE clickhouse_outbox_batch FORCE INDEX (PRIMARY)
 SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
-WHERE epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
+WHERE batch_id IN :batch_ids AND epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
 
 -- name: batch
 -- Primary key; no lock.
@@ -197,8 +202,8 @@ SELECT COUNT(*) AS n FROM
 -- drainer_pending_idx in order, first row that no open dead letter holds.
 SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - outbox.created_at AS lag_ms
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version
-  AND NOT EXISTS (SELECT 1 FROM clickhouse_outbox_dead_letter AS letter WHERE letter.pk = outbox.pk AND letter.state = 'open')
+LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY) ON letter.pk = outbox.pk AND letter.state = 'open'
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND letter.pk IS NULL
 ORDER BY outbox.pk LIMIT 1
 
 -- name: next_pending_version

@@ -1,0 +1,151 @@
+"""Query plans: the statements that run often touch what they need and nothing that grows with the tables.
+
+What belongs here: EXPLAIN of the statements in `stores/outbox.sql`, as they stand there, on tables of which
+nearly everything is history. What does not: how long they take (`benchmarks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import sqlalchemy as sa
+
+from auditexport_pipeline.stores.outbox import SQL, MySQLOutbox
+from auditexport_tests.conftest import Stack
+
+EXPORTED, PENDING, LEDGER = 32_768, 400, 1_024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One line of EXPLAIN."""
+
+    table: str
+    access: str
+    key: str
+    rows: int
+    extra: str
+
+
+@pytest.fixture
+def busy(stack: Stack) -> MySQLOutbox:
+    """An outbox of 33,000 rows, 400 of them pending, some dead; a ledger of a thousand closed batches and four open."""
+    with stack.outbox.engine.begin() as connection:
+        columns = "version, workspace_id, event_id, payload, created_at"
+        connection.exec_driver_sql(
+            f"INSERT INTO clickhouse_outbox ({columns}, deleted_at) VALUES ('audit_log.v1', 'ws', 'evt', '{{}}', 1, 1)"
+        )
+        for _ in range(EXPORTED.bit_length() - 1):
+            connection.exec_driver_sql(
+                f"INSERT INTO clickhouse_outbox ({columns}, deleted_at) "
+                f"SELECT {columns}, deleted_at + 1 FROM clickhouse_outbox"
+            )
+        for version, rows in (("audit_log.v1", PENDING), ("audit_log.v9", 50)):
+            connection.exec_driver_sql(
+                f"INSERT INTO clickhouse_outbox ({columns}) SELECT '{version}', workspace_id, event_id, payload, "
+                f"created_at FROM clickhouse_outbox LIMIT {rows}"
+            )
+        connection.exec_driver_sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN (17, 1900)")
+        connection.exec_driver_sql(
+            "INSERT INTO clickhouse_outbox_dead_letter SELECT pk, IF(MOD(pk, 2), 'open', 'resolved'), version, workspace_id, "
+            "event_id, 'wrong_type', '$', '', 1, 1, 1 FROM clickhouse_outbox WHERE deleted_at IS NULL LIMIT 40"
+        )
+        connection.execute(
+            sa.text(SQL["add_batch"].text.replace("'claimed'", ":state")),
+            [
+                {
+                    "batch_id": number,
+                    "epoch": number,
+                    "generation": 0,
+                    "version": "audit_log.v1",
+                    "state": "verified" if number < 1_010 else "exported" if number < LEDGER - 4 else "sealed",
+                    "owner": "somebody",
+                    "lease_ms": 0,
+                    "rows": 30,
+                    "bytes": 1,
+                    "first_pk": number * 30,
+                    "last_pk": number * 30 + 29,
+                    "pks": "1-30",
+                    "manifest": "[]",
+                    "inserted_at_ms": number,
+                }
+                for number in range(1, LEDGER)
+            ],
+        )
+    with stack.outbox.engine.connect() as connection:
+        for table in ("clickhouse_outbox", "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter"):
+            list(connection.exec_driver_sql(f"ANALYZE TABLE {table}"))
+    return stack.outbox
+
+
+def explain(outbox: MySQLOutbox, name: str, values: dict[str, object]) -> list[Step]:
+    statement = sa.text(f"EXPLAIN FORMAT=TRADITIONAL {SQL[name].text}")
+    for parameter, value in values.items():
+        if isinstance(value, list):
+            statement = statement.bindparams(sa.bindparam(parameter, expanding=True))
+    with outbox.engine.connect() as connection:
+        return [
+            Step(
+                table=row["table"] or "",
+                access=row["type"] or "",
+                key=row["key"] or "",
+                rows=int(row["rows"] or 0),
+                extra=row["Extra"] or "",
+            )
+            for row in connection.execute(statement, values).mappings()
+        ]
+
+
+PKS = list(range(20_000, 20_400, 2))
+STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "candidates": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1", "after_pk": 0, "row_limit": 100}),
+    "oldest_pending": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
+    "count_pending": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1", "row_limit": 100}),
+    "next_pending_version": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
+    "rows_between": ("clickhouse_outbox", "PRIMARY", {"first_pk": 20_000, "last_pk": 20_400}),
+    "rows_in": ("clickhouse_outbox", "PRIMARY", {"pks": PKS}),
+    "mark_between": ("clickhouse_outbox", "PRIMARY", {"first_pk": 20_000, "last_pk": 20_400, "exported_at_ms": 1}),
+    "mark_in": ("clickhouse_outbox", "PRIMARY", {"pks": PKS, "exported_at_ms": 1}),
+    "fence": ("clickhouse_outbox_batch", "PRIMARY", {"batch_id": 700}),
+    "fence_shared": ("clickhouse_outbox_batch", "PRIMARY", {"batch_id": 700}),
+    "leased": ("clickhouse_outbox_batch", "state_idx", {"epoch": 1_022}),
+    "renew": ("clickhouse_outbox_batch", "PRIMARY", {"epoch": 1_022, "lease_ms": 1, "batch_ids": [1_021, 1_022]}),
+    "open_batches": ("clickhouse_outbox_batch", "state_idx", {}),
+    "open_owners": ("clickhouse_outbox_batch", "state_idx", {}),
+    "unverified": ("clickhouse_outbox_batch", "state_idx", {"row_limit": 10}),
+    "exported_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
+    "count_dead": ("clickhouse_outbox_dead_letter", "letter_state_idx", {}),
+}
+# A handful of open or overlapping batches, found by an index that cannot also give their order.
+MAY_SORT = {"open_batches", "open_owners", "exported_over"}
+
+
+def test_hot_statements_use_their_index_and_read_no_history(busy: MySQLOutbox) -> None:
+    """A plan that turns with the statistics reads the whole outbox at every claim, and only in production."""
+    wrong = []
+    for name, (table, key, values) in STATEMENTS.items():
+        steps = explain(busy, name, values)
+        (step,) = [step for step in steps if step.table == table]
+        scanned = [other for other in steps if other.access in ("ALL", "index") and not other.table.startswith("<")]
+        sorts = name not in MAY_SORT and any("filesort" in other.extra or "temporary" in other.extra for other in steps)
+        # Single table, right index: only rows of the answer, or of the pending part, are looked at.
+        if step.key != key or scanned or sorts or step.rows > 2 * (PENDING + 100):
+            wrong.append(f"{name}: {steps}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:
+    """Joined the other way round, every claim would begin with all dead letters there ever were."""
+    for name in ("candidates", "oldest_pending"):
+        steps = explain(busy, name, STATEMENTS[name][2])
+        (letter,) = [step for step in steps if step.table in ("letter", "clickhouse_outbox_dead_letter")]
+        assert (letter.key, letter.access) == ("PRIMARY", "eq_ref"), steps
+
+
+def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> None:
+    """The sensor asks every few seconds; with payloads in the way it would read them all."""
+    for name in ("count_pending", "next_pending_version"):
+        steps = explain(busy, name, STATEMENTS[name][2])
+        (step,) = [step for step in steps if step.table == "clickhouse_outbox"]
+        assert "Using index" in step.extra, steps
