@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from auditexport_pipeline.core import export, verify
 from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.local import generator
 from auditexport_pipeline.stores import setup
+from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 
 
@@ -98,3 +108,60 @@ def test_a_missing_column_in_clickhouse_is_named(stack: Stack) -> None:
     stack.log.client().command("ALTER TABLE audit_logs_raw_v1 DROP INDEX correlation_id_idx")
     stack.log.client().command("ALTER TABLE audit_logs_raw_v1 DROP COLUMN correlation_id")
     assert "lacks correlation_id" in setup.check(stack.outbox, stack.log)[0].what
+
+
+@pytest.fixture
+def granted(stack: Stack) -> Iterator[Callable[..., Stack]]:
+    """The same stack through a user that has only the given grants, one `PRIVILEGES ON table` each."""
+    user = f"'least{os.getpid()}'@'127.0.0.1'"
+    database = stack.mysql_url.rsplit("/", 1)[1]
+    stack.sql(f"CREATE USER {user} IDENTIFIED BY 'least-privilege'")
+    connected: list[MySQLOutbox] = []
+
+    def through(*grants: str) -> Stack:
+        for grant in grants:
+            privileges, table = grant.split(" ON ")
+            stack.sql(f"GRANT {privileges} ON {database}.{table} TO {user}")
+        server = stack.mysql_url.split("@", 1)[1]
+        outbox = MySQLOutbox(f"mysql+pymysql://least{os.getpid()}:least-privilege@{server}")
+        connected.append(outbox)
+        return replace(stack, mysql_url=outbox.url, outbox=outbox)
+
+    yield through
+    for outbox in connected:
+        outbox.engine.dispose()
+    stack.sql(f"DROP USER {user}")
+
+
+def _readme_grants() -> list[tuple[str, str]]:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    return re.findall(r"GRANT (.+? ON )app\.(\w+) TO 'auditexport'", readme)
+
+
+def test_the_grants_of_the_readme_are_enough_for_a_drain(stack: Stack, granted: Callable[..., Stack]) -> None:
+    """A user that may do more than it needs is what an auditor asks about first."""
+    grants = ["".join(grant) for grant in _readme_grants()]
+    assert len(grants) == 3
+    generator.seed_outbox(stack.mysql_url, seed=5, events=300, malformed=5)
+    least = granted(*grants)
+    assert setup.check(least.outbox, least.log) == []
+    limits = Limits()
+    for claim in export.claim(least.outbox, owner="least", dead_owners=(), limits=limits):
+        fetched = export.fetch(least.outbox, claim, limits)
+        receipt = export.write(least.outbox, least.log, claim, fetched.bodies, limits)
+        export.mark(least.outbox, receipt, limits)
+    assert not any(verify.verify(least.outbox, least.log, least.outbox.unverified(10)).values())
+    assert stack.counts() == (300, 300)
+    assert stack.pending() == 5
+
+
+def test_a_user_that_may_not_mark_is_refused_before_anything_is_written(granted: Callable[..., Stack]) -> None:
+    """Otherwise a whole batch would be in ClickHouse before the first UPDATE is denied."""
+    least = granted(
+        "SELECT ON clickhouse_outbox",
+        "SELECT, INSERT, UPDATE ON clickhouse_outbox_batch",
+        "SELECT, INSERT, UPDATE ON clickhouse_outbox_dead_letter",
+    )
+    (found,) = setup.check(least.outbox, least.log)
+    assert "may not update clickhouse_outbox.deleted_at" in found.what
+    assert found.fix == "GRANT UPDATE (deleted_at) ON clickhouse_outbox TO that user"

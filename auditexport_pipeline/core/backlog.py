@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# After a second failed run in a row the sensor waits this long, then twice as long, up to the longest, which is well below
+# what a lag alarm is set to.
+FIRST_WAIT_S = 15.0
+LONGEST_WAIT_S = 300.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
@@ -20,6 +25,7 @@ class Backlog:
     unknown_versions: tuple[str, ...]
     dead_rows: int
     open_batches: int
+    waiting_batches: int  # stopped ones whose lease has not ended: nobody may take them up yet
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
 
     @property
@@ -36,6 +42,27 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Drains that failed one after the other, up to now: how many, and how long ago the last one ended."""
+
+    runs: int
+    since_s: float
+
+    @property
+    def wait_s(self) -> float:
+        """How much longer to leave it: nothing after one failure, which the next run mends; then ever longer,
+        so that an outage is not a flood of runs.
+        """
+        if self.runs < 2:
+            return 0.0
+        wait_s: float = min(FIRST_WAIT_S * 2.0 ** (self.runs - 2), LONGEST_WAIT_S)
+        return max(0.0, wait_s - self.since_s)
+
+
+NO_FAILURES = Failures(runs=0, since_s=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Whether to launch, and the sentence with the numbers that says why."""
 
@@ -43,10 +70,11 @@ class Decision:
     reason: str
 
 
-def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None) -> Decision:
+def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None, failures: Failures) -> Decision:
     """One drain at a time; then rows, lag, or batches that a dead run left behind start the next.
 
-    `at_work` names the live run or process that drains already, or is None.
+    `at_work` names the live run or process that drains already, or is None. After failed runs the next one
+    waits a while.
     """
     numbers = (
         f"{backlog.shown_rows} pending rows (a run starts at {thresholds.rows:,}), "
@@ -58,8 +86,14 @@ def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None) -> 
         numbers += f", {backlog.dead_rows:,} dead letters"
     if at_work is not None:
         return Decision(launch=False, reason=f"{at_work} is at work: {numbers}")
-    if backlog.open_batches:
-        return Decision(launch=True, reason=f"{backlog.open_batches} batches were left open: {numbers}")
+    if failures.wait_s > 0:
+        return Decision(
+            launch=False,
+            reason=f"the last {failures.runs} runs failed, the next starts in {failures.wait_s:.0f} s: {numbers}",
+        )
+    left_open = backlog.open_batches - backlog.waiting_batches
+    if left_open > 0:
+        return Decision(launch=True, reason=f"{left_open} batches were left open: {numbers}")
     if backlog.rows >= thresholds.rows:
         return Decision(launch=True, reason=f"backlog: {numbers}")
     if backlog.rows and backlog.lag_s >= thresholds.lag_s:

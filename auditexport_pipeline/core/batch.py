@@ -79,6 +79,7 @@ class Counts:
     folded: int = 0  # the same event as another row of the batch: marked, not sent
     vanished: int = 0  # deleted from the outbox by somebody before they were sealed or marked
     elsewhere: int = 0  # marked by somebody else
+    unmarked: int = 0  # of those two, rows that were sent and then could not be marked
     released: int = 0  # given back to pending: their block was never written and cannot be reproduced
 
 
@@ -106,6 +107,11 @@ class Batch:
     @property
     def rows(self) -> int:
         return len(self.pks)
+
+    @property
+    def marked_rows(self) -> int:
+        """Rows that this batch stamped, once it is exported."""
+        return self.rows - self.counts.unmarked
 
     @property
     def entries(self) -> int:

@@ -187,10 +187,6 @@ class _Pairs(list):  # type: ignore[type-arg]
     """A JSON object as its pairs, so that a key given twice is seen twice."""
 
 
-class _Overflow(Exception):
-    pass
-
-
 def explain(payload: bytes) -> Undecodable | None:
     """What ClickHouse would refuse or take differently in this JSON text, or None; a repeated key goes first.
 

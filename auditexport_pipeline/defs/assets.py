@@ -145,7 +145,7 @@ def mark_exported(
     with told_to_dagster(context, heartbeat):
         batch = export.mark(mysql.outbox(), receipt, Limits.of(context.op_config))
     context.log.info(
-        f"marked batch {batch.batch_id}: {batch.rows:,} rows, {time.perf_counter() - started:.2f} s{_others(batch)}"
+        f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {time.perf_counter() - started:.2f} s{_others(batch)}"
     )
     return batch.batch_id
 

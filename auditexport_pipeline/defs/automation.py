@@ -4,6 +4,7 @@ What belongs here: asking Dagster and the ledger, and handing the answer to `cor
 does not: the decision itself, or the counting.
 """
 
+import itertools
 import math
 import os
 import time
@@ -11,7 +12,7 @@ import time
 import dagster as dg
 import msgspec
 
-from auditexport_pipeline.core.backlog import Backlog, Thresholds, decide
+from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.defs.assets import DRAIN_POOL
@@ -25,6 +26,8 @@ DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
 SENSOR_INTERVAL_S = 15
 # Even when nothing changes, the page shows a fresh observation of the outbox this often.
 OBSERVE_EVERY_S = 600
+# The wait after failures stops growing before this many.
+FAILURES_LOOKED_AT = 8
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -87,6 +90,20 @@ def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None
     return None
 
 
+def _failures(instance: dg.DagsterInstance) -> Failures:
+    """How many drains in a row have failed; the page's own runs are left to whoever launched them."""
+    records = instance.get_run_records(
+        dg.RunsFilter(job_name=JOB, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
+        limit=FAILURES_LOOKED_AT,
+    )
+    failed = list(itertools.takewhile(lambda record: record.dagster_run.status == dg.DagsterRunStatus.FAILURE, records))
+    if not failed:
+        return NO_FAILURES
+    return Failures(
+        runs=len(failed), since_s=time.time() - (failed[0].end_time or failed[0].update_timestamp.timestamp())
+    )
+
+
 class _Seen(msgspec.Struct):
     """The sensor's cursor: what was observed last and when. Never a pk: the backlog is counted anew each time."""
 
@@ -115,7 +132,10 @@ def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResou
     except AuditExportError as error:
         raise dg.Failure(description=str(error)) from None
     decision = decide(
-        backlog, limits, at_work=_run_at_work(context.instance) or _owner_at_work(context.instance, backlog)
+        backlog,
+        limits,
+        at_work=_run_at_work(context.instance) or _owner_at_work(context.instance, backlog),
+        failures=_failures(context.instance),
     )
     numbers = backlog_metadata(backlog)
     steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}

@@ -34,8 +34,8 @@ def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | flo
 def run_metadata(
     batches: Sequence[Batch], verified: Mapping[int, Discrepancy], backlog: Backlog, seconds: float
 ) -> dict[str, dg.MetadataValue | int | float | str]:
-    """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes."""
-    rows = sum(batch.rows for batch in batches)
+    """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` what the INSERTs carried."""
+    rows = sum(batch.marked_rows for batch in batches)
     oldest = [batch.oldest_ms for batch in batches if batch.oldest_ms is not None]
     newest = [batch.newest_ms for batch in batches if batch.newest_ms is not None]
     metadata: dict[str, dg.MetadataValue | int | float | str] = {
@@ -73,7 +73,7 @@ def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -
         found = verified.get(batch.batch_id)
         state = f"**{found}**" if found else str(batch.state)
         lines.append(
-            f"| {batch.batch_id} | {batch.generation} | {state} | {batch.rows:,} | {batch.entries:,} | {len(batch.blocks)} "
+            f"| {batch.batch_id} | {batch.generation} | {state} | {batch.marked_rows:,} | {batch.entries:,} | {len(batch.blocks)} "
             f"| {batch.bytes:,} | {batch.counts.dead:,} | {batch.counts.folded:,} | {_when(batch.oldest_ms)} | {_when(batch.newest_ms)} |"
         )
     if len(batches) > TABLE_ROWS:

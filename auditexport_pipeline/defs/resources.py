@@ -10,7 +10,10 @@ import urllib.request
 
 import dagster as dg
 from pydantic import Field
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
+from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 
@@ -24,6 +27,13 @@ class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     url: str = Field(description="SQLAlchemy URL, mysql+pymysql://user:password@host:port/database (TLS: ?ssl_ca=…).")
 
     def outbox(self) -> MySQLOutbox:
+        """The store over this URL; raises `InvalidConfig`, which does not repeat the URL, for one of another kind."""
+        try:
+            driver = make_url(self.url).drivername
+        except (ArgumentError, ValueError):
+            driver = ""
+        if driver not in ("mysql+pymysql", "mariadb+pymysql"):
+            raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
         return MySQLOutbox(self.url)
 
 

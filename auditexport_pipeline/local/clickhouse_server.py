@@ -18,12 +18,14 @@ import argparse
 import asyncio
 import base64
 import binascii
+import contextlib
 import email.parser
 import email.policy
 import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -679,6 +681,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, required=True, help="where the data lives; one server each")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args(arguments)
+    # A part of JSON columns is some ten files a path; the usual soft limit of 1,024 is soon reached in a merge.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS calls the hard limit unlimited and then refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     serve(options.directory.resolve(), options.port)
 
 

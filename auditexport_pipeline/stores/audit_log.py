@@ -81,7 +81,10 @@ NEWER_INSERT_SETTINGS: dict[str, Any] = {
 }
 
 # Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
-_ROW_ERRORS = {6, 25, 26, 27, 33, 38, 41, 53, 69, 72, 117, 130, 131, 190, 306, 321, 349, 441, 467, 469, 675, 676}
+_ROW_ERRORS = {
+    *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 407),
+    *(441, 467, 469, 675, 676, 691),
+}
 # Codes that no rerun mends: tables, columns, grants, settings, credentials.
 _SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
 _LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`

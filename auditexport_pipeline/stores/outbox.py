@@ -24,7 +24,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, State, blocks_from_text, blocks_to_text
-from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, OutboxUnavailable, SetupIncomplete
+from auditexport_pipeline.core.errors import (
+    AuditExportError,
+    InvalidConfig,
+    LeaseLost,
+    OutboxUnavailable,
+    SetupIncomplete,
+)
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
 from auditexport_pipeline.stores.statements import load
@@ -77,6 +83,9 @@ def translated(what: str) -> Iterator[None]:
         yield
     except AuditExportError:
         raise
+    except OSError as error:
+        # PyMySQL opens the certificates that the URL names; a socket's own errors come as DBAPIError.
+        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL names a file that cannot be read: {error.filename}") from error
     except PoolTimeout as error:
         raise OutboxUnavailable(f"MySQL: no free connection while {what}; run again") from error
     except DBAPIError as error:
@@ -248,6 +257,7 @@ class MySQLOutbox:
                 released=counts.released,
                 vanished=counts.vanished + total.vanished,
                 elsewhere=counts.elsewhere + total.elsewhere,
+                unmarked=total.vanished + total.elsewhere,
             )
             connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
             return _own(connection, claim)
@@ -299,6 +309,9 @@ class MySQLOutbox:
                 unknown_versions=tuple(unknown),
                 dead_rows=sum(dead.values()),
                 open_batches=len(open_batches),
+                waiting_batches=sum(
+                    1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired
+                ),
                 leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),
             )
 

@@ -90,11 +90,12 @@ def refuse_unless_ready(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> None:
         raise SetupIncomplete("nothing was claimed. " + " — ".join(map(str, fatal)))
 
 
-def _mysql_columns(outbox: MySQLOutbox) -> dict[str, set[str]]:
-    columns: defaultdict[str, set[str]] = defaultdict(set)
+def _mysql_columns(outbox: MySQLOutbox) -> dict[str, dict[str, set[str]]]:
+    """By table and column, what the connected user may do: select, insert, update, …"""
+    columns: defaultdict[str, dict[str, set[str]]] = defaultdict(dict)
     with outbox.transaction("reading the catalogue") as connection:
         for row in connection.exec_driver_sql(_SQL["mysql_columns"]):
-            columns[row.table_name].add(row.column_name)
+            columns[row.table_name][row.column_name] = set(str(row.granted).split(","))
     return dict(columns)
 
 
@@ -130,6 +131,20 @@ def _check_mysql(outbox: MySQLOutbox) -> list[Finding]:
                     what=f"MySQL table {table} lacks {', '.join(lacking)}",
                     breaks="its statements fail",
                     fix=f"ALTER TABLE {table} ADD COLUMN …, as in stores/setup.sql",
+                )
+            )
+        needed = {"select", "insert", "update"} if ours else {"update"}
+        column = "state" if ours else "deleted_at"
+        denied = needed - columns[table].get(column, needed)
+        if denied:
+            grant = ", ".join(sorted(denied)).upper() if ours else "UPDATE (deleted_at)"
+            findings.append(
+                Finding(
+                    what=f"the user of AUDITEXPORT_MYSQL_URL may not {' or '.join(sorted(denied))} {table}.{column}",
+                    breaks="a run would write to ClickHouse and then be unable to mark"
+                    if not ours
+                    else "nothing can be claimed",
+                    fix=f"GRANT {grant} ON {table} TO that user",
                 )
             )
     if "clickhouse_outbox" in columns:

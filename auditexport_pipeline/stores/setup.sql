@@ -74,7 +74,9 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox (
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = $collation
 
 -- name: mysql_columns
-SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name FROM information_schema.columns
+-- The server shows each column with what the connected user may do to it.
+SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name, LOWER(privileges) AS granted
+FROM information_schema.columns
 WHERE table_schema = DATABASE()
   AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter')
 
