@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +104,8 @@ class Stack:
         return int(str(self.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox WHERE deleted_at IS NULL")[0].n))
 
 
-@pytest.fixture
-def stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
+@contextmanager
+def fresh_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
     """Two fresh databases with all tables, dropped afterwards."""
     name = f"auditexport_test_{os.getpid()}_{next(_numbers)}"
     admin = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT")
@@ -124,6 +125,20 @@ def stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
             connection.exec_driver_sql(f"DROP DATABASE {name}")
         admin_log.client().command(f"DROP DATABASE {name}")
         admin.dispose()
+
+
+@pytest.fixture
+def stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
+    """Two fresh databases with all tables, for one test."""
+    with fresh_stack(mysql_server, clickhouse_server) as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def module_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
+    """As `stack`, shared by a module whose tests only look at what one drain left."""
+    with fresh_stack(mysql_server, clickhouse_server) as fresh:
+        yield fresh
 
 
 @pytest.fixture

@@ -37,9 +37,9 @@ def _imports(path: Path, *, top_level: bool = False) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-        elif top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        elif top_level and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        elif (top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))) or (
+            top_level and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
             continue
         pending.extend(ast.iter_child_nodes(node))
     return names
@@ -89,9 +89,7 @@ def test_only_resources_the_prompt_and_the_local_stack_construct_stores() -> Non
     for path in MODULES:
         tree = ast.parse(path.read_text())
         built = {
-            node.func.id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         } & {"MySQLOutbox", "ClickHouseAuditLog"}
         assert not built or path.name in allowed, f"{path.name} constructs {built}"
 

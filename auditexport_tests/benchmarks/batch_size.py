@@ -1,6 +1,6 @@
 """How large a batch: rows per second and memory of a Dagster drain by `batch_rows`; the default comes from here.
 
-    python -m auditexport_tests.benchmarks.batch_size [events] [rounds]
+python -m auditexport_tests.benchmarks.batch_size [events] [rounds]
 """
 
 from __future__ import annotations

@@ -21,7 +21,16 @@ from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 
 SEED = 4_711
-DAGSTER_DRAIN = ["-m", "dagster", "asset", "materialize", "--select", "audit_logs_raw_v1", "-m", "auditexport_pipeline.definitions"]
+DAGSTER_DRAIN = [
+    "-m",
+    "dagster",
+    "asset",
+    "materialize",
+    "--select",
+    "audit_logs_raw_v1",
+    "-m",
+    "auditexport_pipeline.definitions",
+]
 
 
 @contextmanager
@@ -34,7 +43,11 @@ def benchmark_stack() -> Iterator[LocalStack]:
 def seed(stack: LocalStack, events: int) -> None:
     """Fills the outbox and keeps a copy, so that every contender gets the same rows in a fresh table."""
     seed_outbox(stack.outbox.url, seed=SEED, events=events)
-    _execute(stack, "CREATE TABLE outbox_seed LIKE clickhouse_outbox", "INSERT INTO outbox_seed SELECT * FROM clickhouse_outbox")
+    _execute(
+        stack,
+        "CREATE TABLE outbox_seed LIKE clickhouse_outbox",
+        "INSERT INTO outbox_seed SELECT * FROM clickhouse_outbox",
+    )
 
 
 def restore(stack: LocalStack) -> None:
@@ -88,7 +101,9 @@ def run(stack: LocalStack, arguments: list[str]) -> Child:
 
 def exported(stack: LocalStack) -> tuple[int, int]:
     """(entries, distinct events) in ClickHouse, without FINAL."""
-    ((entries, events),) = stack.log.client().query("SELECT count(), uniqExact(event_id) FROM audit_logs_raw_v1").result_rows
+    ((entries, events),) = (
+        stack.log.client().query("SELECT count(), uniqExact(event_id) FROM audit_logs_raw_v1").result_rows
+    )
     return int(entries), int(events)
 
 

@@ -102,7 +102,9 @@ def _stall(pid: int, stop: threading.Event) -> None:
 def main(seconds: float = 20.0) -> None:
     measured = []
     with bench.benchmark_stack() as stack:
-        print(f"{PACE_PER_S} commits/s for {seconds:.0f} s each, {stack.mysql.family} {stack.mysql.version}", flush=True)
+        print(
+            f"{PACE_PER_S} commits/s for {seconds:.0f} s each, {stack.mysql.family} {stack.mysql.version}", flush=True
+        )
         urls = [stack.outbox.url, stack.log.url]
         # The exporters stop a little before the writer, so that none drains an idle table at the end.
         until = str(seconds - 2)

@@ -1,6 +1,6 @@
 """How much memory: peak RSS of a Dagster process that drains few and many rows.
 
-    python -m auditexport_tests.benchmarks.memory [rows …]
+python -m auditexport_tests.benchmarks.memory [rows …]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How fast: a drain through Dagster beside the ancestor's algorithm, alternating on the same servers.
 
-    python -m auditexport_tests.benchmarks.speed [events] [rounds]
+python -m auditexport_tests.benchmarks.speed [events] [rounds]
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ def main(events: int = 300_000, rounds: int = 3) -> None:
                 ("auditexport, Dagster process from start to end", ours.seconds, ours),
                 ("auditexport, the Dagster run: plan to verified", drain_s, ours),
             ):
-                measured.append((name, number, events / seconds, child.cpu_s, child.peak_rss_mb, ancestor.seconds / seconds))
-            print(f"round {number}: ancestor {ancestor.seconds:.1f} s, Dagster {ours.seconds:.1f} s, drain {drain_s:.1f} s", flush=True)
+                measured.append(
+                    (name, number, events / seconds, child.cpu_s, child.peak_rss_mb, ancestor.seconds / seconds)
+                )
+            print(
+                f"round {number}: ancestor {ancestor.seconds:.1f} s, Dagster {ours.seconds:.1f} s, drain {drain_s:.1f} s",
+                flush=True,
+            )
     frame = pd.DataFrame(measured, columns=["contender", "round", "rows/s", "CPU s", "peak RSS MB", "× ancestor"])
     table = frame.groupby("contender", sort=False)[["rows/s", "CPU s", "peak RSS MB", "× ancestor"]].median()
     spread = frame.groupby("contender", sort=False)["rows/s"].agg(["min", "max"])

@@ -248,13 +248,9 @@ class TestBodies:
         """VALUES is statement and data in one, in the URL or in the body."""
         client.command(f"CREATE TABLE {table} (pk UInt64, note String) ENGINE = MergeTree ORDER BY pk")
         client.command(f"INSERT INTO {table} VALUES (1, 'a;b'), (2, 'FORMAT CSV');")
-        answer = http.post(
-            "/", params={"query": f"INSERT INTO {table} VALUES"}, content=b"(3, 'c'), (4, '\\'')"
-        )
+        answer = http.post("/", params={"query": f"INSERT INTO {table} VALUES"}, content=b"(3, 'c'), (4, '\\'')")
         assert answer.status_code == 200, answer.text
-        assert client.query(f"SELECT note FROM {table} ORDER BY pk").result_columns == [
-            ["a;b", "FORMAT CSV", "c", "'"]
-        ]
+        assert client.query(f"SELECT note FROM {table} ORDER BY pk").result_columns == [["a;b", "FORMAT CSV", "c", "'"]]
 
     def test_data_may_sit_in_the_url_in_the_body_or_in_both(
         self, http: httpx.Client, client: Client, table: str
@@ -270,9 +266,9 @@ class TestBodies:
         ):
             answer = http.post("/", params={"query": query} if query else {}, content=body)
             assert answer.status_code == 200, answer.text
-        assert client.query(
-            f"SELECT groupArray(pk) FROM (SELECT pk FROM {table} ORDER BY pk)"
-        ).result_rows == [([1, 2, 3, 4, 5],)]
+        assert client.query(f"SELECT groupArray(pk) FROM (SELECT pk FROM {table} ORDER BY pk)").result_rows == [
+            ([1, 2, 3, 4, 5],)
+        ]
 
     @pytest.mark.parametrize("encoding", [*COMPRESSORS, ""])
     def test_the_answer_is_compressed_as_the_client_asks(self, http: httpx.Client, encoding: str) -> None:
@@ -313,15 +309,11 @@ class TestStatements:
             client.query(sql, parameters={"pks": list(range(40_000))})
         assert raised.value.code == 1000
 
-    def test_settings_parameters_and_databases_end_with_their_request(
-        self, http: httpx.Client, client: Client
-    ) -> None:
+    def test_settings_parameters_and_databases_end_with_their_request(self, http: httpx.Client, client: Client) -> None:
         """A token or a limit that leaks into the next INSERT loses its rows."""
         name = f"d_{uuid.uuid4().hex}"
         client.command(f"CREATE DATABASE {name}")
-        ask = (
-            "SELECT getSetting('max_block_size'), getSetting('insert_deduplication_token'), currentDatabase()"
-        )
+        ask = "SELECT getSetting('max_block_size'), getSetting('insert_deduplication_token'), currentDatabase()"
         before = http.post("/", content=ask).text
         settings = {
             "max_block_size": "17",
@@ -359,9 +351,7 @@ class TestStatements:
 
     def test_the_answer_names_query_format_zone_and_figures(self, http: httpx.Client) -> None:
         """Clients read these headers before the body."""
-        answer = http.post(
-            "/", params={"query_id": "q-1", "default_format": "JSONEachRow"}, content="SELECT 1 AS a"
-        )
+        answer = http.post("/", params={"query_id": "q-1", "default_format": "JSONEachRow"}, content="SELECT 1 AS a")
         assert answer.json() == {"a": 1}
         assert answer.headers["X-ClickHouse-Query-Id"] == "q-1"
         assert answer.headers["X-ClickHouse-Format"] == "JSONEachRow"
@@ -458,9 +448,7 @@ class TestEngine:
                 client.insert(table, [(pk, "n") for pk in range(first, first + 10)], settings=given)
                 return
             source = " SELECT pk, note FROM input('pk UInt64, note String')" if through == "input" else ""
-            client.command(
-                f"INSERT INTO {table} (pk, note){source} FORMAT JSONEachRow", data=data, settings=given
-            )
+            client.command(f"INSERT INTO {table} (pk, note){source} FORMAT JSONEachRow", data=data, settings=given)
 
         insert(0, insert_deduplication_token="a")
         insert(100, insert_deduplication_token="a")
@@ -488,18 +476,13 @@ class TestEngine:
         client.command(sql, data=json.dumps({"pk": 1, "meta": meta}))
         client.insert(table, [[2, meta]])
         assert (
-            client.query(f"SELECT meta.a.b::Int64, meta.d::String FROM {table}").result_rows
-            == [(2**53 + 1, "Zoë")] * 2
+            client.query(f"SELECT meta.a.b::Int64, meta.d::String FROM {table}").result_rows == [(2**53 + 1, "Zoë")] * 2
         )
-        assert [row[0]["a"] for row in client.query(f"SELECT meta FROM {table}").result_rows] == [
-            meta["a"]
-        ] * 2
+        assert [row[0]["a"] for row in client.query(f"SELECT meta FROM {table}").result_rows] == [meta["a"]] * 2
 
     def test_a_replacing_table_collapses_only_under_final(self, client: Client, table: str) -> None:
         """Readers do not use FINAL, so duplicates are counted without it."""
-        client.command(
-            f"CREATE TABLE {table} (pk UInt64, v UInt64) ENGINE = ReplacingMergeTree(v) ORDER BY pk"
-        )
+        client.command(f"CREATE TABLE {table} (pk UInt64, v UInt64) ENGINE = ReplacingMergeTree(v) ORDER BY pk")
         client.command(f"SYSTEM STOP MERGES {table}")
         for version in (1, 2):
             client.insert(table, [[1, version]])
@@ -520,9 +503,7 @@ class TestEngine:
 
     def test_two_inserts_at_once_overlap(self, server: LocalClickHouse, client: Client, table: str) -> None:
         """The writer sends blocks in parallel; a server that queued them would hide races."""
-        client.command(
-            f"CREATE TABLE {table} (pk UInt64, started DateTime64(6), ended DateTime64(6)) {DEDUPLICATED}"
-        )
+        client.command(f"CREATE TABLE {table} (pk UInt64, started DateTime64(6), ended DateTime64(6)) {DEDUPLICATED}")
         sql = (
             f"INSERT INTO {table} SELECT pk, now64(6), now64(6) + sleepEachRow(0.02) * 0"
             " FROM input('pk UInt64') FORMAT JSONEachRow"
@@ -550,16 +531,11 @@ def insert_from_elsewhere(dsn: str, table: str, number: int) -> None:
 
 
 class TestProcess:
-    def test_several_processes_write_at_once(
-        self, server: LocalClickHouse, client: Client, table: str
-    ) -> None:
+    def test_several_processes_write_at_once(self, server: LocalClickHouse, client: Client, table: str) -> None:
         """A chDB directory serves one process; the server in front of it is there for this."""
         client.command(f"CREATE TABLE {table} (pk UInt64) ENGINE = MergeTree ORDER BY pk")
         spawn = multiprocessing.get_context("spawn")
-        writers = [
-            spawn.Process(target=insert_from_elsewhere, args=(server.url, table, number))
-            for number in range(3)
-        ]
+        writers = [spawn.Process(target=insert_from_elsewhere, args=(server.url, table, number)) for number in range(3)]
         for writer in writers:
             writer.start()
         for writer in writers:

@@ -55,9 +55,7 @@ def outbox(server: LocalMySQL) -> Iterator[sa.Engine]:
     name = f"outbox_{uuid4().hex[:12]}"
     admin = sa.create_engine(server.url)
     with admin.begin() as connection:
-        connection.exec_driver_sql(
-            f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE {COLLATIONS[server.family]}"
-        )
+        connection.exec_driver_sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE {COLLATIONS[server.family]}")
     admin.dispose()
     engine = sa.create_engine(f"{server.url}{name}", isolation_level="READ COMMITTED")
     with engine.begin() as connection:
@@ -114,9 +112,7 @@ def test_events_are_varied_skewed_and_within_the_columns() -> None:
     assert {event["actor"]["type"] for event in events} == {"user", "key", "system"}
     assert {event["source"] for event in events} == {"platform", "customer", ""}
     assert {len(event.get("targets") or ()) for event in events} == set(range(6))
-    assert {"key.create", "api.create", "ratelimit.set_override", "user.login"} <= {
-        event["event"] for event in events
-    }
+    assert {"key.create", "api.create", "ratelimit.set_override", "user.login"} <= {event["event"] for event in events}
     buckets = Counter(event["bucket"] for event in events)
     assert buckets.most_common(1)[0][0] == PLATFORM_BUCKET
     assert len(buckets) > 3
@@ -137,9 +133,7 @@ def test_payloads_are_compact_and_about_600_bytes() -> None:
     assert sample == json.dumps(json.loads(sample), ensure_ascii=False, separators=(",", ":"))
 
 
-@pytest.mark.parametrize(
-    ("asked", "low", "high"), [(100, 200, 420), (2_000, 1_960, 2_000), (20_000, 19_960, 20_000)]
-)
+@pytest.mark.parametrize(("asked", "low", "high"), [(100, 200, 420), (2_000, 1_960, 2_000), (20_000, 19_960, 20_000)])
 def test_payloads_approach_the_size_asked_for(asked: int, low: int, high: int) -> None:
     """Batches are cut by bytes too, which needs small and large events to try."""
     rows = list(Generator(7, payload_bytes=asked).events(300))
@@ -193,9 +187,7 @@ def test_the_json_column_takes_every_row_and_gives_back_the_same_value(outbox: s
 def test_seeding_writes_what_it_says(outbox: sa.Engine) -> None:
     """Every exactly-once test compares what was exported with these counts."""
     heard: list[int] = []
-    seeded = seed_outbox(
-        url(outbox), seed=7, events=3_000, malformed=40, unknown=30, writers=3, progress=heard.append
-    )
+    seeded = seed_outbox(url(outbox), seed=7, events=3_000, malformed=40, unknown=30, writers=3, progress=heard.append)
     rows = stored(outbox, "event_id, version, workspace_id, created_at, deleted_at")
     assert seeded.rows == len(rows) == 3_070
     assert (seeded.events, seeded.unknown) == (3_000, 30)
@@ -243,9 +235,7 @@ def test_lower_pks_become_visible_after_higher_ones(outbox: sa.Engine) -> None:
             seen.append({pk for (pk,) in found})
 
         seeded = seed_outbox(url(outbox), seed=7, events=2_000, writers=1, progress=look)
-    late = sum(
-        bool(before) and min(after - before) < max(before) for before, after in itertools.pairwise(seen)
-    )
+    late = sum(bool(before) and min(after - before) < max(before) for before, after in itertools.pairwise(seen))
     assert late == seeded.late_transactions
     assert late > 0
 
@@ -269,9 +259,7 @@ def test_a_failing_writer_is_reported_and_the_others_stop(outbox: sa.Engine) -> 
         seed_outbox(url(outbox), seed=7, events=1_000)
 
 
-def test_a_trickle_commits_until_told_to_stop_and_outlives_a_crash(
-    outbox: sa.Engine, server: LocalMySQL
-) -> None:
+def test_a_trickle_commits_until_told_to_stop_and_outlives_a_crash(outbox: sa.Engine, server: LocalMySQL) -> None:
     """`make dev` shows a live backlog, also to somebody who kills the database to see what happens."""
     stop, committed = threading.Event(), list[int]()
     thread = threading.Thread(

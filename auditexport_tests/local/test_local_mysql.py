@@ -162,9 +162,7 @@ def test_a_half_initialised_directory_is_not_started(tmp_path: Path) -> None:
 
 def test_no_server_outlives_a_parent_that_was_killed(directory: Path) -> None:
     """A crashed test run must not leave servers behind, and the next start must not find one in its way."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, str(directory)], stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, str(directory)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     try:
         pid = int(parent.stdout.readline())
@@ -194,9 +192,7 @@ _PARENT = textwrap.dedent("""
 """)
 
 
-def test_the_host_configuration_has_no_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: Path
-) -> None:
+def test_the_host_configuration_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     """A developer's own ~/.my.cnf must neither break nor redirect the private server."""
     (tmp_path / ".my.cnf").write_text("[mysqld]\nthis-option-does-not-exist=1\n[client]\nport=1\n")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -219,9 +215,7 @@ def test_a_missing_server_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPat
         assert help_with in message
 
 
-def test_the_variable_wins_and_a_wrong_one_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_variable_wins_and_a_wrong_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Falling back in silence would test MariaDB where somebody asked for MySQL."""
     named = tmp_path / "mysqld"
     monkeypatch.setenv("AUDITEXPORT_MYSQLD", str(named))
