@@ -120,8 +120,8 @@ class CrashingOutbox:
         with self.crash_at.around("renew"):
             return self.real.renew(claim, lease_s)
 
-    def read(self, pks: PkSet) -> Iterator[StoredRow]:
-        return self.real.read(pks)
+    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
+        return self.real.read(pks, row_bytes=row_bytes)
 
     def seal(self, claim: Claim, cut: Cut) -> None:
         with self.crash_at.around("seal"):

@@ -192,14 +192,33 @@ def test_the_application_writes_while_a_plan_is_open(stack: Stack) -> None:
     assert sum(one.rows for one in claims) == 30
 
 
-def test_candidates_are_pks_and_sizes(stack: Stack) -> None:
-    """A claim of a million rows must not carry a million payloads over the network only to forget them."""
+def test_candidates_are_pks_and_sizes_those_of_a_sample(stack: Stack) -> None:
+    """A claim of a million rows must not read a million payloads only to measure and forget them."""
     rows = put(stack, 3, padding=100)
     with stack.outbox.planning("one", 60) as ledger:
-        found = ledger.candidates("audit_log.v1", 0, 10)
+        assert ledger.candidates("audit_log.v1", 0, 10) == rows
+        measured = ledger.payload_bytes(rows[1:])
     sizes = stack.sql("SELECT pk, OCTET_LENGTH(payload) AS n FROM clickhouse_outbox ORDER BY pk")
-    assert found == [(row.pk, row.n) for row in sizes]
-    assert [pk for pk, _ in found] == rows
+    assert measured == {row.pk: row.n for row in sizes[1:]}
+
+
+def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample may miss the large rows; memory is bounded all the same, and no row is forgotten."""
+    monkeypatch.setattr(export, "SAMPLED_ROWS", 1)
+    put(stack, 1)
+    put(stack, 11, padding=5_000)
+    limits = Limits(batch_bytes=20_000)
+    (one,) = export.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
+    assert one.rows == 12
+    fetched = export.fetch(stack.outbox, one, limits)
+    assert 1 < fetched.rows < 12
+    assert sum(map(len, fetched.bodies.values())) <= 20_000 * export.BYTES_TOLERANCE
+    export.mark(stack.outbox, export.write(stack.outbox, stack.log, one, fetched.bodies, limits), limits)
+    (batch,) = stack.outbox.batches([one.batch_id])
+    assert (batch.rows, batch.counts.released, batch.counts.vanished) == (fetched.rows, 12 - fetched.rows, 0)
+    assert stack.pending() == 12 - fetched.rows
+    (two,) = export.claim(stack.outbox, owner="two", dead_owners=(), limits=Limits())
+    assert two.rows == 12 - fetched.rows
 
 
 @pytest.mark.parametrize("every", [2, 3])

@@ -70,6 +70,11 @@ class Block:
     def rows(self) -> int:
         return len(self.pks)
 
+    @property
+    def row_bytes(self) -> int:
+        """Payload bytes of a row on average; an estimate until the seal."""
+        return -(-self.bytes // max(1, self.rows))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
@@ -80,7 +85,7 @@ class Counts:
     vanished: int = 0  # deleted from the outbox by somebody before they were sealed or marked
     elsewhere: int = 0  # marked by somebody else
     unmarked: int = 0  # of those two, rows that were sent and then could not be marked
-    released: int = 0  # given back to pending: their block was never written and cannot be reproduced
+    released: int = 0  # given back to pending: too many bytes, or never written and not to be reproduced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,10 @@ from auditexport_pipeline.core.ports import (
 
 # Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
 SMALLEST_BLOCK_ROWS = 5_000
+# Rows measured of each page of candidates: few enough to cost nothing, enough for the mean of similar events.
+SAMPLED_ROWS = 64
+# A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
+BYTES_TOLERANCE = 1.5
 # Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
 ORIGIN_SPANS = 8
 
@@ -76,6 +80,11 @@ def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: L
 
 
 def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Limits) -> Iterator[Claim]:
+    """New batches of one version, at most `room`.
+
+    Pks come from the index alone. Sizes are those of a sample, because measuring every row would read every
+    row a second time; `fetch` sees the real ones and keeps the bound.
+    """
     rows: list[tuple[int, int]] = []
     batch_bytes = 0
     after_pk = 0
@@ -84,10 +93,14 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
         while (run := held.run_of(after_pk + 1)) is not None:
             after_pk = run[1]
         page = ledger.candidates(version, after_pk, limits.batch_rows)
-        for pk, size in page:
-            after_pk = pk
-            if held.runs and pk in held:
-                continue
+        if not page:
+            break
+        after_pk = page[-1]
+        free = [pk for pk in page if pk not in held] if held.runs else page
+        measured = ledger.payload_bytes(free[:: -(-len(free) // SAMPLED_ROWS)]) if free else {}
+        usual = sum(measured.values()) // len(measured) if measured else 0
+        for pk in free:
+            size = measured.get(pk, usual)
             if rows and (len(rows) == limits.batch_rows or batch_bytes + size > limits.batch_bytes):
                 for new in islice(_add(ledger, version, rows, limits), room - batches):
                     batches += 1
@@ -97,8 +110,6 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
                     return
             rows.append((pk, size))
             batch_bytes += size
-        if not page:
-            break
     if rows and batches < room:
         yield from islice(_add(ledger, version, rows, limits), room - batches)
 
@@ -168,11 +179,18 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     parts = [_Part(block) for block in batch.blocks]
     last_with_key: dict[int, tuple[_Part, int]] = {}  # by the key's hash: the place of its last row
     folded: set[int] = set()
-    found = elsewhere = 0
+    found = elsewhere = given_back = sealed_bytes = 0
     oldest_ms: int | None = None
     newest_ms: int | None = None
     for part in parts:
-        for row in outbox.read(part.block.pks):
+        if given_back:
+            given_back += part.block.rows
+            continue
+        for row in outbox.read(part.block.pks, row_bytes=part.block.row_bytes):
+            sealed_bytes += len(row.payload)
+            if found and sealed_bytes > limits.batch_bytes * BYTES_TOLERANCE:
+                given_back = sum(1 for pk in part.block.pks if pk >= row.pk)
+                break
             found += 1
             if row.exported_at_ms is not None:
                 elsewhere += 1
@@ -204,7 +222,13 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     cut = Cut(
         blocks=tuple(blocks),
         pks=_pks_of(blocks) | folded_pks,
-        counts=Counts(dead=len(dead), folded=len(folded), vanished=batch.rows - found, elsewhere=elsewhere),
+        counts=Counts(
+            dead=len(dead),
+            folded=len(folded),
+            vanished=batch.rows - given_back - found,
+            elsewhere=elsewhere,
+            released=given_back,
+        ),
         digest=batch_digest(blocks, folded_pks),
         dead_letters=tuple(dead),
         oldest_ms=oldest_ms,
@@ -221,33 +245,30 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
 
 
 class _Part:
-    """A block while its rows are read: payloads end to end, and beside them only what a row costs in numbers."""
+    """A block while its rows are read: payloads, and beside them only what a row costs in numbers."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.pks = array("Q")
-        self.ends = array("Q")  # where each row's payload ends in `body`, the newline not counted
         self.fingerprints = array("Q")
-        self.body = bytearray()
+        self.payloads: list[bytes] = []
 
     def add(self, row: StoredRow, fingerprint: int) -> None:
-        if self.pks:
-            self.body += b"\n"
-        self.body += row.payload
         self.pks.append(row.pk)
-        self.ends.append(len(self.body))
         self.fingerprints.append(fingerprint)
-
-    def payload(self, index: int) -> bytes:
-        return bytes(self.body[self.ends[index - 1] + 1 if index else 0 : self.ends[index]])
+        self.payloads.append(row.payload)
 
     def without(self, folded: set[int]) -> tuple[PkSet, bytes, int]:
         """The pks, bytes and fingerprint of the rows that are not folded; gives up what it held."""
-        keep = [index for index, pk in enumerate(self.pks) if pk not in folded] if folded else range(len(self.pks))
-        body = bytes(self.body) if len(keep) == len(self.pks) else b"\n".join([self.payload(index) for index in keep])
-        pks = PkSet.of(self.pks[index] for index in keep)
-        fingerprint = sum(self.fingerprints[index] for index in keep)
-        self.body.clear()
+        if folded.isdisjoint(self.pks):
+            pks, payloads, fingerprint = PkSet.of(self.pks), self.payloads, sum(self.fingerprints)
+        else:
+            keep = [index for index, pk in enumerate(self.pks) if pk not in folded]
+            pks = PkSet.of(self.pks[index] for index in keep)
+            payloads = [self.payloads[index] for index in keep]
+            fingerprint = sum(self.fingerprints[index] for index in keep)
+        body = b"\n".join(payloads)
+        self.payloads.clear()
         return pks, body, fingerprint % 2**64
 
 
@@ -257,7 +278,9 @@ def _same_event(
     """Whether the row at an earlier place, whose key has the same hash, has the same key."""
     part, index = earlier
     other = decode(
-        OutboxRow(pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payload(index))
+        OutboxRow(
+            pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payloads[index]
+        )
     )
     return isinstance(other, Event) and other.key == event.key
 
@@ -383,7 +406,7 @@ def _read_body(outbox: Outbox, batch: Batch, block: Block) -> bytes:
     """A sealed block's bytes, read again; raises `BatchAltered` when they are not what was sealed."""
     payloads = []
     pks = []
-    for row in outbox.read(block.pks):
+    for row in outbox.read(block.pks, row_bytes=block.row_bytes):
         pks.append(row.pk)
         payloads.append(normal_form(row.payload) if row.pk in block.normalised else row.payload)
     body = b"\n".join(payloads)
@@ -447,7 +470,7 @@ def _cut_around_refused(
     Durable effect: the new cut and the dead letters, in one transaction. Returns the blocks to send.
     """
     _read_body(outbox, batch, block)  # raises when the rows are not the sealed ones: then nothing may be cut
-    rows = {row.pk: row for row in outbox.read(block.pks)}
+    rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
     payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
 
     def offenders(pks: list[int]) -> Iterator[tuple[int, Refusal]]:

@@ -27,7 +27,10 @@ class Limits:
         50_000, 1, 500_000, "Rows claimed, sealed and marked together; memory grows with it, the cost per row falls."
     )
     batch_bytes: int = _limit(
-        64 * 1024**2, 1024, 1024**3, "Payload bytes of one batch at most (one larger row still goes, alone)."
+        64 * 1024**2,
+        1024,
+        1024**3,
+        "Payload bytes of one batch, by the sizes of a sample (one larger row still goes, alone).",
     )
     max_batches: int = _limit(64, 1, 1_000, "Batches of one run at most; what is left over waits for the next run.")
     # FACTS: two INSERTs at once cost half per row of what one does on two cores.

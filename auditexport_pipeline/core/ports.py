@@ -22,7 +22,6 @@ from auditexport_pipeline.core.pks import PkSet
 class StoredRow(OutboxRow, gc=False, frozen=True):
     """An outbox row with its mark: `exported_at_ms` is the column `deleted_at`."""
 
-    version: str
     exported_at_ms: int | None
 
 
@@ -138,9 +137,11 @@ class Planning(Protocol):
 
     def adopt(self, batch: Batch) -> Claim: ...
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> list[tuple[int, int]]:
-        """(pk, payload bytes) of pending rows above `after_pk` that no open dead letter holds, oldest pk first."""
+    def candidates(self, version: str, after_pk: int, rows: int) -> list[int]:
+        """Pks of pending rows above `after_pk` that no open dead letter holds, oldest first."""
         ...
+
+    def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
 
     def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         """Closed batches whose pk range overlaps, oldest first: whoever is pending again comes from one of them."""
@@ -160,7 +161,9 @@ class Outbox(Protocol):
         """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""
         ...
 
-    def read(self, pks: PkSet) -> Iterator[StoredRow]: ...
+    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
+        """The rows that exist, by ascending pk; `row_bytes` is what one is expected to take, and bounds memory."""
+        ...
 
     def seal(self, claim: Claim, cut: Cut) -> None: ...
 

@@ -55,7 +55,7 @@ def _compare(outbox: Outbox, log: AuditLog, batch: Batch, block: Block) -> Discr
     decode = VERSIONS[batch.version].decode
     expected: dict[tuple[str, str, int, str], int] = {}
     unreadable = 0
-    for row in outbox.read(block.pks):
+    for row in outbox.read(block.pks, row_bytes=block.row_bytes):
         event = decode(row)
         if isinstance(event, Undecodable):
             unreadable += 1

@@ -23,6 +23,7 @@ from auditexport_pipeline.core import export, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.defs.ahead import OneAhead
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.report import run_metadata
@@ -73,7 +74,11 @@ def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
     description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
 )
 def plan_batches(
-    context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource, heartbeat: HeartbeatResource
+    context: dg.OpExecutionContext,
+    mysql: MySQLResource,
+    clickhouse: ClickHouseResource,
+    heartbeat: HeartbeatResource,
+    one_ahead: dg.ResourceParam[OneAhead],
 ) -> Iterator[Any]:
     started_at_s = time.time()
     limits = Limits.of(context.op_config)
@@ -84,6 +89,7 @@ def plan_batches(
         refuse_unless_ready(outbox, clickhouse.audit_log())
         dead_owners = _finished(context.instance, outbox.open_owners())
         claims = export.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
+    one_ahead.plan(claims)
     adopted = sum(1 for claim in claims if claim.adopted)
     context.log.info(
         f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
@@ -100,10 +106,14 @@ def plan_batches(
     description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
 )
 def fetch_batch(
-    context: dg.OpExecutionContext, claim: Claim, mysql: MySQLResource, heartbeat: HeartbeatResource
+    context: dg.OpExecutionContext,
+    claim: Claim,
+    mysql: MySQLResource,
+    heartbeat: HeartbeatResource,
+    one_ahead: dg.ResourceParam[OneAhead],
 ) -> dg.Output[dict[int, bytes]]:
     with told_to_dagster(context, heartbeat):
-        fetched = export.fetch(mysql.outbox(), claim, Limits.of(context.op_config))
+        fetched = one_ahead.fetch(mysql.outbox(), claim, Limits.of(context.op_config))
     context.log.info(
         f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
         f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
@@ -123,9 +133,10 @@ def write_clickhouse(
     mysql: MySQLResource,
     clickhouse: ClickHouseResource,
     heartbeat: HeartbeatResource,
+    one_ahead: dg.ResourceParam[OneAhead],
 ) -> Receipt:
     with told_to_dagster(context, heartbeat):
-        receipt = export.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
+        receipt = one_ahead.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
     context.log.info(
         f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} bytes, "
         f"{receipt.seconds:.2f} s" + (f"; {receipt.found} blocks were there already" if receipt.found else "")

@@ -7,6 +7,7 @@ does not: anything the stores or the core do. Nothing here reads the environment
 import http.client
 import os
 import urllib.request
+from collections.abc import Iterator
 
 import dagster as dg
 from pydantic import Field
@@ -14,6 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.defs.ahead import OneAhead
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 
@@ -81,3 +83,12 @@ class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 f"the heartbeat{path} could not be sent ({type(error).__name__}); the export itself is not affected"
             )
             return False
+
+
+@dg.resource(description="Fetches and writes the next batch while this one is marked; for one run in one process.")
+def one_ahead() -> Iterator[OneAhead]:
+    ahead = OneAhead()
+    try:
+        yield ahead
+    finally:
+        ahead.close()

@@ -42,12 +42,13 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 120
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
+READ_BYTES = 8 * 1024**2
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
 # The probe steps through the versions that are pending; more than this is a misuse of the column.
 VERSIONS_LOOKED_AT = 50
 
-_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids"}
+_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
 SQL: dict[str, TextClause] = {
     name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
     for name, statement in load("outbox.sql").items()
@@ -156,19 +157,22 @@ class MySQLOutbox:
                 connection.execute(SQL["renew"], values)
             return _own(connection, claim)
 
-    def read(self, pks: PkSet) -> Iterator[StoredRow]:
-        """The rows of these pks that exist, by ascending pk, marked or not; `READ_ROWS` of them in memory."""
-        for chunk in pks.chunks(READ_ROWS):
+    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
+        """The rows of these pks that exist, by ascending pk, marked or not.
+
+        In memory at a time: `READ_ROWS` rows, or fewer where they are large, so that one read stays at about
+        `READ_BYTES`. Source: the outbox's primary key; no lock.
+        """
+        for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             with self.transaction("reading outbox rows") as connection:
                 found = [
                     row for part, values in _by_shape("rows", chunk) for row in _driver_rows(connection, part, values)
                 ]
-            for pk, event_id, workspace_id, version, exported_at_ms, payload in found:
+            for pk, event_id, workspace_id, exported_at_ms, payload in found:
                 yield StoredRow(
                     pk=pk,
                     event_id=event_id,
                     workspace_id=workspace_id,
-                    version=version,
                     exported_at_ms=exported_at_ms,
                     payload=payload,
                 )
@@ -364,9 +368,12 @@ class MySQLPlanning:
             adopted=True,
         )
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> list[tuple[int, int]]:
+    def candidates(self, version: str, after_pk: int, rows: int) -> list[int]:
         values = {"version": version, "after_pk": after_pk, "row_limit": rows}
-        return _driver_rows(self._connection, "candidates", values)
+        return [pk for (pk,) in _driver_rows(self._connection, "candidates", values)]
+
+    def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]:
+        return dict(_driver_rows(self._connection, "payload_bytes", {"pks": list(pks)}))
 
     def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})

@@ -32,12 +32,17 @@ ORDER BY batch_id
 -- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps pk order, `IN` would
 -- sort. Dead letters row by row by their primary key: NOT EXISTS would begin with all letters there ever were.
 -- No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
-SELECT outbox.pk, OCTET_LENGTH(outbox.payload) AS bytes
+-- Covered by the index: measuring payloads here read every row twice and took a tenth of a drain.
+SELECT outbox.pk
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
 LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY) ON letter.pk = outbox.pk AND letter.state = 'open'
 WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
 ORDER BY outbox.pk
 LIMIT :row_limit
+
+-- name: payload_bytes
+-- Primary key, point by point, for a sample; no lock.
+SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks
 
 -- name: exported_over
 -- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
@@ -100,14 +105,14 @@ SELECT epoch, state, owner, attempts FROM clickhouse_outbox_batch WHERE batch_id
 
 -- name: rows_between
 -- Primary key range; no lock. Every integer of the range is the batch's own.
-SELECT pk, event_id, workspace_id, version, deleted_at, CAST(payload AS BINARY) AS payload
+SELECT pk, event_id, workspace_id, deleted_at, CAST(payload AS BINARY) AS payload
 FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk BETWEEN :first_pk AND :last_pk
 ORDER BY pk
 
 -- name: rows_in
 -- Primary key, point by point, for scattered pks (interleaved servers or versions); no lock.
-SELECT pk, event_id, workspace_id, version, deleted_at, CAST(payload AS BINARY) AS payload
+SELECT pk, event_id, workspace_id, deleted_at, CAST(payload AS BINARY) AS payload
 FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk IN :pks
 ORDER BY pk
