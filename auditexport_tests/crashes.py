@@ -176,12 +176,14 @@ class CrashingAuditLog:
     def deadline_ms(self, within_s: float) -> int:
         return self.real.deadline_ms(within_s)
 
-    def insert(self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int) -> Refusal | None:
+    def insert(
+        self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
+    ) -> Refusal | None:
         with self.crash_at.around("insert"):
-            return self.real.insert(batch, block, body, deadline_ms=deadline_ms, timeout_s=timeout_s)
+            return self.real.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
 
-    def probe(self, version: str, body: bytes, *, timeout_s: int) -> Refusal | None:
-        return self.real.probe(version, body, timeout_s=timeout_s)
+    def probe(self, version: str, payloads: Sequence[bytes], *, timeout_s: int) -> Refusal | None:
+        return self.real.probe(version, payloads, timeout_s=timeout_s)
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         return self.real.holdings(inserted_at_ms)

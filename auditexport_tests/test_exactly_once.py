@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from auditexport_pipeline.core import export, verify
 from auditexport_pipeline.core.batch import Batch, Block, State
 from auditexport_pipeline.core.errors import BatchAltered, LeaseLost
+from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Cut, Holding, Marked, Refusal
 from auditexport_pipeline.local.generator import START_MS, Generator, seed_outbox
@@ -311,12 +312,12 @@ def test_of_two_blocks_one_is_there_and_only_the_other_is_sent_again(stack: Stac
 
     class OneBlockOnly(CrashingAuditLog):
         def insert(
-            self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int
+            self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
         ) -> Refusal | None:
             if block.number == 1:
                 assert first_is_there.wait(30)
                 raise Crash
-            answer = super().insert(batch, block, body, deadline_ms=deadline_ms, timeout_s=timeout_s)
+            answer = super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
             first_is_there.set()
             return answer
 
@@ -382,7 +383,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
     assert sum(discrepancy.duplicated for discrepancy in found.values()) == copies
 
 
-def sealed(stack: Stack, limits: Limits = LIMITS) -> tuple[Batch, dict[int, bytes]]:
+def sealed(stack: Stack, limits: Limits = LIMITS) -> tuple[Batch, Bodies]:
     claim = export.claim(stack.outbox, owner="first", dead_owners=(), limits=limits)[0]
     fetched = export.fetch(stack.outbox, claim, limits)
     (batch,) = stack.outbox.batches([claim.batch_id])

@@ -521,7 +521,7 @@ def test_what_some_servers_refuse_is_settled_too(module_stack: Stack) -> None:
 
     deep = payload(f'"meta":{{"a":{nested(100)}}}', event_id="x")
     assert isinstance(decode(row(deep)), Event)
-    assert module_stack.log.probe(VERSION, deep.encode(), timeout_s=60) is None
+    assert module_stack.log.probe(VERSION, [deep.encode()], timeout_s=60) is None
     assert "too_deep" in str(decode(row(payload(f'"meta":{{"a":{nested(3000)}}}', event_id="x"))))
 
 

@@ -99,8 +99,10 @@ def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
         return Undecodable(
             reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
         )
+    shape = payload.translate(_NUMBER_SHAPES, _BETWEEN_NUMBERS)
     if (
-        _LONG_NUMBER in payload.translate(_NUMBER_SHAPES)
+        _LONG_VALUE in shape
+        or _LONG_ELEMENT in shape
         or b"%2E" in payload
         or (b"\\u00" in payload and _HIDDEN_DOT.search(payload))
     ):
@@ -138,12 +140,12 @@ def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
 
 _decoder = msgspec.json.Decoder(_AuditLogV1)
 _NOBODY = _Actor()
-# All digits become 0 and whatever can stand before a number becomes ':', so that one search finds every
-# number of 16 digits or more; below that, ClickHouse and everybody else read integers exactly.
-_NUMBER_SHAPES = bytes(
-    ord("0") if chr(c).isdigit() and c < 128 else ord(":") if chr(c) in ":,[ -\n\r\t" else c for c in range(256)
-)
-_LONG_NUMBER = b":" + b"0" * 16
+# The shape of a payload's numbers: each digit a 0, nothing between a number and the ':' or ',' before it. An
+# integer that is an object's value is safe below 19 digits, an array's element below 16 (see `_problems`).
+_NUMBER_SHAPES = bytes(ord("0") if c in b"0123456789" else ord(",") if c == ord("[") else c for c in range(256))
+_BETWEEN_NUMBERS = b" \n\r\t-"
+_LONG_VALUE = b":" + b"0" * 19
+_LONG_ELEMENT = b"," + b"0" * 16
 # A letter of %2E written as an escape, as MariaDB keeps it.
 _HIDDEN_DOT = re.compile(rb"\\u00(?:25|32|45)")
 

@@ -151,12 +151,16 @@ def _add(ledger: Planning, version: str, rows: list[tuple[int, int]], limits: Li
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
 
 
+# A sealed batch's payloads in the order of its pks, by block number.
+Bodies = dict[int, list[bytes]]
+
+
 @dataclass(slots=True, kw_only=True)
 class FetchedBatch:
-    """A sealed batch on its way to ClickHouse: `bodies` are its blocks' bytes by number, if this attempt read them."""
+    """A sealed batch on its way to ClickHouse: `bodies` are its blocks' payloads by number, if this attempt read them."""
 
     claim: Claim
-    bodies: dict[int, bytes] = field(default_factory=dict)
+    bodies: Bodies = field(default_factory=dict)
     rows: int = 0
     dead: int = 0
     seconds: float = 0.0
@@ -212,13 +216,13 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     last_with_key.clear()
 
     folded_pks = PkSet.of(sorted(folded))
-    bodies: dict[int, bytes] = {}
+    bodies: Bodies = {}
     blocks: list[Block] = []
     for part in parts:
-        pks, body, fingerprint = part.without(folded)
+        pks, payloads, fingerprint = part.without(folded)
         if pks:
-            bodies[part.block.number] = body
-            blocks.append(_sealed(batch.version, part.block, pks, body, fingerprint))
+            bodies[part.block.number] = payloads
+            blocks.append(_sealed(batch.version, part.block, pks, payloads, fingerprint))
     cut = Cut(
         blocks=tuple(blocks),
         pks=_pks_of(blocks) | folded_pks,
@@ -258,8 +262,8 @@ class _Part:
         self.fingerprints.append(fingerprint)
         self.payloads.append(row.payload)
 
-    def without(self, folded: set[int]) -> tuple[PkSet, bytes, int]:
-        """The pks, bytes and fingerprint of the rows that are not folded; gives up what it held."""
+    def without(self, folded: set[int]) -> tuple[PkSet, list[bytes], int]:
+        """The pks, payloads and fingerprint of the rows that are not folded."""
         if folded.isdisjoint(self.pks):
             pks, payloads, fingerprint = PkSet.of(self.pks), self.payloads, sum(self.fingerprints)
         else:
@@ -267,9 +271,7 @@ class _Part:
             pks = PkSet.of(self.pks[index] for index in keep)
             payloads = [self.payloads[index] for index in keep]
             fingerprint = sum(self.fingerprints[index] for index in keep)
-        body = b"\n".join(payloads)
-        self.payloads.clear()
-        return pks, body, fingerprint % 2**64
+        return pks, payloads, fingerprint % 2**64
 
 
 def _same_event(
@@ -285,13 +287,13 @@ def _same_event(
     return isinstance(other, Event) and other.key == event.key
 
 
-def _sealed(version: str, block: Block, pks: PkSet, body: bytes, fingerprint: int) -> Block:
+def _sealed(version: str, block: Block, pks: PkSet, payloads: list[bytes], fingerprint: int) -> Block:
     return replace(
         block,
         pks=pks,
-        digest=block_digest(version, block.inserted_at_ms, pks, body),
+        digest=block_digest(version, block.inserted_at_ms, pks, payloads),
         fingerprint=fingerprint,
-        bytes=len(body),
+        bytes=sum(map(len, payloads)),
     )
 
 
@@ -309,10 +311,10 @@ def _dead_letter(row: StoredRow, problem: Undecodable) -> DeadLetter:
 # ── write ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: dict[int, bytes], limits: Limits) -> Receipt:
+def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
     """Puts every block of a sealed batch into ClickHouse once, and returns the proof.
 
-    `bodies` are the blocks' bytes by number, as `fetch` left them; one that is not there is read again
+    `bodies` are the blocks' payloads by number, as `fetch` left them; one that is not there is read again
     from the outbox and held against the seal. The mapping is emptied on the way.
 
     Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
@@ -347,7 +349,7 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: dict[int, bytes],
 
 
 def _send_all(
-    outbox: Outbox, log: AuditLog, batch: Batch, to_send: list[Block], bodies: dict[int, bytes], limits: Limits
+    outbox: Outbox, log: AuditLog, batch: Batch, to_send: list[Block], bodies: Bodies, limits: Limits
 ) -> Batch:
     """Sends blocks, several at once, until ClickHouse has them all or refuses nothing any more.
 
@@ -364,7 +366,7 @@ def _send_all(
             for block in to_send:
                 if block.number not in bodies:
                     try:
-                        bodies[block.number] = _read_body(outbox, batch, block)
+                        bodies[block.number] = _read_payloads(outbox, batch, block)
                     except BatchAltered as error:
                         if batch.state is not State.STOPPED:
                             outbox.stop(batch.claim, str(error))
@@ -402,15 +404,14 @@ def _send_all(
     return batch
 
 
-def _read_body(outbox: Outbox, batch: Batch, block: Block) -> bytes:
-    """A sealed block's bytes, read again; raises `BatchAltered` when they are not what was sealed."""
+def _read_payloads(outbox: Outbox, batch: Batch, block: Block) -> list[bytes]:
+    """A sealed block's payloads, read again; raises `BatchAltered` when they are not what was sealed."""
     payloads = []
     pks = []
     for row in outbox.read(block.pks, row_bytes=block.row_bytes):
         pks.append(row.pk)
         payloads.append(normal_form(row.payload) if row.pk in block.normalised else row.payload)
-    body = b"\n".join(payloads)
-    if block_digest(batch.version, block.inserted_at_ms, PkSet.of(pks), body) != block.digest:
+    if block_digest(batch.version, block.inserted_at_ms, PkSet.of(pks), payloads) != block.digest:
         gone = block.rows - len(pks)
         raise BatchAltered(
             f"batch {batch.batch_id}, block {block.number}: of {block.rows} sealed rows {gone} are gone from the outbox"
@@ -418,7 +419,7 @@ def _read_body(outbox: Outbox, batch: Batch, block: Block) -> bytes:
             "Find out who deletes or changes outbox rows; once the lease has ended, the next run gives the remaining "
             "rows back to the backlog and exports them in a new batch"
         )
-    return body
+    return payloads
 
 
 def _release(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
@@ -469,13 +470,13 @@ def _cut_around_refused(
     The offending rows become dead letters, unless their normal form is acceptable (a repeated key).
     Durable effect: the new cut and the dead letters, in one transaction. Returns the blocks to send.
     """
-    _read_body(outbox, batch, block)  # raises when the rows are not the sealed ones: then nothing may be cut
+    _read_payloads(outbox, batch, block)  # raises when the rows are not the sealed ones: then nothing may be cut
     rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
     payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
 
     def offenders(pks: list[int]) -> Iterator[tuple[int, Refusal]]:
         outbox.renew(batch.claim, limits.lease_s)
-        answer = log.probe(batch.version, b"\n".join([payloads[pk] for pk in pks]), timeout_s=limits.insert_timeout_s)
+        answer = log.probe(batch.version, [payloads[pk] for pk in pks], timeout_s=limits.insert_timeout_s)
         if answer is not None and len(pks) == 1:
             yield pks[0], answer
         elif answer is not None:
@@ -489,7 +490,7 @@ def _cut_around_refused(
         problem = explain(payloads[pk])
         if problem is not None and problem.reason == "duplicate_key":
             text = normal_form(payloads[pk])
-            if explain(text) is None and log.probe(batch.version, text, timeout_s=limits.insert_timeout_s) is None:
+            if explain(text) is None and log.probe(batch.version, [text], timeout_s=limits.insert_timeout_s) is None:
                 normalised.append(pk)
                 payloads[pk] = text
                 continue
@@ -505,11 +506,10 @@ def _cut_around_refused(
     again: list[Block] = []
     if kept:
         fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in kept) % 2**64
-        body = b"\n".join([payloads[pk] for pk in kept])
         all_normalised = block.normalised | PkSet.of(sorted(normalised))
         again = [
             replace(
-                _sealed(batch.version, block, PkSet.of(kept), body, fingerprint),
+                _sealed(batch.version, block, PkSet.of(kept), [payloads[pk] for pk in kept], fingerprint),
                 normalised=all_normalised - PkSet.of(sorted(dead)),
             )
         ]
@@ -526,9 +526,13 @@ def _halve(
     (second_at_ms,) = outbox.reserve_inserted_at(1) if batch.generation == 0 else (block.inserted_at_ms,)
     again = []
     for pks, part in zip(halves, (block, replace(block, number=number + 1, inserted_at_ms=second_at_ms)), strict=True):
-        body = b"\n".join([payloads[pk] for pk in pks])
         fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
-        again.append(replace(_sealed(batch.version, part, pks, body, fingerprint), normalised=block.normalised & pks))
+        again.append(
+            replace(
+                _sealed(batch.version, part, pks, [payloads[pk] for pk in pks], fingerprint),
+                normalised=block.normalised & pks,
+            )
+        )
     return _replace_block(outbox, batch, block, again, ()), again
 
 

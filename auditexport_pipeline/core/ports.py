@@ -201,11 +201,13 @@ class AuditLog(Protocol):
         """ClickHouse's own clock, `within_s` from now: an INSERT that starts later is refused by ClickHouse."""
         ...
 
-    def insert(self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int) -> Refusal | None:
+    def insert(
+        self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
+    ) -> Refusal | None:
         """One synchronous INSERT under the block's token; None when acknowledged."""
         ...
 
-    def probe(self, version: str, body: bytes, *, timeout_s: int) -> Refusal | None:
+    def probe(self, version: str, payloads: Sequence[bytes], *, timeout_s: int) -> Refusal | None:
         """Parses rows exactly as `insert` would, writing nothing; None when they would be taken."""
         ...
 

@@ -10,7 +10,10 @@ is what the steps would have left, and a run that dies leaves one more batch for
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -18,9 +21,11 @@ from threading import Thread
 
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.batch import Claim, Receipt
-from auditexport_pipeline.core.export import FetchedBatch
+from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Outbox
+
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +46,20 @@ class _Work:
             waiting.set_exception(error)
 
 
+def _share_one_arena() -> None:
+    """Asks glibc to give all threads one heap: with one each, what a batch freed stays with the thread that had it,
+    and a drain holds a batch's worth of memory for every thread that ever read one.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has neither the call nor the habit
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 class OneAhead:
     """At most one batch ahead, so memory holds one: the batch being marked needs none."""
 
     def __init__(self) -> None:
+        _share_one_arena()
         self._next: dict[int, Claim] = {}
         self._work: _Work | None = None
         self._thread: Thread | None = None
@@ -64,7 +79,7 @@ class OneAhead:
             self._work = None  # a retry of the step does it itself
             raise
 
-    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: dict[int, bytes], limits: Limits) -> Receipt:
+    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
         """`export.write`, or the thread's receipt; then sets the thread to work on the next batch."""
         work, self._work = self._work, None
         if work is not None and work.claim == claim:

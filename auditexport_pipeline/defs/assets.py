@@ -22,6 +22,7 @@ import dagster as dg
 from auditexport_pipeline.core import export, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
+from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs.ahead import OneAhead
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
@@ -111,7 +112,7 @@ def fetch_batch(
     mysql: MySQLResource,
     heartbeat: HeartbeatResource,
     one_ahead: dg.ResourceParam[OneAhead],
-) -> dg.Output[dict[int, bytes]]:
+) -> dg.Output[Bodies]:
     with told_to_dagster(context, heartbeat):
         fetched = one_ahead.fetch(mysql.outbox(), claim, Limits.of(context.op_config))
     context.log.info(

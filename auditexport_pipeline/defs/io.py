@@ -9,17 +9,19 @@ Nothing is pickled and nothing audited is ever at rest in Dagster: in another pr
 
 import dagster as dg
 
+from auditexport_pipeline.core.export import Bodies
+
 
 class OutboxIOManager(dg.IOManager):
     """Keeps the bodies of one fetched batch in memory; a second batch replaces the first."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, ...], dict[int, bytes]] = {}
+        self._kept: dict[tuple[str, ...], Bodies] = {}
 
-    def handle_output(self, context: dg.OutputContext, obj: dict[int, bytes]) -> None:
+    def handle_output(self, context: dg.OutputContext, obj: Bodies) -> None:
         self._kept = {tuple(context.get_identifier()): obj}
 
-    def load_input(self, context: dg.InputContext) -> dict[int, bytes]:
+    def load_input(self, context: dg.InputContext) -> Bodies:
         assert context.upstream_output is not None
         return self._kept.pop(tuple(context.upstream_output.get_identifier()), {})
 

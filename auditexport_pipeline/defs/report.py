@@ -34,7 +34,7 @@ def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | flo
 def run_metadata(
     batches: Sequence[Batch], verified: Mapping[int, Discrepancy], backlog: Backlog, seconds: float
 ) -> dict[str, dg.MetadataValue | int | float | str]:
-    """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` what the INSERTs carried."""
+    """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes sent."""
     rows = sum(batch.marked_rows for batch in batches)
     oldest = [batch.oldest_ms for batch in batches if batch.oldest_ms is not None]
     newest = [batch.newest_ms for batch in batches if batch.newest_ms is not None]

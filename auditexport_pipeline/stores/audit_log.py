@@ -17,7 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from auditexport_pipeline.core.batch import Batch, Block
+from auditexport_pipeline.core.batch import Batch, Block, in_parts
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
@@ -37,7 +37,6 @@ CONNECT_TIMEOUT_S = 10
 # The socket waits this much longer than ClickHouse may work: its own answer is worth more than our giving up.
 ANSWER_GRACE_S = 15
 LOOK_UP_TIMEOUT_S = 60
-PART_BYTES = 256 * 1024
 
 # How ClickHouse reads JSON wherever we read or write it: keys keep their dots (stored as %2E), or
 # {"a.b": 1} would silently become {"a": {"b": 1}}.
@@ -119,14 +118,13 @@ def _bound(statement: str, parameters: Mapping[str, int]) -> bytes:
     """The statement with its `{name:Int64}` parameters given; integers of ours, which need no quoting."""
     for name, value in parameters.items():
         statement = statement.replace(f"{{{name}:Int64}}", str(int(value)))
-    return f"{statement}\n".encode()
+    return statement.encode()
 
 
-def _in_parts(statement: bytes, body: bytes) -> Generator[bytes, None, None]:
-    """What an INSERT sends. The HTTP client copies each part that it frames, so parts are small."""
+def _request(statement: bytes, payloads: Sequence[bytes]) -> Generator[bytes, None, None]:
+    """What an INSERT sends, in parts: the HTTP client copies each one, and never sends it a second time by itself."""
     yield statement
-    for start in range(0, len(body), PART_BYTES):
-        yield body[start : start + PART_BYTES]
+    yield from in_parts(payloads)
 
 
 def _top_level_parts(columns: str) -> Iterator[str]:
@@ -235,7 +233,9 @@ class ClickHouseAuditLog:
             ((now_ms,),) = self.client().query(_PIECES["now_ms"]).result_rows
         return int(now_ms) + int(within_s * 1000)
 
-    def insert(self, batch: Batch, block: Block, body: bytes, *, deadline_ms: int, timeout_s: int) -> Refusal | None:
+    def insert(
+        self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
+    ) -> Refusal | None:
         """One synchronous INSERT of one block; None when ClickHouse acknowledged it.
 
         Durable effect: `block.rows` rows and one part in the version's table, or nothing. Raises
@@ -246,7 +246,7 @@ class ClickHouseAuditLog:
         return self._post(
             "insert",
             batch.version,
-            body,
+            payloads,
             what,
             parameters={"inserted_at_ms": block.inserted_at_ms, "deadline_ms": deadline_ms},
             settings={"insert_deduplication_token": batch.token(block), "max_execution_time": timeout_s},
@@ -254,11 +254,11 @@ class ClickHouseAuditLog:
             sending=True,
         )
 
-    def probe(self, version: str, body: bytes, *, timeout_s: int) -> Refusal | None:
+    def probe(self, version: str, payloads: Sequence[bytes], *, timeout_s: int) -> Refusal | None:
         return self._post(
             "probe",
             version,
-            body,
+            payloads,
             "parsing rows without writing them",
             parameters={"inserted_at_ms": 0},
             settings={"max_execution_time": timeout_s},
@@ -270,7 +270,7 @@ class ClickHouseAuditLog:
         self,
         name: str,
         version: str,
-        body: bytes,
+        payloads: Sequence[bytes],
         what: str,
         *,
         parameters: dict[str, int],
@@ -284,11 +284,10 @@ class ClickHouseAuditLog:
             try:
                 client = self.client(timeout_s)
                 newer = {key: value for key, value in NEWER_INSERT_SETTINGS.items() if key in client.server_settings}
-                # Not `command(data=…)`, which decodes the whole body to look for SQL in it; and in parts, which
-                # clickhouse-connect never sends a second time by itself.
+                # Not `command(data=…)`, which decodes the whole body to look for SQL in it.
                 client.raw_insert(
                     table="",
-                    insert_block=_in_parts(_bound(_sql(name, version), parameters), body),
+                    insert_block=_request(_bound(_sql(name, version), parameters), payloads),
                     settings={**INSERT_SETTINGS, **newer, **settings},
                 )
             except ClickHouseError as error:
