@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -29,16 +29,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 class LocalStack:
-    """Both servers, started; tables created. Use as a context manager. `fresh` forgets what was there.
+    """Both servers, started; tables created. Use as a context manager. `fresh` forgets what was there;
+    `mysql_options` go to the MySQL server.
 
     Raises `LocalServerFailed` when the directory is in use by another stack, `LocalServerMissing` when
     there is no MySQL or MariaDB binary.
     """
 
-    def __init__(self, directory: Path, *, fresh: bool = False) -> None:
+    def __init__(self, directory: Path, *, fresh: bool = False, mysql_options: Sequence[str] = ()) -> None:
         self.directory = directory.resolve()
         self.dagster_home = self.directory / "dagster_home"
         self._fresh = fresh
+        self._mysql_options = mysql_options
         self._running = contextlib.ExitStack()
 
     def __enter__(self) -> LocalStack:
@@ -47,7 +49,7 @@ class LocalStack:
             if self._fresh:
                 for part in ("mysql", "clickhouse", "dagster_home"):
                     shutil.rmtree(self.directory / part, ignore_errors=True)
-            self.mysql = starting.enter_context(LocalMySQL(self.directory / "mysql"))
+            self.mysql = starting.enter_context(LocalMySQL(self.directory / "mysql", options=self._mysql_options))
             self.clickhouse = starting.enter_context(LocalClickHouse(self.directory / "clickhouse"))
             engine = sa.create_engine(self.mysql.url, isolation_level="AUTOCOMMIT")
             with engine.connect() as connection:

@@ -170,14 +170,12 @@ def connection_arguments(url: str) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
-    from clickhouse_connect.driver import httputil
 
     return clickhouse_connect.get_client(
         **connection_arguments(url),
         autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
-        pool_mgr=httputil.get_pool_manager(maxsize=32, num_pools=4),
         client_name="auditexport",
     )
 

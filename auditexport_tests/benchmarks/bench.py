@@ -34,9 +34,12 @@ DAGSTER_DRAIN = [
 
 
 @contextmanager
-def benchmark_stack() -> Iterator[LocalStack]:
+def benchmark_stack(*mysql_options: str) -> Iterator[LocalStack]:
     """A stack in a temporary directory, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="auditexport-bench-") as directory, LocalStack(Path(directory)) as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="auditexport-bench-") as directory,
+        LocalStack(Path(directory), mysql_options=mysql_options) as stack,
+    ):
         yield stack
 
 

@@ -14,10 +14,13 @@ from auditexport_tests.benchmarks import bench
 ANCESTOR = ["-m", "auditexport_tests.benchmarks.ancestor"]
 
 
-def main(events: int = 300_000, rounds: int = 3) -> None:
+def main(events: int = 300_000, rounds: int = 3, *mysql_options: str) -> None:
     measured = []
-    with bench.benchmark_stack() as stack:
-        print(f"{events:,} events, {rounds} rounds, {stack.mysql.family} {stack.mysql.version}", flush=True)
+    with bench.benchmark_stack(*mysql_options) as stack:
+        print(
+            f"{events:,} events, {rounds} rounds, {stack.mysql.family} {stack.mysql.version} {mysql_options}",
+            flush=True,
+        )
         bench.seed(stack, events)
         for number in range(1, rounds + 1):
             bench.restore(stack)
@@ -47,4 +50,4 @@ def main(events: int = 300_000, rounds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

@@ -23,6 +23,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.definitions import build_defs, defs
 from auditexport_pipeline.defs import failures
+from auditexport_pipeline.stores import audit_log
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import (
@@ -201,7 +202,8 @@ def killed_run(exporter: Exporter, stack: Stack) -> dg.DagsterRun:
     assert child.returncode == -signal.SIGKILL, child.stderr
     states = [str(batch.state) for batch in ledger(stack)]
     assert states[:2] == ["exported", "written"]
-    assert set(states[2:]) <= {"claimed", "sealed"}  # one is read ahead, however far that got
+    assert states[2] in ("claimed", "sealed", "written")  # worked on ahead, however far that got
+    assert states[3] == "claimed"
     (run,) = exporter.instance.get_runs()
     assert run.status is dg.DagsterRunStatus.STARTED
     exporter.instance.report_run_failed(run)
@@ -459,6 +461,8 @@ def test_nothing_of_a_payload_is_at_rest_in_dagster_when_clickhouse_quotes_it_in
         "ALTER TABLE audit_logs_raw_v1 ADD COLUMN kind Enum8('none' = 1) MATERIALIZED CAST(description AS Enum8('none' = 1))"
     )
     stack.put(*_payloads_with_canaries()[:3])
+    # Rows that ClickHouse refuses become dead letters; an error that is not known to speak of rows is told.
+    monkeypatch.setattr(audit_log, "_ROW_ERRORS", set())
     monkeypatch.setattr(failures, "FIRST_WAIT_S", 0.01)
     run_id = exporter.drain(raise_on_error=False).run_id
     (line,) = exporter.failures(run_id)
