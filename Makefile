@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test test-fast lint format bench server lock clean
+.PHONY: help demo dev test lint format bench server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
