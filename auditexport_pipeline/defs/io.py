@@ -4,7 +4,8 @@ What belongs here: handing the bytes of a batch to the next step of the same pro
 reading them again, which `core.export.write` does against the seal wherever they are not here.
 
 Nothing is pickled and nothing audited is ever at rest in Dagster: in another process, or on a retry,
-`write_clickhouse` simply gets no bytes.
+`write_clickhouse` simply gets no bytes. Nor does it for a batch that is worked on ahead (`defs.ahead`):
+there the thread that read them sends them.
 """
 
 import dagster as dg
