@@ -22,7 +22,7 @@ dev: $(READY) server
 	@$(BIN)/auditexport dev
 
 test: $(READY) server
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.assets import audit_logs_raw_v1, clickhouse_outbox
 from auditexport_pipeline.defs.automation import export_job, export_schedule, outbox_backlog_sensor
 from auditexport_pipeline.defs.io import outbox_io_manager
-from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, one_ahead
+from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, ahead
 
 
 def _executor(name: str) -> dg.ExecutorDefinition:
@@ -54,7 +54,7 @@ def build_defs(**resources: Any) -> dg.Definitions:
             "clickhouse": ClickHouseResource(url=dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
             "heartbeat": HeartbeatResource(),
             "outbox_io_manager": outbox_io_manager,
-            "one_ahead": one_ahead,
+            "ahead": ahead,
             **resources,
         },
         executor=_executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process"),

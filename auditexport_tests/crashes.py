@@ -177,12 +177,12 @@ class CrashingAuditLog:
         return self.real.deadline_ms(within_s)
 
     def insert(
-        self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
+        self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
         with self.crash_at.around("insert"):
             return self.real.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
 
-    def probe(self, version: str, payloads: Sequence[bytes], *, timeout_s: int) -> Refusal | None:
+    def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         return self.real.probe(version, payloads, timeout_s=timeout_s)
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:

@@ -81,6 +81,15 @@ def test_batches_are_cut_by_rows_and_by_bytes(stack: Stack) -> None:
     assert pks(stack, claim(stack, "two", batch_bytes=2_000)) == [[alone]]
 
 
+def test_the_first_batches_of_a_plan_are_small_and_grow(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With full batches from the start, ClickHouse and the marking would wait for the first one to be read."""
+    monkeypatch.setattr(export, "FIRST_BATCH_ROWS", 2)
+    rows = put(stack, 30)
+    found = pks(stack, claim(stack, batch_rows=10))
+    assert [len(batch) for batch in found] == [2, 4, 8, 10, 6]
+    assert [pk for batch in found for pk in batch] == rows
+
+
 def test_no_run_gets_more_batches_than_it_may(stack: Stack) -> None:
     """Dagster's cost grows with the steps of a run, and what is left over is the next run's."""
     put(stack, 50)
@@ -196,7 +205,8 @@ def test_candidates_are_pks_and_sizes_those_of_a_sample(stack: Stack) -> None:
     """A claim of a million rows must not read a million payloads only to measure and forget them."""
     rows = put(stack, 3, padding=100)
     with stack.outbox.planning("one", 60) as ledger:
-        assert ledger.candidates("audit_log.v1", 0, 10) == rows
+        assert list(ledger.candidates("audit_log.v1", 0, 10)) == rows
+        assert list(ledger.candidates("audit_log.v1", rows[0], 1)) == rows[1:2]
         measured = ledger.payload_bytes(rows[1:])
     sizes = stack.sql("SELECT pk, OCTET_LENGTH(payload) AS n FROM clickhouse_outbox ORDER BY pk")
     assert measured == {row.pk: row.n for row in sizes[1:]}

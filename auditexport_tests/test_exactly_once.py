@@ -188,15 +188,15 @@ def _without_nothing(value: object) -> object:
 def test_one_insert_is_one_part(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is atomic only as one part: two parts could be there by half, and look-first would be a guess."""
     monkeypatch.undo()
-    seed_outbox(stack.mysql_url, seed=3, events=30_000, writers=2)
-    limits = Limits(batch_rows=30_000, blocks_per_batch=1)
+    seed_outbox(stack.mysql_url, seed=3, events=export.FIRST_BATCH_ROWS, writers=2)
+    limits = Limits()
     (claim,) = export.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
     fetched = export.fetch(stack.outbox, claim, limits)
     export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
 
     # Parts that a merge has replaced are listed for minutes as inactive ones: one row means one part ever.
     parts = "SELECT active, rows FROM system.parts WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1'"
-    assert stack.clickhouse(parts) == [(1, 30_000)]
+    assert stack.clickhouse(parts) == [(1, export.FIRST_BATCH_ROWS)]
 
 
 # ── the matrix ───────────────────────────────────────────────────────────────────────────────────
@@ -402,7 +402,7 @@ def test_one_block_sent_again_and_at_once_stays_once_under_its_token(
     deadline_ms = stack.log.deadline_ms(30)
 
     def send(_: int) -> Refusal | None:
-        return stack.log.insert(batch, batch.blocks[0], bodies[0], deadline_ms=deadline_ms, timeout_s=20)
+        return stack.log.insert(batch, batch.blocks[0], [*bodies[0]], deadline_ms=deadline_ms, timeout_s=20)
 
     with ThreadPoolExecutor(3) as pool:
         assert [*pool.map(send, range(3)), send(4)] == [None] * 4
@@ -517,7 +517,7 @@ def stay():
 export.SMALLEST_BLOCK_ROWS = 10
 at = CrashPoint(point, then=stay)
 drain(CrashingOutbox(MySQLOutbox(mysql_url), at), CrashingAuditLog(ClickHouseAuditLog(clickhouse_url), at),
-      Limits(batch_rows=20, mark_rows=5), owner="first")
+      Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5), owner="first")
 """
 
 

@@ -34,7 +34,7 @@ class Limits:
     )
     max_batches: int = _limit(64, 1, 1_000, "Batches of one run at most; what is left over waits for the next run.")
     # FACTS: two INSERTs at once cost half per row of what one does on two cores.
-    blocks_per_batch: int = _limit(2, 1, 16, "INSERTs that carry one batch, sent at the same time.")
+    blocks_per_batch: int = _limit(1, 1, 16, "INSERTs that carry one batch, sent at the same time.")
     lease_s: int = _limit(300, 10, 86_400, "How long a run may hold a batch between two signs of life, in seconds.")
     insert_timeout_s: int = _limit(
         60, 1, 3_600, "max_execution_time of one INSERT in ClickHouse, in seconds; must stay below half of lease_s."

@@ -80,10 +80,27 @@ class PkSet:
         return self.runs[-1][1]
 
     def __sub__(self, other: PkSet) -> PkSet:
-        return PkSet.of(pk for pk in self if pk not in other) if other else self
+        left: list[tuple[int, int]] = []
+        for a, b in self.runs:
+            for c, d in other._overlapping(a, b):
+                if a < c:
+                    left.append((a, c - 1))
+                a = d + 1
+            if a <= b:
+                left.append((a, b))
+        return PkSet(tuple(left))
 
     def __and__(self, other: PkSet) -> PkSet:
-        return PkSet.of(pk for pk in self if pk in other)
+        return PkSet(tuple((max(a, c), min(b, d)) for a, b in self.runs for c, d in other._overlapping(a, b)))
+
+    def _overlapping(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The runs that have a pk in common with this range, ascending."""
+        for index in range(max(0, bisect_right(self.runs, (first, float("inf"))) - 1), len(self.runs)):
+            a, b = self.runs[index]
+            if a > last:
+                return
+            if b >= first:
+                yield a, b
 
     def __or__(self, other: PkSet) -> PkSet:
         merged: list[tuple[int, int]] = []

@@ -137,8 +137,8 @@ class Planning(Protocol):
 
     def adopt(self, batch: Batch) -> Claim: ...
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> list[int]:
-        """Pks of pending rows above `after_pk` that no open dead letter holds, oldest first."""
+    def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
+        """The first `rows` pks of pending rows above `after_pk` that no open dead letter holds, oldest first."""
         ...
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
@@ -202,12 +202,12 @@ class AuditLog(Protocol):
         ...
 
     def insert(
-        self, batch: Batch, block: Block, payloads: Sequence[bytes], *, deadline_ms: int, timeout_s: int
+        self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
-        """One synchronous INSERT under the block's token; None when acknowledged."""
+        """One synchronous INSERT under the block's token; None when acknowledged. Empties `payloads`."""
         ...
 
-    def probe(self, version: str, payloads: Sequence[bytes], *, timeout_s: int) -> Refusal | None:
+    def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         """Parses rows exactly as `insert` would, writing nothing; None when they would be taken."""
         ...
 

@@ -24,7 +24,7 @@ from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.ahead import OneAhead
+from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.report import run_metadata
@@ -79,7 +79,7 @@ def plan_batches(
     mysql: MySQLResource,
     clickhouse: ClickHouseResource,
     heartbeat: HeartbeatResource,
-    one_ahead: dg.ResourceParam[OneAhead],
+    ahead: dg.ResourceParam[Ahead],
 ) -> Iterator[Any]:
     started_at_s = time.time()
     limits = Limits.of(context.op_config)
@@ -90,7 +90,7 @@ def plan_batches(
         refuse_unless_ready(outbox, clickhouse.audit_log())
         dead_owners = _finished(context.instance, outbox.open_owners())
         claims = export.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
-    one_ahead.plan(claims)
+    ahead.plan(claims)
     adopted = sum(1 for claim in claims if claim.adopted)
     context.log.info(
         f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
@@ -110,11 +110,12 @@ def fetch_batch(
     context: dg.OpExecutionContext,
     claim: Claim,
     mysql: MySQLResource,
+    clickhouse: ClickHouseResource,
     heartbeat: HeartbeatResource,
-    one_ahead: dg.ResourceParam[OneAhead],
+    ahead: dg.ResourceParam[Ahead],
 ) -> dg.Output[Bodies]:
     with told_to_dagster(context, heartbeat):
-        fetched = one_ahead.fetch(mysql.outbox(), claim, Limits.of(context.op_config))
+        fetched = ahead.fetch(mysql.outbox(), clickhouse.audit_log(), claim, Limits.of(context.op_config))
     context.log.info(
         f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
         f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
@@ -134,10 +135,10 @@ def write_clickhouse(
     mysql: MySQLResource,
     clickhouse: ClickHouseResource,
     heartbeat: HeartbeatResource,
-    one_ahead: dg.ResourceParam[OneAhead],
+    ahead: dg.ResourceParam[Ahead],
 ) -> Receipt:
     with told_to_dagster(context, heartbeat):
-        receipt = one_ahead.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
+        receipt = ahead.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
     context.log.info(
         f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} bytes, "
         f"{receipt.seconds:.2f} s" + (f"; {receipt.found} blocks were there already" if receipt.found else "")

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.defs.ahead import OneAhead
+from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 
@@ -85,10 +85,10 @@ class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return False
 
 
-@dg.resource(description="Fetches and writes the next batch while this one is marked; for one run in one process.")
-def one_ahead() -> Iterator[OneAhead]:
-    ahead = OneAhead()
+@dg.resource(description="Fetches and writes the next batches while this one is marked; for one run in one process.")
+def ahead() -> Iterator[Ahead]:
+    pipeline = Ahead()
     try:
-        yield ahead
+        yield pipeline
     finally:
-        ahead.close()
+        pipeline.close()

@@ -368,9 +368,9 @@ class MySQLPlanning:
             adopted=True,
         )
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> list[int]:
+    def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
         values = {"version": version, "after_pk": after_pk, "row_limit": rows}
-        return [pk for (pk,) in _driver_rows(self._connection, "candidates", values)]
+        return PkSet(tuple(_driver_rows(self._connection, "candidates", values)))
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]:
         return dict(_driver_rows(self._connection, "payload_bytes", {"pks": list(pks)}))

@@ -33,12 +33,22 @@ ORDER BY batch_id
 -- sort. Dead letters row by row by their primary key: NOT EXISTS would begin with all letters there ever were.
 -- No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
 -- Covered by the index: measuring payloads here read every row twice and took a tenth of a drain.
-SELECT outbox.pk
-FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
-LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY) ON letter.pk = outbox.pk AND letter.state = 'open'
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
-ORDER BY outbox.pk
-LIMIT :row_limit
+-- The answer is runs of consecutive pks, made here: reading pks one by one took three times as long.
+SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk
+FROM (
+  SELECT pk, pk - ROW_NUMBER() OVER (ORDER BY pk) AS run
+  FROM (
+    SELECT outbox.pk
+    FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
+    LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+      ON letter.pk = outbox.pk AND letter.state = 'open'
+    WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
+    ORDER BY outbox.pk
+    LIMIT :row_limit
+  ) AS page
+) AS numbered
+GROUP BY run
+ORDER BY first_pk
 
 -- name: payload_bytes
 -- Primary key, point by point, for a sample; no lock.

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import sqlalchemy as sa
 
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 
 SEED = 4_711
+IDLE_CPU_PERCENT = 10
 DAGSTER_DRAIN = [
     "-m",
     "dagster",
@@ -64,6 +66,15 @@ def restore(stack: LocalStack) -> None:
         "ANALYZE TABLE clickhouse_outbox",
     )
     stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
+    _settle(stack)
+
+
+def _settle(stack: LocalStack) -> None:
+    """Waits until both servers have done what the last contender left them to do: purges, merges, dirty pages."""
+    servers = [psutil.Process(stack.mysql.pid), psutil.Process(stack.clickhouse.pid)]
+    for _ in range(60):
+        if sum(server.cpu_percent(interval=0.5) for server in servers) < IDLE_CPU_PERCENT:
+            return
 
 
 def _execute(stack: LocalStack, *statements: str) -> None:
@@ -77,15 +88,20 @@ def _execute(stack: LocalStack, *statements: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """A finished process: wall and CPU seconds, and its peak resident set in megabytes (10^6 bytes)."""
+    """A finished process: wall seconds, CPU seconds of it and of the servers meanwhile, and its peak resident set
+    in megabytes (10^6 bytes).
+    """
 
     seconds: float
     cpu_s: float
+    mysql_cpu_s: float
+    clickhouse_cpu_s: float
     peak_rss_mb: float
 
 
 def run(stack: LocalStack, arguments: list[str]) -> Child:
     """Runs Python with these arguments against the stack; raises when it fails."""
+    before = _server_cpu_s(stack)
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen([sys.executable, *arguments], env=stack.environment(), stdout=output, stderr=output)
@@ -94,12 +110,21 @@ def run(stack: LocalStack, arguments: list[str]) -> Child:
         if process.returncode != 0:
             output.seek(0)
             raise RuntimeError(output.read().decode(errors="replace")[-3_000:])
+    seconds = time.monotonic() - started
+    mysql_cpu_s, clickhouse_cpu_s = (now - then for now, then in zip(_server_cpu_s(stack), before, strict=True))
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return Child(
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         cpu_s=usage.ru_utime + usage.ru_stime,
+        mysql_cpu_s=mysql_cpu_s,
+        clickhouse_cpu_s=clickhouse_cpu_s,
         peak_rss_mb=usage.ru_maxrss * kilobyte / 1e6,
     )
+
+
+def _server_cpu_s(stack: LocalStack) -> list[float]:
+    times = [psutil.Process(pid).cpu_times() for pid in (stack.mysql.pid, stack.clickhouse.pid)]
+    return [time.user + time.system for time in times]
 
 
 def exported(stack: LocalStack) -> tuple[int, int]:

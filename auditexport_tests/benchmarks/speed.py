@@ -36,17 +36,27 @@ def main(events: int = 300_000, rounds: int = 3, *mysql_options: str) -> None:
                 ("auditexport, the Dagster run: plan to verified", drain_s, ours),
             ):
                 measured.append(
-                    (name, number, events / seconds, child.cpu_s, child.peak_rss_mb, ancestor.seconds / seconds)
+                    (
+                        name,
+                        number,
+                        events / seconds,
+                        ancestor.seconds / seconds,
+                        child.cpu_s,
+                        child.mysql_cpu_s,
+                        child.clickhouse_cpu_s,
+                        child.peak_rss_mb,
+                    )
                 )
             print(
                 f"round {number}: ancestor {ancestor.seconds:.1f} s, Dagster {ours.seconds:.1f} s, drain {drain_s:.1f} s",
                 flush=True,
             )
-    frame = pd.DataFrame(measured, columns=["contender", "round", "rows/s", "CPU s", "peak RSS MB", "× ancestor"])
-    table = frame.groupby("contender", sort=False)[["rows/s", "CPU s", "peak RSS MB", "× ancestor"]].median()
+    figures = ["rows/s", "× ancestor", "CPU s", "MySQL CPU s", "ClickHouse CPU s", "peak RSS MB"]
+    frame = pd.DataFrame(measured, columns=["contender", "round", *figures])
+    table = frame.groupby("contender", sort=False)[figures].median()
     spread = frame.groupby("contender", sort=False)["rows/s"].agg(["min", "max"])
     table["rows/s min–max"] = [f"{low:,.0f}–{high:,.0f}" for low, high in spread.itertuples(index=False)]
-    print(table.round({"rows/s": 0, "CPU s": 1, "peak RSS MB": 0, "× ancestor": 2}).to_string())
+    print(table.round(dict.fromkeys(figures, 1) | {"rows/s": 0, "× ancestor": 2, "peak RSS MB": 0}).to_string())
 
 
 if __name__ == "__main__":

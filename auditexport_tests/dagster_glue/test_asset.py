@@ -203,7 +203,7 @@ def killed_run(exporter: Exporter, stack: Stack) -> dg.DagsterRun:
     states = [str(batch.state) for batch in ledger(stack)]
     assert states[:2] == ["exported", "written"]
     assert states[2] in ("claimed", "sealed", "written")  # worked on ahead, however far that got
-    assert states[3] == "claimed"
+    assert states[3] in ("claimed", "sealed", "written")
     (run,) = exporter.instance.get_runs()
     assert run.status is dg.DagsterRunStatus.STARTED
     exporter.instance.report_run_failed(run)

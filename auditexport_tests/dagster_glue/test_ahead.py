@@ -1,0 +1,109 @@
+"""Working ahead: whatever order the steps come in and whatever fails, every batch is exported once and nobody waits.
+
+What belongs here: `defs.ahead` as the steps use it, on real servers. What does not: Dagster's own ordering of
+steps, and what each verb guarantees (`test_exactly_once`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from auditexport_pipeline.core import export
+from auditexport_pipeline.core.batch import Claim
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.ports import AuditLog, Outbox
+from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_tests.conftest import Stack
+from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint
+
+BATCHES, BATCH_ROWS = 6, 5
+LIMITS = Limits(batch_rows=BATCH_ROWS)
+
+
+@pytest.fixture
+def ahead() -> Iterator[Ahead]:
+    pipeline = Ahead()
+    yield pipeline
+    pipeline.close()
+    assert not [thread for thread in threading.enumerate() if "_ahead" in thread.name]
+
+
+def planned(stack: Stack, ahead: Ahead) -> list[Claim]:
+    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    payload = '{{"event_id": "evt_{0}", "time": 1, "workspace_id": "ws_1", "event": "e"}}'
+    stack.put(*(("ws_1", f"evt_{n}", payload.format(n)) for n in range(BATCHES * BATCH_ROWS)))
+    claims = export.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
+    ahead.plan(claims)
+    return claims
+
+
+def fetch(ahead: Ahead, outbox: Outbox, log: AuditLog, claim: Claim) -> export.Bodies:
+    return ahead.fetch(outbox, log, claim, LIMITS).bodies
+
+
+def assert_all_once(stack: Stack) -> None:
+    assert stack.counts() == (BATCHES * BATCH_ROWS, BATCHES * BATCH_ROWS)
+    assert stack.pending() == 0
+
+
+def test_in_order_the_threads_do_the_work(stack: Stack, ahead: Ahead) -> None:
+    """What the pipeline is for: the steps get results and carry no bodies."""
+    for claim in planned(stack, ahead):
+        assert fetch(ahead, stack.outbox, stack.log, claim) == {}
+        export.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+    assert_all_once(stack)
+
+
+@pytest.mark.parametrize("in_reverse", [False, True])
+def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
+    stack: Stack, ahead: Ahead, in_reverse: bool
+) -> None:
+    """Retries, priorities and failed steps change Dagster's order; a run that hangs holds its batches for a lease."""
+    claims = planned(stack, ahead)
+    bodies = {claim: fetch(ahead, stack.outbox, stack.log, claim) for claim in claims}
+    for claim in reversed(claims) if in_reverse else claims:
+        export.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, bodies[claim], LIMITS), LIMITS)
+    assert_all_once(stack)
+
+
+@pytest.mark.parametrize(
+    "place", ["before seal 1", "after seal 3", "before insert 1", "after insert 3", "before record_written 2"]
+)
+def test_a_failure_is_raised_in_its_own_step_and_its_retry_and_the_others_go_on(
+    stack: Stack, ahead: Ahead, place: str
+) -> None:
+    """An error in a thread that nobody hears of would be a batch that never arrives."""
+    claims = planned(stack, ahead)
+    point = CrashPoint(place)
+    outbox, log = CrashingOutbox(stack.outbox, point), CrashingAuditLog(stack.log, point)
+    failed = []
+    for claim in claims:
+        receipt = None
+        while receipt is None:
+            try:
+                bodies = fetch(ahead, outbox, log, claim)
+                receipt = ahead.write(outbox, log, claim, bodies, LIMITS)
+            except Crash:
+                failed.append(claim)
+                assert len(failed) < 5
+                ahead.close()
+                point.revive()
+        export.mark(outbox, receipt, LIMITS)
+    assert failed
+    assert_all_once(stack)
+
+
+def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, ahead: Ahead) -> None:
+    """Dagster skips what depends on a failed step and goes on with the other batches."""
+    claims = planned(stack, ahead)
+    for claim in claims:
+        fetch(ahead, stack.outbox, stack.log, claim)
+        if claim not in claims[1:3]:
+            export.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+    ahead.close()
+    for claim in claims[1:3]:
+        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+    assert_all_once(stack)
