@@ -79,6 +79,8 @@ def test_batches_are_cut_by_rows_and_by_bytes(stack: Stack) -> None:
     assert found == [small[:4], [small[4], large[0]], [large[1]], [large[2], more[0]], more[1:]]
     (alone,) = put(stack, 1, padding=9_000)
     assert pks(stack, claim(stack, "two", batch_bytes=2_000)) == [[alone]]
+    ((alone,), after) = put(stack, 1, padding=9_000), put(stack, 3)
+    assert pks(stack, claim(stack, "three", batch_bytes=2_000)) == [[alone], after]
 
 
 def test_the_first_batches_of_a_plan_are_small_and_grow(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

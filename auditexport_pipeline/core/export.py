@@ -107,7 +107,8 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
             batches += 1
             yield new
         # Where bytes and not rows cut batches, longer pages would be read for nothing.
-        batch_rows = min(limits.batch_rows, 2 * (len(pks) if len(pks) < len(free) else batch_rows))
+        taken = batch_rows if len(pks) == len(free) else len(pks)
+        batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, 2 * taken))
 
 
 def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet, int]:
@@ -122,9 +123,8 @@ def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet,
     rows = size = 0
     for stretch in stretches:
         row_bytes = measured.get(stretch.first, usual)
-        fitting = min(len(stretch), (most_bytes - size) // max(1, row_bytes))
-        if rows == 0:
-            fitting = max(1, fitting)
+        # At least one: a row larger than the limit goes alone.
+        fitting = max(int(rows == 0), min(len(stretch), (most_bytes - size) // max(1, row_bytes)))
         rows += fitting
         size += fitting * row_bytes
         if fitting < len(stretch):

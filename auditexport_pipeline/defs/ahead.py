@@ -56,10 +56,7 @@ class _Pipeline:
 
     def work(self, claim: Claim) -> _Work | None:
         """The work of this batch, or None when no thread will come to it."""
-        work = next((work for work in self.works if work.claim == claim), None)
-        if work is not None and self._stopped.is_set() and not work.fetched.done():
-            return None
-        return work
+        return next((work for work in self.works if work.claim == claim and not work.fetched.cancelled()), None)
 
     def pass_by(self, work: _Work) -> None:
         """Lets the threads go on by one batch, because the steps are done with this one."""
@@ -69,22 +66,28 @@ class _Pipeline:
 
     def close(self) -> None:
         """Stops after what is under way, and waits for it: statements have time limits of their own."""
-        self._stopped.set()
-        self._room.release()
+        self._stop()
         self._fetching.shutdown()
         self._writing.shutdown()
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        self._room.release()  # wakes the fetching thread, which then cancels what it will not come to
 
     def _fetch_all(self) -> None:
         for work in self.works:
             self._room.acquire()
             if self._stopped.is_set():
-                return
+                work.fetched.cancel()
+                self._room.release()
+                continue
             try:
                 fetched = export.fetch(self._outbox, work.claim, self._limits)
             except BaseException as error:  # whatever it was, it is raised in the step that waits for it
                 work.fetched.set_exception(error)
-                self._stopped.set()
-                return
+                work.receipt.cancel()
+                self._stop()
+                continue
             self._writing.submit(self._write, work, fetched.bodies)
             work.fetched.set_result(replace(fetched, bodies={}))
             del fetched  # the next batch must not find this one still in memory
@@ -97,7 +100,7 @@ class _Pipeline:
             work.receipt.set_result(export.write(self._outbox, self._log, work.claim, bodies, self._limits))
         except BaseException as error:
             work.receipt.set_exception(error)
-            self._stopped.set()
+            self._stop()
 
 
 def _share_one_arena() -> None:
@@ -133,7 +136,10 @@ class Ahead:
         for earlier in self._pipeline.works[: self._pipeline.works.index(work)]:
             self._pipeline.pass_by(earlier)  # a step of it failed, or the steps come in another order
         self._planned.remove(claim)  # a retry of the step does it itself
-        return work.fetched.result()
+        try:
+            return work.fetched.result()
+        except CancelledError:  # another batch failed before the thread came to this one
+            return export.fetch(outbox, claim, limits)
 
     def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
         """`export.write`, by this thread or ahead. Raises what `write` raises."""

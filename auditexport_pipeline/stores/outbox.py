@@ -419,7 +419,7 @@ class MySQLPlanning:
 
 
 def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
-    """The driver's own tuples: on the two statements that read every row, SQLAlchemy's rows would cost as much again."""
+    """The driver's own tuples: for every row that is read, SQLAlchemy's would cost as much again."""
     cursor = connection.execute(SQL[statement], values).cursor
     assert cursor is not None
     return list(cursor.fetchall())
