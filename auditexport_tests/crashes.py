@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Block, Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -210,7 +210,7 @@ def drain(
     `step` runs each verb, once or more often. Without `hand_over` every body is read again from the
     outbox, as it is in another process; so it is when `step` runs a write a second time.
     """
-    claims = step(lambda: export.claim(outbox, owner=owner, dead_owners=dead_owners, limits=limits))
+    claims = step(lambda: claiming.claim(outbox, owner=owner, dead_owners=dead_owners, limits=limits))
     for claim in claims:
         fetched = step(lambda claim=claim: export.fetch(outbox, claim, limits))
         kept = [fetched.bodies] if hand_over else []

@@ -14,7 +14,7 @@ from threading import Barrier, Event
 
 import pytest
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch, Claim, State
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
@@ -34,7 +34,7 @@ def put(stack: Stack, rows: int, *, version: str = "audit_log.v1", padding: int 
 
 
 def claim(stack: Stack, owner: str = "one", *, dead_owners: tuple[str, ...] = (), **limits: int) -> list[Claim]:
-    return export.claim(stack.outbox, owner=owner, dead_owners=dead_owners, limits=Limits.of({**limits}))
+    return claiming.claim(stack.outbox, owner=owner, dead_owners=dead_owners, limits=Limits.of({**limits}))
 
 
 def batches(stack: Stack, claims: list[Claim]) -> list[Batch]:
@@ -85,7 +85,7 @@ def test_batches_are_cut_by_rows_and_by_bytes(stack: Stack) -> None:
 
 def test_the_first_batches_of_a_plan_are_small_and_grow(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """With full batches from the start, ClickHouse and the marking would wait for the first one to be read."""
-    monkeypatch.setattr(export, "FIRST_BATCH_ROWS", 2)
+    monkeypatch.setattr(claiming, "FIRST_BATCH_ROWS", 2)
     rows = put(stack, 30)
     found = pks(stack, claim(stack, batch_rows=10))
     assert [len(batch) for batch in found] == [2, 4, 8, 10, 6]
@@ -198,7 +198,7 @@ def test_the_application_writes_while_a_plan_is_open(stack: Stack) -> None:
 
     point = CrashPoint("before claim 1", then=write)
     limits = Limits(batch_rows=10)
-    claims = export.claim(CrashingOutbox(stack.outbox, point), owner="one", dead_owners=(), limits=limits)
+    claims = claiming.claim(CrashingOutbox(stack.outbox, point), owner="one", dead_owners=(), limits=limits)
     assert point.reached
     assert sum(one.rows for one in claims) == 30
 
@@ -216,11 +216,11 @@ def test_candidates_are_pks_and_sizes_those_of_a_sample(stack: Stack) -> None:
 
 def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample may miss the large rows; memory is bounded all the same, and no row is forgotten."""
-    monkeypatch.setattr(export, "SAMPLED_ROWS", 1)
+    monkeypatch.setattr(claiming, "SAMPLED_ROWS", 1)
     put(stack, 1)
     put(stack, 11, padding=5_000)
     limits = Limits(batch_bytes=20_000)
-    (one,) = export.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
+    (one,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
     assert one.rows == 12
     fetched = export.fetch(stack.outbox, one, limits)
     assert 1 < fetched.rows < 12
@@ -232,7 +232,7 @@ def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monk
     (batch,) = stack.outbox.batches([one.batch_id])
     assert (batch.rows, batch.counts.released, batch.counts.vanished) == (fetched.rows, 12 - fetched.rows, 0)
     assert stack.pending() == 12 - fetched.rows
-    (two,) = export.claim(stack.outbox, owner="two", dead_owners=(), limits=Limits())
+    (two,) = claiming.claim(stack.outbox, owner="two", dead_owners=(), limits=Limits())
     assert two.rows == 12 - fetched.rows
 
 
@@ -330,7 +330,7 @@ def test_a_plan_that_dies_before_its_commit_leaves_nothing(stack: Stack) -> None
     rows = put(stack, 10)
     outbox = CrashingOutbox(stack.outbox, CrashPoint("before claim 1"))
     with pytest.raises(Crash):
-        export.claim(outbox, owner="one", dead_owners=(), limits=Limits())
+        claiming.claim(outbox, owner="one", dead_owners=(), limits=Limits())
     assert stack.outbox.open_owners() == []
     assert pks(stack, claim(stack, "two")) == [rows]
 

@@ -24,7 +24,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Block, State
 from auditexport_pipeline.core.errors import BatchAltered, LeaseLost
 from auditexport_pipeline.core.export import Bodies
@@ -46,7 +46,7 @@ NEVER = "before nothing 1"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of ten rows, so that small batches have two."""
-    monkeypatch.setattr(export, "SMALLEST_BLOCK_ROWS", 10)
+    monkeypatch.setattr(claiming, "SMALLEST_BLOCK_ROWS", 10)
 
 
 @pytest.fixture(autouse=True)
@@ -188,15 +188,15 @@ def _without_nothing(value: object) -> object:
 def test_one_insert_is_one_part(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is atomic only as one part: two parts could be there by half, and look-first would be a guess."""
     monkeypatch.undo()
-    seed_outbox(stack.mysql_url, seed=3, events=export.FIRST_BATCH_ROWS, writers=2)
+    seed_outbox(stack.mysql_url, seed=3, events=claiming.FIRST_BATCH_ROWS, writers=2)
     limits = Limits()
-    (claim,) = export.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
+    (claim,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
     fetched = export.fetch(stack.outbox, claim, limits)
     export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
 
     # Parts that a merge has replaced are listed for minutes as inactive ones: one row means one part ever.
     parts = "SELECT active, rows FROM system.parts WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1'"
-    assert stack.clickhouse(parts) == [(1, export.FIRST_BATCH_ROWS)]
+    assert stack.clickhouse(parts) == [(1, claiming.FIRST_BATCH_ROWS)]
 
 
 # ── the matrix ───────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +325,7 @@ def test_of_two_blocks_one_is_there_and_only_the_other_is_sent_again(stack: Stac
         drain(stack.outbox, OneBlockOnly(stack.log, CrashPoint(NEVER)), LIMITS, owner="first")
     assert stack.counts() == (10, 10)
 
-    claims = export.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
+    claims = claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     receipt = export.write(
         stack.outbox, stack.log, claims[0], export.fetch(stack.outbox, claims[0], LIMITS).bodies, LIMITS
     )
@@ -374,7 +374,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
         drop_the_token(monkeypatch)
     _crash(stack, CrashPoint("before record_written 1"))
     log = stack.log if look_first else Blind(stack.log, CrashPoint(NEVER))
-    for claim in export.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS):
+    for claim in claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS):
         bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
         export.mark(stack.outbox, export.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
 
@@ -384,7 +384,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
 
 
 def sealed(stack: Stack, limits: Limits = LIMITS) -> tuple[Batch, Bodies]:
-    claim = export.claim(stack.outbox, owner="first", dead_owners=(), limits=limits)[0]
+    claim = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=limits)[0]
     fetched = export.fetch(stack.outbox, claim, limits)
     (batch,) = stack.outbox.batches([claim.batch_id])
     return batch, fetched.bodies
@@ -444,7 +444,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
     fill(stack, 20)
     batch, _ = sealed(stack)
     old = batch.claim
-    export.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
+    claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     before = both(stack)
     cut = Cut(blocks=batch.blocks, pks=batch.pks, counts=batch.counts, digest="other")
     effects: list[Callable[[], object]] = [
@@ -467,10 +467,10 @@ def test_the_verbs_of_a_run_that_was_replaced_are_refused(stack: Stack) -> None:
     """One old claim at each state of its batch: fetching, writing and marking all come to nothing."""
     fill(stack)
     fill(stack, 20, seed=2)
-    claims = export.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
+    claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
     bodies = [export.fetch(stack.outbox, claim, LIMITS).bodies for claim in claims[:2]]
     receipt = export.write(stack.outbox, stack.log, claims[0], bodies[0], LIMITS)
-    export.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
+    claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     before = both(stack)
 
     with pytest.raises(LeaseLost):
@@ -502,7 +502,7 @@ def test_clickhouse_itself_refuses_an_insert_after_its_deadline(stack: Stack) ->
 
 CHILD = """
 import pathlib, sys, threading
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -514,7 +514,7 @@ def stay():
     pathlib.Path(marker).touch()
     threading.Event().wait()
 
-export.SMALLEST_BLOCK_ROWS = 10
+claiming.SMALLEST_BLOCK_ROWS = 10
 at = CrashPoint(point, then=stay)
 drain(CrashingOutbox(MySQLOutbox(mysql_url), at), CrashingAuditLog(ClickHouseAuditLog(clickhouse_url), at),
       Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5), owner="first")
@@ -603,7 +603,7 @@ def test_a_sealed_batch_that_cannot_be_read_again_stops_and_later_gives_its_rows
     pks = fill(stack)
     _crash(stack, CrashPoint("before insert 1"))
     stack.sql(meddling, pk=pks[0])
-    (claim, *others) = export.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
+    (claim, *others) = claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     with pytest.raises(BatchAltered, match=f"batch {claim.batch_id}, block 0"):
         export.write(stack.outbox, stack.log, claim, export.fetch(stack.outbox, claim, LIMITS).bodies, LIMITS)
     assert [batch.state for batch in ledger(stack)] == [State.STOPPED, State.CLAIMED]
@@ -736,7 +736,7 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
     """The merge takes the earlier copy away, and verification of its batch may come after the merge."""
     put(stack, *(payload_of(f"evt_{number}") for number in range(20)))
     put(stack, payload_of("evt_3", description="again"))
-    claims = export.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
+    claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
     for claim in claims:
         bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
         export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
@@ -752,7 +752,7 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
 def test_what_clickhouse_lost_is_found(stack: Stack) -> None:
     """Verification that cannot fail verifies nothing: a row taken out of ClickHouse is missing, by its id."""
     fill(stack, 20)
-    claim = export.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)[0]
+    claim = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)[0]
     bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
     export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
     ((event_id,),) = stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1 LIMIT 1")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.stores.outbox import SQL, MySQLOutbox
+from auditexport_pipeline.stores.mysql import SQL
+from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 
 EXPORTED, PENDING, LEDGER = 32_768, 400, 1_024

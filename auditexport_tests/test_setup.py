@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
@@ -146,7 +146,7 @@ def test_the_grants_of_the_readme_are_enough_for_a_drain(stack: Stack, granted: 
     least = granted(*grants)
     assert setup.check(least.outbox, least.log) == []
     limits = Limits()
-    for claim in export.claim(least.outbox, owner="least", dead_owners=(), limits=limits):
+    for claim in claiming.claim(least.outbox, owner="least", dead_owners=(), limits=limits):
         fetched = export.fetch(least.outbox, claim, limits)
         receipt = export.write(least.outbox, least.log, claim, fetched.bodies, limits)
         export.mark(least.outbox, receipt, limits)

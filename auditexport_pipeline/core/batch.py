@@ -7,8 +7,8 @@ the verbs that move a batch from one state to the next (`core.export`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import msgspec
@@ -161,6 +161,25 @@ def in_parts(payloads: Sequence[bytes]) -> Iterator[bytes]:
     """A block's bytes, each payload after a newline, in parts of a few hundred rows: never all in one piece."""
     for start in range(0, len(payloads), PART_ROWS):
         yield b"\n" + b"\n".join(payloads[start : start + PART_ROWS])
+
+
+def sealed_block(version: str, block: Block, pks: PkSet, payloads: list[bytes], fingerprint: int) -> Block:
+    """The block with these rows, sealed: digest and bytes are those of the payloads, in the order of the pks."""
+    return replace(
+        block,
+        pks=pks,
+        digest=block_digest(version, block.inserted_at_ms, pks, payloads),
+        fingerprint=fingerprint,
+        bytes=sum(map(len, payloads)),
+    )
+
+
+def pks_of(blocks: Collection[Block]) -> PkSet:
+    """The pks of all these blocks."""
+    pks = PkSet()
+    for block in blocks:
+        pks |= block.pks
+    return pks
 
 
 def batch_digest(blocks: Iterable[Block], folded: PkSet) -> str:

@@ -34,6 +34,10 @@ class DeadLetter:
     workspace_id: str
     problem: Undecodable
 
+    @classmethod
+    def of(cls, row: StoredRow, problem: Undecodable) -> DeadLetter:
+        return cls(pk=row.pk, event_id=row.event_id, workspace_id=row.workspace_id, problem=problem)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBatch:

@@ -19,7 +19,7 @@ from typing import Any
 
 import dagster as dg
 
-from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
@@ -89,7 +89,7 @@ def plan_batches(
         outbox = mysql.outbox()
         refuse_unless_ready(outbox, clickhouse.audit_log())
         dead_owners = _finished(context.instance, outbox.open_owners())
-        claims = export.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
+        claims = claiming.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
     ahead.plan(claims)
     adopted = sum(1 for claim in claims if claim.adopted)
     context.log.info(

@@ -1,7 +1,7 @@
 """MySQL: the application's outbox, our ledger and our dead letters, behind `core.ports.Outbox`.
 
-What belongs here: transactions, fences, and the one place where MySQL's errors become ours. What does
-not: the statements (`outbox.sql`), creating and checking tables (`stores.setup`), and any decision.
+What belongs here: transactions and fences. What does not: the statements (`outbox.sql`), the connection and
+its errors (`stores.mysql`), creating and checking tables (`stores.setup`), and any decision.
 
 Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S`, and holds no
 transaction while anything but MySQL is asked.
@@ -13,101 +13,28 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row, TextClause, bindparam, create_engine, text
+from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, State, blocks_from_text, blocks_to_text
 from auditexport_pipeline.core.errors import (
-    AuditExportError,
-    InvalidConfig,
     LeaseLost,
-    OutboxUnavailable,
     SetupIncomplete,
 )
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
-from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline.stores.backlog import probe
+from auditexport_pipeline.stores.mysql import SQL, engine_for, translated
 
-# We are never worth waiting for: a lock that the application holds longer is tried again by the next attempt.
-LOCK_WAIT_S = 5
-CONNECT_TIMEOUT_S = 10
-# A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
-READ_TIMEOUT_S = 120
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
 READ_BYTES = 8 * 1024**2
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
-# The probe steps through the versions that are pending; more than this is a misuse of the column.
-VERSIONS_LOOKED_AT = 50
-
-_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
-SQL: dict[str, TextClause] = {
-    name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
-    for name, statement in load("outbox.sql").items()
-}
-
-# Server errors that no rerun mends: access, unknown database, table or column, a statement without grant.
-_SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698}
-
-
-@lru_cache(maxsize=16)
-def _engine(url: str, pid: int) -> Engine:
-    """One pool per server and process: a forked child must not share its parent's connections."""
-    return create_engine(
-        url,
-        isolation_level="READ COMMITTED",
-        pool_size=20,
-        max_overflow=20,
-        pool_pre_ping=True,
-        pool_recycle=1800,
-        connect_args={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "write_timeout": READ_TIMEOUT_S,
-            "init_command": f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}",
-        },
-    )
-
-
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """The one place where MySQL's and SQLAlchemy's errors become this project's; `what` says what was being done."""
-    try:
-        yield
-    except AuditExportError:
-        raise
-    except OSError as error:
-        # PyMySQL opens the certificates that the URL names; a socket's own errors come as DBAPIError.
-        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL names a file that cannot be read: {error.filename}") from error
-    except PoolTimeout as error:
-        raise OutboxUnavailable(f"MySQL: no free connection while {what}; run again") from error
-    except DBAPIError as error:
-        arguments: tuple[object, ...] = getattr(error.orig, "args", ())
-        code = arguments[0] if arguments and isinstance(arguments[0], int) else 0
-        if code in _SETUP_ERRORS:
-            reason = " ".join(map(str, arguments[1:]))
-            raise SetupIncomplete(
-                f"MySQL refuses {what} (error {code}: {reason}); check AUDITEXPORT_MYSQL_URL and the grants, or run `auditexport init`"
-            ) from error
-        if isinstance(error.orig, _rerunnable()):
-            raise OutboxUnavailable(
-                f"MySQL failed while {what} (error {code}); nothing of it was kept, run again"
-            ) from error
-        raise
-
-
-def _rerunnable() -> tuple[type[Exception], ...]:
-    from pymysql.err import InterfaceError, InternalError, OperationalError
-
-    return (OperationalError, InternalError, InterfaceError)
 
 
 class MySQLOutbox:
@@ -121,7 +48,7 @@ class MySQLOutbox:
 
     @property
     def engine(self) -> Engine:
-        return _engine(self.url, os.getpid())
+        return engine_for(self.url, os.getpid())
 
     @contextmanager
     def transaction(self, what: str) -> Iterator[Connection]:
@@ -286,53 +213,8 @@ class MySQLOutbox:
     # ── the backlog ──────────────────────────────────────────────────────────────────────────────
 
     def backlog(self, versions: Sequence[str], *, count_to: int) -> Backlog:
-        """How far behind the export is; counts pending rows up to `count_to` beyond the dead letters.
-
-        Source: `drainer_pending_idx`, the ledger's `state_idx`, `letter_state_idx`. No lock, and nothing
-        that grows with the table.
-        """
         with self.transaction("probing the backlog") as connection:
-            dead = {row.version: row.n for row in connection.execute(SQL["count_dead"])}
-            rows = 0
-            lag_ms = 0
-            for version in versions:
-                held = dead.get(version, 0)
-                counted = connection.execute(
-                    SQL["count_pending"], {"version": version, "row_limit": count_to + held}
-                ).scalar_one()
-                rows += max(0, counted - held)
-                oldest = connection.execute(SQL["oldest_pending"], {"version": version}).scalar()
-                lag_ms = max(lag_ms, oldest or 0)
-            unknown = self._unknown(connection, versions, count_to)
-            open_batches = list(connection.execute(SQL["open_batches"]))
-            return Backlog(
-                rows=rows,
-                rows_at_least=rows >= count_to,
-                lag_s=lag_ms / 1000,
-                unknown_rows=sum(unknown.values()),
-                unknown_versions=tuple(unknown),
-                dead_rows=sum(dead.values()),
-                open_batches=len(open_batches),
-                waiting_batches=sum(
-                    1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired
-                ),
-                leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),
-            )
-
-    @staticmethod
-    def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> dict[str, int]:
-        unknown: dict[str, int] = {}
-        version = ""
-        for _ in range(VERSIONS_LOOKED_AT):
-            found = connection.execute(SQL["next_pending_version"], {"version": version}).scalar()
-            if found is None:
-                break
-            version = found
-            if version not in versions:
-                unknown[version] = connection.execute(
-                    SQL["count_pending"], {"version": version, "row_limit": count_to}
-                ).scalar_one()
-        return unknown
+            return probe(connection, versions, count_to)
 
     def dead_by_reason(self) -> dict[str, int]:
         """Open dead letters by reason, most frequent first."""

@@ -19,7 +19,7 @@ import time
 import pandas as pd
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import export, verify
+from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.generator import Generator
 from auditexport_pipeline.local.stack import LocalStack
@@ -37,7 +37,7 @@ def drain_for(mysql_url: str, clickhouse_url: str, seconds: float) -> None:
     outbox, log, limits = MySQLOutbox(mysql_url), ClickHouseAuditLog(clickhouse_url), Limits()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        for claim in export.claim(outbox, owner="benchmark", dead_owners=(), limits=limits):
+        for claim in claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits):
             fetched = export.fetch(outbox, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
             export.mark(outbox, receipt, limits)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Outbox
@@ -35,7 +35,7 @@ def planned(stack: Stack, ahead: Ahead) -> list[Claim]:
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     payload = '{{"event_id": "evt_{0}", "time": 1, "workspace_id": "ws_1", "event": "e"}}'
     stack.put(*(("ws_1", f"evt_{n}", payload.format(n)) for n in range(BATCHES * BATCH_ROWS)))
-    claims = export.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
+    claims = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
     ahead.plan(claims)
     return claims
 

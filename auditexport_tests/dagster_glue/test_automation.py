@@ -9,7 +9,7 @@ import pytest
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import create_run_for_test
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs import automation
 from auditexport_pipeline.defs.automation import export_schedule, outbox_backlog_sensor
@@ -218,7 +218,7 @@ def test_the_sensor_sees_a_drain_by_its_pool_whatever_job_it_is_part_of(
 
 def test_the_sensor_skips_while_another_process_holds_a_lease(sensor: Sensor, overdue: Stack) -> None:
     """`auditexport drain` on a terminal is not a Dagster run; only the ledger knows of it."""
-    export.claim(overdue.outbox, owner="cli-host-4711", dead_owners=[], limits=Limits())
+    claiming.claim(overdue.outbox, owner="cli-host-4711", dead_owners=[], limits=Limits())
     overdue.put(*events(3, "later"))
     age(overdue, 3600)
     result = sensor.tick()
@@ -234,7 +234,7 @@ def test_the_sensor_launches_at_once_when_an_ended_run_left_batches_open(
     """The run is over, so nobody needs to wait for its lease; and what it claimed is no longer counted as pending enough."""
     run = put_run(exporter, "audit_log_export", "FAILURE")
     stack.put(*events(2))
-    export.claim(stack.outbox, owner=run.run_id, dead_owners=[], limits=Limits())
+    claiming.claim(stack.outbox, owner=run.run_id, dead_owners=[], limits=Limits())
     result = sensor.tick()
     assert len(requests(result)) == 1
     assert reason(result).startswith("1 batches were left open: ")

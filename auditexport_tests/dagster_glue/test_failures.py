@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs import failures
@@ -254,7 +254,7 @@ def test_a_lost_lease_is_not_retried(exporter: Exporter, stack: Stack, monkeypat
 
     def fetch_after_a_take_over(outbox: Any, claim: Claim, limits: Limits) -> object:
         owners = outbox.open_owners()
-        export.claim(outbox, owner="another run", dead_owners=owners, limits=limits)
+        claiming.claim(outbox, owner="another run", dead_owners=owners, limits=limits)
         return real(outbox, claim, limits)
 
     monkeypatch.setattr(export, "fetch", fetch_after_a_take_over)

@@ -1,0 +1,129 @@
+"""Claiming: which rows become which batches, decided in one short transaction under the ledger's lock.
+
+What belongs here: adopting what dead owners left open, and cutting new batches and their blocks from pending
+rows. What does not: reading payloads (`core.export`), and how candidates are found (`stores/outbox.sql`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+
+from auditexport_pipeline.core.batch import Claim, State
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import Outbox, PlannedBlock, Planning
+
+# Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
+SMALLEST_BLOCK_ROWS = 5_000
+# A plan's first batch; each further one may be twice as large, up to `batch_rows`. With 100,000 rows at once
+# ClickHouse waited four seconds for the first block, and MySQL as long for the first rows to mark.
+FIRST_BATCH_ROWS = 25_000
+# Rows measured of each page of candidates: few enough to cost nothing, enough to see where large ones begin.
+SAMPLED_ROWS = 64
+# Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
+ORIGIN_SPANS = 8
+
+
+def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: Limits) -> list[Claim]:
+    """Adopts what dead owners left open, then cuts new batches from pending rows, oldest pk first.
+
+    Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
+    in the ledger under a new epoch. Loads pks only for what it claims. Idempotent: run again by the same
+    owner it adopts what it claimed before.
+    """
+    with outbox.planning(owner, limits.lease_s) as ledger:
+        claims: list[Claim] = []
+        held = PkSet()
+        for open_batch in ledger.open_batches():
+            batch = open_batch.batch
+            held |= batch.pks
+            abandoned = open_batch.lease_expired
+            if batch.state is not State.STOPPED:  # a stopped one waits until no INSERT of it can be running
+                abandoned = abandoned or batch.owner == owner or batch.owner in dead_owners
+            if abandoned and len(claims) < limits.max_batches:
+                claims.append(ledger.adopt(batch))
+        for position, version in enumerate(limits.versions):
+            room = -(-(limits.max_batches - len(claims)) // (len(limits.versions) - position))
+            claims.extend(_cut_new(ledger, version, held, room, limits))
+        return claims
+
+
+def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Limits) -> Iterator[Claim]:
+    """New batches of one version, at most `room`: each from one page of candidates, as far as its bytes allow.
+
+    The first ones are small and grow, so that every stage of the pipeline soon has work.
+    """
+    after_pk = 0
+    batches = 0
+    batch_rows = min(FIRST_BATCH_ROWS, limits.batch_rows)
+    while batches < room:
+        while (run := held.run_of(after_pk + 1)) is not None:
+            after_pk = run[1]
+        page = ledger.candidates(version, after_pk, batch_rows)
+        if not page:
+            return
+        after_pk = page.last
+        free = page - held
+        if not free:
+            continue
+        pks, size = _within_bytes(ledger, free, limits.batch_bytes)
+        if len(pks) < len(free):
+            after_pk = pks.last
+        for new in islice(_add(ledger, version, pks, size, limits), room - batches):
+            batches += 1
+            yield new
+        # Where bytes and not rows cut batches, longer pages would be read for nothing.
+        taken = batch_rows if len(pks) == len(free) else len(pks)
+        batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, 2 * taken))
+
+
+def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet, int]:
+    """The first of these pks whose payloads come to `most_bytes`, at least one, and their estimated bytes.
+
+    Each measured row stands for the stretch of rows that it begins, because measuring every row would read
+    every row a second time; `fetch` sees the real sizes and keeps the bound.
+    """
+    stretches = list(pks.chunks(-(-len(pks) // SAMPLED_ROWS)))
+    measured = ledger.payload_bytes([stretch.first for stretch in stretches])
+    usual = sum(measured.values()) // len(measured) if measured else 0
+    rows = size = 0
+    for stretch in stretches:
+        row_bytes = measured.get(stretch.first, usual)
+        # At least one: a row larger than the limit goes alone.
+        fitting = max(int(rows == 0), min(len(stretch), (most_bytes - size) // max(1, row_bytes)))
+        rows += fitting
+        size += fitting * row_bytes
+        if fitting < len(stretch):
+            break
+    return next(pks.chunks(rows)), size
+
+
+def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) -> Iterator[Claim]:
+    """One batch of rows never exported, and one of rows that are pending again, with their old `inserted_at`."""
+    row_bytes = size // len(pks)
+    again: dict[int, int] = {}
+    generation = 0
+    # By spans: one old row among new ones must not ask for every batch between them.
+    found = {origin.batch_id: origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.exported_over(*span)}
+    for _, origin in sorted(found.items()):
+        overlap = pks & origin.pks
+        if overlap and origin.version == version:
+            generation = max(generation, origin.generation + 1)
+            at = {pk: block.inserted_at_ms for block in origin.blocks for pk in overlap & block.pks}
+            # A folded row went out as another row's entry: any of the batch's blocks names its month.
+            again.update({pk: at.get(pk, origin.blocks[-1].inserted_at_ms) for pk in overlap if origin.blocks})
+    fresh = pks - PkSet.of(sorted(again))
+    if fresh:
+        block_rows = max(SMALLEST_BLOCK_ROWS, -(-len(fresh) // limits.blocks_per_batch))
+        blocks = [PlannedBlock(pks=chunk, bytes=row_bytes * len(chunk)) for chunk in fresh.chunks(block_rows)]
+        yield ledger.add(version, 0, blocks)
+    if again:
+        by_time: dict[int, list[int]] = {}
+        for pk, at_ms in again.items():
+            by_time.setdefault(at_ms, []).append(pk)
+        blocks = [
+            PlannedBlock(pks=PkSet.of(sorted(group)), bytes=row_bytes * len(group), inserted_at_ms=at_ms)
+            for at_ms, group in sorted(by_time.items())
+        ]
+        yield ledger.add(version, generation, blocks)
