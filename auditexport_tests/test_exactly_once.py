@@ -716,17 +716,20 @@ def test_a_requeue_that_crashes_is_once_in_the_view(stack: Stack) -> None:
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
 
 
-def test_one_event_twice_in_a_batch_is_sent_once_and_both_rows_are_marked(stack: Stack) -> None:
+@pytest.mark.parametrize("between", [1, 13], ids=["in_one_block", "in_two_blocks"])
+def test_one_event_more_than_once_in_a_batch_is_sent_once_and_every_row_is_marked(stack: Stack, between: int) -> None:
     """A writer that retried its commit has written the event twice; the auditor asked for it once."""
-    fill(stack, 8)
-    pks = put(
-        stack, payload_of("evt_1", description="old"), payload_of("evt_2"), payload_of("evt_1", description="new")
-    )
+    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    others = [payload_of(f"evt_other_{number}") for number in range(between)]
+    old, older = payload_of("evt_1", description="old"), payload_of("evt_1", description="older")
+    pks = put(stack, older, old, *others, payload_of("evt_1", description="new"))
     run(stack)
 
     (batch,) = ledger(stack)
-    assert (batch.state, batch.entries, batch.rows, batch.counts.folded) == (State.VERIFIED, 10, 11, 1)
-    assert stack.counts() == (10, 10)
+    rows = between + 3
+    assert (batch.state, batch.entries, batch.rows, batch.counts.folded) == (State.VERIFIED, rows - 2, rows, 2)
+    assert len(batch.blocks) == (2 if between > 10 else 1)
+    assert stack.counts() == (rows - 2, rows - 2)
     assert stack.pending() == 0
     assert stack.clickhouse("SELECT description FROM audit_logs_raw_v1 WHERE event_id = 'evt_1'") == [("new",)]
     assert pks[0] in batch.pks

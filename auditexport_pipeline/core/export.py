@@ -71,9 +71,9 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     decode = VERSIONS[batch.version].decode
     dead: list[DeadLetter] = []
     parts = [_Part(block) for block in batch.blocks]
-    last_with_key: dict[int, tuple[_Part, int]] = {}  # by the key's hash: the place of its last row
+    last_with_key: dict[int, int] = {}  # by the key's hash: its last row, counted over all parts
     folded: set[int] = set()
-    found = elsewhere = given_back = sealed_bytes = 0
+    kept = found = elsewhere = given_back = sealed_bytes = 0
     oldest_ms: int | None = None
     newest_ms: int | None = None
     for part in parts:
@@ -96,9 +96,12 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
             # One event twice in a batch: the later row stands, as it would after a merge in ClickHouse.
             place = hash(event.key)
             earlier = last_with_key.get(place)
-            if earlier is not None and _same_event(decode, earlier, row, event):
-                folded.add(earlier[0].pks[earlier[1]])
-            last_with_key[place] = (part, len(part.pks))
+            if earlier is not None:
+                other, index = _part_of(parts, earlier)
+                if _same_event(decode, other, index, row, event):
+                    folded.add(other.pks[index])
+            last_with_key[place] = kept
+            kept += 1
             part.add(row, event.fingerprint)
             at_ms = event.key[2]
             oldest_ms = at_ms if oldest_ms is None or at_ms < oldest_ms else oldest_ms
@@ -164,11 +167,19 @@ class _Part:
         return pks, payloads, fingerprint % 2**64
 
 
+def _part_of(parts: list[_Part], position: int) -> tuple[_Part, int]:
+    """The part that holds the row at this position of the batch, and the row's index in it."""
+    for part in parts:
+        if position < len(part.pks):
+            return part, position
+        position -= len(part.pks)
+    raise IndexError(position)
+
+
 def _same_event(
-    decode: Callable[[OutboxRow], Event | Undecodable], earlier: tuple[_Part, int], row: StoredRow, event: Event
+    decode: Callable[[OutboxRow], Event | Undecodable], part: _Part, index: int, row: StoredRow, event: Event
 ) -> bool:
-    """Whether the row at an earlier place, whose key has the same hash, has the same key."""
-    part, index = earlier
+    """Whether an earlier row, whose key has the same hash, has the same key."""
     other = decode(
         OutboxRow(
             pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payloads[index]

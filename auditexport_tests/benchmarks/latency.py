@@ -78,7 +78,7 @@ def _beside(stack: LocalStack, arguments: list[str] | None, seconds: float) -> l
     exporter = None
     stall = threading.Timer(0, lambda: None)
     if arguments is not None:
-        exporter = subprocess.Popen([sys.executable, *arguments], env=stack.environment())
+        exporter = subprocess.Popen([sys.executable, *arguments], env=stack.environment(), stdout=subprocess.DEVNULL)
         stall = threading.Timer(seconds / 3, _stall, (stack.clickhouse.pid, stop))
         stall.start()
     try:
