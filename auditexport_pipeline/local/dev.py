@@ -85,16 +85,15 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
 
 def _switch_on(environment: dict[str, str]) -> None:
     workspace = ["-w", str(PROJECT / "workspace.yaml")]
-    for kind, name in (("sensor", "outbox_backlog_sensor"), ("schedule", "audit_log_export_schedule")):
-        done = subprocess.run(
-            [sys.executable, "-m", "dagster", kind, "start", name, *workspace],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    for what in (
+        ["instance", "concurrency", "set", "audit_log_export", "1"],  # before the first runs are queued: see the README
+        ["sensor", "start", "outbox_backlog_sensor", *workspace],
+        ["schedule", "start", "audit_log_export_schedule", *workspace],
+    ):
+        done = subprocess.run([sys.executable, "-m", "dagster", *what], env=environment, capture_output=True, text=True)
         # One that an earlier dev switched on stays on.
         if done.returncode != 0 and "already running" not in done.stdout + done.stderr:
-            raise LocalServerFailed(f"Dagster did not start the {kind} {name}: {done.stderr.strip().splitlines()[-1:]}")
+            raise LocalServerFailed(f"`dagster {' '.join(what[:4])}` failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def _is_free(port: int) -> bool:
