@@ -246,6 +246,12 @@ class LocalMySQL:
             if claim is not None:
                 claim.close()
 
+    @property
+    def _temporary(self) -> Path:
+        directory = self.directory / "tmp"
+        directory.mkdir(exist_ok=True)
+        return directory
+
     def _wait_for_orphan(self) -> None:
         """Waits for a server whose starter died, which its supervisor is stopping at this moment.
 
@@ -272,6 +278,8 @@ class LocalMySQL:
                     stdout=output,
                     stderr=output,
                     timeout=INITIALISED_WITHIN_S,
+                    # Not the host's: a MariaDB that starts there removes the temporary tables of all others.
+                    env={**os.environ, "TMPDIR": str(self._temporary)},
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise LocalServerFailed(f"{self._name} could not be initialised: {error}") from error
@@ -353,8 +361,6 @@ class LocalMySQL:
                 return
 
     def _argv(self) -> list[str]:
-        temporary = self.directory / "tmp"
-        temporary.mkdir(exist_ok=True)
         return [
             str(self.server),
             *self._isolation,
@@ -363,7 +369,7 @@ class LocalMySQL:
             # Relative to the data directory, which the server enters: socket paths end at ~100 bytes.
             "--socket=mysqld.sock",
             "--pid-file=mysqld.pid",
-            f"--tmpdir={temporary}",
+            f"--tmpdir={self._temporary}",
             *self._user,
             *SETTINGS,
             *(["--mysqlx=OFF"] if self.family == "mysql" else []),
