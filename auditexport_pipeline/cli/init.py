@@ -1,0 +1,36 @@
+"""`auditexport init`: creating what is ours.
+
+What belongs here: the command. What does not: what is created and checked (`stores.setup`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.stores import audit_log, outbox
+
+
+@main.command()
+@click.option(
+    "--with-outbox", is_flag=True, help="Also create clickhouse_outbox, which the application owns (trials only)."
+)
+@click.option("--replicated", is_flag=True, help="Create audit_logs_raw_v1 on ReplicatedReplacingMergeTree.")
+def init(with_outbox: bool, replicated: bool) -> None:
+    """Create the ledger, the dead letters, audit_logs_raw_v1 and audit_logs where they do not exist.
+
+    Changes nothing that exists; what is there and not as it should be is reported with the statement that
+    mends it, and the exit status is 1.
+    """
+    from auditexport_pipeline.stores import setup
+
+    mysql, clickhouse = outbox(), audit_log()
+    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, replicated=replicated)
+    click.echo(f"created {', '.join(created)}" if created else "nothing to create")
+    findings = setup.check(mysql, clickhouse)
+    for finding in findings:
+        click.echo(str(finding), err=True)
+    if any(finding.fatal for finding in findings):
+        sys.exit(BAD_OUTCOME)

@@ -1,0 +1,64 @@
+"""`auditexport demo` and `dev`: the local stack.
+
+What belongs here: the commands and their signals. What does not: the stack and what is shown (`local`).
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from auditexport_pipeline.cli import main
+
+_directory = click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(".auditexport"),
+    show_default=True,
+    help="Where the local stack keeps its data.",
+)
+
+
+@main.command()
+@_directory
+@click.option("--events", type=click.IntRange(1_000, 10_000_000), default=100_000, show_default=True)
+def demo(directory: Path, events: int) -> None:
+    """Watch events move from MySQL to ClickHouse on this machine; exit status 0 only if the numbers add up."""
+    _stop_on_sigterm()
+    from auditexport_pipeline.local import demo as local_demo
+
+    sys.exit(local_demo.run(directory, events))
+
+
+@main.command()
+@_directory
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65_535),
+    default=3000,
+    show_default=True,
+    help="Of Dagster's page; a free one if taken.",
+)
+@click.option("--events-per-s", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True)
+def dev(directory: Path, port: int, events_per_s: float) -> None:
+    """Run the local stack with Dagster's page and a live trickle of events, until Ctrl-C."""
+    _stop_on_sigterm()
+    from auditexport_pipeline.local import dev as local_dev
+
+    try:
+        sys.exit(local_dev.run(directory, port=port, events_per_s=events_per_s))
+    except KeyboardInterrupt:
+        click.echo("stopped")
+
+
+def _stop_on_sigterm() -> None:
+    """`kill` stops a stack as cleanly as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)  # a shell's background job starts with it ignored
