@@ -23,7 +23,14 @@ _SQL = load("setup.sql")
 # Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs, and
 # it only has to cover an INSERT that is still running when its replay begins.
 DEDUPLICATION_WINDOW = 10_000
-_OUR_TABLES = {"clickhouse_outbox_batch": "ledger", "clickhouse_outbox_dead_letter": "dead_letters"}
+_OUR_TABLES = {
+    "clickhouse_outbox_batch": "ledger",
+    "clickhouse_outbox_dead_letter": "dead_letters",
+    "clickhouse_outbox_action": "actions",
+    "clickhouse_outbox_erasure": "erasures",
+}
+# What a drain reads and writes; the others are for operators.
+_DRAIN_TABLES = ("clickhouse_outbox", "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +51,8 @@ def create(
 ) -> list[str]:
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
-    Durable effect: `clickhouse_outbox_batch` and `clickhouse_outbox_dead_letter` in MySQL, with
-    `with_outbox` also the application's `clickhouse_outbox`; `audit_logs_raw_v1` and `audit_logs` in
+    Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
+    with `with_outbox` also the application's `clickhouse_outbox`; `audit_logs_raw_v1` and `audit_logs` in
     ClickHouse, on ReplicatedReplacingMergeTree when `replicated`.
     """
     created = []
@@ -111,7 +118,8 @@ def _expected_columns(statement: str) -> list[str]:
 def _check_mysql(outbox: MySQLOutbox) -> list[Finding]:
     findings = []
     columns = _mysql_columns(outbox)
-    for table, statement in {"clickhouse_outbox": "outbox", **_OUR_TABLES}.items():
+    for table in _DRAIN_TABLES:
+        statement = _OUR_TABLES.get(table, "outbox")
         ours = table in _OUR_TABLES
         if table not in columns:
             findings.append(

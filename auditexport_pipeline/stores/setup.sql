@@ -30,10 +30,15 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
   written_at_ms BIGINT NULL,
   exported_at_ms BIGINT NULL COMMENT 'the deleted_at of its rows',
   verified_at_ms BIGINT NULL,
+  observed MEDIUMTEXT NULL COMMENT 'by inserted_at, what ClickHouse held when the batch was verified: entries and content, metas included',
+  swept_at_ms BIGINT NULL COMMENT 'since when none of its rows is in the outbox any more',
+  swept_rows INT UNSIGNED NOT NULL DEFAULT 0,
   PRIMARY KEY (batch_id),
   KEY state_idx (state, batch_id),
   KEY last_pk_idx (last_pk, first_pk),
-  KEY exported_idx (exported_at_ms)
+  KEY exported_idx (exported_at_ms),
+  KEY inserted_idx (inserted_at_ms),
+  KEY sweep_idx (state, swept_at_ms, exported_at_ms)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
 
 -- name: ledger_head
@@ -45,7 +50,7 @@ VALUES (0, 0, 0, '', 'head', '', 0, 0, 0, 0, 0, '', '[]', '', '', 0, 0, '', 0)
 -- name: dead_letters
 CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
   pk BIGINT UNSIGNED NOT NULL COMMENT 'of the outbox row, which stays where it is, unmarked',
-  state VARCHAR(16) NOT NULL COMMENT 'open while it keeps its row out of batches',
+  state VARCHAR(16) NOT NULL COMMENT 'open and discarded keep the row out of batches; retried and gone do not',
   version VARCHAR(64) NOT NULL,
   workspace_id VARCHAR(48) NOT NULL,
   event_id VARCHAR(48) NOT NULL,
@@ -55,9 +60,36 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
   batch_id BIGINT UNSIGNED NOT NULL,
   created_at_ms BIGINT NOT NULL,
   updated_at_ms BIGINT NOT NULL,
+  action_id BIGINT UNSIGNED NULL COMMENT 'what an operator did with it last',
   PRIMARY KEY (pk),
   KEY letter_state_idx (state, version, reason),
   KEY workspace_idx (workspace_id, state)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
+
+-- name: actions
+CREATE TABLE IF NOT EXISTS clickhouse_outbox_action (
+  action_id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT,
+  at_ms BIGINT NOT NULL,
+  verb VARCHAR(32) NOT NULL COMMENT 'requeue, repair, retry, discard, sweep, compact, erasure',
+  who VARCHAR(128) NOT NULL,
+  why VARCHAR(1000) NOT NULL,
+  selection TEXT NOT NULL COMMENT 'which: the filters as JSON; ids and times, never payload text',
+  row_count BIGINT UNSIGNED NOT NULL,
+  PRIMARY KEY (action_id),
+  KEY at_idx (at_ms),
+  KEY verb_idx (verb, at_ms)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
+
+-- name: erasures
+CREATE TABLE IF NOT EXISTS clickhouse_outbox_erasure (
+  erasure_id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT,
+  action_id BIGINT UNSIGNED NOT NULL COMMENT 'who, when, why',
+  workspace_id VARCHAR(48) NOT NULL,
+  event_id VARCHAR(48) NOT NULL COMMENT 'empty: every event of the workspace in the range',
+  from_ms BIGINT NULL COMMENT 'event time, inclusive',
+  to_ms BIGINT NULL COMMENT 'event time, exclusive',
+  PRIMARY KEY (erasure_id),
+  KEY workspace_idx (workspace_id, event_id)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
 
 -- name: outbox
@@ -78,7 +110,8 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox (
 SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name, LOWER(privileges) AS granted
 FROM information_schema.columns
 WHERE table_schema = DATABASE()
-  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter')
+  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',
+                     'clickhouse_outbox_action', 'clickhouse_outbox_erasure')
 
 -- name: mysql_indexes
 SELECT LOWER(table_name) AS table_name, LOWER(index_name) AS index_name,
