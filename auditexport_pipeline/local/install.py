@@ -1,7 +1,7 @@
 """Makes sure that this machine has a MySQL or MariaDB server binary, for `make`.
 
 What belongs here: asking whether there is one, and installing Debian's when we are root. What does not:
-starting it (`mysql`). The package holds the binary alone: no service is set up or started.
+starting it (`mysql`). The packages hold binaries alone: no service is set up or started.
 """
 
 from __future__ import annotations
@@ -14,24 +14,36 @@ import sys
 from auditexport_pipeline.core.errors import LocalServerMissing
 from auditexport_pipeline.local.mysql import find_server
 
-PACKAGE = "mariadb-server-core"
+# The server, and `my_print_defaults`, without which its installer does nothing.
+PACKAGES = ("mariadb-server-core", "mariadb-client-core")
+
+
+def _check() -> None:
+    """Raises `LocalServerMissing` unless a server can be initialised and started."""
+    server = find_server()
+    if server.name == "mariadbd" and not shutil.which("my_print_defaults"):
+        beside = {server.parent, server.resolve().parent, server.resolve().parent.parent / "bin"}
+        if not any((directory / "my_print_defaults").exists() for directory in beside):
+            raise LocalServerMissing(
+                f"{server} is there but my_print_defaults, which initialises it, is not: Debian/Ubuntu `apt-get install {PACKAGES[1]}`"
+            )
 
 
 def main() -> int:
     try:
-        find_server()
+        _check()
     except LocalServerMissing as error:
         if not shutil.which("apt-get") or os.geteuid() != 0 or os.environ.get("AUDITEXPORT_MYSQLD"):
             print(f"auditexport: {error}", file=sys.stderr)
             return 2
-        print(f"installing {PACKAGE} (once)", flush=True)
+        print(f"installing {' and '.join(PACKAGES)} (once)", flush=True)
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", PACKAGE]):
+        for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
             done = subprocess.run(["apt-get", *arguments], env=quiet, capture_output=True, text=True)
             if done.returncode != 0:
                 print(f"auditexport: apt-get {arguments[0]} failed: {done.stderr.strip()}", file=sys.stderr)
                 return 2
-        find_server()
+        _check()
     return 0
 
 
