@@ -10,7 +10,7 @@ A crash point is `before X n` or `after X n`: beside the n-th time that a run ha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,9 +158,9 @@ class CrashingOutbox:
     def unverified(self, batches: int) -> list[Batch]:
         return self.real.unverified(batches)
 
-    def record_verified(self, batch: Batch, discrepancy: Discrepancy) -> None:
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         with self.crash_at.around("record_verified"):
-            self.real.record_verified(batch, discrepancy)
+            self.real.record_verified(batch, discrepancy, observed)
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         return self.real.batches(batch_ids)
@@ -193,6 +193,9 @@ class CrashingAuditLog:
 
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
         return self.real.entries_of(keys)
+
+    def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
+        return self.real.contents(version, payloads, inserted_at_ms)
 
 
 def drain(

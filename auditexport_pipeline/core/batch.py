@@ -7,7 +7,7 @@ the verbs that move a batch from one state to the next (`core.export`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -92,6 +92,20 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What ClickHouse holds under one `inserted_at`: entries, and two sums over them modulo 2^64.
+
+    `fingerprint` is over what the payload fixes byte by byte (`core.verify`), `content` over every column as
+    ClickHouse stores it, metas included. `copies` are entries that equal another one here in every column.
+    """
+
+    rows: int
+    fingerprint: int
+    content: int
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends."""
 
@@ -111,6 +125,7 @@ class Batch:
     oldest_ms: int | None = None  # event times, as the payloads say
     newest_ms: int | None = None
     last_error: str = ""
+    observed: Mapping[int, Holding] = field(default_factory=dict)  # by inserted_at, when it was compared last
 
     @property
     def rows(self) -> int:
@@ -229,3 +244,37 @@ def blocks_from_text(text: str) -> tuple[Block, ...]:
         )
         for part in msgspec.json.decode(text, type=list[_Manifest])
     )
+
+
+class _Observed(msgspec.Struct, omit_defaults=True):
+    """The text form of one `Holding` in the ledger's column `observed`."""
+
+    at: int
+    rows: int
+    fp: str
+    content: str
+    copies: int = 0
+
+
+def observed_to_text(observed: Mapping[int, Holding]) -> str:
+    return msgspec.json.encode(
+        [
+            _Observed(
+                at=at_ms,
+                rows=holding.rows,
+                fp=f"{holding.fingerprint:016x}",
+                content=f"{holding.content:016x}",
+                copies=holding.copies,
+            )
+            for at_ms, holding in sorted(observed.items())
+        ]
+    ).decode()
+
+
+def observed_from_text(text: str | None) -> dict[int, Holding]:
+    return {
+        part.at: Holding(
+            rows=part.rows, fingerprint=int(part.fp, 16), content=int(part.content, 16), copies=part.copies
+        )
+        for part in (msgspec.json.decode(text, type=list[_Observed]) if text else ())
+    }

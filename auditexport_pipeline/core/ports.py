@@ -9,14 +9,17 @@ not at all when it raises `TransientError` (except `insert`, whose outcome can b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts
+from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, Holding
 from auditexport_pipeline.core.event import OutboxRow, Undecodable
 from auditexport_pipeline.core.pks import PkSet
+
+# Event ids named in a discrepancy: enough to look, few enough for one line.
+NAMED_EVENTS = 10
 
 
 class StoredRow(OutboxRow, gc=False, frozen=True):
@@ -88,19 +91,13 @@ class Marked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """What ClickHouse holds under one `inserted_at`: entries, and the sum of their fingerprints modulo 2^64."""
-
-    rows: int
-    fingerprint: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEntry:
-    """One entry as ClickHouse holds it: its sort key and its fingerprint."""
+    """One entry as ClickHouse holds it: its sort key, its `inserted_at`, its fingerprint and its content's hash."""
 
     key: tuple[str, str, int, str]
+    inserted_at_ms: int
     fingerprint: int
+    content: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +117,15 @@ class Discrepancy:
     unexpected: int = 0
     altered: int = 0
     event_ids: tuple[str, ...] = field(default=())
+
+    def __add__(self, other: Discrepancy) -> Discrepancy:
+        return Discrepancy(
+            missing=self.missing + other.missing,
+            duplicated=self.duplicated + other.duplicated,
+            unexpected=self.unexpected + other.unexpected,
+            altered=self.altered + other.altered,
+            event_ids=(self.event_ids + other.event_ids)[:NAMED_EVENTS],
+        )
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.duplicated or self.unexpected or self.altered)
@@ -193,7 +199,9 @@ class Outbox(Protocol):
 
     def unverified(self, batches: int) -> list[Batch]: ...
 
-    def record_verified(self, batch: Batch, discrepancy: Discrepancy) -> None: ...
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
+        """Closes the comparison of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
+        ...
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
 
@@ -220,3 +228,7 @@ class AuditLog(Protocol):
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]: ...
 
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...
+
+    def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
+        """What each payload's entry would hash to as content, by ClickHouse's own parser; writes nothing."""
+        ...

@@ -17,7 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, in_parts
+from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
@@ -27,7 +27,7 @@ from auditexport_pipeline.core.errors import (
     SetupIncomplete,
 )
 from auditexport_pipeline.core.event import VERSIONS
-from auditexport_pipeline.core.ports import Holding, Refusal, StoredEntry
+from auditexport_pipeline.core.ports import Refusal, StoredEntry
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ NEWER_INSERT_SETTINGS: dict[str, Any] = {
     "materialize_skip_indexes_on_insert": 0,
 }
 
+# A SELECT that carries payloads as a parameter: not in the server's query log.
+CONTENT_SETTINGS: dict[str, Any] = {"log_queries": 0}
+# Payloads sent for one comparison at a time; a larger one goes alone.
+CONTENT_BYTES = 1024**2
+
 # Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
 _ROW_ERRORS = {
     *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 407),
@@ -101,6 +106,14 @@ _TIMEOUT_EXCEEDED = 159
 _PIECES = load("audit_log.sql")
 
 
+# The text mirrors of the metas as the table holds them, and as they are computed.
+_STORED_MIRRORS = {"meta_text": "meta_text", "targets_meta_text": "targets_meta_text"}
+_COMPUTED_MIRRORS = {
+    "meta_text": "toJSONString(meta)",
+    "targets_meta_text": r"arrayStringConcat(arrayMap(target -> toJSONString(target), `targets.meta`), '\n')",
+}
+
+
 @lru_cache(maxsize=64)
 def _sql(name: str, version: str) -> str:
     """A statement for one payload version; both come from the program, never from data."""
@@ -108,13 +121,22 @@ def _sql(name: str, version: str) -> str:
         raise InvalidConfig(f"{version} is not a known payload version")
     columns = _PIECES[f"{version}.columns"]
     names = [part.split()[0] for part in _top_level_parts(columns)]
+    types = [part.strip().split(maxsplit=1)[1] for part in _top_level_parts(columns)]
+    select = _PIECES[f"{version}.select"]
+    content = Template(_PIECES[f"{version}.content"])
     return Template(_PIECES[name]).substitute(
         table=_PIECES[f"{version}.table"],
         columns=columns,
         column_names=", ".join(names),
         input=_PIECES[f"{version}.input"],
-        select=_PIECES[f"{version}.select"],
+        select=select,
         fingerprint=_PIECES[f"{version}.fingerprint"],
+        content=content.substitute(_STORED_MIRRORS),
+        content_of_columns=content.substitute(_COMPUTED_MIRRORS),
+        typed_select=", ".join(
+            f"CAST({expression.strip()}, '{type_}') AS {name}"
+            for expression, type_, name in zip(_top_level_parts(select), types, names, strict=True)
+        ),
     )
 
 
@@ -136,6 +158,18 @@ def _request(statement: bytes, payloads: list[bytes]) -> Generator[bytes, None, 
         part = payloads[: -PART_ROWS - 1 : -1]
         del payloads[-PART_ROWS:]
         yield from in_parts(part)
+
+
+def _portions(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Consecutive payloads of about `CONTENT_BYTES` together, at least one."""
+    start = size = 0
+    for index, payload in enumerate(payloads):
+        if size and size + len(payload) > CONTENT_BYTES:
+            yield payloads[start:index]
+            start, size = index, 0
+        size += len(payload)
+    if start < len(payloads):
+        yield payloads[start:]
 
 
 def _top_level_parts(columns: str) -> Iterator[str]:
@@ -237,6 +271,11 @@ class ClickHouseAuditLog:
         """A client whose requests may take `timeout_s` in ClickHouse; safe to use from several threads."""
         return _client(self.url, timeout_s + ANSWER_GRACE_S, os.getpid())
 
+    @staticmethod
+    def _insert_settings(client: Client) -> dict[str, Any]:
+        newer = {key: value for key, value in NEWER_INSERT_SETTINGS.items() if key in client.server_settings}
+        return {**INSERT_SETTINGS, **newer}
+
     def deadline_ms(self, within_s: float) -> int:
         with translated("asking for the time"):
             ((now_ms,),) = self.client().query(_PIECES["now_ms"]).result_rows
@@ -292,12 +331,11 @@ class ClickHouseAuditLog:
         with translated(what, sending=sending):
             try:
                 client = self.client(timeout_s)
-                newer = {key: value for key, value in NEWER_INSERT_SETTINGS.items() if key in client.server_settings}
                 # Not `command(data=…)`, which decodes the whole body to look for SQL in it.
                 client.raw_insert(
                     table="",
                     insert_block=_request(_bound(_sql(name, version), parameters), payloads),
-                    settings={**INSERT_SETTINGS, **newer, **settings},
+                    settings={**self._insert_settings(client), **settings},
                 )
             except ClickHouseError as error:
                 code = getattr(error, "code", None)
@@ -317,8 +355,8 @@ class ClickHouseAuditLog:
                     parameters={"inserted_at_ms": list(inserted_at_ms)},
                     settings=READ_SETTINGS,
                 )
-            for at_ms, rows, fingerprint in result.result_rows:
-                found[at_ms] = Holding(rows=rows, fingerprint=fingerprint)
+            for at_ms, rows, fingerprint, content, copies in result.result_rows:
+                found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
         return found
 
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
@@ -340,5 +378,37 @@ class ClickHouseAuditLog:
                 rows = (
                     self.client().query(_sql(name, version), parameters=parameters, settings=READ_SETTINGS).result_rows
                 )
-            entries.extend(StoredEntry(key=(row[0], row[1], row[2], row[3]), fingerprint=row[4]) for row in rows)
+            entries.extend(
+                StoredEntry(
+                    key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6]
+                )
+                for row in rows
+            )
         return entries
+
+    def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
+        found: list[int] = []
+        for part in _portions(payloads):
+            with translated("parsing payloads for a comparison"):
+                rows = (
+                    self.client()
+                    .query(
+                        _sql("contents", version),
+                        parameters={"payloads": b"\n".join(part).decode(), "inserted_at_ms": inserted_at_ms},
+                        settings={**self._insert_settings(self.client()), **CONTENT_SETTINGS},
+                    )
+                    .result_rows
+                )
+            found.extend(row[0] for row in rows)
+        return found
+
+    def slots_between(self, from_ms: int, to_ms: int) -> list[int]:
+        """Every `inserted_at` that has entries in [from_ms, to_ms), ascending."""
+        found: set[int] = set()
+        for version in VERSIONS:
+            with translated("looking for blocks"):
+                rows = self.client().query(
+                    _sql("slots_between", version), parameters={"from_ms": from_ms, "to_ms": to_ms}
+                )
+            found.update(row[0] for row in rows.result_rows)
+        return sorted(found)

@@ -46,6 +46,14 @@ xxHash64(concat(
   arrayStringConcat(arrayMap(value -> toString(value), targets.type), '\x01'), '\0',
   arrayStringConcat(targets.id, '\x01'), '\0', arrayStringConcat(targets.name, '\x01')))
 
+-- name: audit_log.v1.content
+-- Over every column as it is stored. The metas go as text: the mirrors are computed from them at the INSERT and
+-- at every later UPDATE, and text is read faster than JSON. Merges do not change it.
+cityHash64(
+  event_id, time, inserted_at, workspace_id, bucket, source, event, description, actor_type, actor_id, actor_name,
+  toJSONString(actor_meta), remote_ip, user_agent, $meta_text, targets.type, targets.id, targets.name,
+  $targets_meta_text, correlation_id)
+
 -- name: insert
 -- One block, one part: the squash limits are above any block. The WHERE is the fence: an INSERT that starts
 -- after the lease of its run has ended is refused by ClickHouse itself (code 395), whoever sends it.
@@ -65,20 +73,37 @@ SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 
 -- name: holdings
 -- minmax index on inserted_at, pruned to the partitions of these months. sum() of UInt64 wraps at 2^64.
-SELECT inserted_at, count() AS rows, sum($fingerprint) AS fingerprint
+SELECT inserted_at, count() AS rows, sum($fingerprint) AS fingerprint, sum($content AS content) AS content_sum,
+       rows - uniqExact(content) AS copies
 FROM $table
 WHERE inserted_at IN {inserted_at_ms:Array(Int64)}
 GROUP BY inserted_at
 
 -- name: entries_at
 -- As holdings, entry by entry.
-SELECT workspace_id, bucket, time, event_id, $fingerprint AS fingerprint
+SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
 FROM $table
 WHERE inserted_at = {inserted_at_ms:Int64}
 
 -- name: entries_of
 -- Primary key: the four arrays are the sort key's columns, zipped.
-SELECT workspace_id, bucket, time, event_id, $fingerprint AS fingerprint
+SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
 FROM $table
 WHERE (workspace_id, bucket, time, event_id) IN
   arrayZip({workspaces:Array(String)}, {buckets:Array(String)}, {times:Array(Int64)}, {events:Array(String)})
+
+-- name: contents
+-- The payloads through the same parser and the same SELECT as an INSERT, into the columns' types, and hashed as
+-- they would be stored; nothing is written. One line a payload, in order.
+SELECT $content_of_columns AS content
+FROM (
+  SELECT $typed_select
+  FROM format('JSONEachRow', '$input', {payloads:String})
+)
+
+-- name: slots_between
+-- minmax index on inserted_at, pruned to the partitions in between.
+SELECT DISTINCT inserted_at
+FROM $table
+WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
+ORDER BY inserted_at

@@ -20,7 +20,18 @@ from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.engine import make_url
 
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, State, blocks_from_text, blocks_to_text
+from auditexport_pipeline.core.batch import (
+    Batch,
+    Block,
+    Claim,
+    Counts,
+    Holding,
+    State,
+    blocks_from_text,
+    blocks_to_text,
+    observed_from_text,
+    observed_to_text,
+)
 from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
@@ -126,6 +137,7 @@ class MySQLOutbox:
                     "manifest": blocks_to_text(cut.blocks),
                     "counts": _counts_to_text(cut.counts),
                     "digest": cut.digest,
+                    "inserted_at_ms": max((block.inserted_at_ms for block in cut.blocks), default=0),
                     "oldest_ms": cut.oldest_ms,
                     "newest_ms": cut.newest_ms,
                 },
@@ -195,20 +207,26 @@ class MySQLOutbox:
 
     def unverified(self, batches: int) -> list[Batch]:
         with self.transaction("listing batches to verify") as connection:
-            return [_batch(row) for row in connection.execute(SQL["unverified"], {"row_limit": batches})]
+            return [batch_of(row) for row in connection.execute(SQL["unverified"], {"row_limit": batches})]
 
-    def record_verified(self, batch: Batch, discrepancy: Discrepancy) -> None:
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         state = State.DISCREPANT if discrepancy else State.VERIFIED
         error = f"in ClickHouse: {discrepancy}" if discrepancy else ""
         with self.transaction(f"recording the verification of batch {batch.batch_id}") as connection:
             connection.execute(
-                SQL["record_verified"], {"batch_id": batch.batch_id, "state": str(state), "error": error}
+                SQL["record_verified"],
+                {
+                    "batch_id": batch.batch_id,
+                    "state": str(state),
+                    "error": error,
+                    "observed": observed_to_text(observed),
+                },
             )
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         with self.transaction("reading batches") as connection:
             found = [connection.execute(SQL["batch"], {"batch_id": batch_id}).one_or_none() for batch_id in batch_ids]
-            return [_batch(row) for row in found if row is not None]
+            return [batch_of(row) for row in found if row is not None]
 
     # ── the backlog ──────────────────────────────────────────────────────────────────────────────
 
@@ -234,7 +252,7 @@ class MySQLPlanning:
 
     def open_batches(self) -> list[OpenBatch]:
         rows = self._connection.execute(SQL["open_batches"])
-        return [OpenBatch(batch=_batch(row), lease_expired=bool(row.lease_expired)) for row in rows]
+        return [OpenBatch(batch=batch_of(row), lease_expired=bool(row.lease_expired)) for row in rows]
 
     def adopt(self, batch: Batch) -> Claim:
         self._connection.execute(
@@ -259,7 +277,7 @@ class MySQLPlanning:
 
     def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})
-        return [_batch(row) for row in found]
+        return [batch_of(row) for row in found]
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim:
         new = sum(1 for block in blocks if block.inserted_at_ms is None)
@@ -346,7 +364,7 @@ def _own(connection: Connection, claim: Claim) -> Batch:
     row = connection.execute(SQL["batch"], {"batch_id": claim.batch_id}).one_or_none()
     if row is None or row.epoch != claim.epoch:
         raise _lost(claim, row)
-    return _batch(row)
+    return batch_of(row)
 
 
 def _by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
@@ -376,7 +394,7 @@ def _counts_to_text(counts: Counts) -> str:
     return msgspec.json.encode({name: count for name, count in asdict(counts).items() if count}).decode()
 
 
-def _batch(row: Row[tuple[object, ...]]) -> Batch:
+def batch_of(row: Row[tuple[object, ...]]) -> Batch:
     return Batch(
         batch_id=row.batch_id,
         epoch=row.epoch,
@@ -394,4 +412,5 @@ def _batch(row: Row[tuple[object, ...]]) -> Batch:
         oldest_ms=row.oldest_event_ms,
         newest_ms=row.newest_event_ms,
         last_error=row.last_error,
+        observed=observed_from_text(row.observed),
     )

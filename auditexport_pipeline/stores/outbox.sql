@@ -22,7 +22,7 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 -- name: open_batches
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error,
+       oldest_event_ms, newest_event_ms, last_error, observed,
        lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired
 FROM clickhouse_outbox_batch
 WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
@@ -57,7 +57,7 @@ SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PR
 -- name: exported_over
 -- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error
+       oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND state IN ('exported', 'verified', 'discrepant')
 ORDER BY batch_id
@@ -102,7 +102,7 @@ WHERE batch_id IN :batch_ids AND epoch = :epoch AND state IN ('claimed', 'sealed
 -- name: batch
 -- Primary key; no lock.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error
+       oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 
 -- name: fence
@@ -135,6 +135,7 @@ SET state = 'sealed',
     sealed_at_ms = COALESCE(sealed_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)),
     row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
     pks = :pks, manifest = :manifest, counts = :counts, digest = :digest,
+    inserted_at_ms = GREATEST(inserted_at_ms, :inserted_at_ms),
     oldest_event_ms = COALESCE(:oldest_ms, oldest_event_ms), newest_event_ms = COALESCE(:newest_ms, newest_event_ms)
 WHERE batch_id = :batch_id
 
@@ -196,13 +197,13 @@ UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_u
 -- name: unverified
 -- state_idx; no lock.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error
+       oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
 -- name: record_verified
 -- Primary key. The state guard lets two verifiers meet: the second changes nothing.
 UPDATE clickhouse_outbox_batch
-SET state = :state, last_error = :error, verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+SET state = :state, last_error = :error, observed = :observed, verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
 WHERE batch_id = :batch_id AND state = 'exported'
 
 -- ── the backlog probe: O(1) in the size of the table ────────────────────────────────────────────

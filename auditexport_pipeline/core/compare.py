@@ -1,0 +1,253 @@
+"""Comparing what was sent under one `inserted_at` with what ClickHouse holds there, entry by entry.
+
+What belongs here: the expectation, read again from the outbox, and what a difference from it means. What does
+not: which batches are compared, and when (`core.verify` right after an export, `core.reconcile` later).
+
+An entry is expected by its key (workspace_id, bucket, time, event_id). Held against it are its fingerprint,
+which Python computes from the payload, and its content: a hash over every column, metas included, which
+ClickHouse computes once from what it stores and once from the payload put through the same parser again.
+
+What takes entries away without anybody being wrong: the merge of two copies of one event (the outbox held it
+twice, or it was requeued), the table's TTL, and an erasure that was recorded. A requeue adds copies, under the
+same `inserted_at`, until they merge. What is left after all that is a discrepancy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
+from auditexport_pipeline.core.event import VERSIONS, Undecodable, normal_form
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import NAMED_EVENTS, AuditLog, Discrepancy, Outbox, StoredEntry, StoredRow
+
+Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
+
+# Rows decoded and parsed again together.
+ROWS_AT_ONCE = 1_000
+KEYS_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """A recorded erasure: one event, or every event of a workspace in a range of event time [from, to)."""
+
+    workspace_id: str
+    event_id: str = ""
+    from_ms: int | None = None
+    to_ms: int | None = None
+
+    def covers(self, key: Key) -> bool:
+        workspace_id, _, at_ms, event_id = key
+        return (
+            workspace_id == self.workspace_id
+            and self.event_id in ("", event_id)
+            and (self.from_ms is None or at_ms >= self.from_ms)
+            and (self.to_ms is None or at_ms < self.to_ms)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Everything that was sent under one `inserted_at`: the block of a first export, and requeues of its rows."""
+
+    inserted_at_ms: int
+    blocks: tuple[tuple[Batch, Block], ...]
+
+    @property
+    def version(self) -> str:
+        return self.blocks[0][0].version
+
+    @property
+    def first(self) -> tuple[Batch, Block] | None:
+        """The first export; None when only requeues of its rows are looked at."""
+        return next(((batch, block) for batch, block in self.blocks if batch.generation == 0), None)
+
+    @property
+    def pks(self) -> PkSet:
+        return pks_of([block for _, block in self.blocks])
+
+    @property
+    def surplus(self) -> int:
+        """How many further copies requeues and their replays can have left here until they merge."""
+        return sum(block.rows * max(1, batch.attempts) for batch, block in self.blocks if batch.generation)
+
+    @property
+    def baseline(self) -> Holding | None:
+        """What ClickHouse held here when it was compared last; None when that has not happened."""
+        seen = [batch for batch, _ in self.blocks if self.inserted_at_ms in batch.observed]
+        return max(seen, key=lambda batch: batch.batch_id).observed[self.inserted_at_ms] if seen else None
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """What one slot's comparison found, by key; below the line, what was explained.
+
+    `unnamed_…` are entries whose outbox rows are gone, so that only their number is known.
+    """
+
+    missing: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # with the pks of their outbox rows
+    altered: list[Key] = field(default_factory=list)
+    duplicated: dict[Key, int] = field(default_factory=dict)  # surplus copies
+    unexpected: list[Key] = field(default_factory=list)
+    unnamed_missing: int = 0
+    unnamed_altered: int = 0
+    unnamed_unexpected: int = 0
+
+    superseded: int = 0  # merged into another copy of the same event
+    erased: int = 0
+    expired: int = 0
+    unmerged: int = 0  # copies that a requeue added
+    unprovable: int = 0  # gone since an erasure was recorded, and from the outbox too
+
+    @property
+    def discrepancy(self) -> Discrepancy:
+        named = [*self.missing, *self.altered, *self.duplicated, *self.unexpected]
+        return Discrepancy(
+            missing=len(self.missing) + self.unnamed_missing,
+            altered=len(self.altered) + self.unnamed_altered,
+            duplicated=sum(self.duplicated.values()),
+            unexpected=len(self.unexpected) + self.unnamed_unexpected,
+            event_ids=tuple(key[3] for key in named[:NAMED_EVENTS]),
+        )
+
+
+@dataclass(slots=True)
+class _Expected:
+    pks: list[int]
+    fingerprint: int
+    content: int
+    surplus: int = 0
+
+
+def compare(
+    outbox: Outbox, log: AuditLog, slot: Slot, *, erasures: Sequence[Erasure] = (), expired: bool = False
+) -> Comparison:
+    """Reads a slot's rows and entries, and says how they differ. Changes nothing.
+
+    Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for what is not there. With
+    `expired`, the table's TTL has passed for this slot and whatever is gone is gone rightly. Memory: three
+    numbers and a key per row of the slot; payloads a thousand at a time.
+    """
+    expected = _expected(outbox, log, slot)
+    stored: defaultdict[Key, list[StoredEntry]] = defaultdict(list)
+    for entry in log.entries_at(slot.inserted_at_ms):
+        stored[entry.key].append(entry)
+    found = Comparison()
+    _compare_expected(log, expected, stored, erasures, expired, found)
+    if slot.first is not None:
+        _compare_rest(slot.first[1], slot.baseline, expected, stored, bool(erasures), expired, found)
+    return found
+
+
+def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]:
+    expected: dict[Key, _Expected] = {}
+    decode = VERSIONS[slot.version].decode
+    normalised = PkSet()
+    for _, block in slot.blocks:
+        normalised |= block.normalised
+    row_bytes = max(block.row_bytes for _, block in slot.blocks)
+    for rows in _batched(outbox.read(slot.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
+        events = [(row, event) for row in rows if not isinstance(event := decode(row), Undecodable)]
+        payloads = [normal_form(row.payload) if row.pk in normalised else row.payload for row, _ in events]
+        contents = log.contents(slot.version, payloads, slot.inserted_at_ms)
+        for (row, event), content in zip(events, contents, strict=True):
+            known = expected.get(event.key)
+            if known is None:
+                expected[event.key] = _Expected([row.pk], event.fingerprint, content)
+            else:  # a requeued row that had been folded into another one
+                known.pks.append(row.pk)
+    for batch, block in slot.blocks:
+        if batch.generation:
+            for known in expected.values():
+                known.surplus += sum(max(1, batch.attempts) for pk in known.pks if pk in block.pks)
+    return expected
+
+
+def _batched(rows: Iterator[StoredRow], size: int) -> Iterator[list[StoredRow]]:
+    while some := list(islice(rows, size)):
+        yield some
+
+
+def _compare_expected(
+    log: AuditLog,
+    expected: dict[Key, _Expected],
+    stored: dict[Key, list[StoredEntry]],
+    erasures: Sequence[Erasure],
+    expired: bool,
+    found: Comparison,
+) -> None:
+    absent = []
+    for key, known in expected.items():
+        copies = stored.get(key)
+        if not copies:
+            absent.append(key)
+            continue
+        if not any((copy.fingerprint, copy.content) == (known.fingerprint, known.content) for copy in copies):
+            found.altered.append(key)
+        unmerged = min(len(copies) - 1, known.surplus)
+        found.unmerged += unmerged
+        if len(copies) - 1 > unmerged:
+            found.duplicated[key] = len(copies) - 1 - unmerged
+    # Two copies of one event collapse into the one that was written later, under its `inserted_at`.
+    elsewhere = {entry.key for entry in entries_of(log, absent)}
+    for key in absent:
+        if key in elsewhere:
+            found.superseded += 1
+        elif any(erasure.covers(key) for erasure in erasures):
+            found.erased += 1
+        elif expired:
+            found.expired += 1
+        else:
+            found.missing[key] = tuple(expected[key].pks)
+
+
+def _compare_rest(
+    block: Block,
+    baseline: Holding | None,
+    expected: dict[Key, _Expected],
+    stored: dict[Key, list[StoredEntry]],
+    erasures: bool,
+    expired: bool,
+    found: Comparison,
+) -> None:
+    """Entries whose rows are gone from the outbox: their number, and their sum where nothing else differs."""
+    others = [key for key in stored if key not in expected]
+    # What an earlier comparison had found gone and explained is not expected any more.
+    settled = max(0, block.rows - (baseline.rows - baseline.copies)) if baseline else 0
+    gone = max(0, block.rows - len(expected))
+    for key in others:
+        if len(stored[key]) > 1:
+            found.duplicated[key] = len(stored[key]) - 1
+    if len(others) > gone:
+        if gone:
+            found.unnamed_unexpected += len(others) - gone
+        else:
+            found.unexpected.extend(others)
+    lost = max(0, gone - len(others) - settled)
+    if expired:
+        found.expired += lost
+    elif erasures:
+        found.unprovable += lost
+    else:
+        found.unnamed_missing += lost
+    comparable = baseline is not None and baseline.copies == 0 and not found.discrepancy
+    if comparable and baseline is not None and not lost:
+        entries = [copies[0] for copies in stored.values()]
+        now = Holding(
+            rows=len(entries),
+            fingerprint=sum(entry.fingerprint for entry in entries) % 2**64,
+            content=sum(entry.content for entry in entries) % 2**64,
+        )
+        if now.rows == baseline.rows and now != baseline:
+            found.unnamed_altered += 1
+
+
+def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
+    """Every copy of these keys, wherever it is, a thousand keys at a time."""
+    ordered = list(keys)
+    for start in range(0, len(ordered), KEYS_AT_ONCE):
+        yield from log.entries_of(ordered[start : start + KEYS_AT_ONCE])
