@@ -22,6 +22,7 @@ from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.stores import setup
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 _numbers = itertools.count(1)
 
@@ -63,6 +64,10 @@ class Stack:
     clickhouse_url: str
     outbox: MySQLOutbox
     log: ClickHouseAuditLog
+
+    @property
+    def upkeep(self) -> MySQLUpkeep:
+        return MySQLUpkeep(self.outbox)
 
     def sql(self, statement: str, **values: object) -> list[sa.Row[tuple[object, ...]]]:
         """Runs a statement in MySQL as the application would, in a transaction of its own."""

@@ -197,6 +197,15 @@ class CrashingAuditLog:
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         return self.real.contents(version, payloads, inserted_at_ms)
 
+    def slots_between(self, from_ms: int, to_ms: int) -> list[int]:
+        return self.real.slots_between(from_ms, to_ms)
+
+    def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
+        return self.real.by_workspace(from_ms, to_ms)
+
+    def kept_ms(self) -> int | None:
+        return self.real.kept_ms()
+
 
 def drain(
     outbox: Outbox,

@@ -1,12 +1,12 @@
-"""What an operator did: who, why, to which rows.
+"""What an operator does: who, why, to which rows.
 
-What belongs here: the value that every deliberate intervention carries (requeue, retry, discard, sweep,
-erasure). What does not: how it is recorded (`stores.actions`).
+What belongs here: the values that every deliberate intervention carries (requeue, retry, discard, sweep,
+erasure). What does not: how they are recorded (`stores.actions`), and the interventions themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from auditexport_pipeline.core.errors import InvalidConfig
 
@@ -40,3 +40,65 @@ class Action:
     by: By
     selection: str
     rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFilter:
+    """Which exported rows an operator means: all conditions that are given hold together.
+
+    Ranges are [from, to) in epoch milliseconds, but for `pk`s, where both ends are meant.
+    """
+
+    event_ids: tuple[str, ...] = ()
+    workspace_id: str | None = None
+    from_event_ms: int | None = None  # event time
+    to_event_ms: int | None = None
+    from_exported_ms: int | None = None  # the column `deleted_at`
+    to_exported_ms: int | None = None
+    from_pk: int | None = None
+    to_pk: int | None = None
+    batch_ids: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The conditions that were given, by name."""
+        values = {condition.name: getattr(self, condition.name) for condition in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+    def __post_init__(self) -> None:
+        for low, high in (
+            ("from_event_ms", "to_event_ms"),
+            ("from_exported_ms", "to_exported_ms"),
+            ("from_pk", "to_pk"),
+        ):
+            first, last = getattr(self, low), getattr(self, high)
+            if first is not None and last is not None and first > last:
+                raise InvalidConfig(f"{low} is {first} and {high} is {last}: the range is empty; swap them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """A recorded erasure: one event, or every event of a workspace in a range of event time [from, to)."""
+
+    workspace_id: str
+    event_id: str = ""
+    from_ms: int | None = None
+    to_ms: int | None = None
+
+    def covers(self, key: tuple[str, str, int, str]) -> bool:
+        workspace_id, _, at_ms, event_id = key
+        return (
+            workspace_id == self.workspace_id
+            and self.event_id in ("", event_id)
+            and (self.from_ms is None or at_ms >= self.from_ms)
+            and (self.to_ms is None or at_ms < self.to_ms)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedErasure:
+    """An erasure as the record has it."""
+
+    erasure: Erasure
+    at_ms: int
+    by: By

@@ -29,6 +29,7 @@ class State(str, Enum):
     EXPORTED = "exported"  # marked in the outbox
     VERIFIED = "verified"  # counted and fingerprinted in ClickHouse
     DISCREPANT = "discrepant"  # exported, but ClickHouse does not hold what it should
+    COMPACTED = "compacted"  # verified and swept long ago: counts, times and digests are kept, pks are not
 
     def __str__(self) -> str:
         return self.value
@@ -126,6 +127,7 @@ class Batch:
     newest_ms: int | None = None
     last_error: str = ""
     observed: Mapping[int, Holding] = field(default_factory=dict)  # by inserted_at, when it was compared last
+    swept: bool = False  # none of its rows is in the outbox any more
 
     @property
     def rows(self) -> int:
@@ -207,7 +209,8 @@ class _Manifest(msgspec.Struct, omit_defaults=True):
 
     n: int
     at: int
-    pks: str
+    pks: str = ""
+    rows: int = 0  # in compacted ones, instead of pks
     norm: str = ""
     digest: str = ""
     fp: str = ""
@@ -224,6 +227,23 @@ def blocks_to_text(blocks: Iterable[Block]) -> str:
                 norm=str(block.normalised),
                 digest=block.digest,
                 fp=f"{block.fingerprint:016x}" if block.digest else "",
+                bytes=block.bytes,
+            )
+            for block in blocks
+        ]
+    ).decode()
+
+
+def compacted_text(blocks: Iterable[Block]) -> str:
+    """What a compacted batch keeps of its blocks: when, how many, and the digests."""
+    return msgspec.json.encode(
+        [
+            _Manifest(
+                n=block.number,
+                at=block.inserted_at_ms,
+                rows=block.rows,
+                digest=block.digest,
+                fp=f"{block.fingerprint:016x}",
                 bytes=block.bytes,
             )
             for block in blocks

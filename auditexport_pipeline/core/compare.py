@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
 from auditexport_pipeline.core.event import VERSIONS, Undecodable, normal_form
 from auditexport_pipeline.core.pks import PkSet
@@ -29,25 +30,9 @@ Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
 # Rows decoded and parsed again together.
 ROWS_AT_ONCE = 1_000
 KEYS_AT_ONCE = 1_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Erasure:
-    """A recorded erasure: one event, or every event of a workspace in a range of event time [from, to)."""
-
-    workspace_id: str
-    event_id: str = ""
-    from_ms: int | None = None
-    to_ms: int | None = None
-
-    def covers(self, key: Key) -> bool:
-        workspace_id, _, at_ms, event_id = key
-        return (
-            workspace_id == self.workspace_id
-            and self.event_id in ("", event_id)
-            and (self.from_ms is None or at_ms >= self.from_ms)
-            and (self.to_ms is None or at_ms < self.to_ms)
-        )
+NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
+# What a row is expected to take where nothing says more.
+ROW_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +62,17 @@ class Slot:
 
     @property
     def baseline(self) -> Holding | None:
-        """What ClickHouse held here when it was compared last; None when that has not happened."""
-        seen = [batch for batch, _ in self.blocks if self.inserted_at_ms in batch.observed]
-        return max(seen, key=lambda batch: batch.batch_id).observed[self.inserted_at_ms] if seen else None
+        """What ClickHouse held here when the whole slot was compared last and nothing was wrong; None before."""
+        return self.first[0].observed.get(self.inserted_at_ms) if self.first else None
+
+
+def slots_of(batches: Collection[Batch]) -> list[Slot]:
+    """The slots of these batches, by ascending `inserted_at`; requeues join the slot of the first export."""
+    by_time: dict[int, list[tuple[Batch, Block]]] = {}
+    for batch in sorted(batches, key=lambda batch: batch.batch_id):
+        for block in batch.blocks:
+            by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
+    return [Slot(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,7 +94,21 @@ class Comparison:
     erased: int = 0
     expired: int = 0
     unmerged: int = 0  # copies that a requeue added
+    requeued: int = 0  # not there, and pending again
     unprovable: int = 0  # gone since an erasure was recorded, and from the outbox too
+
+    @property
+    def explained(self) -> dict[str, int]:
+        """What was explained, in entries, in words; without the zeros."""
+        counts = {
+            "merged into another copy": self.superseded,
+            "erased on record": self.erased,
+            "past the TTL": self.expired,
+            "copies of a requeue": self.unmerged,
+            "requeued and pending": self.requeued,
+            "gone since an erasure, unprovable": self.unprovable,
+        }
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def discrepancy(self) -> Discrepancy:
@@ -120,6 +127,7 @@ class _Expected:
     pks: list[int]
     fingerprint: int
     content: int
+    pending: bool
     surplus: int = 0
 
 
@@ -139,7 +147,7 @@ def compare(
     found = Comparison()
     _compare_expected(log, expected, stored, erasures, expired, found)
     if slot.first is not None:
-        _compare_rest(slot.first[1], slot.baseline, expected, stored, bool(erasures), expired, found)
+        _compare_rest(slot, expected, stored, bool(erasures), expired, found)
     return found
 
 
@@ -157,7 +165,7 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
         for (row, event), content in zip(events, contents, strict=True):
             known = expected.get(event.key)
             if known is None:
-                expected[event.key] = _Expected([row.pk], event.fingerprint, content)
+                expected[event.key] = _Expected([row.pk], event.fingerprint, content, row.exported_at_ms is None)
             else:  # a requeued row that had been folded into another one
                 known.pks.append(row.pk)
     for batch, block in slot.blocks:
@@ -201,13 +209,14 @@ def _compare_expected(
             found.erased += 1
         elif expired:
             found.expired += 1
+        elif expected[key].pending:
+            found.requeued += 1
         else:
             found.missing[key] = tuple(expected[key].pks)
 
 
 def _compare_rest(
-    block: Block,
-    baseline: Holding | None,
+    slot: Slot,
     expected: dict[Key, _Expected],
     stored: dict[Key, list[StoredEntry]],
     erasures: bool,
@@ -215,13 +224,21 @@ def _compare_rest(
     found: Comparison,
 ) -> None:
     """Entries whose rows are gone from the outbox: their number, and their sum where nothing else differs."""
+    assert slot.first is not None
+    _, block = slot.first
+    baseline = slot.baseline
     others = [key for key in stored if key not in expected]
     # What an earlier comparison had found gone and explained is not expected any more.
     settled = max(0, block.rows - (baseline.rows - baseline.copies)) if baseline else 0
     gone = max(0, block.rows - len(expected))
+    room = max(0, slot.surplus - found.unmerged)
     for key in others:
-        if len(stored[key]) > 1:
-            found.duplicated[key] = len(stored[key]) - 1
+        copies = len(stored[key]) - 1
+        unmerged = min(copies, room)
+        room -= unmerged
+        found.unmerged += unmerged
+        if copies > unmerged:
+            found.duplicated[key] = copies - unmerged
     if len(others) > gone:
         if gone:
             found.unnamed_unexpected += len(others) - gone
@@ -251,3 +268,19 @@ def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
     ordered = list(keys)
     for start in range(0, len(ordered), KEYS_AT_ONCE):
         yield from log.entries_of(ordered[start : start + KEYS_AT_ONCE])
+
+
+def keys_absent(outbox: Outbox, log: AuditLog, pks: PkSet) -> list[int]:
+    """Those of these rows, of any known version, whose events ClickHouse does not hold anywhere."""
+    absent: list[int] = []
+    for chunk in pks.chunks(KEYS_AT_ONCE):
+        keys: dict[Key, list[int]] = {}
+        for row in outbox.read(chunk, row_bytes=ROW_BYTES):
+            for version in VERSIONS.values():
+                event = version.decode(row)
+                if not isinstance(event, Undecodable):
+                    keys.setdefault(event.key, []).append(row.pk)
+                    break
+        held = {entry.key for entry in entries_of(log, keys)}
+        absent.extend(pk for key, found in keys.items() if key not in held for pk in found)
+    return absent

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from auditexport_pipeline.core.batch import Batch, Holding
-from auditexport_pipeline.core.compare import Slot, compare
+from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
-
-NOTHING = Holding(rows=0, fingerprint=0, content=0)
 
 
 def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int, Discrepancy]:
@@ -35,10 +33,15 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
         found = Discrepancy()
         observed = {}
         for block in batch.blocks:
-            holding = observed[block.inserted_at_ms] = holdings.get(block.inserted_at_ms, NOTHING)
+            holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
             if (holding.rows, holding.fingerprint) != (block.rows, block.fingerprint):
                 slot = Slot(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
-                found += compare(outbox, log, slot).discrepancy
+                wrong = compare(outbox, log, slot).discrepancy
+                found += wrong
+                if wrong:
+                    continue
+            if batch.generation == 0:  # a requeue looks at its own rows only, not at the whole slot
+                observed[block.inserted_at_ms] = holding
         outbox.record_verified(batch, found, observed)
         outcome[batch.batch_id] = found
     return outcome

@@ -10,6 +10,7 @@ A payload crosses as the text that the outbox holds; ClickHouse parses it, in th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -412,3 +413,20 @@ class ClickHouseAuditLog:
                 )
             found.update(row[0] for row in rows.result_rows)
         return sorted(found)
+
+    def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
+        counts: dict[tuple[str, int], int] = {}
+        for version in VERSIONS:
+            with translated("counting entries"):
+                rows = self.client().query(
+                    _sql("by_workspace", version), parameters={"from_ms": from_ms, "to_ms": to_ms}
+                )
+            for workspace_id, day_ms, entries in rows.result_rows:
+                counts[workspace_id, day_ms] = counts.get((workspace_id, day_ms), 0) + entries
+        return counts
+
+    def kept_ms(self) -> int | None:
+        with translated("reading the table's TTL"):
+            found = self.client().query(_PIECES["ttl"], parameters={"table": _PIECES[f"{next(iter(VERSIONS))}.table"]})
+        days = re.search(r"TTL .*toIntervalDay\((\d+)\)", found.result_rows[0][0] if found.result_rows else "")
+        return int(days.group(1)) * 86_400_000 if days else None

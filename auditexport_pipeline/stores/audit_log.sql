@@ -107,3 +107,14 @@ SELECT DISTINCT inserted_at
 FROM $table
 WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
 ORDER BY inserted_at
+
+-- name: by_workspace
+-- As slots_between; one pass over three columns.
+SELECT workspace_id, intDiv(inserted_at, 86400000) * 86400000 AS day_ms, count() AS entries
+FROM $table
+WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
+GROUP BY workspace_id, day_ms
+
+-- name: ttl
+-- The table's definition: the server has no column for its TTL alone.
+SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {table:String}

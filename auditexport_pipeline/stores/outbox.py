@@ -104,7 +104,7 @@ class MySQLOutbox:
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             with self.transaction("reading outbox rows") as connection:
                 found = [
-                    row for part, values in _by_shape("rows", chunk) for row in _driver_rows(connection, part, values)
+                    row for part, values in by_shape("rows", chunk) for row in _driver_rows(connection, part, values)
                 ]
             for pk, event_id, workspace_id, exported_at_ms, payload in found:
                 yield StoredRow(
@@ -367,7 +367,7 @@ def _own(connection: Connection, claim: Claim) -> Batch:
     return batch_of(row)
 
 
-def _by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
+def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
     """The statements that cover these pks: a range each for few runs, else one list."""
     if len(pks.runs) > LIST_ABOVE_RUNS:
         return [(f"{kind}_in", {"pks": list(pks)})]
@@ -376,12 +376,12 @@ def _by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
 
 def _mark(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
     stamped = 0
-    for part, values in _by_shape("mark", pks):
+    for part, values in by_shape("mark", pks):
         stamped += connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
     if stamped == len(pks):
         return Marked(stamped=stamped)
     ours = elsewhere = 0
-    for part, values in _by_shape("marks", pks):
+    for part, values in by_shape("marks", pks):
         for row in connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}):
             if row.ours:
                 ours += row.n

@@ -1,0 +1,159 @@
+"""Requeueing: exporting rows again on purpose, by clearing their marks.
+
+What belongs here: finding the rows that an operator means, leaving out those that must stay, and clearing the
+marks chunk by chunk. What does not: the second export, which the next drain makes: it sees pending rows that a
+closed batch had exported, and sends them as a new generation under their first `inserted_at`.
+
+Clearing a mark by hand in SQL is the same thing, without the record of who and why. Requeueing while a drain
+runs is safe: rows of an open batch are left alone, and a batch never takes a marked row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.batch import OPEN, Batch
+from auditexport_pipeline.core.compare import compare, keys_absent, slots_of
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+
+# One UPDATE's rows: as a marking chunk, a few megabytes of binary log.
+CHUNK_ROWS = 5_000
+# A requeued entry keeps its `inserted_at`: with less than this left of the table's TTL it would hardly arrive.
+LEAST_LEFT_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requeue:
+    """What a requeue found and did, in rows. `by_batch` counts those it took by the batch that had exported them last."""
+
+    rows: int = 0
+    by_batch: dict[int, int] = field(default_factory=dict)
+    no_batch: int = 0  # marked, and never exported by us
+    open_rows: int = 0  # left alone: a batch that is not closed yet has them
+    expired_rows: int = 0  # left alone: ClickHouse's TTL would drop them on arrival
+    present_rows: int = 0  # left alone with `missing_only`: ClickHouse has them
+    action_id: int | None = None  # None in a dry run, and when there was nothing to do
+
+
+def requeue(
+    outbox: Outbox,
+    upkeep: Upkeep,
+    log: AuditLog,
+    wanted: RowFilter,
+    by: By,
+    *,
+    missing_only: bool = False,
+    dry_run: bool = False,
+) -> Requeue:
+    """Clears the marks of the exported rows that `wanted` names, so that the next drain exports them again.
+
+    With `missing_only`, only of those that ClickHouse does not hold (nor has merged, expired or erased).
+    Durable effect: one action, and per chunk of rows their cleared marks, counted in the action. Raises
+    `InvalidConfig` when no condition is given.
+    """
+    if not wanted.given:
+        raise InvalidConfig(
+            "a requeue names its rows: give event ids, a workspace, a range of event time, export time or pks, or batches"
+        )
+    within: PkSet | None = None
+    if wanted.batch_ids:
+        known = {batch.batch_id: batch for batch in outbox.batches(wanted.batch_ids)}
+        unknown = sorted(set(wanted.batch_ids) - set(known))
+        if unknown:
+            raise InvalidConfig(f"batch_ids names {', '.join(map(str, unknown))}, which the ledger does not have")
+        within = PkSet()
+        for batch in known.values():
+            within |= batch.pks
+    found = PkSet()
+    for pks in upkeep.marked(wanted, within):
+        found |= pks
+    return clear(
+        outbox,
+        upkeep,
+        log,
+        found,
+        by,
+        verb="requeue",
+        selection=wanted.given | ({"missing_only": True} if missing_only else {}),
+        missing_only=missing_only,
+        dry_run=dry_run,
+    )
+
+
+def clear(
+    outbox: Outbox,
+    upkeep: Upkeep,
+    log: AuditLog,
+    pks: PkSet,
+    by: By,
+    *,
+    verb: str,
+    selection: dict[str, object],
+    missing_only: bool,
+    dry_run: bool,
+) -> Requeue:
+    """Clears the marks of these rows, except of those that must stay; see `requeue`."""
+    held = upkeep.open_pks()
+    open_rows = len(pks & held)
+    pks -= held
+    batches = {batch.batch_id: batch for batch in outbox.batches(sorted(upkeep.held(pks)))}
+    expired = _expired(upkeep, log, batches.values()) & pks
+    pks -= expired
+    present = PkSet()
+    if missing_only:
+        present = pks - _missing(outbox, upkeep, log, pks, batches.values())
+        pks -= present
+    by_batch: dict[int, int] = {}
+    left = pks
+    for batch_id in sorted(batches, reverse=True):  # a row counts for the batch that exported it last
+        rows = len(left & batches[batch_id].pks)
+        if rows:
+            by_batch[batch_id] = rows
+            left -= batches[batch_id].pks
+    action_id = None
+    if pks and not dry_run:
+        action_id = upkeep.record_action(verb, by, selection)
+        for chunk in pks.chunks(CHUNK_ROWS):
+            upkeep.unmark(chunk, action_id)
+    return Requeue(
+        rows=len(pks),
+        by_batch=dict(sorted(by_batch.items())),
+        no_batch=len(left),
+        open_rows=open_rows,
+        expired_rows=len(expired),
+        present_rows=len(present),
+        action_id=action_id,
+    )
+
+
+def _expired(upkeep: Upkeep, log: AuditLog, batches: Collection[Batch]) -> PkSet:
+    kept_ms = log.kept_ms()
+    expired = PkSet()
+    if kept_ms is not None:
+        too_old_ms = upkeep.now_ms() - kept_ms + LEAST_LEFT_MS
+        for batch in batches:
+            for block in batch.blocks:
+                if block.inserted_at_ms < too_old_ms:
+                    expired |= block.pks
+    return expired
+
+
+def _missing(outbox: Outbox, upkeep: Upkeep, log: AuditLog, pks: PkSet, batches: Collection[Batch]) -> PkSet:
+    """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them."""
+    erasures = [recorded.erasure for recorded in upkeep.erasures()]
+    missing: set[int] = set()
+    known = PkSet()
+    for slot in slots_of([batch for batch in batches if batch.state not in OPEN]):
+        wanted = slot.pks & pks
+        known |= slot.pks
+        if wanted:
+            for found in compare(outbox, log, slot, erasures=erasures).missing.values():
+                missing.update(pk for pk in found if pk in wanted)
+    for batch in batches:
+        known |= batch.pks  # a folded row went out as another one
+    missing.update(keys_absent(outbox, log, pks - known))
+    return PkSet.of(sorted(missing))

@@ -1,0 +1,188 @@
+"""Sweeping: deleting exported rows past retention, once ClickHouse is seen to hold them.
+
+What belongs here: which batches are due, the last look at ClickHouse before their rows go, and in which order
+things are recorded. What does not: the DELETE itself (`stores.upkeep`), and schedules.
+
+A batch is due when it was exported longer ago than the retention and stands verified. Its slots are looked at
+once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost. A
+row goes with the batch that exported it last: one that was requeued stays until its newer batch is due.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from auditexport_pipeline.core.actions import By, Erasure
+from auditexport_pipeline.core.batch import Batch, Holding
+from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, slots_of
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
+
+DAY_MS = 86_400_000
+BATCHES_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """How long what is done with stays. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
+
+    outbox_days: float = 30.0
+    ledger_days: float = 400.0  # batches of which nothing but the record is left
+    # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
+    chunk_rows: int = 5_000
+    pause_s: float = 0.0  # between chunks, for a server that has better things to do
+    max_rows: int = 10_000_000  # of one sweep; the rest waits for the next
+
+    def __post_init__(self) -> None:
+        bounds: tuple[tuple[str, float, float, float], ...] = (
+            ("outbox_days", self.outbox_days, 0, 3_650),
+            ("ledger_days", self.ledger_days, 1, 36_500),
+            ("chunk_rows", self.chunk_rows, 1, 50_000),
+            ("pause_s", self.pause_s, 0, 60),
+            ("max_rows", self.max_rows, 1, 10_000_000_000),
+        )
+        for name, value, low, high in bounds:
+            if not low <= value <= high:
+                raise InvalidConfig(f"{name} is {value}; it must be from {low:,} to {high:,}")
+        if self.ledger_days < self.outbox_days:
+            raise InvalidConfig(
+                f"ledger_days is {self.ledger_days} and outbox_days is {self.outbox_days}: the record of a batch must stay "
+                "longer than its rows"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class Sweep:
+    """What a sweep did, or with `dry_run` would do."""
+
+    rows: int = 0
+    batches: int = 0  # of which no row is left
+    by_batch: dict[int, int] = field(default_factory=dict)
+    discrepant: dict[int, Discrepancy] = field(default_factory=dict)  # not swept: ClickHouse no longer holds them
+    held_back: int = 0  # batches due by age that were never verified, or are discrepant
+    letters_closed: int = 0
+    compacted: int = 0
+    stopped_early: bool = False  # max_rows was reached
+
+
+def sweep(
+    outbox: Outbox,
+    upkeep: Upkeep,
+    log: AuditLog,
+    retention: Retention,
+    by: By,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Sweep:
+    """Deletes the rows of due batches, chunk by chunk, oldest batch first; then compacts the ledger.
+
+    Durable effects: one action; per chunk its deleted rows, counted in the batch and the action; `swept_at_ms` of
+    each batch that is done; a batch that ClickHouse no longer holds becomes `discrepant`. It may be ended at any
+    moment and begun again: what is deleted is counted, what is not is still due.
+    Raises `InvalidConfig` when the ledger would forget batches whose entries ClickHouse still keeps.
+    """
+    kept_ms = log.kept_ms()
+    now_ms = upkeep.now_ms()
+    if kept_ms is not None and retention.ledger_days * DAY_MS < kept_ms:
+        raise InvalidConfig(
+            f"ledger_days is {retention.ledger_days} and ClickHouse keeps entries for {kept_ms // DAY_MS} days: the record "
+            "of a batch must stay longer than its entries; raise ledger_days"
+        )
+    before_ms = now_ms - int(retention.outbox_days * DAY_MS)
+    erasures = [recorded.erasure for recorded in upkeep.erasures()]
+    done = Sweep(held_back=upkeep.held_back(before_ms))
+    selection = {"before_ms": before_ms, "outbox_days": retention.outbox_days}
+    action_id: int | None = None
+    after_id = 0
+    while due := upkeep.sweepable(before_ms, after_id, BATCHES_AT_ONCE):
+        for batch in due:
+            after_id = batch.batch_id
+            found = _last_look(outbox, upkeep, log, batch, erasures, kept_ms, now_ms, dry_run=dry_run)
+            if found:
+                done.discrepant[batch.batch_id] = found
+                continue
+            pks = _last_exported_by(upkeep, batch)
+            if dry_run:
+                rows = upkeep.count_due(pks, before_ms)
+            else:
+                rows = 0
+                for chunk in pks.chunks(retention.chunk_rows):
+                    if done.rows + rows >= retention.max_rows:
+                        done.stopped_early = True
+                        break
+                    if action_id is None:
+                        action_id = upkeep.record_action("sweep", by, selection)
+                    rows += upkeep.delete(batch.batch_id, chunk, before_ms, action_id)
+                    progress(done.rows + rows)
+                    if retention.pause_s:
+                        time.sleep(retention.pause_s)
+                else:
+                    upkeep.record_swept(batch.batch_id)
+            done.rows += rows
+            done.by_batch[batch.batch_id] = rows
+            if done.stopped_early:
+                return done
+            done.batches += 1
+    if not dry_run:
+        done.letters_closed = upkeep.close_letters()
+        done.compacted = _compact(upkeep, by, now_ms, kept_ms, retention)
+    return done
+
+
+def _last_look(
+    outbox: Outbox,
+    upkeep: Upkeep,
+    log: AuditLog,
+    batch: Batch,
+    erasures: list[Erasure],
+    kept_ms: int | None,
+    now_ms: int,
+    *,
+    dry_run: bool,
+) -> Discrepancy:
+    """What ClickHouse no longer holds of a batch, right before its rows go."""
+    holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
+    found = Discrepancy()
+    requeues = upkeep.requeued_over(batch.pks.first, batch.pks.last) if batch.pks else []
+    for slot in slots_of([batch, *(other for other in requeues if other.batch_id != batch.batch_id)]):
+        own = next((block for owner, block in slot.blocks if owner.batch_id == batch.batch_id), None)
+        if own is None:
+            continue
+        holding = holdings.get(slot.inserted_at_ms, NO_ENTRIES)
+        expired = kept_ms is not None and slot.inserted_at_ms + kept_ms <= now_ms
+        as_sealed = (holding.rows, holding.fingerprint) == (own.rows, own.fingerprint)
+        if expired or (as_sealed and _unchanged(slot, holding)):
+            continue
+        found += compare(outbox, log, slot, erasures=erasures).discrepancy
+    if found and not dry_run:
+        upkeep.record_reconciled(batch, found, batch.observed)
+    return found
+
+
+def _unchanged(slot: Slot, holding: Holding) -> bool:
+    baseline = slot.baseline
+    return baseline is None or baseline.content == holding.content
+
+
+def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
+    """The rows of this batch that no later batch has exported again, or is about to."""
+    pks = batch.pks
+    for other_id, common in upkeep.held(batch.pks).items():
+        if other_id > batch.batch_id:
+            pks -= common
+    return pks
+
+
+def _compact(upkeep: Upkeep, by: By, now_ms: int, kept_ms: int | None, retention: Retention) -> int:
+    """Compacts swept batches past the ledger's window, as long as ClickHouse's TTL has taken their entries."""
+    if kept_ms is None:
+        return 0
+    before_ms = now_ms - int(retention.ledger_days * DAY_MS)
+    compacted = 0
+    while some := upkeep.compact(before_ms, BATCHES_AT_ONCE, by):
+        compacted += some
+    return compacted

@@ -1,0 +1,190 @@
+-- What operators and upkeep say to MySQL: requeue, sweep, reconcile, actions, erasures.
+-- READ COMMITTED on every connection: no gap is locked, and plain SELECTs lock nothing. Times are the server's.
+
+-- ── the ledger, looked back at ──────────────────────────────────────────────────────────────────
+
+-- name: inserted_between
+-- inserted_idx, by pages of batch_id; no lock. Requeues too, under the latest inserted_at they share.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
+FROM clickhouse_outbox_batch
+WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :to_ms AND batch_id > :after_id
+  AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
+ORDER BY batch_id LIMIT :row_limit
+
+-- name: requeued_over
+-- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
+FROM clickhouse_outbox_batch
+WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0
+  AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
+ORDER BY batch_id
+
+-- name: held_between
+-- last_pk_idx; no lock. Every batch, open or closed, that has rows in this range.
+SELECT batch_id, state, pks FROM clickhouse_outbox_batch
+WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND batch_id > 0
+  AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
+
+-- name: slot_owner
+-- inserted_idx from the slot on; a block cut again can lie below its batch's latest. Asked for strangers only.
+SELECT batch_id FROM clickhouse_outbox_batch
+WHERE inserted_at_ms >= :slot_ms AND manifest LIKE :in_manifest LIMIT 1
+
+-- name: open_pks
+-- state_idx; no lock.
+SELECT pks FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
+
+-- name: first_inserted
+-- inserted_idx, first entry after the ledger's head.
+SELECT MIN(inserted_at_ms) AS first_ms FROM clickhouse_outbox_batch WHERE batch_id > 0 AND inserted_at_ms > 0
+
+-- name: ledger_stamps
+-- exported_idx, covering.
+SELECT DISTINCT exported_at_ms AS stamp_ms FROM clickhouse_outbox_batch WHERE exported_at_ms IS NOT NULL
+
+-- name: reconciled
+-- Primary key. A closed batch only; what was seen is what the next comparison is held against.
+UPDATE clickhouse_outbox_batch
+SET state = :state, last_error = :error, observed = :observed,
+    verified_at_ms = COALESCE(verified_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
+WHERE batch_id = :batch_id AND state IN ('verified', 'discrepant')
+
+-- ── the outbox's marks ──────────────────────────────────────────────────────────────────────────
+
+-- name: outbox_stamps
+-- drainer_pending_idx, one step per distinct deleted_at (loose scan).
+SELECT DISTINCT deleted_at AS stamp_ms FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NOT NULL
+
+-- name: count_stamped
+-- drainer_pending_idx, covering.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at = :stamp_ms
+
+-- name: stamped
+-- drainer_pending_idx, covering; sorted.
+SELECT pk FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at = :stamp_ms AND version IN :versions ORDER BY pk
+
+-- name: stamped_between
+-- drainer_pending_idx, covering; sorted.
+SELECT pk FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at >= :from_ms AND deleted_at < :to_ms ORDER BY pk
+
+-- name: dead_among
+-- Primary key, point by point; no lock.
+SELECT pk FROM clickhouse_outbox_dead_letter WHERE pk IN :pks AND state IN ('open', 'discarded') ORDER BY pk
+
+-- name: outbox_ends
+-- Primary key, both ends.
+SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk FROM clickhouse_outbox
+
+-- name: next_pk
+-- Primary key, one step.
+SELECT MIN(pk) AS pk FROM clickhouse_outbox WHERE pk >= :pk
+
+-- name: marked_between
+-- Primary key range; no lock. A condition that is not asked for is a constant.
+SELECT pk FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
+  AND (:workspace_id IS NULL OR workspace_id = :workspace_id)
+  AND (:any_event = 1 OR event_id IN :event_ids)
+  AND (:from_event_ms IS NULL OR CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED) >= :from_event_ms)
+  AND (:to_event_ms IS NULL OR CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED) < :to_event_ms)
+ORDER BY pk
+
+-- name: workspaces_between
+-- Primary key range; no lock.
+SELECT workspace_id, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk GROUP BY workspace_id
+
+-- name: workspaces_in
+-- Primary key, point by point; no lock.
+SELECT workspace_id, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks GROUP BY workspace_id
+
+-- name: unmark_between
+-- Primary key range. Locks exactly the rows it clears, for one short transaction.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
+
+-- name: unmark_in
+-- Primary key, point by point; otherwise as unmark_between.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE pk IN :pks AND deleted_at IS NOT NULL
+
+-- ── sweep ───────────────────────────────────────────────────────────────────────────────────────
+
+-- name: sweepable
+-- sweep_idx; no lock. A batch is swept once all of its rows are gone; one that was begun is still here.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
+FROM clickhouse_outbox_batch
+WHERE state = 'verified' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms AND batch_id > :after_id
+ORDER BY batch_id LIMIT :row_limit
+
+-- name: held_back
+-- sweep_idx, covering. Due by age, and not verified.
+SELECT COUNT(*) AS n FROM clickhouse_outbox_batch
+WHERE state IN ('exported', 'discrepant') AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
+
+-- name: count_due_between
+-- Primary key range; no lock.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at <= :before_ms
+
+-- name: count_due_in
+-- Primary key, point by point; no lock.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at <= :before_ms
+
+-- name: delete_between
+-- Primary key range: a DELETE takes no index hint, so the mark is compared as an expression that no index has.
+-- READ COMMITTED: locks the rows it deletes and no gap; a row that was requeued meanwhile is pending and stays.
+DELETE FROM clickhouse_outbox WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at + 0 <= :before_ms
+
+-- name: delete_in
+-- Primary key, point by point; otherwise as delete_between.
+DELETE FROM clickhouse_outbox WHERE pk IN :pks AND deleted_at + 0 <= :before_ms
+
+-- name: count_swept
+-- Primary key; in the transaction of the DELETE.
+UPDATE clickhouse_outbox_batch SET swept_rows = swept_rows + :rows WHERE batch_id = :batch_id
+
+-- name: record_swept
+-- Primary key.
+UPDATE clickhouse_outbox_batch SET swept_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE batch_id = :batch_id AND swept_at_ms IS NULL
+
+-- name: compactable
+-- sweep_idx; no lock.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
+FROM clickhouse_outbox_batch
+WHERE state = 'verified' AND swept_at_ms IS NOT NULL AND exported_at_ms <= :before_ms ORDER BY batch_id LIMIT :row_limit
+
+-- name: compact
+-- Primary key. Ids, counts, times and digests stay; which pks they were goes.
+UPDATE clickhouse_outbox_batch SET state = 'compacted', pks = '', manifest = :manifest
+WHERE batch_id = :batch_id AND state = 'verified' AND swept_at_ms IS NOT NULL
+
+-- name: close_letters
+-- letter_state_idx for the letters, primary key for the rows. A letter whose row is gone, or was marked by somebody.
+UPDATE clickhouse_outbox_dead_letter AS letter
+LEFT JOIN clickhouse_outbox AS outbox FORCE INDEX (PRIMARY) ON outbox.pk = letter.pk AND outbox.deleted_at IS NULL
+SET letter.state = 'gone', letter.updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE letter.state IN ('open', 'discarded') AND outbox.pk IS NULL
+
+-- ── actions and erasures ────────────────────────────────────────────────────────────────────────
+
+-- name: count_action
+-- Primary key; in the transaction of the effect.
+UPDATE clickhouse_outbox_action SET row_count = row_count + :rows WHERE action_id = :action_id
+
+-- name: add_erasure
+INSERT INTO clickhouse_outbox_erasure (action_id, workspace_id, event_id, from_ms, to_ms)
+VALUES (:action_id, :workspace_id, :event_id, :from_ms, :to_ms)
+
+-- name: erasures
+-- Primary key; all of them: there is one for each request to forget.
+SELECT erasure.workspace_id, erasure.event_id, erasure.from_ms, erasure.to_ms, action.at_ms, action.who, action.why
+FROM clickhouse_outbox_erasure AS erasure
+JOIN clickhouse_outbox_action AS action ON action.action_id = erasure.action_id
+ORDER BY erasure.erasure_id
