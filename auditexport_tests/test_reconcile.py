@@ -79,6 +79,7 @@ def states(stack: Stack) -> set[str]:
     return {str(row.state) for row in stack.sql("SELECT state FROM clickhouse_outbox_batch WHERE batch_id > 0")}
 
 
+OTHER_META = '{"x":1}'
 COLUMNS = (
     "event_id, time, inserted_at, workspace_id, bucket, source, event, description, actor_type, actor_id, actor_name, "
     "actor_meta, remote_ip, user_agent, meta, `targets.type`, `targets.id`, `targets.name`, `targets.meta`, correlation_id"
@@ -219,7 +220,7 @@ def test_all_four_at_once_are_told_apart_and_mended(exported: Stack) -> None:
     """The report that an auditor reads: each corruption under its own name, the repair, and the clean report after it."""
     deleted, altered, doubled = (an_event(exported, number) for number in (1, 21, 41))
     change(exported, f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{deleted[2]}'")
-    change(exported, f"ALTER TABLE audit_logs_raw_v1 UPDATE meta = '{{}}' WHERE event_id = '{altered[2]}'")
+    change(exported, f"ALTER TABLE audit_logs_raw_v1 UPDATE meta = '{OTHER_META}' WHERE event_id = '{altered[2]}'")
     change(
         exported,
         f"INSERT INTO audit_logs_raw_v1 ({COLUMNS}) SELECT {COLUMNS} FROM audit_logs_raw_v1 WHERE event_id = '{doubled[2]}'",
@@ -344,7 +345,7 @@ def test_swept_rows_leave_counts_and_sums_to_compare(exported: Stack) -> None:
         str(row[0])
         for row in exported.clickhouse("SELECT event_id FROM audit_logs_raw_v1 ORDER BY inserted_at, time LIMIT 2")
     )
-    change(exported, f"ALTER TABLE audit_logs_raw_v1 UPDATE meta = '{{}}' WHERE event_id = '{first}'")
+    change(exported, f"ALTER TABLE audit_logs_raw_v1 UPDATE meta = '{OTHER_META}' WHERE event_id = '{first}'")
     assert str(look(exported).found) == "1 altered"
     change(exported, f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{second}'")
     assert str(look(exported).found) == "1 missing"
