@@ -171,15 +171,17 @@ def test_unknown_versions_are_left_alone_and_counted(stack: Stack) -> None:
     assert stack.pending() == len(unknown)
 
 
-def test_a_row_with_an_open_dead_letter_is_not_claimed_until_the_letter_is_closed(stack: Stack) -> None:
-    """It would come back in every run for ever; closed, it gets its second chance."""
+def test_a_row_with_a_standing_dead_letter_is_not_claimed_until_it_is_retried(stack: Stack) -> None:
+    """It would come back in every run for ever; retried, it gets its second chance."""
     good = put(stack, 2)
     (bad,) = stack.put(("ws_1", "evt_bad", '{"event_id": 5}'))
     drain(stack.outbox, stack.log, Limits(), owner="one")
     assert stack.outbox.dead_by_reason() == {"wrong_type": 1}
     assert claim(stack, "two") == []
     assert stack.pending() == 1
-    stack.sql("UPDATE clickhouse_outbox_dead_letter SET state = 'resolved'")
+    stack.sql("UPDATE clickhouse_outbox_dead_letter SET state = 'discarded'")
+    assert claim(stack, "two") == []
+    stack.sql("UPDATE clickhouse_outbox_dead_letter SET state = 'retried'")
     assert pks(stack, claim(stack, "three")) == [[bad]]
     assert bad not in good
 

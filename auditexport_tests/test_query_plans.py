@@ -49,8 +49,8 @@ def busy(stack: Stack) -> MySQLOutbox:
             )
         connection.exec_driver_sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN (17, 1900)")
         connection.exec_driver_sql(
-            "INSERT INTO clickhouse_outbox_dead_letter SELECT pk, IF(MOD(pk, 2), 'open', 'resolved'), version, workspace_id, "
-            "event_id, 'wrong_type', '$', '', 1, 1, 1 FROM clickhouse_outbox WHERE deleted_at IS NULL LIMIT 40"
+            "INSERT INTO clickhouse_outbox_dead_letter SELECT pk, IF(MOD(pk, 2), 'open', 'retried'), version, workspace_id, "
+            "event_id, 'wrong_type', '$', '', 1, 1, 1, NULL FROM clickhouse_outbox WHERE deleted_at IS NULL LIMIT 40"
         )
         connection.execute(
             sa.text(SQL["add_batch"].text.replace("'claimed'", ":state")),
@@ -116,7 +116,7 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "open_owners": ("clickhouse_outbox_batch", "state_idx", {}),
     "unverified": ("clickhouse_outbox_batch", "state_idx", {"row_limit": 10}),
     "exported_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
-    "count_dead": ("clickhouse_outbox_dead_letter", "letter_state_idx", {}),
+    "count_dead": ("clickhouse_outbox_dead_letter", "letter_version_idx", {}),
 }
 # A handful of open or overlapping batches, found by an index that cannot also give their order.
 MAY_SORT = {"open_batches", "open_owners", "exported_over"}

@@ -16,14 +16,14 @@ LONGEST_WAIT_S = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
-    """How far behind we are. `rows` are pending rows of known versions, dead letters not among them."""
+    """How far behind we are. `rows` are pending rows of known versions, those that a dead letter holds not among them."""
 
     rows: int
     rows_at_least: bool  # the probe stopped counting here
     lag_s: float  # age of the oldest pending row by its created_at; 0 when there is none
     unknown_rows: int
     unknown_versions: tuple[str, ...]
-    dead_rows: int
+    dead_rows: int  # open dead letters: those that wait for an operator
     open_batches: int
     waiting_batches: int  # stopped ones whose lease has not ended: nobody may take them up yet
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended

@@ -32,7 +32,7 @@ from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecoda
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, Refusal, StoredRow
-from auditexport_pipeline.core.recut import cut_around_refused, give_back, read_payloads
+from auditexport_pipeline.core.recut import Recutter, give_back, read_payloads
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
 BYTES_TOLERANCE = 1.5
@@ -234,8 +234,10 @@ def _send_all(
     """Sends blocks, several at once, until ClickHouse has them all or refuses nothing any more.
 
     A refused block was not written. It is cut again around the offending rows, the ledger holds the new
-    cut before any of it is sent, and the loop goes on with the new blocks.
+    cut before any of it is sent, and the loop goes on with the new blocks: for so long as `core.culprits`
+    has questions left, so that a flood of refused rows costs one drain no more than that.
     """
+    recutter = Recutter(outbox, log, limits)
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
             # The fence that ClickHouse itself keeps: a paused process that wakes after its lease and then
@@ -277,10 +279,7 @@ def _send_all(
                         refused.append((block, refusal))
             if failure is not None:
                 raise failure
-            to_send = []
-            for block, refusal in refused:
-                batch, again = cut_around_refused(outbox, log, batch, block, refusal, limits)
-                to_send.extend(again)
+            batch, to_send = recutter.cut(batch, refused, bodies)
     return batch
 
 

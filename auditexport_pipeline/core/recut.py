@@ -1,13 +1,13 @@
 """Cutting again: a sealed block that cannot go out as it is, read once more and cut around what is wrong with it.
 
-What belongs here: holding rows against their seal, finding the rows that ClickHouse refuses, and giving rows
-back that cannot be reproduced. What does not: sending (`core.export`). The ledger holds a new cut before any
-of it is sent.
+What belongs here: holding rows against their seal, taking out the rows that ClickHouse refuses, and giving rows
+back that cannot be reproduced, or that nobody had the time to look at. What does not: sending (`core.export`), and
+how culprits are searched for (`core.culprits`). The ledger holds a new cut before any of it is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from auditexport_pipeline.core.batch import (
@@ -20,29 +20,37 @@ from auditexport_pipeline.core.batch import (
     pks_of,
     sealed_block,
 )
+from auditexport_pipeline.core.culprits import Group, Questions, search, take_next
 from auditexport_pipeline.core.errors import BatchAltered, InsertRefused
-from auditexport_pipeline.core.event import VERSIONS, Event, Undecodable, explain, normal_form
+from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecodable, explain, normal_form
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Outbox, Refusal, StoredRow
 
+# Rows explained between two signs of life: half a second at 25 µs a row.
+EXPLAINED_AT_ONCE = 20_000
+Key = tuple[str, str, int, str]
+
 
 def read_payloads(outbox: Outbox, batch: Batch, block: Block) -> list[bytes]:
     """A sealed block's payloads, read again; raises `BatchAltered` when they are not what was sealed."""
-    payloads = []
-    pks = []
-    for row in outbox.read(block.pks, row_bytes=block.row_bytes):
-        pks.append(row.pk)
-        payloads.append(normal_form(row.payload) if row.pk in block.normalised else row.payload)
-    if block_digest(batch.version, block.inserted_at_ms, PkSet.of(pks), payloads) != block.digest:
-        gone = block.rows - len(pks)
+    _, payloads = _read_sealed(outbox, batch, block)
+    return list(payloads.values())
+
+
+def _read_sealed(outbox: Outbox, batch: Batch, block: Block) -> tuple[dict[int, StoredRow], dict[int, bytes]]:
+    """A sealed block's rows, and beside them the payloads as they are sent, by pk; raises `BatchAltered`."""
+    rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
+    payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
+    if block_digest(batch.version, block.inserted_at_ms, PkSet.of(rows), list(payloads.values())) != block.digest:
+        gone = block.rows - len(rows)
         raise BatchAltered(
             f"batch {batch.batch_id}, block {block.number}: of {block.rows} sealed rows {gone} are gone from the outbox"
             f"{'' if gone else ' but some were changed'} before ClickHouse had them; nothing of the block was written. "
             "Find out who deletes or changes outbox rows; once the lease has ended, the next run gives the remaining "
             "rows back to the backlog and exports them in a new batch"
         )
-    return payloads
+    return rows, payloads
 
 
 def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
@@ -53,15 +61,49 @@ def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
     on the batch is sealed again, because its new owner is about to send the blocks it kept.
     """
     kept = tuple(block for block in batch.blocks if block not in altered)
-    released = pks_of(altered)
-    return _recut(
-        outbox,
-        batch,
-        kept,
-        batch.pks - released,
-        replace(batch.counts, released=batch.counts.released + len(released)),
-        (),
+    standing: set[Key] = set()
+    if _folded(batch):
+        for block in kept:
+            rows = outbox.read(block.pks, row_bytes=block.row_bytes)
+            standing.update(key for row in rows if (key := _key(batch, row)) is not None)
+    return _without(outbox, batch, kept, (), pks_of(altered), lambda key: key not in standing)
+
+
+def _without(
+    outbox: Outbox,
+    batch: Batch,
+    blocks: tuple[Block, ...],
+    dead: tuple[DeadLetter, ...],
+    released: PkSet,
+    orphaned: Callable[[Key], bool],
+) -> Batch:
+    """Records a cut that leaves rows out: dead ones as letters, others given back to pending.
+
+    A folded row goes out as the row it was folded into. Where that one is left out (`orphaned` tells by the event's
+    key), the folded one is given back as well, or it would be marked and its event be nowhere.
+    """
+    folded = _folded(batch)
+    orphans = PkSet()
+    if folded and (dead or released):
+        rows = outbox.read(folded, row_bytes=-(-batch.bytes // max(1, batch.entries)))
+        orphans = PkSet.of(row.pk for row in rows if (key := _key(batch, row)) is None or orphaned(key))
+    counts = replace(
+        batch.counts,
+        dead=batch.counts.dead + len(dead),
+        released=batch.counts.released + len(released) + len(orphans),
+        folded=batch.counts.folded - len(orphans),
     )
+    pks = batch.pks - PkSet.of(sorted(letter.pk for letter in dead)) - released - orphans
+    return _recut(outbox, batch, blocks, pks, counts, dead)
+
+
+def _folded(batch: Batch) -> PkSet:
+    return batch.pks - pks_of(batch.blocks)
+
+
+def _key(batch: Batch, row: OutboxRow) -> Key | None:
+    event = VERSIONS[batch.version].decode(row)
+    return event.key if isinstance(event, Event) else None
 
 
 def _recut(
@@ -85,87 +127,161 @@ def _recut(
     )
 
 
-def cut_around_refused(
-    outbox: Outbox, log: AuditLog, batch: Batch, block: Block, refusal: Refusal, limits: Limits
-) -> tuple[Batch, list[Block]]:
-    """Finds the rows that made ClickHouse refuse a block and cuts the block again without them.
+class Recutter:
+    """Cuts one batch's refused blocks again, for one attempt to write it and with that attempt's questions.
 
-    The offending rows become dead letters, unless their normal form is acceptable (a repeated key).
-    Durable effect: the new cut and the dead letters, in one transaction. Returns the blocks to send.
+    A refused block was not written, so its rows may leave the batch. What an attempt does about refusals is bounded
+    by `core.culprits.QUESTIONS`: rows that are unresolved by then are given back to pending, and the next drain,
+    which starts without the dead letters of this one, gets further.
     """
-    read_payloads(outbox, batch, block)  # raises when the rows are not the sealed ones: then nothing may be cut
-    rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
-    payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
 
-    def offenders(pks: list[int]) -> Iterator[tuple[int, Refusal]]:
-        outbox.renew(batch.claim, limits.lease_s)
-        answer = log.probe(batch.version, [payloads[pk] for pk in pks], timeout_s=limits.insert_timeout_s)
-        if answer is not None and len(pks) == 1:
-            yield pks[0], answer
-        elif answer is not None:
-            yield from offenders(pks[: len(pks) // 2])
-            yield from offenders(pks[len(pks) // 2 :])
+    def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits) -> None:
+        self._outbox = outbox
+        self._log = log
+        self._limits = limits
+        self._questions = Questions()
+        # Blocks that the parser takes and the table does not, such as by a constraint that somebody added: no
+        # probe tells about them, so each half is a block of its own, and its INSERT is the question.
+        self._halved: dict[int, Group] = {}
+        self._waiting: list[tuple[Group, Block]] = []
 
-    decode = VERSIONS[batch.version].decode
-    dead: dict[int, DeadLetter] = {}
-    normalised: list[int] = []
-    for pk, answer in offenders(list(rows)):
-        problem = explain(payloads[pk])
-        if problem is not None and problem.reason == "duplicate_key":
-            text = normal_form(payloads[pk])
-            if explain(text) is None and log.probe(batch.version, [text], timeout_s=limits.insert_timeout_s) is None:
-                normalised.append(pk)
-                payloads[pk] = text
-                continue
-        dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
-    if not dead and not normalised:
-        # What the parser takes and the table refuses, such as a constraint that somebody added.
-        if block.rows == 1:
-            dead[block.pks.first] = DeadLetter.of(rows[block.pks.first], _refused(refusal))
-        else:
-            return _halve(outbox, batch, block, payloads, rows)
+    def cut(
+        self, batch: Batch, refused: list[tuple[Block, Refusal]], bodies: dict[int, list[bytes]]
+    ) -> tuple[Batch, list[Block]]:
+        """Finds the rows that made ClickHouse refuse these blocks, and cuts the blocks again without them.
 
-    kept = [pk for pk in rows if pk not in dead]
-    again: list[Block] = []
-    if kept:
-        fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in kept) % 2**64
-        all_normalised = block.normalised | PkSet.of(sorted(normalised))
-        again = [
-            replace(
-                sealed_block(batch.version, block, PkSet.of(kept), [payloads[pk] for pk in kept], fingerprint),
-                normalised=all_normalised - PkSet.of(sorted(dead)),
-            )
-        ]
-    return _replace_block(outbox, batch, block, again, tuple(dead.values())), again
+        The offending rows become dead letters, unless their normal form is acceptable (a repeated key). Durable
+        effect: each new cut with its dead letters, in one transaction. Returns the blocks to send; `bodies` gets
+        their payloads.
+        """
+        again: list[Block] = []
+        for block, refusal in refused:
+            batch, parts = self._cut_around(batch, block, refusal, bodies)
+            again += parts
+        while self._waiting and not again:
+            if self._questions.left < 2:
+                return self._give_up(batch), []
+            groups = [group for group, _ in self._waiting]
+            chosen = take_next(groups, self._questions)
+            block = next(block for group, block in self._waiting if group is chosen)
+            self._waiting = [(group, other) for group, other in self._waiting if group is not chosen]
+            batch, again = self._halve(batch, block, chosen, bodies)
+        return batch, again
 
+    def _cut_around(
+        self, batch: Batch, block: Block, refusal: Refusal, bodies: dict[int, list[bytes]]
+    ) -> tuple[Batch, list[Block]]:
+        half = self._halved.get(block.number)
+        if half is not None and len(half.rows) > 1:
+            self._waiting.append((half, block))
+            return batch, []
+        rows, payloads = _read_sealed(self._outbox, batch, block)
+        dead: dict[int, DeadLetter] = {}
+        normalised: set[int] = set()
+        unresolved: set[int] = set()
+        if half is None:
+            problems = self._explain(batch, payloads)
+            dead = {pk: DeadLetter.of(rows[pk], problem) for pk, problem in problems.items() if problem is not None}
+            normalised = {pk for pk, problem in problems.items() if problem is None}
+            left = {pk: row.workspace_id for pk, row in rows.items() if pk not in dead}
+            if left:
+                found = search(
+                    Group.of(left), lambda pks: self._probe(batch, [payloads[pk] for pk in pks]), self._questions
+                )
+                unresolved = set(found.unresolved)
+                for pk, answer in found.refused.items():
+                    problem = explain(rows[pk].payload) if pk in normalised else None
+                    dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
+        if not dead and not normalised and not unresolved:
+            group = Group.of({pk: row.workspace_id for pk, row in rows.items()})
+            if len(group.rows) > 1:
+                self._halved[block.number] = group
+                self._waiting.append((group, block))
+                return batch, []
+            dead = {pk: DeadLetter.of(row, _refused(refusal)) for pk, row in rows.items()}
 
-def _halve(
-    outbox: Outbox, batch: Batch, block: Block, payloads: dict[int, bytes], rows: dict[int, StoredRow]
-) -> tuple[Batch, list[Block]]:
-    """Cuts a block in two, the second half under an `inserted_at` of its own."""
-    decode = VERSIONS[batch.version].decode
-    halves = list(block.pks.chunks(-(-block.rows // 2)))
-    number = max(other.number for other in batch.blocks)
-    (second_at_ms,) = outbox.reserve_inserted_at(1) if batch.generation == 0 else (block.inserted_at_ms,)
-    again = []
-    for pks, part in zip(halves, (block, replace(block, number=number + 1, inserted_at_ms=second_at_ms)), strict=True):
-        fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
-        again.append(
-            replace(
-                sealed_block(batch.version, part, pks, [payloads[pk] for pk in pks], fingerprint),
-                normalised=block.normalised & pks,
-            )
+        kept = [pk for pk in rows if pk not in dead and pk not in unresolved]
+        as_sent = block.normalised | PkSet.of(sorted(normalised))
+        again = [self._part(batch, replace(block, normalised=as_sent), kept, rows, payloads, bodies)] if kept else []
+        lost = {_key(batch, rows[pk]) for pk in (*dead, *unresolved)} if _folded(batch) else set()
+        batch = _without(
+            self._outbox,
+            batch,
+            _with_parts(batch, block, again),
+            tuple(dead.values()),
+            PkSet.of(sorted(unresolved)),
+            lambda key: key in lost,
         )
-    return _replace_block(outbox, batch, block, again, ()), again
+        return batch, again
+
+    def _explain(self, batch: Batch, payloads: dict[int, bytes]) -> dict[int, Undecodable | None]:
+        """The problem of each row that has one, by pk: None for a repeated key, whose payload is put in normal form."""
+        problems: dict[int, Undecodable | None] = {}
+        for number, (pk, payload) in enumerate(payloads.items()):
+            if number % EXPLAINED_AT_ONCE == 0:
+                self._outbox.renew(batch.claim, self._limits.lease_s)
+            problem = explain(payload)
+            if problem is None:
+                continue
+            if problem.reason == "duplicate_key" and explain(text := normal_form(payload)) is None:
+                payloads[pk] = text
+                problem = None
+            problems[pk] = problem
+        return problems
+
+    def _probe(self, batch: Batch, payloads: list[bytes]) -> Refusal | None:
+        self._outbox.renew(batch.claim, self._limits.lease_s)
+        return self._log.probe(batch.version, payloads, timeout_s=self._limits.insert_timeout_s)
+
+    def _halve(
+        self, batch: Batch, block: Block, group: Group, bodies: dict[int, list[bytes]]
+    ) -> tuple[Batch, list[Block]]:
+        """Cuts a block in two, the second half under an `inserted_at` of its own."""
+        self._questions.left -= 2
+        rows, payloads = _read_sealed(self._outbox, batch, block)
+        number = max(other.number for other in batch.blocks) + 1
+        (second_at_ms,) = self._outbox.reserve_inserted_at(1) if batch.generation == 0 else (block.inserted_at_ms,)
+        again = []
+        for half, part in zip(
+            group.halves(), (block, replace(block, number=number, inserted_at_ms=second_at_ms)), strict=True
+        ):
+            self._halved[part.number] = half
+            again.append(self._part(batch, part, half.pks, rows, payloads, bodies))
+        return _recut(self._outbox, batch, _with_parts(batch, block, again), batch.pks, batch.counts, ()), again
+
+    def _give_up(self, batch: Batch) -> Batch:
+        """Gives the rows of the blocks that are still waiting back to pending: none of them was written."""
+        blocks = [block for _, block in self._waiting]
+        self._waiting = []
+        lost: set[Key | None] = set()
+        if _folded(batch):
+            for block in blocks:
+                lost.update(_key(batch, row) for row in self._outbox.read(block.pks, row_bytes=block.row_bytes))
+        kept = tuple(block for block in batch.blocks if block not in blocks)
+        return _without(self._outbox, batch, kept, (), pks_of(blocks), lambda key: key in lost)
+
+    def _part(
+        self,
+        batch: Batch,
+        block: Block,
+        pks: list[int],
+        rows: dict[int, StoredRow],
+        payloads: dict[int, bytes],
+        bodies: dict[int, list[bytes]],
+    ) -> Block:
+        """The block with these of its rows only, sealed, and its payloads put where the next sending looks."""
+        decode = VERSIONS[batch.version].decode
+        fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
+        body = [payloads[pk] for pk in pks]
+        kept = PkSet.of(pks)
+        bodies[block.number] = body
+        return replace(sealed_block(batch.version, block, kept, body, fingerprint), normalised=block.normalised & kept)
 
 
-def _replace_block(
-    outbox: Outbox, batch: Batch, block: Block, again: list[Block], dead: tuple[DeadLetter, ...]
-) -> Batch:
+def _with_parts(batch: Batch, block: Block, parts: list[Block]) -> tuple[Block, ...]:
+    """The batch's blocks, with these in the place of that one."""
     position = batch.blocks.index(block)
-    blocks = (*batch.blocks[:position], *again, *batch.blocks[position + 1 :])
-    pks = batch.pks - PkSet.of(sorted(letter.pk for letter in dead))
-    return _recut(outbox, batch, blocks, pks, replace(batch.counts, dead=batch.counts.dead + len(dead)), dead)
+    return (*batch.blocks[:position], *parts, *batch.blocks[position + 1 :])
 
 
 def _refused(refusal: Refusal) -> Undecodable:

@@ -19,16 +19,20 @@ VERSIONS_LOOKED_AT = 50
 
 
 def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Backlog:
-    """How far behind the export is; counts pending rows up to `count_to` beyond the dead letters.
+    """How far behind the export is; counts pending rows up to `count_to` beyond those that dead letters hold.
 
     Source: `drainer_pending_idx`, the ledger's `state_idx`, `letter_state_idx`. No lock, and nothing
     that grows with the table.
     """
-    dead = {row.version: row.n for row in connection.execute(SQL["count_dead"])}
+    held_by_version: dict[str, int] = {}
+    dead_rows = 0
+    for row in connection.execute(SQL["count_dead"]):
+        held_by_version[row.version] = held_by_version.get(row.version, 0) + row.n
+        dead_rows += row.n if row.state == "open" else 0
     rows = 0
     lag_ms = 0
     for version in versions:
-        held = dead.get(version, 0)
+        held = held_by_version.get(version, 0)
         counted = connection.execute(
             SQL["count_pending"], {"version": version, "row_limit": count_to + held}
         ).scalar_one()
@@ -43,7 +47,7 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
         lag_s=lag_ms / 1000,
         unknown_rows=sum(unknown.values()),
         unknown_versions=tuple(unknown),
-        dead_rows=sum(dead.values()),
+        dead_rows=dead_rows,
         open_batches=len(open_batches),
         waiting_batches=sum(1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired),
         leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),

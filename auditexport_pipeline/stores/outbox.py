@@ -38,6 +38,7 @@ from auditexport_pipeline.core.errors import (
 )
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
+from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.mysql import SQL, engine_for, translated
 
@@ -142,21 +143,7 @@ class MySQLOutbox:
                     "newest_ms": cut.newest_ms,
                 },
             )
-            letters = [
-                {
-                    "pk": letter.pk,
-                    "version": claim.version,
-                    "workspace_id": letter.workspace_id,
-                    "event_id": letter.event_id,
-                    "reason": letter.problem.reason,
-                    "json_path": letter.problem.json_path[:255],
-                    "detail": letter.problem.detail[:255],
-                    "batch_id": claim.batch_id,
-                }
-                for letter in cut.dead_letters
-            ]
-            if letters:
-                connection.execute(SQL["add_dead_letter"], letters)
+            dead_letters.add(connection, claim, cut.dead_letters)
 
     def begin_write(self, claim: Claim, lease_s: int) -> Batch:
         with self.transaction(f"beginning to write batch {claim.batch_id}") as connection:

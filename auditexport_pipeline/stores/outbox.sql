@@ -31,6 +31,7 @@ ORDER BY batch_id
 -- name: candidates
 -- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps pk order, `IN` would
 -- sort. Dead letters row by row by their primary key: NOT EXISTS would begin with all letters there ever were.
+-- Open and discarded ones hold their row; retried ones and those whose row was gone do not.
 -- No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
 -- Covered by the index: measuring payloads here read every row twice and took a tenth of a drain.
 -- The answer is runs of consecutive pks, made here: reading pks one by one took three times as long.
@@ -41,7 +42,7 @@ FROM (
     SELECT outbox.pk
     FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
     LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-      ON letter.pk = outbox.pk AND letter.state = 'open'
+      ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
     WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
     ORDER BY outbox.pk
     LIMIT :row_limit
@@ -139,17 +140,6 @@ SET state = 'sealed',
     oldest_event_ms = COALESCE(:oldest_ms, oldest_event_ms), newest_event_ms = COALESCE(:newest_ms, newest_event_ms)
 WHERE batch_id = :batch_id
 
--- name: add_dead_letter
--- Primary key. A row whose retry failed again reopens its letter.
-INSERT INTO clickhouse_outbox_dead_letter
-  (pk, state, version, workspace_id, event_id, reason, json_path, detail, batch_id, created_at_ms, updated_at_ms)
-VALUES
-  (:pk, 'open', :version, :workspace_id, :event_id, :reason, :json_path, :detail, :batch_id,
-   CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED), CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
-ON DUPLICATE KEY UPDATE
-  state = 'open', reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
-  batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
-
 -- name: begin_write
 -- Primary key; under fence.
 UPDATE clickhouse_outbox_batch
@@ -215,10 +205,11 @@ SELECT COUNT(*) AS n FROM
    WHERE deleted_at IS NULL AND version = :version LIMIT :row_limit) AS pending
 
 -- name: oldest_pending
--- drainer_pending_idx in order, first row that no open dead letter holds.
+-- drainer_pending_idx in order, first row that no dead letter holds.
 SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - outbox.created_at AS lag_ms
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
-LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY) ON letter.pk = outbox.pk AND letter.state = 'open'
+LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
 WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND letter.pk IS NULL
 ORDER BY outbox.pk LIMIT 1
 
@@ -228,9 +219,10 @@ SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
 WHERE deleted_at IS NULL AND version > :version ORDER BY version LIMIT 1
 
 -- name: count_dead
--- letter_state_idx, covering.
-SELECT version, COUNT(*) AS n FROM clickhouse_outbox_dead_letter WHERE state = 'open' GROUP BY version
+-- letter_version_idx in its own order, covering.
+SELECT state, version, COUNT(*) AS n FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_version_idx)
+WHERE state IN ('open', 'discarded') GROUP BY state, version
 
 -- name: dead_by_reason
--- letter_state_idx.
+-- letter_reason_idx, covering.
 SELECT reason, COUNT(*) AS n FROM clickhouse_outbox_dead_letter WHERE state = 'open' GROUP BY reason ORDER BY n DESC, reason

@@ -62,8 +62,10 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
   updated_at_ms BIGINT NOT NULL,
   action_id BIGINT UNSIGNED NULL COMMENT 'what an operator did with it last',
   PRIMARY KEY (pk),
-  KEY letter_state_idx (state, version, reason),
-  KEY workspace_idx (workspace_id, state)
+  KEY letter_version_idx (state, version),
+  KEY letter_pk_idx (state, pk),
+  KEY letter_reason_idx (state, reason),
+  KEY letter_workspace_idx (state, workspace_id)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin
 
 -- name: actions

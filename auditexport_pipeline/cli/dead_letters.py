@@ -1,0 +1,270 @@
+"""`auditexport dead-letters`: looking at rows that were set aside, and deciding what becomes of them.
+
+What belongs here: options, tables and JSON. What does not: what the letters are (`core.dead_letters`) and what
+is done to them (`stores.dead_letters`). A payload is shown by `show --payload` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+
+from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.stores import outbox
+from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, LetterState, Which
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.pks import PkSet
+
+if TYPE_CHECKING:
+    from auditexport_pipeline.core.dead_letters import Letter, LetterCounts, LetterDetails
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_AGE_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_ANY = "any"
+
+
+class _Age(click.ParamType):
+    """A number and its unit, in seconds."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if not number.isdecimal() or unit not in _AGE_UNITS_S:
+            self.fail(f"{value!r} is no age; write a number and its unit: 90s, 15m, 6h, 30d", param, ctx)
+        return int(number) * _AGE_UNITS_S[unit]
+
+
+def _filters(*states: str) -> Callable[[Command], Command]:
+    """The options that say which letters are meant; the first state is the default."""
+
+    def added(command: Command) -> Command:
+        for option in (
+            click.option("--pk", "pks", type=click.IntRange(min=1), multiple=True, help="Of the row; may be repeated."),
+            click.option("--older-than", "older_than_s", type=_Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
+            click.option("--version", help="The payload's version."),
+            click.option("--reason", help="As `list` shows it, such as wrong_type."),
+            click.option("--workspace", "workspace_id", help="Of one workspace."),
+            click.option("--state", type=click.Choice(states), default=states[0], show_default=True),
+        ):
+            command = option(command)
+        return command
+
+    return added
+
+
+def _acting(command: Command) -> Command:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs."),
+        click.option("--dry-run", is_flag=True, help="Say how many and which; change nothing."),
+        click.option("--all", "everything", is_flag=True, help="Every letter in that state: needed without a filter."),
+        click.option("--at-most", type=click.IntRange(min=1), help="Stop after this many, oldest row first."),
+        click.option("--who", default=None, help="Who decides this.  [default: the user at this prompt]"),
+    ):
+        command = option(command)
+    return command
+
+
+@main.group("dead-letters")
+def dead_letters() -> None:
+    """Rows that were set aside with a reason: list, show, retry after a fix, or discard."""
+
+
+@dead_letters.command("list")
+@_filters("open", "discarded", "retried", "gone", _ANY)
+@click.option("--limit", "letters", type=click.IntRange(1, 10_000), default=PAGE_LETTERS, show_default=True)
+@click.option("--newest", is_flag=True, help="Newest row first; the oldest otherwise.")
+@click.option("--beyond", "beyond_pk", type=int, help="Begin beyond this pk: the last one of the page before.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: bool, **filters: Any) -> None:
+    """List dead letters and count them by reason and workspace. Ids and reasons only, never a payload."""
+    from auditexport_pipeline.stores import dead_letters as store
+
+    which = _which(**filters)
+    mysql = outbox()
+    counts = store.count(mysql, which)
+    found = store.page(mysql, which, letters=letters, newest_first=newest, beyond_pk=beyond_pk)
+    if as_json:
+        _print_json({"counts": asdict(counts), "letters": [asdict(letter) for letter in found]})
+        return
+    _print_letters(found, counts, which)
+    if len(found) == letters and counts.letters > letters:
+        click.echo(f"more: --beyond {found[-1].pk}{' --newest' if newest else ''}")
+
+
+@dead_letters.command()
+@click.argument("pk", type=click.IntRange(min=1))
+@click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox holds it now.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def show(pk: int, with_payload: bool, as_json: bool) -> None:
+    """Show the dead letter of one outbox row, what became of the row, and who did what; exit status 1 without one."""
+    from auditexport_pipeline.stores import dead_letters as store
+
+    details = store.show(outbox(), pk, with_payload=with_payload)
+    if details is None:
+        click.echo(f"auditexport: row {pk} has no dead letter", err=True)
+        sys.exit(BAD_OUTCOME)
+    if as_json:
+        payload = details.payload.decode(errors="replace") if details.payload is not None else None
+        _print_json({**asdict(details), "payload": payload})
+        return
+    _print_details(details)
+    if with_payload and details.payload is None:
+        click.echo("payload: none, the row is not in the outbox any more")
+    elif details.payload is not None:
+        click.echo("payload:")
+        click.echo(details.payload.decode(errors="replace"))
+
+
+@dead_letters.command()
+@_filters(*(str(state) for state in HELD))
+@_acting
+@click.option("--why", default="retry", show_default=True, help="What was fixed.")
+def retry(**options: Any) -> None:
+    """Let the rows of dead letters go back to pending; the next drain tries them again."""
+    _act("retry", "retried", **options)
+
+
+@dead_letters.command()
+@_filters(str(LetterState.OPEN))
+@_acting
+@click.option("--why", required=True, help="Why these events are given up; recorded.")
+def discard(**options: Any) -> None:
+    """Give dead letters up, with a reason. Their rows stay in the outbox, unmarked, and are not exported."""
+    _act("discard", "discarded", **options)
+
+
+def _act(
+    verb: str,
+    done: str,
+    *,
+    who: str | None,
+    why: str,
+    everything: bool,
+    dry_run: bool,
+    at_most: int | None,
+    as_json: bool,
+    **filters: Any,
+) -> None:
+    from auditexport_pipeline.stores import dead_letters as store
+
+    which = _which(**filters)
+    by = By(who=who or _user(), why=why)
+    if which.everything and not everything:
+        raise InvalidConfig(
+            f"no filter is given; name what to {verb}, or say --all for every {which.state} dead letter"
+        )
+    mysql = outbox()
+    if dry_run:
+        counts = store.count(mysql, which)
+        if as_json:
+            _print_json({"dry_run": True, "counts": asdict(counts)})
+        else:
+            _print_counts(counts)
+            would = min(counts.letters, at_most) if at_most else counts.letters
+            click.echo(f"would be {done}: {would:,} dead letters; nothing was changed")
+        return
+    acted = (store.retry if verb == "retry" else store.discard)(mysql, which, by, at_most=at_most)
+    if as_json:
+        _print_json({"dry_run": False, **asdict(acted)})
+        return
+    gone = f"; {acted.gone:,} more are gone, their rows are no longer pending" if acted.gone else ""
+    under = ", ".join(map(str, acted.action_ids[:3])) + (" …" if len(acted.action_ids) > 3 else "")
+    click.echo(f"{done}: {acted.changed:,} dead letters{f' (action {under})' if under else ''}{gone}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InvalidConfig("this user has no name; say who decides with --who") from error
+
+
+def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> Which:
+    return Which(
+        state=None if state == _ANY else LetterState(state), pks=PkSet.of(sorted(set(pks))) if pks else None, **filters
+    )
+
+
+# ── printing ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    click.echo(msgspec.json.encode(value))
+
+
+def _when(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _print_counts(counts: LetterCounts) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("dead letters", "by", ""):
+        table.add_column(column, justify="right" if column == "dead letters" else "left")
+    for by, numbers in (
+        ("reason", counts.by_reason),
+        ("workspace", counts.by_workspace),
+        ("version", counts.by_version),
+    ):
+        for name, number in numbers.items():
+            table.add_row(f"{number:,}", by, name)
+    if counts.letters:
+        Console(markup=False).print(table)
+
+
+def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _print_counts(counts)
+    state = f"{which.state} " if which.state is not None else ""
+    click.echo(f"{counts.letters:,} {state}dead letters")
+    if not letters:
+        return
+    table = Table(box=None)
+    for column in ("pk", "state", "set aside (UTC)", "workspace", "event", "reason", "where", "detail"):
+        table.add_column(column, justify="right" if column == "pk" else "left", overflow="fold")
+    for letter in letters:
+        table.add_row(
+            str(letter.pk),
+            str(letter.state),
+            _when(letter.created_at_ms),
+            letter.workspace_id,
+            letter.event_id,
+            letter.reason,
+            letter.json_path,
+            letter.detail,
+        )
+    Console(markup=False).print(table)
+
+
+def _print_details(details: LetterDetails) -> None:
+    letter = details.letter
+    exported = f" since {_when(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
+    lines = {
+        "row": f"{letter.pk}, {details.row}{exported}",
+        "state": f"{letter.state}, set aside {_when(letter.created_at_ms)}, changed {_when(letter.updated_at_ms)} UTC",
+        "event": f"{letter.event_id} of workspace {letter.workspace_id}, {letter.version}",
+        "reason": f"{letter.reason} at {letter.json_path}{f': {letter.detail}' if letter.detail else ''}",
+        "batch": f"{letter.batch_id}",
+    }
+    if details.action is not None:
+        action = details.action
+        lines["action"] = (
+            f"{action.action_id}: {action.verb} by {action.by.who}, {_when(action.at_ms)} UTC: {action.by.why}"
+        )
+    for name, text in lines.items():
+        click.echo(f"{name:<8}{text}")

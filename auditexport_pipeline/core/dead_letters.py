@@ -1,0 +1,137 @@
+"""Dead letters as operators see them: the states of a letter, which ones are meant, and what became of them.
+
+What belongs here: the values that cross from the prompt and from Dagster to the store and back. What does not:
+why a row became a letter (`core.event`, `core.recut`), SQL (`stores.dead_letters`), and payloads, but for the
+one that `LetterDetails` carries when somebody asked for it.
+
+    open ──retry──▶ retried ──its row fails again──▶ open
+      │                 └──its row goes out──▶ stays retried, and nobody has to look at it again
+      ├──discard──▶ discarded ──retry──▶ retried        an operator gave it up, and may think again
+      └──upkeep──▶ gone                                 its row was deleted or marked by somebody
+
+Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+
+from auditexport_pipeline.core.actions import Action
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.pks import PkSet
+
+# The page of a list: more than fits a screen, little enough to answer at once.
+PAGE_LETTERS = 50
+
+
+class LetterState(str, Enum):
+    """Where a dead letter stands. `HELD` ones keep their row out of batches."""
+
+    OPEN = "open"
+    DISCARDED = "discarded"
+    RETRIED = "retried"
+    GONE = "gone"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+HELD = (LetterState.OPEN, LetterState.DISCARDED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Which:
+    """Which letters are meant: all conditions that are given must hold. Raises `InvalidConfig` for nonsense."""
+
+    state: LetterState | None = LetterState.OPEN  # None: in whichever state
+    workspace_id: str | None = None
+    reason: str | None = None
+    version: str | None = None
+    older_than_s: int | None = None  # since the row was set aside first, by MySQL's clock
+    pks: PkSet | None = None
+
+    def __post_init__(self) -> None:
+        if self.older_than_s is not None and self.older_than_s < 0:
+            raise InvalidConfig(f"older_than_s is {self.older_than_s}; it must not be negative")
+        for name in ("workspace_id", "reason", "version"):
+            if getattr(self, name) == "":
+                raise InvalidConfig(f"{name} is empty; leave it out to mean every one")
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing but the state narrows it down: what nobody should act on without saying so."""
+        return self == Which(state=self.state)
+
+    @property
+    def selection(self) -> dict[str, str | int]:
+        """The conditions that are given, as an action's record keeps them: ids and times."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
+        }
+
+    def of_pks(self, pks: PkSet | None) -> Which:
+        return replace(self, pks=pks)
+
+    def in_state(self, state: LetterState | None) -> Which:
+        return replace(self, state=state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Letter:
+    """One dead letter: its ids, its state and its reason; never its payload."""
+
+    pk: int
+    state: LetterState
+    version: str
+    workspace_id: str
+    event_id: str
+    reason: str
+    json_path: str
+    detail: str
+    batch_id: int  # the batch that claimed the row last
+    created_at_ms: int
+    updated_at_ms: int
+    action_id: int | None  # what an operator did with it last
+
+
+class RowState(str, Enum):
+    """What the outbox holds under a letter's pk."""
+
+    PENDING = "pending"
+    EXPORTED = "exported"
+    DELETED = "deleted"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterDetails:
+    """One letter, its row and what was done with it; `payload` only when it was asked for and is still there."""
+
+    letter: Letter
+    row: RowState
+    exported_at_ms: int | None
+    action: Action | None
+    payload: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LetterCounts:
+    """How many letters there are, most frequent first; `by_workspace` names the most frequent ones only."""
+
+    letters: int
+    by_reason: dict[str, int]
+    by_workspace: dict[str, int]
+    by_version: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acted:
+    """What became of the letters that were meant: changed, or found to be `gone` because their row is."""
+
+    changed: int
+    gone: int
+    action_ids: tuple[int, ...]

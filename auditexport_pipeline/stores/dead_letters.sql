@@ -1,0 +1,119 @@
+-- Dead letters: adding them, and what operators ask of them and do to them.
+-- Every secondary index of the table begins with the state and ends, as all of InnoDB's do, with the pk: one state
+-- and one other column give pk order without sorting. Plain SELECTs lock nothing; times are the server's.
+-- $source, $conditions, $column and $direction stand for pieces of this file and never for data (`stores/dead_letters.py`).
+
+-- name: add
+-- Primary key. A row whose retry failed again reopens its letter. Nothing but parameters between the parentheses:
+-- only then does PyMySQL send many rows as one statement, which takes a tenth of the time.
+INSERT INTO clickhouse_outbox_dead_letter
+  (pk, state, version, workspace_id, event_id, reason, json_path, detail, batch_id, created_at_ms, updated_at_ms)
+VALUES
+  (:pk, :state, :version, :workspace_id, :event_id, :reason, :json_path, :detail, :batch_id, :now_ms, :now_ms)
+ON DUPLICATE KEY UPDATE
+  state = VALUES(state), reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
+  batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
+
+-- name: now_ms
+SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
+
+-- ── which letters ───────────────────────────────────────────────────────────────────────────────
+
+-- name: source.pks
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+
+-- name: source.reason
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_reason_idx)
+
+-- name: source.workspace_id
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_workspace_idx)
+
+-- name: source.version
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_version_idx)
+
+-- name: source.state
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_pk_idx)
+
+-- name: source.everything
+clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+
+-- name: where.state
+letter.state = :state
+
+-- name: where.workspace_id
+letter.workspace_id = :workspace_id
+
+-- name: where.reason
+letter.reason = :reason
+
+-- name: where.version
+letter.version = :version
+
+-- name: where.older_than_s
+letter.created_at_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :older_than_s
+
+-- name: where.pks
+letter.pk IN :pks
+
+-- name: where.above
+letter.pk > :edge_pk
+
+-- name: where.below
+letter.pk < :edge_pk
+
+-- ── looking ─────────────────────────────────────────────────────────────────────────────────────
+
+-- name: page
+-- The index of the narrowest condition, in its own order (see above), from the edge of the page before; no lock.
+SELECT letter.pk, letter.state, letter.version, letter.workspace_id, letter.event_id, letter.reason, letter.json_path,
+       letter.detail, letter.batch_id, letter.created_at_ms, letter.updated_at_ms, letter.action_id
+FROM $source WHERE $conditions ORDER BY letter.pk $direction LIMIT :row_limit
+
+-- name: page_pks
+-- As page; covered by the index when state and one other condition are given.
+SELECT letter.pk FROM $source WHERE $conditions ORDER BY letter.pk LIMIT :row_limit
+
+-- name: count
+-- As page; one pass over what the index gives, covering when it groups by its own column. No lock.
+SELECT letter.$column AS name, COUNT(*) AS n FROM $source WHERE $conditions
+GROUP BY letter.$column ORDER BY n DESC, name LIMIT :row_limit
+
+-- name: one
+-- Primary keys; no lock.
+SELECT letter.pk, letter.state, letter.version, letter.workspace_id, letter.event_id, letter.reason, letter.json_path,
+       letter.detail, letter.batch_id, letter.created_at_ms, letter.updated_at_ms, letter.action_id,
+       outbox.pk AS outbox_pk, outbox.deleted_at
+FROM clickhouse_outbox_dead_letter AS letter LEFT JOIN clickhouse_outbox AS outbox ON outbox.pk = letter.pk
+WHERE letter.pk = :pk
+
+-- name: payload
+-- Primary key; no lock. The only statement about letters that reads a payload.
+SELECT CAST(payload AS BINARY) AS payload FROM clickhouse_outbox WHERE pk = :pk
+
+-- ── acting ──────────────────────────────────────────────────────────────────────────────────────
+
+-- name: lock
+-- Primary key, ascending; locks a chunk of letters until commit, so that two operators take turns. Not by an index
+-- that holds the state: who changes a state holds the letter and wants its entry there, and the two would deadlock.
+SELECT pk FROM clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
+WHERE pk IN :pks AND state IN :states ORDER BY pk FOR UPDATE
+
+-- name: pending
+-- Primary key, point by point; no lock on the outbox. A row that goes in between leaves a letter that says `retried`.
+SELECT pk FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at IS NULL ORDER BY pk
+
+-- name: change
+-- Primary key; under lock, in the transaction of the action.
+UPDATE clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
+SET state = :state, action_id = :action_id, updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE pk IN :pks
+
+-- name: gone
+-- Primary key; under lock. Their last action, if any, stays.
+UPDATE clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
+SET state = 'gone', updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE pk IN :pks
+
+-- name: action
+-- Primary key; no lock.
+SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action WHERE action_id = :action_id
