@@ -260,3 +260,14 @@ def clock_steps_back(world: World) -> None:
     if world.clock_offset_s:
         world.step_clock(-world.random.choice((2.0, 30.0, 7_200.0)))
         world.hit("clock steps back")
+
+
+@action(0.5)
+def month_changes(world: World) -> None:
+    """A batch is claimed in one month and reaches ClickHouse in the next; its hits are read from the ledger."""
+    left_s = world.month_end_in_s()
+    if 0 < left_s < 10:
+        if not world.working():
+            world.start_run()
+        world.rig.to_clickhouse.arm(Fault(kind="refuse", seconds=left_s + 0.5))
+        world.pause(left_s, left_s)

@@ -62,9 +62,7 @@ class _Facts:
 
 def judge(databases: Databases, book: Book, *, overflow: bool) -> Verdict:
     """Reads both databases and holds them against the book. With `overflow` ClickHouse forgot tokens."""
-    found = databases.sql(
-        "SELECT batch_id, claimed_rows, written_at_ms, inserted_at_ms, attempts FROM clickhouse_outbox_batch WHERE batch_id > 0"
-    )
+    found = databases.sql("SELECT batch_id, claimed_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
     facts = _Facts(
         rows=book.rows,
         marks={
@@ -88,10 +86,7 @@ def judge(databases: Databases, book: Book, *, overflow: bool) -> Verdict:
         dead=len(facts.letters),
         batches=len(facts.batches),
         replayed=sum(batch.attempts > 1 for batch in facts.batches),
-        month_changed=sum(
-            row.attempts > 1 and bool(row.written_at_ms) and _month(row.written_at_ms) != _month(row.inserted_at_ms)
-            for row in found
-        ),
+        month_changed=month_changes(databases),
     )
     in_view = Counter(
         (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
@@ -234,6 +229,15 @@ def _named(keys: object) -> str:
 def _entries(entries: Counter[tuple[int, tuple[object, ...]]]) -> str:
     names = [f"{columns[0]} at {at_ms} × {count}" for (at_ms, columns), count in sorted(entries.items(), key=str)]
     return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+
+
+def month_changes(databases: Databases) -> int:
+    """Batches that were claimed in one month and written in another, after more than one attempt."""
+    found = databases.sql(
+        "SELECT inserted_at_ms, written_at_ms FROM clickhouse_outbox_batch "
+        "WHERE batch_id > 0 AND attempts > 1 AND written_at_ms IS NOT NULL"
+    )
+    return sum(_month(row.inserted_at_ms) != _month(row.written_at_ms) for row in found)
 
 
 def _month(at_ms: int) -> tuple[int, int]:

@@ -12,22 +12,27 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from random import Random
 
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.stores.setup import DEDUPLICATION_WINDOW
 from auditexport_tests.chaos.actions import ACTIONS, WEIGHTS
 from auditexport_tests.chaos.application import Book, Writer
-from auditexport_tests.chaos.check import Verdict, judge
+from auditexport_tests.chaos.check import Verdict, judge, month_changes
 from auditexport_tests.chaos.rig import Databases, Rig
 from auditexport_tests.chaos.worker import LEASE_S, Run, Told, Worker
 
 STEPS = (15, 40)
+# Of blocks: a few INSERTs later ClickHouse has forgotten a token.
+SMALL_WINDOW = 2
 # Quiet drains after the dust has settled; one is usually enough, a stopped batch needs those after its lease.
 LAST_DRAINS = 12
 # Themed histories go round their faults until each has hit.
 THEME_WITHIN_S = 60.0
+# Hits that are told by their victims, and the action that brings them about.
+BROUGHT_ABOUT_BY = {"deadlock": "lock rows", "lock wait": "lock ledger", "window overflowed": "kill run"}
 EXPECTED_ERRORS = {"OutboxUnavailable", "AuditLogUnavailable", "InsertOutcomeUnknown", "LeaseLost", "BatchAltered"}
 
 
@@ -69,7 +74,7 @@ class World:
         self.workers: list[Worker] = []
         self.zombies: list[Worker] = []
         self.intruders: list[threading.Thread] = []
-        self.overflow = plan.overflow if plan.overflow is not None else self.random.random() < 0.15
+        self.overflow = bool(plan.overflow)
         self.clock_offset_s = 0.0
         if plan.clock if plan.clock is not None else self.random.random() < 0.25:
             self.step_clock(_to_month_end_s() - self.random.uniform(2, 5))
@@ -134,6 +139,10 @@ class World:
         new.write_text(str(self.clock_offset_s))
         new.replace(self.databases.clock)
 
+    def month_end_in_s(self) -> float:
+        """By MySQL's clock; 0 where its clock is right."""
+        return _to_month_end_s(self.clock_offset_s) if self.clock_offset_s else 0.0
+
     def open_pks(self, count: int) -> list[int]:
         """Some pks of batches that are open at this moment."""
         with suppress(Exception):
@@ -177,12 +186,21 @@ class World:
             if time.monotonic() > deadline:
                 break
             self._act("drain")
-            self._act(self.random.choice(missing))
+            name = self.random.choice(missing)
+            self._act(BROUGHT_ABOUT_BY.get(name, name))
             if self.random.random() < 0.3:
                 self._act("wake")
 
     def has_hit(self, name: str) -> bool:
-        return bool((self.outcome.hits + self._wire_hits() - self._seen)[name])
+        if name == "month changes":
+            return bool(month_changes(self.databases))
+        if name == "window overflowed":
+            return bool(self.databases.sql("SELECT 1 FROM clickhouse_outbox_batch WHERE attempts > 1 LIMIT 1"))
+        return bool((self.outcome.hits + self._wire_hits() + self._told_hits() - self._seen)[name])
+
+    def _told_hits(self) -> Counter[str]:
+        codes = sum((told.codes for worker in self.workers if (told := worker.told())), Counter[int]())
+        return Counter({"deadlock": codes[1213], "lock wait": codes[1205]})
 
     def _act(self, name: str) -> None:
         ACTIONS[name](self)
@@ -256,9 +274,10 @@ class World:
 def play(rig: Rig, plan: Plan) -> Outcome:
     """Plays one history to its end and judges it."""
     started = time.monotonic()
+    if plan.overflow is None:
+        plan = replace(plan, overflow=Random(f"window {plan.seed}").random() < 0.15)
     outcome = Outcome(plan=plan)
-    overflow = Random(plan.seed).random() < 0.15 if plan.overflow is None else plan.overflow
-    with rig.databases(window=2 if overflow else 10_000) as databases:
+    with rig.databases(window=SMALL_WINDOW if plan.overflow else DEDUPLICATION_WINDOW) as databases:
         world = World(rig, databases, plan, outcome)
         try:
             world.live()
@@ -268,7 +287,6 @@ def play(rig: Rig, plan: Plan) -> Outcome:
             _listen(world, outcome)
         finally:
             world.close()
-    outcome.hits += world._wire_hits() - world._seen
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -276,6 +294,10 @@ def play(rig: Rig, plan: Plan) -> Outcome:
 def _listen(world: World, outcome: Outcome) -> None:
     """What the runs themselves said: no error outside the tree, none that asks for a person, no discrepancy."""
     outcome.runs = len(world.workers)
+    outcome.hits += world._wire_hits() + world._told_hits() - world._seen
+    outcome.hits["month changes"] = outcome.verdict.month_changed
+    if world.overflow:
+        outcome.hits["window overflowed"] = outcome.verdict.replayed
     for worker in world.workers:
         told = worker.told()
         if told is None:
@@ -283,8 +305,6 @@ def _listen(world: World, outcome: Outcome) -> None:
                 outcome.verdict.violations.append(f"{worker.run.owner} ended without a word")
             continue
         outcome.errors += told.errors
-        outcome.hits["deadlock"] += told.codes[1213]
-        outcome.hits["lock wait"] += told.codes[1205]
         if worker.declared_dead:
             outcome.refused_zombies += bool(told.refusals)
         for text in told.unforeseen:
@@ -297,7 +317,7 @@ def _listen(world: World, outcome: Outcome) -> None:
         )
 
 
-def _to_month_end_s() -> float:
-    now = datetime.now(timezone.utc)
+def _to_month_end_s(offset_s: float = 0.0) -> float:
+    now = datetime.now(timezone.utc) + timedelta(seconds=offset_s)
     next_month = (now.replace(day=1) + timedelta(days=32)).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     return (next_month - now).total_seconds()
