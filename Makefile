@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test lint format bench server lock clean
+.PHONY: help demo dev test lint format bench chaos server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
@@ -14,6 +14,7 @@ help:
 	@echo "make test    the tests, on real servers"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed and memory beside the ancestor's algorithm, on this machine"
+	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
 
 demo: $(READY) server
 	@$(BIN)/auditexport demo
@@ -32,6 +33,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(READY) server
+	@$(BIN)/python -m auditexport_tests.chaos
 
 bench: $(READY) server
 	@$(BIN)/python -m auditexport_tests.benchmarks

@@ -1,0 +1,1 @@
+"""Randomised histories against real servers: `make chaos`."""

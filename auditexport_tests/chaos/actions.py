@@ -1,0 +1,273 @@
+"""What can happen in a history: one function each, with the weight that it is chosen by.
+
+What belongs here: drains, faults, kills, and other people's hands. What does not: the order they come in
+(`history`). A new verb of the product is one more function here.
+
+An action may find nothing to act on; it is counted, by `World.hit`, only when it has really hit something.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import pymysql
+
+from auditexport_tests.chaos.application import connected, meddle
+from auditexport_tests.chaos.proxy import WIRE_KINDS, Fault, Kind, Proxy
+
+if TYPE_CHECKING:
+    from auditexport_tests.chaos.history import World
+
+Act = Callable[["World"], None]
+A = TypeVar("A", bound=Act)
+
+ACTIONS: dict[str, Act] = {}
+WEIGHTS: dict[str, float] = {}
+
+
+def action(weight: float) -> Callable[[A], A]:
+    """Enters a function under its name with spaces for underscores."""
+
+    def enter(act: A) -> A:
+        name = act.__name__.replace("_", " ")
+        ACTIONS[name], WEIGHTS[name] = act, weight
+        return act
+
+    return enter
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@action(12)
+def drain(world: World) -> None:
+    """A run that knows which earlier ones have ended, as Dagster would tell it."""
+    if len(world.working()) < 2:
+        world.start_run()
+
+
+@action(3)
+def concurrent_drain(world: World) -> None:
+    """One more run, whatever is at work already."""
+    if len(world.working()) < 4:
+        world.start_run()
+        if len(world.working()) > 1:
+            world.hit("concurrent drain")
+
+
+@action(6)
+def wait_for_a_run(world: World) -> None:
+    for worker in world.working()[:1]:
+        worker.wait(5)
+
+
+@action(3)
+def kill_run(world: World) -> None:
+    """SIGKILL, at a random moment of one that works."""
+    workers = world.working()
+    if workers:
+        world.random.choice(workers).kill()
+        world.kill("run")
+
+
+@action(3)
+def zombie(world: World) -> None:
+    """A run is stopped and declared dead; others adopt what it holds, and later it wakes."""
+    if world.settles_between_runs:  # a zombie's INSERT may be under way while the window is overflowed
+        return
+    workers = world.working()
+    if workers and len(world.zombies) < 3:
+        worker = world.random.choice(workers)
+        worker.stop()
+        worker.declared_dead = True
+        world.zombies.append(worker)
+        world.start_run()
+
+
+@action(3)
+def wake(world: World) -> None:
+    if world.zombies:
+        worker = world.zombies.pop(world.random.randrange(len(world.zombies)))
+        if worker.alive:
+            worker.wake()
+            world.hit("zombie")
+
+
+@action(1)
+def declare_dead(world: World) -> None:
+    """A run that works is declared dead, and another started: Dagster lost sight of it."""
+    workers = world.working()
+    if workers and not world.settles_between_runs:
+        workers[0].declared_dead = True
+        world.start_run()
+        world.hit("declare dead")
+
+
+# ── servers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@action(1)
+def kill_mysql(world: World) -> None:
+    world.rig.mysql.kill()
+    world.kill("mysql")
+    world.pause(0.0, 1.0)
+    world.rig.mysql.start()
+
+
+@action(1)
+def kill_clickhouse(world: World) -> None:
+    world.rig.clickhouse.kill()
+    world.kill("clickhouse")
+    world.pause(0.0, 1.0)
+    world.rig.clickhouse.start()
+
+
+# ── the wire ─────────────────────────────────────────────────────────────────────────────────────
+
+# Longer than the client waits, or shorter.
+SECONDS: dict[Kind, tuple[float, float]] = {
+    "stall": (0.3, 4.0),
+    "late": (0.0, 2.0),
+    "drip": (0.2, 4.0),
+    "refuse": (0.2, 1.5),
+}
+
+
+def _wire(world: World, *, proxy: Callable[[World], Proxy], kind: Kind) -> None:
+    if kind in ("late", "stall", "drip") and world.settles_between_runs:
+        return
+    low, high = SECONDS.get(kind, (0.0, 0.0))
+    # In one of four the INSERT is delivered only after the lease of its run has ended.
+    seconds = world.random.uniform(low, high)
+    if kind == "late" and proxy(world).speaks == "http" and world.random.random() < 0.25:
+        seconds += 5
+    aimed = world.random.random() < 0.6
+    if not proxy(world).armed:
+        proxy(world).arm(Fault(kind=kind, aimed=aimed, seconds=seconds))
+    if kind not in ("cut", "refuse") and not world.working():
+        world.start_run()
+
+
+for _server, _proxy, _speaks in (
+    ("clickhouse", lambda world: world.rig.to_clickhouse, "http"),
+    ("mysql", lambda world: world.rig.to_mysql, "mysql"),
+):
+    for _kind in WIRE_KINDS[_speaks]:
+        ACTIONS[f"{_server} {_kind}"] = partial(_wire, proxy=_proxy, kind=_kind)
+        WEIGHTS[f"{_server} {_kind}"] = 1.5 if _server == "clickhouse" else 1.0
+
+
+# ── inside MySQL ─────────────────────────────────────────────────────────────────────────────────
+
+
+@action(1.5)
+def lock_rows(world: World) -> None:
+    """The application locks rows that are about to be marked, from high to low, some for longer than we wait."""
+    first, *others = sorted(world.open_pks(6) or [0], reverse=True)
+    if others:
+        _intrude(
+            world,
+            f"UPDATE clickhouse_outbox SET created_at = created_at + 1 WHERE pk = {first}",
+            *(f"UPDATE clickhouse_outbox SET created_at = created_at + 1 WHERE pk = {pk}" for pk in others),
+        )
+
+
+@action(1.5)
+def lock_ledger(world: World) -> None:
+    """Somebody's maintenance holds ledger rows, the newest first, the ledger's own lock last."""
+    with suppress(Exception):
+        found = world.databases.sql("SELECT batch_id FROM clickhouse_outbox_batch ORDER BY batch_id DESC LIMIT 3")
+        ids = [row.batch_id for row in found] + [0]
+        locks = [f"SELECT 1 FROM clickhouse_outbox_batch WHERE batch_id = {batch_id} FOR UPDATE" for batch_id in ids]
+        _intrude(world, *locks)
+
+
+def _intrude(world: World, *statements: str) -> None:
+    """One transaction, statement by statement with pauses between, rolled back at its end; in a thread."""
+    pauses = [world.random.uniform(0.0, 0.2) for _ in statements]
+    held_s = world.random.choice((0.1, 0.5, 2.0))
+
+    def intrude() -> None:
+        with suppress(pymysql.MySQLError), connected(world.databases) as connection, connection.cursor() as cursor:
+            for statement, pause in zip(statements, pauses, strict=True):
+                try:
+                    cursor.execute(statement)
+                except pymysql.MySQLError as error:
+                    if error.args[0] == 1213:
+                        world.hit("deadlock")
+                    return
+                world.pause(pause, pause)
+            world.pause(held_s, held_s)
+
+    thread = threading.Thread(target=intrude, daemon=True)
+    thread.start()
+    world.intruders.append(thread)
+    if not world.working():
+        world.start_run()
+
+
+@action(1.5)
+def kill_connection(world: World) -> None:
+    """An administrator kills connections of the exporter."""
+    ports = world.rig.to_mysql.server_side_ports()
+    killed = 0
+    with suppress(pymysql.MySQLError), connected(world.databases) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT id, host FROM information_schema.processlist")
+        for number, host in cursor.fetchall():
+            if host.rpartition(":")[2].isdigit() and int(host.rpartition(":")[2]) in ports:
+                with suppress(pymysql.MySQLError):
+                    cursor.execute(f"KILL CONNECTION {number}")
+                    killed += 1
+    if killed:
+        world.hit("kill connection")
+
+
+# ── other people's hands ─────────────────────────────────────────────────────────────────────────
+
+
+@action(1.5)
+def delete_rows(world: World) -> None:
+    """Rows vanish between claim and mark."""
+    if meddle(world.databases, world.book, world.known(world.open_pks(3)), "delete"):
+        world.hit("delete rows")
+
+
+@action(1.5)
+def mark_rows(world: World) -> None:
+    """Rows are marked by somebody else between claim and mark."""
+    if meddle(world.databases, world.book, world.known(world.open_pks(3)), "mark"):
+        world.hit("mark rows")
+
+
+@action(1.5)
+def requeue_by_hand(world: World) -> None:
+    """Marks are taken off in SQL, of rows exported long ago or being marked at this moment."""
+    pks = world.known(world.open_pks(5)) if world.random.random() < 0.3 else world.book.some(world.random, 20)
+    if meddle(world.databases, world.book, pks, "clear"):
+        world.hit("requeue by hand")
+
+
+# ── clocks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@action(1)
+def clock_steps_back(world: World) -> None:
+    """MySQL's clock is set back, by seconds or by hours."""
+    if world.clock_offset_s:
+        world.step_clock(-world.random.choice((2.0, 30.0, 7_200.0)))
+        world.hit("clock steps back")
+
+
+@action(0.5)
+def month_changes(world: World) -> None:
+    """A batch is claimed in one month and reaches ClickHouse in the next; its hits are read from the ledger."""
+    left_s = world.month_end_in_s()
+    if 0 < left_s < 10:
+        if not world.working():
+            world.start_run()
+        world.rig.to_clickhouse.arm(Fault(kind="refuse", seconds=left_s + 0.5))
+        world.pause(left_s, left_s)

@@ -1,0 +1,323 @@
+"""One history: databases, writers, runs and faults in a random order, then quiet, then the truth.
+
+What belongs here: the world that actions act on, the order they come in, and how the dust settles. What does
+not: the actions, and what must hold (`check`). A seed replays every decision; the moments at which processes
+and servers come to them are the machine's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from random import Random
+
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.stores.setup import DEDUPLICATION_WINDOW
+from auditexport_tests.chaos.actions import ACTIONS, WEIGHTS
+from auditexport_tests.chaos.application import Book, Writer
+from auditexport_tests.chaos.check import Verdict, judge, month_changes
+from auditexport_tests.chaos.rig import Databases, Rig
+from auditexport_tests.chaos.worker import LEASE_S, Run, Told, Worker
+
+STEPS = (15, 40)
+# Of blocks: a few INSERTs later ClickHouse has forgotten a token.
+SMALL_WINDOW = 2
+# Quiet drains after the dust has settled; one is usually enough, a stopped batch needs those after its lease.
+LAST_DRAINS = 12
+# Themed histories go round their faults until each has hit.
+THEME_WITHIN_S = 60.0
+# Hits that are told by their victims, and the action that brings them about.
+BROUGHT_ABOUT_BY = {"deadlock": "lock rows", "lock wait": "lock ledger", "window overflowed": "kill run"}
+EXPECTED_ERRORS = {"OutboxUnavailable", "AuditLogUnavailable", "InsertOutcomeUnknown", "LeaseLost", "BatchAltered"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a history is made of. With a `theme` it consists of these actions, each until it has hit."""
+
+    seed: int
+    theme: tuple[str, ...] = ()
+    clock: bool | None = None
+    overflow: bool | None = None
+    mutation: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened, counted, and what was wrong."""
+
+    plan: Plan
+    verdict: Verdict = field(default_factory=Verdict)
+    hits: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    refused_zombies: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+class World:
+    """The state of one history, as actions see it."""
+
+    def __init__(self, rig: Rig, databases: Databases, plan: Plan, outcome: Outcome) -> None:
+        self.rig = rig
+        self.databases = databases
+        self.plan = plan
+        self.outcome = outcome
+        self.random = Random(plan.seed)
+        self.book = Book()
+        self.workers: list[Worker] = []
+        self.zombies: list[Worker] = []
+        self.intruders: list[threading.Thread] = []
+        self.overflow = bool(plan.overflow)
+        self.clock_offset_s = 0.0
+        if plan.clock if plan.clock is not None else self.random.random() < 0.25:
+            self.step_clock(_to_month_end_s() - self.random.uniform(2, 5))
+        self._seen = Counter(self._wire_hits())
+
+    # ── what actions do ──────────────────────────────────────────────────────────────────────────
+
+    @property
+    def settles_between_runs(self) -> bool:
+        """With a window of a few blocks a token is forgotten while its INSERT may still be running, which the
+        product's window of 10,000 makes impossible: there, runs follow each other.
+        """
+        return self.overflow
+
+    def hit(self, what: str) -> None:
+        self.outcome.hits[what] += 1
+
+    def kill(self, what: str) -> None:
+        self.outcome.kills[what] += 1
+        self.hit(f"kill {what}")
+
+    def pause(self, low: float, high: float) -> None:
+        threading.Event().wait(self.random.uniform(low, high) if low < high else low)
+
+    def working(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.alive and not worker.stopped]
+
+    def start_run(self, *, quiet: bool = False) -> Worker | None:
+        if self.settles_between_runs:
+            if self.working():
+                return None
+            self._wait_for_inserts()
+        random = self.random
+        dead = tuple(worker.run.owner for worker in self.workers if not worker.alive or worker.declared_dead)
+        worker = Worker(
+            Run(
+                owner=f"run {len(self.workers)} of {self.plan.seed}",
+                mysql_url=self.databases.mysql_url,
+                clickhouse_url=self.databases.clickhouse_url,
+                clock=self.databases.clock,
+                dead_owners=dead if quiet or random.random() < 0.8 else (),
+                limits={
+                    "batch_rows": random.choice((20, 60, 200)),
+                    "blocks_per_batch": random.choice((1, 2, 4)),
+                    "max_batches": random.choice((2, 8)),
+                    "mark_rows": random.choice((5, 17, 50)),
+                    "mark_connections": random.choice((1, 2)),
+                },
+                ahead=random.random() < 0.4,
+                hand_over=random.random() < 0.7,
+                retries=0 if self.settles_between_runs else 2 if quiet else random.choice((0, 1, 3)),
+                mutation=self.plan.mutation,
+            )
+        )
+        self.workers.append(worker)
+        return worker
+
+    def step_clock(self, seconds: float) -> None:
+        self.clock_offset_s += seconds
+        # Renamed into its place: a run may read it at this moment.
+        new = self.databases.clock.with_suffix(".new")
+        new.write_text(str(self.clock_offset_s))
+        new.replace(self.databases.clock)
+
+    def month_end_in_s(self) -> float:
+        """By MySQL's clock; 0 where its clock is right."""
+        return _to_month_end_s(self.clock_offset_s) if self.clock_offset_s else 0.0
+
+    def open_pks(self, count: int) -> list[int]:
+        """Some pks of batches that are open at this moment."""
+        with suppress(Exception):
+            rows = self.databases.sql(
+                "SELECT pks FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')"
+            )
+            pks = [pk for row in rows for pk in PkSet.parse(str(row.pks))]
+            return self.random.sample(pks, min(count, len(pks)))
+        return []
+
+    def known(self, pks: Collection[int]) -> list[int]:
+        """Those of which we know that they were committed."""
+        with self.book.lock:
+            return sorted(pk for pk in pks if pk in self.book.rows)
+
+    # ── how it goes ──────────────────────────────────────────────────────────────────────────────
+
+    def live(self) -> None:
+        """Everything at once: writers in threads, runs in processes, and one action after the other."""
+        mariadb = self.rig.mysql.family == "mariadb"
+        writers = [
+            Writer(self.databases, self.book, Random(f"{self.plan.seed}-{n}"), name=f"w{n}", repeated_keys=mariadb)
+            for n in range(self.random.choice((2, 3)))
+        ]
+        for writer in writers:
+            writer.start()
+        try:
+            if self.plan.theme:
+                self._go_round()
+            else:
+                names, weights = [*WEIGHTS], [*WEIGHTS.values()]
+                for name in self.random.choices(names, weights, k=self.random.randint(*STEPS)):
+                    self._act(name)
+        finally:
+            for writer in writers:
+                writer.end()
+
+    def _go_round(self) -> None:
+        deadline = time.monotonic() + THEME_WITHIN_S
+        while missing := [name for name in self.plan.theme if not self.has_hit(name)]:
+            if time.monotonic() > deadline:
+                break
+            self._act("drain")
+            name = self.random.choice(missing)
+            self._act(BROUGHT_ABOUT_BY.get(name, name))
+            if self.random.random() < 0.3:
+                self._act("wake")
+
+    def has_hit(self, name: str) -> bool:
+        if name == "month changes":
+            return bool(month_changes(self.databases))
+        if name == "window overflowed":
+            return bool(self.databases.sql("SELECT 1 FROM clickhouse_outbox_batch WHERE attempts > 1 LIMIT 1"))
+        return bool((self.outcome.hits + self._wire_hits() + self._told_hits() - self._seen)[name])
+
+    def _told_hits(self) -> Counter[str]:
+        codes = sum((told.codes for worker in self.workers if (told := worker.told())), Counter[int]())
+        return Counter({"deadlock": codes[1213], "lock wait": codes[1205]})
+
+    def _act(self, name: str) -> None:
+        ACTIONS[name](self)
+        self.pause(0.0, 0.25)
+
+    def _wire_hits(self) -> Counter[str]:
+        return Counter(
+            {
+                f"{server} {kind}": count
+                for server, proxy in (("clickhouse", self.rig.to_clickhouse), ("mysql", self.rig.to_mysql))
+                for kind, count in proxy.hits.items()
+            }
+        )
+
+    def _wait_for_inserts(self) -> None:
+        """Until nothing that a run sent is under way."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with suppress(Exception):
+                ((running,),) = self.databases.clickhouse(
+                    "SELECT count() FROM system.processes WHERE query_kind = 'Insert'"
+                )
+                if not running and not self.rig.to_clickhouse.held:
+                    return
+            self.pause(0.05, 0.05)
+
+    def settle(self) -> list[str]:
+        """Lifts what is left, wakes the zombies, and drains in peace; returns what is stuck."""
+        self.rig.restore()
+        for worker in self.workers:
+            if worker.stopped:
+                worker.wake()
+                self.hit("zombie")
+        for worker in self.workers:
+            if not worker.wait(60):
+                worker.kill()
+                return [f"{worker.run.owner} did not end within 60 s of quiet"]
+        for thread in self.intruders:
+            thread.join(30)
+        deadline = time.monotonic() + 30
+        while (self.rig.to_clickhouse.held or self.rig.to_mysql.held) and time.monotonic() < deadline:
+            self.pause(0.05, 0.05)
+        self.book.settle(self.databases)
+        for _ in range(LAST_DRAINS):
+            worker = self.start_run(quiet=True)
+            if worker is None or not worker.wait(60):
+                return ["a quiet drain did not end within 60 s"]
+            told = worker.told() or Told()
+            if not told.claimed and not told.errors:
+                if not self._open():
+                    return []
+                self.pause(LEASE_S / 2, LEASE_S / 2)
+        return [f"after {LAST_DRAINS} quiet drains {self._open()} batches are open: {self._who_is_open()}"]
+
+    def _open(self) -> int:
+        return len(self._who_is_open())
+
+    def _who_is_open(self) -> Sequence[str]:
+        rows = self.databases.sql(
+            "SELECT batch_id, state, owner, lease_until_ms FROM clickhouse_outbox_batch "
+            "WHERE state NOT IN ('head', 'verified', 'discrepant')"
+        )
+        return [f"batch {row.batch_id} {row.state} of {row.owner} until {row.lease_until_ms}" for row in rows]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.alive:
+                worker.kill()
+
+
+def play(rig: Rig, plan: Plan) -> Outcome:
+    """Plays one history to its end and judges it."""
+    started = time.monotonic()
+    if plan.overflow is None:
+        plan = replace(plan, overflow=Random(f"window {plan.seed}").random() < 0.15)
+    outcome = Outcome(plan=plan)
+    with rig.databases(window=SMALL_WINDOW if plan.overflow else DEDUPLICATION_WINDOW) as databases:
+        world = World(rig, databases, plan, outcome)
+        try:
+            world.live()
+            stuck = world.settle()
+            outcome.verdict = judge(databases, world.book, overflow=world.overflow)
+            outcome.verdict.violations.extend(f"stuck: {line}" for line in stuck)
+            _listen(world, outcome)
+        finally:
+            world.close()
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _listen(world: World, outcome: Outcome) -> None:
+    """What the runs themselves said: no error outside the tree, none that asks for a person, no discrepancy."""
+    outcome.runs = len(world.workers)
+    outcome.hits += world._wire_hits() + world._told_hits() - world._seen
+    outcome.hits["month changes"] = outcome.verdict.month_changed
+    if world.overflow:
+        outcome.hits["window overflowed"] = outcome.verdict.replayed
+    for worker in world.workers:
+        told = worker.told()
+        if told is None:
+            if not worker.killed:
+                outcome.verdict.violations.append(f"{worker.run.owner} ended without a word")
+            continue
+        outcome.errors += told.errors
+        if worker.declared_dead:
+            outcome.refused_zombies += bool(told.refusals)
+        for text in told.unforeseen:
+            outcome.verdict.violations.append(f"{worker.run.owner} met an error outside the tree:\n{text}")
+        for name in set(told.errors) - EXPECTED_ERRORS:
+            outcome.verdict.violations.append(f"{worker.run.owner} met {name}, which no fault here explains")
+        outcome.verdict.violations.extend(f"{worker.run.owner} saw {line}" for line in told.discrepancies)
+        outcome.verdict.violations.extend(
+            f"{worker.run.owner} was refused in more than one line" for line in told.refusals if "\n" in line
+        )
+
+
+def _to_month_end_s(offset_s: float = 0.0) -> float:
+    now = datetime.now(timezone.utc) + timedelta(seconds=offset_s)
+    next_month = (now.replace(day=1) + timedelta(days=32)).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return (next_month - now).total_seconds()

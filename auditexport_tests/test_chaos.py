@@ -1,0 +1,69 @@
+"""Chaos, the fast profile: a handful of histories that together have every fault, and proof that they can fail.
+
+What belongs here: one history a theme, each of whose faults must really have hit, and the negative controls. What
+does not: the long, random ones (`make chaos`). The servers are this module's own, because histories kill them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from auditexport_tests.chaos.actions import ACTIONS
+from auditexport_tests.chaos.history import BROUGHT_ABOUT_BY, Plan, play
+from auditexport_tests.chaos.proxy import WIRE_KINDS
+from auditexport_tests.chaos.rig import Rig
+
+THEMES: dict[str, Plan] = {
+    "the_wire_to_clickhouse": Plan(seed=1, theme=tuple(f"clickhouse {kind}" for kind in WIRE_KINDS["http"])),
+    "the_wire_to_mysql": Plan(seed=2, theme=tuple(f"mysql {kind}" for kind in WIRE_KINDS["mysql"])),
+    "inside_mysql": Plan(seed=3, theme=("deadlock", "lock wait", "kill connection")),
+    "kills": Plan(seed=4, theme=("kill run", "kill mysql", "kill clickhouse")),
+    "zombies": Plan(seed=5, theme=("zombie", "declare dead", "concurrent drain")),
+    "other_hands": Plan(seed=6, theme=("delete rows", "mark rows", "requeue by hand")),
+    "clocks": Plan(seed=7, theme=("month changes", "clock steps back"), clock=True),
+    "window_overflowed": Plan(
+        seed=8,
+        theme=("kill run", "clickhouse answer lost", "clickhouse unsent", "requeue by hand", "window overflowed"),
+        overflow=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with Rig(tmp_path_factory.mktemp("chaos")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
+    """The promise, under each kind of fault really injected: no loss, no copy, nothing stuck, the books agree."""
+    outcome = play(rig, THEMES[theme])
+
+    assert outcome.verdict.violations == []
+    assert outcome.verdict.events > 0
+    assert [name for name in THEMES[theme].theme if not outcome.hits[name]] == []
+
+
+def test_the_themes_leave_no_action_out() -> None:
+    """A fault that only the long profile knows is a fault that nobody sees break before a release."""
+    themed = {BROUGHT_ABOUT_BY.get(name, name) for plan in THEMES.values() for name in plan.theme}
+    assert ACTIONS.keys() - themed == {"drain", "wait for a run", "wake"}
+
+
+def test_without_token_and_look_first_the_suite_sees_duplicates(rig: Rig) -> None:
+    """The negative control: a writer that merely sends again is caught."""
+    outcome = play(rig, Plan(seed=9, theme=("clickhouse answer lost",), mutation="no token, no look"))
+
+    assert outcome.verdict.duplicated > 0
+    assert any("too often" in line for line in outcome.verdict.violations)
+
+
+def test_with_marks_before_the_write_the_suite_sees_losses(rig: Rig) -> None:
+    """The negative control: an exporter that marks what it has not written is caught."""
+    outcome = play(rig, Plan(seed=10, theme=("clickhouse unsent", "clickhouse refuse"), mutation="mark first"))
+
+    assert outcome.verdict.lost > 0
+    assert any("lost" in line for line in outcome.verdict.violations)
