@@ -13,7 +13,15 @@ import dagster as dg
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.assets import audit_logs_raw_v1, clickhouse_outbox
 from auditexport_pipeline.defs.automation import export_job, export_schedule, outbox_backlog_sensor
+from auditexport_pipeline.defs.checks import recent_exports_reconcile
 from auditexport_pipeline.defs.io import outbox_io_manager
+from auditexport_pipeline.defs.maintenance import (
+    reconcile_audit_logs,
+    reconcile_schedule,
+    requeue_events,
+    sweep_exported_rows,
+    sweep_schedule,
+)
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, ahead
 
 
@@ -46,9 +54,10 @@ def build_defs(**resources: Any) -> dg.Definitions:
     """
     return dg.Definitions(
         assets=[clickhouse_outbox, audit_logs_raw_v1],
-        jobs=[export_job],
+        asset_checks=[recent_exports_reconcile],
+        jobs=[export_job, requeue_events, sweep_exported_rows, reconcile_audit_logs],
         sensors=[outbox_backlog_sensor],
-        schedules=[export_schedule],
+        schedules=[export_schedule, sweep_schedule, reconcile_schedule],
         resources={
             "mysql": MySQLResource(url=dg.EnvVar("AUDITEXPORT_MYSQL_URL")),
             "clickhouse": ClickHouseResource(url=dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),

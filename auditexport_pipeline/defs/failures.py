@@ -24,7 +24,7 @@ FIRST_WAIT_S = 1.0
 
 
 @contextmanager
-def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource) -> Iterator[None]:
+def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource | None = None) -> Iterator[None]:
     """Retries a transient error with backoff and jitter, and fails the step with one clear line otherwise.
 
     A lost lease is not retried: the batch has a new owner, and this run has nothing left to do with it.
@@ -43,12 +43,14 @@ def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource
             wait_s = FIRST_WAIT_S * 2**context.retry_number * random.uniform(0.5, 1.5)
             context.log.warning(f"{error} — trying again in {wait_s:.1f} s")
             raise dg.RetryRequested(max_retries=STEP_RETRIES, seconds_to_wait=wait_s) from error
-        heartbeat.fail()
+        if heartbeat is not None:
+            heartbeat.fail()
         raise dg.Failure(
             description=str(error), metadata={"error": type(error).__name__, "rerun_helps": again}, allow_retries=False
         ) from error
     except Exception as error:
-        heartbeat.fail()
+        if heartbeat is not None:
+            heartbeat.fail()
         stack = traceback.extract_tb(error.__traceback__)
         raise dg.Failure(
             description=f"{type(error).__name__} at {Path(stack[-1].filename).name}:{stack[-1].lineno}, which is a defect "

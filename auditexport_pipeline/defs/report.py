@@ -14,6 +14,9 @@ import dagster as dg
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.core.reconcile import Report
+from auditexport_pipeline.core.requeue import Requeue
+from auditexport_pipeline.core.sweep import Sweep
 
 # The table on the page; a run has 64 batches at most unless it is configured otherwise.
 TABLE_ROWS = 100
@@ -80,6 +83,90 @@ def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -
         lines.append(f"\n…and {len(batches) - TABLE_ROWS} more")
     if not batches:
         return "nothing was pending"
+    return "\n".join(lines)
+
+
+# ── upkeep ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def requeue_metadata(done: Requeue) -> dict[str, dg.MetadataValue | int | float | str]:
+    """In rows; `per_batch` counts them by the batch that had exported them last."""
+    table = ["| batch | rows |", "|---:|---:|"]
+    table += [f"| {batch_id} | {rows:,} |" for batch_id, rows in list(done.by_batch.items())[:TABLE_ROWS]]
+    return {
+        "rows": done.rows,
+        "no_batch_rows": done.no_batch,
+        "open_rows": done.open_rows,
+        "expired_rows": done.expired_rows,
+        "present_rows": done.present_rows,
+        "per_batch": dg.MetadataValue.md("\n".join(table)),
+    }
+
+
+def sweep_metadata(done: Sweep) -> dict[str, dg.MetadataValue | int | float | str]:
+    """In rows and batches."""
+    return {
+        "rows": done.rows,
+        "batches": done.batches,
+        "held_back_batches": done.held_back,
+        "discrepant_batches": len(done.discrepant),
+        "dead_letters_closed": done.letters_closed,
+        "compacted_batches": done.compacted,
+    }
+
+
+def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | float | str]:
+    """In entries; the report itself is a table of what differs, by batch and by workspace and day."""
+    return {
+        "missing": report.found.missing,
+        "duplicated": report.found.duplicated,
+        "unexpected": report.found.unexpected,
+        "altered": report.found.altered,
+        "batches": len(report.batches),
+        "blocks": report.slots,
+        "blocks_compared_by_entry": report.slots_read,
+        "entries_expected": sum(line.entries for line in report.batches),
+        "entries_stored": sum(line.stored for line in report.batches),
+        "open_batches": report.open_batches,
+        "marked_by_others": report.marked_by_others,
+        "repaired_rows": report.repaired.rows if report.repaired else 0,
+        "report": dg.MetadataValue.md(reconcile_table(report)),
+    }
+
+
+def reconcile_table(report: Report) -> str:
+    """The report as markdown: what differs, and what was explained."""
+    lines = [
+        f"**{_when(report.from_ms)}** to **{_when(report.to_ms)}** (UTC, first export): "
+        f"{len(report.batches)} batches, {report.slots} blocks, **{report.found}**",
+        "",
+    ]
+    if report.found.event_ids:
+        lines += [f"Events: {', '.join(report.found.event_ids)}", ""]
+    if report.explained:
+        lines += ["Explained: " + ", ".join(f"{count:,} {what}" for what, count in report.explained.items()), ""]
+    wrong = [line for line in report.batches if line.found or line.explained]
+    if wrong:
+        lines += [
+            "| batch | first export | sent | in ClickHouse | differs | explained |",
+            "|---:|---|---:|---:|---|---|",
+        ]
+        for line in wrong[:TABLE_ROWS]:
+            explained = ", ".join(f"{count:,} {what}" for what, count in line.explained.items())
+            lines.append(
+                f"| {line.batch_id} | {_when(line.inserted_at_ms)} | {line.entries:,} | {line.stored:,} | {line.found} | {explained} |"
+            )
+        lines.append("")
+    lines += ["| workspace | day | rows in the outbox | entries | missing | duplicated | unexpected | altered |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+    places = sorted(report.places.items(), key=lambda item: (not item[1].wrong, -item[1].entries))
+    for (workspace_id, day_ms), place in places[:TABLE_ROWS]:
+        lines.append(
+            f"| {workspace_id or '(swept)'} | {_when(day_ms)[:10]} | {place.rows:,} | {place.entries:,} | {place.missing} "
+            f"| {place.duplicated} | {place.unexpected} | {place.altered} |"
+        )
+    if len(places) > TABLE_ROWS:
+        lines.append(f"\n…and {len(places) - TABLE_ROWS} more")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 # A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
 HEARTBEAT_TIMEOUT_S = 5.0
@@ -37,6 +38,10 @@ class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if driver not in ("mysql+pymysql", "mariadb+pymysql"):
             raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
         return MySQLOutbox(self.url)
+
+    def upkeep(self) -> MySQLUpkeep:
+        """The same database, looked back at; raises as `outbox` does."""
+        return MySQLUpkeep(self.outbox())
 
 
 class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]

@@ -1,0 +1,220 @@
+"""Upkeep as jobs: requeue, sweep, reconcile, and the schedules of the last two.
+
+What belongs here: a launchpad form for each, and saying what came of it. What does not: the work, which `core`
+does the same way for the prompt. Each may run beside a drain, and beside itself.
+"""
+
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.errors import VerificationFailed
+from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.defs.failures import told_to_dagster
+from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
+from auditexport_pipeline.defs.resources import ClickHouseResource, MySQLResource
+
+ASSET = "audit_logs_raw_v1"
+_WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
+_DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")
+
+
+def _by(context: dg.OpExecutionContext, why: str) -> By:
+    who = context.op_config["who"] or f"Dagster run {context.run_id[:8]} of {context.job_name}"
+    return By(who=who, why=context.op_config.get("why") or why)
+
+
+def _optional(kind: Any, meaning: str) -> dg.Field:
+    return dg.Field(dg.Noneable(kind), default_value=None, description=meaning)
+
+
+# ── requeue ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dg.op(
+    config_schema={
+        "event_ids": dg.Field([str], default_value=[], description="These events."),
+        "workspace_id": _optional(str, "Of this workspace."),
+        "from_event_ms": _optional(int, "Event time from, epoch milliseconds, inclusive."),
+        "to_event_ms": _optional(int, "Event time to, exclusive."),
+        "from_exported_ms": _optional(int, "Exported (`deleted_at`) from, epoch milliseconds, inclusive."),
+        "to_exported_ms": _optional(int, "Exported to, exclusive."),
+        "from_pk": _optional(int, "First pk of the outbox."),
+        "to_pk": _optional(int, "Last pk of the outbox."),
+        "batch_ids": dg.Field([int], default_value=[], description="Rows of these batches of the ledger."),
+        "missing_only": dg.Field(bool, default_value=False, description="Only what ClickHouse lacks."),
+        "dry_run": _DRY_RUN,
+        "who": _WHO,
+        "why": dg.Field(str, description="Why; it is kept with the action."),
+    },
+    out=dg.Out(dg.Nothing),
+    description="Clears the marks of exported rows, so that the next drain exports them again under their first "
+    "`inserted_at`. All conditions that are given hold together.",
+)
+def requeue_rows(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
+    settings = dict(context.op_config)
+    with told_to_dagster(context):
+        by = _by(context, "")
+        conditions = {name: settings[name] for name in RowFilter.__dataclass_fields__}
+        wanted = RowFilter(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in conditions.items()}
+        )
+        done = requeue(
+            mysql.outbox(),
+            mysql.upkeep(),
+            clickhouse.audit_log(),
+            wanted,
+            by,
+            missing_only=settings["missing_only"],
+            dry_run=settings["dry_run"],
+        )
+    context.log.info(
+        f"{'would requeue' if settings['dry_run'] else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
+        + (f", action {done.action_id}" if done.action_id else "")
+    )
+    context.add_output_metadata(requeue_metadata(done))
+
+
+@dg.job(description="Exports rows again on purpose: by event, workspace, time, pk or batch.")
+def requeue_events() -> None:
+    requeue_rows()
+
+
+# ── sweep ────────────────────────────────────────────────────────────────────────────────────────
+
+_DEFAULTS = Retention()
+
+
+@dg.op(
+    config_schema={
+        "outbox_days": dg.Field(
+            float,
+            default_value=_DEFAULTS.outbox_days,
+            description="Exported rows stay this many days. From 0 to 3,650.",
+        ),
+        "ledger_days": dg.Field(
+            float,
+            default_value=_DEFAULTS.ledger_days,
+            description="Batches keep their pks this many days; longer than ClickHouse's TTL. From 1 to 36,500.",
+        ),
+        "chunk_rows": dg.Field(
+            int, default_value=_DEFAULTS.chunk_rows, description="Rows deleted by one transaction. From 1 to 50,000."
+        ),
+        "pause_s": dg.Field(
+            float, default_value=_DEFAULTS.pause_s, description="Seconds between two of them. From 0 to 60."
+        ),
+        "max_rows": dg.Field(
+            int, default_value=_DEFAULTS.max_rows, description="Rows of one sweep at most; the rest waits for the next."
+        ),
+        "dry_run": _DRY_RUN,
+        "who": _WHO,
+    },
+    out=dg.Out(dg.Nothing),
+    description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
+)
+def sweep_rows(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
+    settings = dict(context.op_config)
+    with told_to_dagster(context):
+        retention = Retention(**{name: settings[name] for name in Retention.__dataclass_fields__})
+        done = sweep(
+            mysql.outbox(),
+            mysql.upkeep(),
+            clickhouse.audit_log(),
+            retention,
+            _by(context, f"retention of {retention.outbox_days:g} days"),
+            dry_run=settings["dry_run"],
+        )
+        context.add_output_metadata(sweep_metadata(done))
+        context.log.info(
+            f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
+            f"{done.held_back} batches held back, {done.compacted} compacted"
+        )
+        if done.discrepant:
+            raise VerificationFailed(
+                "batches past retention that ClickHouse no longer holds as it did were not swept: "
+                + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.discrepant.items())[:10])
+                + ". Run reconcile_audit_logs with repair, then sweep again"
+            )
+
+
+@dg.job(description="Retention: deletes exported and verified rows that are older than the window.")
+def sweep_exported_rows() -> None:
+    sweep_rows()
+
+
+# ── reconcile ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dg.op(
+    config_schema={
+        "days": dg.Field(float, default_value=7.0, description="Exports of this many days up to now."),
+        "from_ms": _optional(int, "Instead of `days`: first export from, epoch milliseconds, inclusive."),
+        "to_ms": _optional(int, "First export to, exclusive; empty: up to now."),
+        "others_write": dg.Field(
+            bool,
+            default_value=False,
+            description="Somebody else fills audit_logs_raw_v1 as well: count and do not accuse.",
+        ),
+        "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
+        "who": _WHO,
+        "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
+    },
+    out=dg.Out(dg.Nothing),
+    description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
+)
+def reconcile_window(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
+    settings = dict(context.op_config)
+    with told_to_dagster(context):
+        upkeep = mysql.upkeep()
+        now_ms = upkeep.now_ms()
+        from_ms = settings["from_ms"]
+        report = reconcile(
+            mysql.outbox(),
+            upkeep,
+            clickhouse.audit_log(),
+            from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
+            to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
+            repair=_by(context, "reconciliation") if settings["repair"] else None,
+            others_write=settings["others_write"],
+        )
+        metadata = reconcile_metadata(report)
+        context.log_event(dg.AssetObservation(ASSET, metadata=metadata))
+        context.add_output_metadata(metadata)
+        context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
+        if not report.clean:
+            repaired = (
+                f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
+                if report.repaired
+                else ""
+            )
+            raise VerificationFailed(
+                f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. "
+                + (
+                    repaired
+                    or "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
+                )
+            )
+
+
+@dg.job(
+    description="Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing."
+)
+def reconcile_audit_logs() -> None:
+    reconcile_window()
+
+
+sweep_schedule = dg.ScheduleDefinition(
+    name="sweep_schedule",
+    job=sweep_exported_rows,
+    cron_schedule="30 3 * * *",
+    description="Retention, once a day.",
+)
+reconcile_schedule = dg.ScheduleDefinition(
+    name="reconcile_schedule",
+    job=reconcile_audit_logs,
+    cron_schedule="30 4 * * *",
+    description="The last seven days against ClickHouse, once a day.",
+)
