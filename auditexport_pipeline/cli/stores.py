@@ -14,6 +14,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 if TYPE_CHECKING:
     from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
     from auditexport_pipeline.stores.outbox import MySQLOutbox
+    from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 
 def required(name: str) -> str:
@@ -29,6 +30,13 @@ def outbox() -> MySQLOutbox:
     from auditexport_pipeline.stores.outbox import MySQLOutbox
 
     return MySQLOutbox(required("AUDITEXPORT_MYSQL_URL"))
+
+
+def upkeep() -> MySQLUpkeep:
+    """The same database, looked back at."""
+    from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+
+    return MySQLUpkeep(outbox())
 
 
 def audit_log() -> ClickHouseAuditLog:

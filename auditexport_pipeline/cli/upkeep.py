@@ -1,0 +1,361 @@
+"""`auditexport requeue`, `sweep`, `reconcile` and `erasures`: upkeep at the prompt.
+
+What belongs here: options, tables and JSON. What does not: the work, which `core` does the same way for the jobs.
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+
+from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
+from auditexport_pipeline.core.actions import By, Erasure, RowFilter
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from auditexport_pipeline.core.reconcile import Report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+# Lines of a table at the prompt; everything is in `--json`.
+TABLE_ROWS = 40
+
+
+class _Time(click.ParamType):
+    """A moment: epoch milliseconds, or ISO 8601 (UTC where it names no zone)."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if str(value).isdecimal():
+            return int(value)
+        try:
+            moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        except ValueError:
+            self.fail(f"{value!r} is no time; write 2026-11-23, 2026-11-23T04:00 or epoch milliseconds", param, ctx)
+        return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+
+
+def _who(command: Command) -> Command:
+    return click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")(command)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+
+
+def _by(who: str | None, why: str) -> By:
+    return By(who=who or getpass.getuser(), why=why)
+
+
+def _print_json(values: dict[str, object]) -> None:
+    click.echo(msgspec.json.encode(values).decode())
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+# ── requeue ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@click.option("--event-id", "event_ids", multiple=True, help="This event; may be repeated.")
+@click.option("--workspace", "workspace_id", help="Of one workspace.")
+@click.option("--from-event", "from_event_ms", type=_Time(), help="Event time from, inclusive.")
+@click.option("--to-event", "to_event_ms", type=_Time(), help="Event time to, exclusive.")
+@click.option("--from-exported", "from_exported_ms", type=_Time(), help="Exported from, inclusive.")
+@click.option("--to-exported", "to_exported_ms", type=_Time(), help="Exported to, exclusive.")
+@click.option("--from-pk", type=click.IntRange(min=0), help="First pk of the outbox.")
+@click.option("--to-pk", type=click.IntRange(min=0), help="Last pk of the outbox.")
+@click.option("--batch", "batch_ids", type=click.IntRange(min=1), multiple=True, help="Of this batch; may be repeated.")
+@click.option("--missing-only", is_flag=True, help="Only what ClickHouse lacks.")
+@_dry_run
+@_who
+@click.option("--why", required=True, help="Why; it is kept with the action.")
+@_json
+def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_json: bool, **conditions: Any) -> None:
+    """Export rows again: the next drain sends them under their first `inserted_at`, and readers see each event once.
+
+    All conditions that are given hold together. Safe while a drain runs.
+    """
+    from auditexport_pipeline.core.requeue import requeue
+
+    done = requeue(
+        outbox(),
+        upkeep(),
+        audit_log(),
+        RowFilter(**conditions),
+        _by(who, why),
+        missing_only=missing_only,
+        dry_run=dry_run,
+    )
+    if as_json:
+        _print_json({**asdict(done), "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()}})
+        return
+    click.echo(f"{'would requeue' if dry_run else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches")
+    left = {
+        "never exported by us": done.no_batch,
+        "left alone, in a batch that is still open": done.open_rows,
+        "left alone, past ClickHouse's TTL": done.expired_rows,
+        "left alone, ClickHouse has them": done.present_rows,
+    }
+    for what, rows in left.items():
+        if rows:
+            click.echo(f"  {rows:,} {what}")
+    if done.by_batch:
+        table = _table("batch", "rows")
+        for batch_id, rows in list(done.by_batch.items())[:TABLE_ROWS]:
+            table.add_row(str(batch_id), f"{rows:,}")
+        _print(table)
+    if done.action_id:
+        click.echo(f"recorded as action {done.action_id}; the next drain exports them")
+
+
+# ── sweep ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@click.option("--outbox-days", type=float, default=30.0, show_default=True, help="Exported rows stay this long.")
+@click.option("--ledger-days", type=float, default=400.0, show_default=True, help="Batches keep their pks this long.")
+@click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
+@click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
+@click.option("--max-rows", type=int, default=10_000_000, show_default=True, help="The rest waits for the next sweep.")
+@_dry_run
+@_who
+@_json
+def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> None:
+    """Delete exported rows past retention, once ClickHouse is seen to hold them. May be ended at any moment.
+
+    Exit status 1 when a batch was left because ClickHouse no longer holds it.
+    """
+    from auditexport_pipeline.core.sweep import Retention, sweep
+
+    wanted = Retention(**retention)
+    by = _by(who, f"retention of {wanted.outbox_days:g} days")
+    done = sweep(outbox(), upkeep(), audit_log(), wanted, by, dry_run=dry_run)
+    if as_json:
+        _print_json(
+            {
+                "rows": done.rows,
+                "batches": done.batches,
+                "held_back_batches": done.held_back,
+                "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
+                "dead_letters_closed": done.letters_closed,
+                "compacted_batches": done.compacted,
+                "stopped_early": done.stopped_early,
+            }
+        )
+    else:
+        click.echo(f"{'would sweep' if dry_run else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches")
+        if done.held_back:
+            click.echo(
+                f"  {done.held_back} batches held back: not verified, or discrepant; see `auditexport reconcile`"
+            )
+        if done.stopped_early:
+            click.echo("  max-rows was reached; sweep again for the rest")
+        for batch_id, found in done.discrepant.items():
+            click.echo(f"  batch {batch_id} was left: ClickHouse no longer holds it ({found})", err=True)
+    if done.discrepant:
+        sys.exit(BAD_OUTCOME)
+
+
+# ── reconcile ────────────────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@click.option("--days", type=float, default=7.0, show_default=True, help="Exports of this many days up to now.")
+@click.option("--from", "from_ms", type=_Time(), help="Instead of --days: first export from, inclusive.")
+@click.option("--to", "to_ms", type=_Time(), help="First export to, exclusive.  [default: now]")
+@click.option("--others-write", is_flag=True, help="Somebody else fills the table too: count, do not accuse.")
+@click.option("--repair", is_flag=True, help="Requeue exactly what is missing.")
+@_who
+@click.option("--why", default="reconciliation", show_default=True, help="Kept with the repair.")
+@_json
+def reconcile(
+    days: float,
+    from_ms: int | None,
+    to_ms: int | None,
+    others_write: bool,
+    repair: bool,
+    who: str | None,
+    why: str,
+    as_json: bool,
+) -> None:
+    """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered.
+
+    Exit status 1 when they differ, also when it was repaired: run again after the next drain.
+    """
+    from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+
+    ledger = upkeep()
+    now_ms = ledger.now_ms()
+    report = reconcile(
+        outbox(),
+        ledger,
+        audit_log(),
+        from_ms=from_ms if from_ms is not None else now_ms - int(days * DAY_MS),
+        to_ms=to_ms if to_ms is not None else now_ms,
+        repair=_by(who, why) if repair else None,
+        others_write=others_write,
+    )
+    if as_json:
+        _print_json(_report_values(report))
+    else:
+        _show_report(report)
+    if not report.clean:
+        sys.exit(BAD_OUTCOME)
+
+
+def _report_values(report: Report) -> dict[str, object]:
+    return {
+        "from_ms": report.from_ms,
+        "to_ms": report.to_ms,
+        "missing": report.found.missing,
+        "duplicated": report.found.duplicated,
+        "unexpected": report.found.unexpected,
+        "altered": report.found.altered,
+        "event_ids": list(report.found.event_ids),
+        "explained": dict(report.explained),
+        "open_batches": report.open_batches,
+        "marked_by_others": report.marked_by_others,
+        "repaired_rows": report.repaired.rows if report.repaired else 0,
+        "batches": [
+            {
+                "batch_id": line.batch_id,
+                "entries": line.entries,
+                "stored": line.stored,
+                "swept": line.swept,
+                "found": str(line.found),
+                "explained": line.explained,
+            }
+            for line in report.batches
+        ],
+        "places": [
+            {"workspace_id": workspace_id, "day": _day(day_ms), **asdict(place)}
+            for (workspace_id, day_ms), place in sorted(report.places.items())
+        ],
+    }
+
+
+def _show_report(report: Report) -> None:
+    click.echo(
+        f"{_moment(report.from_ms)} to {_moment(report.to_ms)} UTC: {len(report.batches):,} batches, {report.slots:,} blocks "
+        f"({report.slots_read:,} compared entry by entry)"
+    )
+    click.secho(
+        "outbox and ClickHouse agree" if report.clean else f"they differ: {report.found}",
+        fg="green" if report.clean else "red",
+    )
+    for what, count in report.explained.items():
+        click.echo(f"  explained: {count:,} {what}")
+    if report.open_batches:
+        click.echo(f"  {report.open_batches} batches are not closed yet: the next drain sees to them")
+    if report.found.event_ids:
+        click.echo(f"  events: {', '.join(report.found.event_ids)}")
+    wrong = [line for line in report.batches if line.found]
+    if wrong:
+        table = _table("batch", "sent", "in ClickHouse", "differs")
+        for line in wrong[:TABLE_ROWS]:
+            table.add_row(str(line.batch_id), f"{line.entries:,}", f"{line.stored:,}", str(line.found))
+        _print(table)
+    places = [(place, numbers) for place, numbers in sorted(report.places.items()) if numbers.wrong]
+    if places:
+        table = _table("workspace", "day", "rows", "entries", "missing", "duplicated", "unexpected", "altered")
+        for (workspace_id, day_ms), numbers in places[:TABLE_ROWS]:
+            counts = (
+                numbers.rows,
+                numbers.entries,
+                numbers.missing,
+                numbers.duplicated,
+                numbers.unexpected,
+                numbers.altered,
+            )
+            table.add_row(workspace_id or "(swept)", _day(day_ms), *(f"{count:,}" for count in counts))
+        _print(table)
+    if report.repaired:
+        click.echo(
+            f"requeued {report.repaired.rows:,} rows, action {report.repaired.action_id}; run again after a drain"
+        )
+    elif report.found.missing:
+        click.echo("to do: `auditexport reconcile --repair`, then a drain, then reconcile again")
+    if report.found.altered:
+        click.echo(
+            "to do: find out who altered them; `auditexport requeue --event-id …` exports the outbox's version again"
+        )
+
+
+def _moment(at_ms: int) -> str:
+    return datetime.fromtimestamp(max(0, at_ms) / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _day(at_ms: int) -> str:
+    return _moment(at_ms)[:10]
+
+
+# ── erasures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@main.group()
+def erasures() -> None:
+    """Deliberate erasures from ClickHouse, recorded so that nobody takes them for a loss."""
+
+
+@erasures.command("add")
+@click.option("--workspace", "workspace_id", required=True, help="Whose events.")
+@click.option(
+    "--event-id", "event_ids", multiple=True, help="These events; without, all of the workspace in the range."
+)
+@click.option("--from-event", "from_ms", type=_Time(), help="Event time from, inclusive.")
+@click.option("--to-event", "to_ms", type=_Time(), help="Event time to, exclusive.")
+@_who
+@click.option("--why", required=True, help="Such as the request's number.")
+def add_erasure(
+    workspace_id: str, event_ids: tuple[str, ...], from_ms: int | None, to_ms: int | None, who: str | None, why: str
+) -> None:
+    """Record an erasure: who, when, why, which. It erases nothing itself."""
+    wanted = [
+        Erasure(workspace_id=workspace_id, event_id=event_id, from_ms=from_ms, to_ms=to_ms)
+        for event_id in event_ids or ("",)
+    ]
+    action_id = upkeep().add_erasures(_by(who, why), wanted)
+    click.echo(f"recorded {len(wanted)} erasures as action {action_id}")
+
+
+@erasures.command("list")
+@_json
+def list_erasures(as_json: bool) -> None:
+    """Every recorded erasure, oldest first."""
+    found = upkeep().erasures()
+    if as_json:
+        _print_json({"erasures": [{"at_ms": one.at_ms, **asdict(one.by), **asdict(one.erasure)} for one in found]})
+        return
+    table = _table("when", "workspace", "event", "event time", "who", "why")
+    for one in found:
+        ends = [_moment(end) if end is not None else "" for end in (one.erasure.from_ms, one.erasure.to_ms)]
+        span = " – ".join(ends) if any(ends) else "any"
+        table.add_row(
+            _moment(one.at_ms), one.erasure.workspace_id, one.erasure.event_id or "all", span, one.by.who, one.by.why
+        )
+    _print(table)
