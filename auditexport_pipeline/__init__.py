@@ -6,6 +6,7 @@
                         fetch    ▼  │                            │
                             clickhouse_outbox_batch: the ledger ─┘
                             clickhouse_outbox_dead_letter: rows no event can be made of
+                            clickhouse_outbox_action, _erasure: what operators did, who and why
 
 A batch is claimed in the ledger, fetched and sealed, written block by block, marked in the outbox, and
 verified in ClickHouse. Every step can be run again after any crash; `core/__init__.py` says what each

@@ -6,11 +6,13 @@ nearly everything is history. What does not: how long they take (`benchmarks`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline.stores import upkeep
 from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
@@ -80,8 +82,10 @@ def busy(stack: Stack) -> MySQLOutbox:
     return stack.outbox
 
 
-def explain(outbox: MySQLOutbox, name: str, values: dict[str, object]) -> list[Step]:
-    statement = sa.text(f"EXPLAIN FORMAT=TRADITIONAL {SQL[name].text}")
+def explain(
+    outbox: MySQLOutbox, name: str, values: dict[str, object], statements: Mapping[str, sa.TextClause] = SQL
+) -> list[Step]:
+    statement = sa.text(f"EXPLAIN FORMAT=TRADITIONAL {statements[name].text}")
     for parameter, value in values.items():
         if isinstance(value, list):
             statement = statement.bindparams(sa.bindparam(parameter, expanding=True))
@@ -152,3 +156,39 @@ def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> Non
         steps = explain(busy, name, STATEMENTS[name][2])
         (step,) = [step for step in steps if step.table == "clickhouse_outbox"]
         assert "Using index" in step.extra, steps
+
+
+UPKEEP: dict[str, tuple[str, dict[str, object]]] = {
+    "sweepable": ("sweep_idx", {"before_ms": 1, "after_id": 0, "row_limit": 50}),
+    "held_back": ("sweep_idx", {"before_ms": 1}),
+    "inserted_between": ("inserted_idx", {"from_ms": 1_010, "to_ms": 1_020, "after_id": 0, "row_limit": 100}),
+    "requeued_over": ("last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
+    "held_between": ("last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
+    "count_stamped": ("drainer_pending_idx", {"stamp_ms": 5}),
+    "marked_between": (
+        "PRIMARY",
+        {
+            "first_pk": 20_000,
+            "last_pk": 20_400,
+            "workspace_id": "ws",
+            "any_event": 1,
+            "event_ids": [""],
+            "from_event_ms": None,
+            "to_event_ms": None,
+        },
+    ),
+    "unmark_between": ("PRIMARY", {"first_pk": 20_000, "last_pk": 20_400}),
+    "unmark_in": ("PRIMARY", {"pks": PKS}),
+    "delete_between": ("PRIMARY", {"first_pk": 20_000, "last_pk": 20_400, "before_ms": 1}),
+    "delete_in": ("PRIMARY", {"pks": PKS, "before_ms": 1}),
+}
+
+
+def test_upkeep_goes_by_pk_or_by_the_ledgers_indexes(busy: MySQLOutbox) -> None:
+    """A sweep that went by `deleted_at` would lock what it only looks at; a look back must not read the whole ledger."""
+    wrong = []
+    for name, (key, values) in UPKEEP.items():
+        (step,) = explain(busy, name, values, upkeep.SQL)
+        if step.key != key or step.access in ("ALL", "index"):
+            wrong.append(f"{name}: {step}")
+    assert not wrong, "\n".join(wrong)

@@ -5,7 +5,7 @@ ClickHouse exactly once, or is a dead letter with a reason. This is how the prom
 
 States. The ledger, a table in the outbox's own database, is the one source of truth about batches:
 
-    claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified
+    claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified ──▶ compacted       swept, long ago: only the record
                   │                        └──────▶ discrepant   ClickHouse lost or changed something
                   └──▶ stopped ──▶ sealed                        rows vanished before they were written
 
@@ -40,6 +40,13 @@ ClickHouse checks against its own clock before it takes a row. So a process that
 and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer
 be reproduced (`stopped`) waits for the end of the lease: then no INSERT of it can be on its way.
 
+After the export. A requeue (`core.requeue`, or a mark cleared by hand) makes rows pending again; the next claim sees
+that a closed batch had them, and sends them as a new generation under their first `inserted_at`, so that copies
+collapse and retention does not start over. Reconciliation (`core.reconcile`) holds both stores against each other
+long after: by count, by the fingerprint that was sealed, and by a hash of all columns that was observed at the
+verification; where they differ, `core.compare` goes entry by entry and knows what merges, the TTL, requeues and
+recorded erasures take away or add. A batch that was `discrepant` is `verified` again once nothing differs.
+
 The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds
 in which a first attempt is still running.
 
@@ -53,6 +60,7 @@ Invariants (the tests are named after them):
  6. Every effect of an owner is fenced.
  7. Rows of an unknown version are never touched, and always visible as a number.
  8. An undecodable row never blocks its neighbours and never vanishes.
- 9. Nothing is deleted here at all.
+ 9. Retention deletes only rows that are exported, older than the window and verified present, looked at once more
+    right before they go (`core.sweep`).
 10. Payloads are nowhere but in the two databases: not in Dagster, logs, metadata or errors.
 """

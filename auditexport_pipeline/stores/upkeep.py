@@ -30,7 +30,7 @@ _LISTS = {
     "count_due_in": "pks",
     "delete_in": "pks",
 }
-_SQL: dict[str, TextClause] = {
+SQL: dict[str, TextClause] = {
     name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
     for name, statement in load("upkeep.sql").items()
 }
@@ -59,14 +59,14 @@ class MySQLUpkeep:
 
     def _batches(self, statement: str, values: Mapping[str, object]) -> list[Batch]:
         with self.outbox.transaction("reading the ledger") as connection:
-            return [_with_sweep(row) for row in connection.execute(_SQL[statement], values)]
+            return [_with_sweep(row) for row in connection.execute(SQL[statement], values)]
 
     def held(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
         found: dict[int, PkSet] = {}
         with self.outbox.transaction("reading the ledger") as connection:
             for first_pk, last_pk in pks.spans(64):
-                for row in connection.execute(_SQL["held_between"], {"first_pk": first_pk, "last_pk": last_pk}):
+                for row in connection.execute(SQL["held_between"], {"first_pk": first_pk, "last_pk": last_pk}):
                     common = PkSet.parse(row.pks) & pks
                     if common:
                         found[row.batch_id] = common
@@ -75,19 +75,19 @@ class MySQLUpkeep:
     def slot_owner(self, slot_ms: int) -> int | None:
         with self.outbox.transaction("reading the ledger") as connection:
             values = {"slot_ms": slot_ms, "in_manifest": f'%"at":{slot_ms},%'}
-            found: int | None = connection.execute(_SQL["slot_owner"], values).scalar()
+            found: int | None = connection.execute(SQL["slot_owner"], values).scalar()
             return found
 
     def open_pks(self) -> PkSet:
         pks = PkSet()
         with self.outbox.transaction("reading the ledger") as connection:
-            for row in connection.execute(_SQL["open_pks"]):
+            for row in connection.execute(SQL["open_pks"]):
                 pks |= PkSet.parse(row.pks)
         return pks
 
     def first_inserted_ms(self) -> int | None:
         with self.outbox.transaction("reading the ledger") as connection:
-            found: int | None = connection.execute(_SQL["first_inserted"]).scalar()
+            found: int | None = connection.execute(SQL["first_inserted"]).scalar()
             return found
 
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
@@ -98,23 +98,23 @@ class MySQLUpkeep:
             "observed": observed_to_text(observed),
         }
         with self.outbox.transaction(f"recording the reconciliation of batch {batch.batch_id}") as connection:
-            connection.execute(_SQL["reconciled"], values)
+            connection.execute(SQL["reconciled"], values)
 
     # ── the outbox's marks ───────────────────────────────────────────────────────────────────────
 
     def strange_stamps(self) -> list[int]:
         """Values of `deleted_at` that no batch of the ledger has set, ascending."""
         with self.outbox.transaction("reading marks") as connection:
-            marks = {row.stamp_ms for row in connection.execute(_SQL["outbox_stamps"])}
-            return sorted(marks - {row.stamp_ms for row in connection.execute(_SQL["ledger_stamps"])})
+            marks = {row.stamp_ms for row in connection.execute(SQL["outbox_stamps"])}
+            return sorted(marks - {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])})
 
     def count_stamped(self, stamp_ms: int) -> int:
         with self.outbox.transaction("counting marks") as connection:
-            return int(connection.execute(_SQL["count_stamped"], {"stamp_ms": stamp_ms}).scalar_one())
+            return int(connection.execute(SQL["count_stamped"], {"stamp_ms": stamp_ms}).scalar_one())
 
     def stamped(self, stamp_ms: int, versions: Sequence[str]) -> PkSet:
         with self.outbox.transaction("reading marks") as connection:
-            rows = connection.execute(_SQL["stamped"], {"stamp_ms": stamp_ms, "versions": list(versions)})
+            rows = connection.execute(SQL["stamped"], {"stamp_ms": stamp_ms, "versions": list(versions)})
             return PkSet.of(row.pk for row in rows)
 
     def dead_among(self, pks: PkSet) -> PkSet:
@@ -122,7 +122,7 @@ class MySQLUpkeep:
         dead = PkSet()
         with self.outbox.transaction("reading dead letters") as connection:
             for chunk in pks.chunks(5_000):
-                rows = connection.execute(_SQL["dead_among"], {"pks": list(chunk)})
+                rows = connection.execute(SQL["dead_among"], {"pks": list(chunk)})
                 dead |= PkSet.of(row.pk for row in rows)
         return dead
 
@@ -135,17 +135,17 @@ class MySQLUpkeep:
         if wanted.from_exported_ms is not None or wanted.to_exported_ms is not None:
             limits = {"from_ms": wanted.from_exported_ms or 0, "to_ms": wanted.to_exported_ms or 2**63 - 1}
             with self.outbox.transaction("reading marks") as connection:
-                found = PkSet.of(row.pk for row in connection.execute(_SQL["stamped_between"], limits))
+                found = PkSet.of(row.pk for row in connection.execute(SQL["stamped_between"], limits))
             within = found if within is None else within & found
         for first_pk, last_pk in self._spans(wanted, within):
             while True:
                 with self.outbox.transaction("looking for rows") as connection:
-                    first: int | None = connection.execute(_SQL["next_pk"], {"pk": first_pk}).scalar()
+                    first: int | None = connection.execute(SQL["next_pk"], {"pk": first_pk}).scalar()
                     if first is None or first > last_pk:
                         break
                     until = min(last_pk, first + SCAN_PKS - 1)
                     values = {"first_pk": first, "last_pk": until, **_conditions(wanted)}
-                    pks = PkSet.of(row.pk for row in connection.execute(_SQL["marked_between"], values))
+                    pks = PkSet.of(row.pk for row in connection.execute(SQL["marked_between"], values))
                 if within is not None:
                     pks &= within
                 if pks:
@@ -157,7 +157,7 @@ class MySQLUpkeep:
             spans = within.spans(64) if within else []
         else:
             with self.outbox.transaction("looking for rows") as connection:
-                ends = connection.execute(_SQL["outbox_ends"]).one()
+                ends = connection.execute(SQL["outbox_ends"]).one()
             spans = [(ends.first_pk, ends.last_pk)] if ends.first_pk is not None else []
         low = wanted.from_pk if wanted.from_pk is not None else 0
         high = wanted.to_pk if wanted.to_pk is not None else 2**64 - 1
@@ -169,7 +169,7 @@ class MySQLUpkeep:
         for chunk in pks.chunks(SCAN_PKS):
             with self.outbox.transaction("counting rows") as connection:
                 for statement, values in by_shape("workspaces", chunk):
-                    for row in connection.execute(_SQL[statement], values):
+                    for row in connection.execute(SQL[statement], values):
                         counts[row.workspace_id] = counts.get(row.workspace_id, 0) + row.n
         return counts
 
@@ -188,7 +188,7 @@ class MySQLUpkeep:
         """Clears the marks of these rows and counts them in the action, in one transaction; returns how many."""
         with self.outbox.transaction("clearing marks") as connection:
             rows = _effect(connection, "unmark", pks, {})
-            connection.execute(_SQL["count_action"], {"action_id": action_id, "rows": rows})
+            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
             return rows
 
     def sweepable(self, before_ms: int, after_id: int, batches: int) -> list[Batch]:
@@ -196,38 +196,38 @@ class MySQLUpkeep:
 
     def held_back(self, before_ms: int) -> int:
         with self.outbox.transaction("counting batches") as connection:
-            return int(connection.execute(_SQL["held_back"], {"before_ms": before_ms}).scalar_one())
+            return int(connection.execute(SQL["held_back"], {"before_ms": before_ms}).scalar_one())
 
     def count_due(self, pks: PkSet, before_ms: int) -> int:
         rows = 0
         for chunk in pks.chunks(SCAN_PKS):
             with self.outbox.transaction("counting rows") as connection:
                 for statement, values in by_shape("count_due", chunk):
-                    rows += connection.execute(_SQL[statement], {**values, "before_ms": before_ms}).scalar_one()
+                    rows += connection.execute(SQL[statement], {**values, "before_ms": before_ms}).scalar_one()
         return rows
 
     def delete(self, batch_id: int, pks: PkSet, before_ms: int, action_id: int) -> int:
         """Deletes those of these rows that were exported before, and counts them, in one transaction."""
         with self.outbox.transaction(f"sweeping rows of batch {batch_id}") as connection:
             rows = _effect(connection, "delete", pks, {"before_ms": before_ms})
-            connection.execute(_SQL["count_swept"], {"batch_id": batch_id, "rows": rows})
-            connection.execute(_SQL["count_action"], {"action_id": action_id, "rows": rows})
+            connection.execute(SQL["count_swept"], {"batch_id": batch_id, "rows": rows})
+            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
             return rows
 
     def record_swept(self, batch_id: int) -> None:
         with self.outbox.transaction(f"recording batch {batch_id} as swept") as connection:
-            connection.execute(_SQL["record_swept"], {"batch_id": batch_id})
+            connection.execute(SQL["record_swept"], {"batch_id": batch_id})
 
     def compact(self, before_ms: int, batches: int, by: By) -> int:
         """Compacts swept batches exported before, at most `batches`, and records it; returns how many."""
         with self.outbox.transaction("compacting the ledger") as connection:
             due = [
                 batch_of(row)
-                for row in connection.execute(_SQL["compactable"], {"before_ms": before_ms, "row_limit": batches})
+                for row in connection.execute(SQL["compactable"], {"before_ms": before_ms, "row_limit": batches})
             ]
             for batch in due:
                 connection.execute(
-                    _SQL["compact"], {"batch_id": batch.batch_id, "manifest": compacted_text(batch.blocks)}
+                    SQL["compact"], {"batch_id": batch.batch_id, "manifest": compacted_text(batch.blocks)}
                 )
             if due:
                 actions.record(connection, "compact", by, {"before_ms": before_ms}, len(due))
@@ -236,7 +236,7 @@ class MySQLUpkeep:
     def close_letters(self) -> int:
         """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
         with self.outbox.transaction("closing dead letters") as connection:
-            return int(connection.execute(_SQL["close_letters"]).rowcount)
+            return int(connection.execute(SQL["close_letters"]).rowcount)
 
     def add_erasures(self, by: By, erasures: Collection[Erasure]) -> int:
         """Records erasures, all or none, and returns the action's id."""
@@ -252,7 +252,7 @@ class MySQLUpkeep:
                     "from_ms": erasure.from_ms,
                     "to_ms": erasure.to_ms,
                 }
-                connection.execute(_SQL["add_erasure"], values)
+                connection.execute(SQL["add_erasure"], values)
             return action_id
 
     def erasures(self) -> list[RecordedErasure]:
@@ -265,7 +265,7 @@ class MySQLUpkeep:
                     at_ms=row.at_ms,
                     by=By(who=row.who, why=row.why),
                 )
-                for row in connection.execute(_SQL["erasures"])
+                for row in connection.execute(SQL["erasures"])
             ]
 
 
@@ -278,7 +278,7 @@ def _with_sweep(row: Row[Any]) -> Batch:
 
 def _effect(connection: Connection, kind: str, pks: PkSet, values: Mapping[str, object]) -> int:
     return sum(
-        connection.execute(_SQL[statement], {**where, **values}).rowcount for statement, where in by_shape(kind, pks)
+        connection.execute(SQL[statement], {**where, **values}).rowcount for statement, where in by_shape(kind, pks)
     )
 
 
