@@ -13,6 +13,8 @@ import dagster as dg
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.assets import audit_logs_raw_v1, clickhouse_outbox
 from auditexport_pipeline.defs.automation import export_job, export_schedule, outbox_backlog_sensor
+from auditexport_pipeline.defs.checks import no_dead_letters_standing
+from auditexport_pipeline.defs.dead_letters import retry_dead_letters
 from auditexport_pipeline.defs.io import outbox_io_manager
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, ahead
 
@@ -46,7 +48,8 @@ def build_defs(**resources: Any) -> dg.Definitions:
     """
     return dg.Definitions(
         assets=[clickhouse_outbox, audit_logs_raw_v1],
-        jobs=[export_job],
+        asset_checks=[no_dead_letters_standing],
+        jobs=[export_job, retry_dead_letters],
         sensors=[outbox_backlog_sensor],
         schedules=[export_schedule],
         resources={

@@ -31,7 +31,7 @@ What each crash leaves, and why it is harmless:
     some chunks of marks          written                   marks the rest; the stamp is the same, so it can tell
     `exported`                    exported                  verifies
     a refused block               sealed, cut as before     is refused again, and cuts again
-    the new cut of one            sealed, cut anew          sends the new blocks
+    the new cut of one            sealed, cut anew          sends the new blocks; rows given back are pending
 
 Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
 because the ledger holds a higher epoch. What it sends to ClickHouse is fenced twice: the token makes a
@@ -39,6 +39,10 @@ replay of the same block nothing, and the INSERT itself carries the end of the l
 ClickHouse checks against its own clock before it takes a row. So a process that was paused for an hour
 and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer
 be reproduced (`stopped`) waits for the end of the lease: then no INSERT of it can be on its way.
+
+Dead letters. An open or a discarded one holds its row: no batch takes it. Retried, the row is pending again;
+`core.dead_letters` has the states. What an attempt does about rows that ClickHouse refuses is bounded
+(`core.culprits`), so that one workspace's flood costs the others nothing but that.
 
 The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds
 in which a first attempt is still running.
