@@ -13,7 +13,8 @@ import dagster as dg
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.assets import audit_logs_raw_v1, clickhouse_outbox
 from auditexport_pipeline.defs.automation import export_job, export_schedule, outbox_backlog_sensor
-from auditexport_pipeline.defs.checks import recent_exports_reconcile
+from auditexport_pipeline.defs.checks import no_dead_letters_standing, recent_exports_reconcile
+from auditexport_pipeline.defs.dead_letters import retry_dead_letters
 from auditexport_pipeline.defs.io import outbox_io_manager
 from auditexport_pipeline.defs.maintenance import (
     reconcile_audit_logs,
@@ -54,8 +55,8 @@ def build_defs(**resources: Any) -> dg.Definitions:
     """
     return dg.Definitions(
         assets=[clickhouse_outbox, audit_logs_raw_v1],
-        asset_checks=[recent_exports_reconcile],
-        jobs=[export_job, requeue_events, sweep_exported_rows, reconcile_audit_logs],
+        asset_checks=[recent_exports_reconcile, no_dead_letters_standing],
+        jobs=[export_job, requeue_events, sweep_exported_rows, reconcile_audit_logs, retry_dead_letters],
         sensors=[outbox_backlog_sensor],
         schedules=[export_schedule, sweep_schedule, reconcile_schedule],
         resources={

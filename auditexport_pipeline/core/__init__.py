@@ -31,7 +31,7 @@ What each crash leaves, and why it is harmless:
     some chunks of marks          written                   marks the rest; the stamp is the same, so it can tell
     `exported`                    exported                  verifies
     a refused block               sealed, cut as before     is refused again, and cuts again
-    the new cut of one            sealed, cut anew          sends the new blocks
+    the new cut of one            sealed, cut anew          sends the new blocks; rows given back are pending
 
 Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
 because the ledger holds a higher epoch. What it sends to ClickHouse is fenced twice: the token makes a
@@ -46,6 +46,10 @@ collapse and retention does not start over. Reconciliation (`core.reconcile`) ho
 long after: by count, by the fingerprint that was sealed, and by a hash of all columns that was observed at the
 verification; where they differ, `core.compare` goes entry by entry and knows what merges, the TTL, requeues and
 recorded erasures take away or add. A batch that was `discrepant` is `verified` again once nothing differs.
+
+Dead letters. An open or a discarded one holds its row: no batch takes it. Retried, the row is pending again;
+`core.dead_letters` has the states. What an attempt does about rows that ClickHouse refuses is bounded
+(`core.culprits`), so that one workspace's flood costs the others nothing but that.
 
 The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds
 in which a first attempt is still running.

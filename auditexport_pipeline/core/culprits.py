@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 # For one attempt to write one batch. A bad row among 100,000 that nothing explains is found with 34; of a flood of
-# such rows one attempt finds some fifty, and the rest waits in the backlog for the next drain.
+# such rows one attempt finds some hundred, and the rest waits in the backlog for the next drain.
 QUESTIONS = 256
 
 Answer = TypeVar("Answer")

@@ -194,7 +194,8 @@ def finish_export(
         verified = verify.verify(outbox, clickhouse.audit_log(), outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
         batches = outbox.batches(batch_ids)
         backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
-        context.add_output_metadata(run_metadata(batches, verified, backlog, time.time() - planned.started_at_s))
+        dead = outbox.dead_by_reason()
+        context.add_output_metadata(run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s))
         wrong = {batch_id: found for batch_id, found in verified.items() if found}
         if wrong:
             raise VerificationFailed(

@@ -35,7 +35,11 @@ def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | flo
 
 
 def run_metadata(
-    batches: Sequence[Batch], verified: Mapping[int, Discrepancy], backlog: Backlog, seconds: float
+    batches: Sequence[Batch],
+    verified: Mapping[int, Discrepancy],
+    backlog: Backlog,
+    dead_by_reason: Mapping[str, int],
+    seconds: float,
 ) -> dict[str, dg.MetadataValue | int | float | str]:
     """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes sent."""
     rows = sum(batch.marked_rows for batch in batches)
@@ -54,6 +58,7 @@ def run_metadata(
         "rows_per_s": round(rows / seconds, 1) if seconds else 0.0,
         "verified_batches": sum(1 for found in verified.values() if not found),
         **backlog_metadata(backlog),
+        "dead_letters_by_reason": dg.MetadataValue.md(counts_table("reason", dead_by_reason)),
         "per_batch": dg.MetadataValue.md(batch_table(batches, verified)),
     }
     if oldest and newest:
@@ -64,6 +69,15 @@ def run_metadata(
             dg.MetadataValue.timestamp(max(newest) / 1000) if _datable(max(newest)) else str(max(newest))
         )
     return metadata
+
+
+def counts_table(what: str, counts: Mapping[str, int]) -> str:
+    """One line a name, as markdown; names that an application chose stay in their cell."""
+    if not counts:
+        return "none"
+    lines = [f"| {what} | dead letters |", "|---|---:|"]
+    lines += [f"| {_in_cell(name)} | {count:,} |" for name, count in counts.items()]
+    return "\n".join(lines)
 
 
 def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -> str:
@@ -168,6 +182,10 @@ def reconcile_table(report: Report) -> str:
     if len(places) > TABLE_ROWS:
         lines.append(f"\n…and {len(places) - TABLE_ROWS} more")
     return "\n".join(lines)
+
+
+def _in_cell(name: str) -> str:
+    return "".join(letter if letter.isprintable() and letter not in "|`<" else "?" for letter in name)
 
 
 def _datable(at_ms: int) -> bool:

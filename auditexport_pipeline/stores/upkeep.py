@@ -17,7 +17,7 @@ from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasu
 from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_text, observed_to_text
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy
-from auditexport_pipeline.stores import actions
+from auditexport_pipeline.stores import actions, dead_letters
 from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of, by_shape
 from auditexport_pipeline.stores.statements import load
 
@@ -235,8 +235,7 @@ class MySQLUpkeep:
 
     def close_letters(self) -> int:
         """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
-        with self.outbox.transaction("closing dead letters") as connection:
-            return int(connection.execute(SQL["close_letters"]).rowcount)
+        return dead_letters.upkeep(self.outbox)
 
     def add_erasures(self, by: By, erasures: Collection[Erasure]) -> int:
         """Records erasures, all or none, and returns the action's id."""

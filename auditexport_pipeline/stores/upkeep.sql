@@ -165,13 +165,6 @@ WHERE state = 'verified' AND swept_at_ms IS NOT NULL AND exported_at_ms <= :befo
 UPDATE clickhouse_outbox_batch SET state = 'compacted', pks = '', manifest = :manifest
 WHERE batch_id = :batch_id AND state = 'verified' AND swept_at_ms IS NOT NULL
 
--- name: close_letters
--- letter_state_idx for the letters, primary key for the rows. A letter whose row is gone, or was marked by somebody.
-UPDATE clickhouse_outbox_dead_letter AS letter
-LEFT JOIN clickhouse_outbox AS outbox FORCE INDEX (PRIMARY) ON outbox.pk = letter.pk AND outbox.deleted_at IS NULL
-SET letter.state = 'gone', letter.updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
-WHERE letter.state IN ('open', 'discarded') AND outbox.pk IS NULL
-
 -- ── actions and erasures ────────────────────────────────────────────────────────────────────────
 
 -- name: count_action
