@@ -6,7 +6,9 @@ does not: the long, random ones (`make chaos`). The servers are this module's ow
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +17,8 @@ from auditexport_tests.chaos.history import BROUGHT_ABOUT_BY, Plan, play
 from auditexport_tests.chaos.proxy import WIRE_KINDS
 from auditexport_tests.chaos.rig import Rig
 
+# Of one theme at most, until each of its faults has hit.
+HISTORIES = 4
 THEMES: dict[str, Plan] = {
     "the_wire_to_clickhouse": Plan(seed=1, theme=tuple(f"clickhouse {kind}" for kind in WIRE_KINDS["http"])),
     "the_wire_to_mysql": Plan(seed=2, theme=tuple(f"mysql {kind}" for kind in WIRE_KINDS["mysql"])),
@@ -40,11 +44,16 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 @pytest.mark.parametrize("theme", THEMES)
 def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
     """The promise, under each kind of fault really injected: no loss, no copy, nothing stuck, the books agree."""
-    outcome = play(rig, THEMES[theme])
-
-    assert outcome.verdict.violations == []
-    assert outcome.verdict.events > 0
-    assert [name for name in THEMES[theme].theme if not outcome.hits[name]] == []
+    plan = THEMES[theme]
+    hits: Counter[str] = Counter()
+    for again in range(HISTORIES):  # a moment that is missed, such as a month's end, comes again in the next one
+        outcome = play(rig, replace(plan, seed=plan.seed + 100 * again))
+        assert outcome.verdict.violations == []
+        assert outcome.verdict.events > 0
+        hits += outcome.hits
+        if all(hits[name] for name in plan.theme):
+            break
+    assert [name for name in plan.theme if not hits[name]] == []
 
 
 def test_the_themes_leave_no_action_out() -> None:

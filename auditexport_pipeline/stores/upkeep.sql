@@ -117,13 +117,13 @@ UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE pk IN
 -- sweep_idx; no lock. A batch is swept once all of its rows are gone; one that was begun is still here.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
-FROM clickhouse_outbox_batch
+FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state = 'verified' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms AND batch_id > :after_id
 ORDER BY batch_id LIMIT :row_limit
 
 -- name: held_back
 -- sweep_idx, covering. Due by age, and not verified.
-SELECT COUNT(*) AS n FROM clickhouse_outbox_batch
+SELECT COUNT(*) AS n FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state IN ('exported', 'discrepant') AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
 
 -- name: count_due_between

@@ -266,9 +266,6 @@ def clock_steps_back(world: World) -> None:
 def month_changes(world: World) -> None:
     """A batch is claimed in one month and reaches ClickHouse in the next; its hits are read from the ledger."""
     left_s = world.month_end_in_s()
-    if left_s > 10:  # this month's end went by without a run at work: on to the next one
-        world.step_clock(left_s - world.random.uniform(2, 5))
-        left_s = world.month_end_in_s()
     if 0 < left_s < 10:
         if not world.working():
             world.start_run()
