@@ -162,6 +162,9 @@ class CrashingOutbox:
         with self.crash_at.around("record_verified"):
             self.real.record_verified(batch, discrepancy, observed)
 
+    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        return self.real.requeued_over(first_pk, last_pk)
+
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         return self.real.batches(batch_ids)
 

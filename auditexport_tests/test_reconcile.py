@@ -368,3 +368,16 @@ def test_a_verified_batch_that_was_not_verified_yet_is_verified_first(stack: Sta
     stack.sql("UPDATE clickhouse_outbox_batch SET state = 'exported', observed = NULL WHERE batch_id > 0")
     assert look(stack).clean
     assert {batch.state for batch in stack.outbox.batches([1])} == {State.VERIFIED}
+
+
+def test_an_event_requeued_twice_or_before_its_verification_is_no_duplicate(exported: Stack) -> None:
+    """Each export leaves a copy until they merge, and nobody promised that a verification comes first."""
+    exported.sql("UPDATE clickhouse_outbox_batch SET state = 'exported', observed = NULL WHERE batch_id = 1")
+    for _ in range(3):
+        exported.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk <= 5")
+        run(exported)
+    assert states(exported) == {"verified"}
+    assert look(exported).clean
+    merge(exported)
+    assert look(exported).clean
+    assert exported.counts() == (ROWS, ROWS)

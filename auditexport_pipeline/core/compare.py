@@ -146,7 +146,10 @@ def compare(
         stored[entry.key].append(entry)
     found = Comparison()
     _compare_expected(log, expected, stored, erasures, expired, found)
-    if slot.first is not None:
+    if slot.first is None:  # who else has sent these rows is not known here
+        found.unmerged += sum(found.duplicated.values())
+        found.duplicated.clear()
+    else:
         _compare_rest(slot, expected, stored, bool(erasures), expired, found)
     return found
 

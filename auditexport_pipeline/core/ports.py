@@ -204,6 +204,10 @@ class Outbox(Protocol):
         """Closes the comparison of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
         ...
 
+    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        """Requeues of rows in this range of pks that may have sent something."""
+        ...
+
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
 
 
@@ -215,8 +219,6 @@ class Upkeep(Protocol):
     def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
         """Batches in any state whose latest `inserted_at` is in [from, to), by ascending id."""
         ...
-
-    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]: ...
 
     def held(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""

@@ -186,7 +186,7 @@ def _batches(
         firsts = [fresh.get(batch.batch_id, batch) for batch in firsts]
     if not firsts:
         return PkSet()
-    requeues = upkeep.requeued_over(min(one.pks.first for one in firsts), max(one.pks.last for one in firsts))
+    requeues = outbox.requeued_over(min(one.pks.first for one in firsts), max(one.pks.last for one in firsts))
     slots: dict[int, Slot] = {slot.inserted_at_ms: slot for slot in slots_of([*firsts, *requeues])}
     holdings = log.holdings(list(slots))
     missing: set[int] = set()

@@ -147,7 +147,7 @@ def _last_look(
     """What ClickHouse no longer holds of a batch, right before its rows go."""
     holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
     found = Discrepancy()
-    requeues = upkeep.requeued_over(batch.pks.first, batch.pks.last) if batch.pks else []
+    requeues = outbox.requeued_over(batch.pks.first, batch.pks.last) if batch.pks else []
     for slot in slots_of([batch, *(other for other in requeues if other.batch_id != batch.batch_id)]):
         own = next((block for owner, block in slot.blocks if owner.batch_id == batch.batch_id), None)
         if own is None:

@@ -210,6 +210,11 @@ class MySQLOutbox:
                 },
             )
 
+    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        with self.transaction("reading requeues") as connection:
+            found = connection.execute(SQL["requeued_over"], {"first_pk": first_pk, "last_pk": last_pk})
+            return [batch_of(row) for row in found]
+
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         with self.transaction("reading batches") as connection:
             found = [connection.execute(SQL["batch"], {"batch_id": batch_id}).one_or_none() for batch_id in batch_ids]

@@ -190,6 +190,15 @@ SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts
        oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
+-- name: requeued_over
+-- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed
+FROM clickhouse_outbox_batch
+WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0
+  AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
+ORDER BY batch_id
+
 -- name: record_verified
 -- Primary key. The state guard lets two verifiers meet: the second changes nothing.
 UPDATE clickhouse_outbox_batch

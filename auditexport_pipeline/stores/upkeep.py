@@ -54,9 +54,6 @@ class MySQLUpkeep:
         values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
         return self._batches("inserted_between", values)
 
-    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        return self._batches("requeued_over", {"first_pk": first_pk, "last_pk": last_pk})
-
     def _batches(self, statement: str, values: Mapping[str, object]) -> list[Batch]:
         with self.outbox.transaction("reading the ledger") as connection:
             return [_with_sweep(row) for row in connection.execute(SQL[statement], values)]

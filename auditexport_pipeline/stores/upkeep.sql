@@ -12,15 +12,6 @@ WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :to_ms AND batch_id > :aft
   AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
 ORDER BY batch_id LIMIT :row_limit
 
--- name: requeued_over
--- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, swept_at_ms
-FROM clickhouse_outbox_batch
-WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0
-  AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
-ORDER BY batch_id
-
 -- name: held_between
 -- last_pk_idx; no lock. Every batch, open or closed, that has rows in this range.
 SELECT batch_id, state, pks FROM clickhouse_outbox_batch
