@@ -93,6 +93,8 @@ NEWER_INSERT_SETTINGS: dict[str, Any] = {
 CONTENT_SETTINGS: dict[str, Any] = {"log_queries": 0}
 # Payloads sent for one comparison at a time; a larger one goes alone.
 CONTENT_BYTES = 1024**2
+# ClickHouse takes 128 KB in one field of a form, in which long parameters travel: whatever a character takes, this fits.
+PARAMETER_CHARACTERS = 30_000
 
 # Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
 _ROW_ERRORS = {
@@ -390,12 +392,18 @@ class ClickHouseAuditLog:
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         found: list[int] = []
         for part in _portions(payloads):
+            text = b"\n".join(part).decode()
+            pieces = {
+                f"payloads_{number}": text[start : start + PARAMETER_CHARACTERS]
+                for number, start in enumerate(range(0, len(text), PARAMETER_CHARACTERS))
+            }
+            whole = ", ".join(["''", *(f"{{{name}:String}}" for name in pieces)])
             with translated("parsing payloads for a comparison"):
                 rows = (
                     self.client()
                     .query(
-                        _sql("contents", version),
-                        parameters={"payloads": b"\n".join(part).decode(), "inserted_at_ms": inserted_at_ms},
+                        _sql("contents", version).replace("{payloads:String}", f"concat({whole})"),
+                        parameters={**pieces, "inserted_at_ms": inserted_at_ms},
                         settings={**self._insert_settings(self.client()), **CONTENT_SETTINGS},
                     )
                     .result_rows
