@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from auditexport_pipeline.core.compare import compare, slots_of
 from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
@@ -676,3 +677,14 @@ def test_two_thousand_random_metas_keep_their_meaning(module_stack: Stack, drain
         expected = kept(metas[event_id])
         assert means_the_same(entry["meta"], expected), event_id
         assert means_the_same(read(entry["meta_text"]), expected), event_id
+
+
+def test_a_comparison_by_content_takes_no_awkward_payload_for_altered(module_stack: Stack, drained: Drained) -> None:
+    """What ClickHouse would make of a payload by itself must be what it made of it among its neighbours."""
+    ids = [row.batch_id for row in module_stack.sql("SELECT batch_id FROM clickhouse_outbox_batch WHERE batch_id > 0")]
+    compared = 0
+    for slot in slots_of(module_stack.outbox.batches(ids)):
+        found = compare(module_stack.outbox, module_stack.log, slot)
+        assert str(found.discrepancy) == "none", (slot.inserted_at_ms, found.discrepancy)
+        compared += len(slot.pks)
+    assert compared > GOOD_ROWS
