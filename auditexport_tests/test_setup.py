@@ -14,7 +14,7 @@ from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
-from auditexport_pipeline.stores import setup
+from auditexport_pipeline.stores import preflight, setup
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 
@@ -22,14 +22,14 @@ from auditexport_tests.conftest import Stack
 def test_creating_twice_creates_nothing_the_second_time(stack: Stack) -> None:
     """`init` is for every deployment, so running it again must be nothing at all."""
     assert setup.create(stack.outbox, stack.log, with_outbox=True) == []
-    assert setup.check(stack.outbox, stack.log) == []
+    assert preflight.check(stack.outbox, stack.log) == []
 
 
 def test_the_outbox_is_only_created_when_asked_for(stack: Stack) -> None:
     """The table is the application's: creating it by accident would hide a wrong database."""
     stack.sql("DROP TABLE clickhouse_outbox")
     assert setup.create(stack.outbox, stack.log) == []
-    assert "clickhouse_outbox does not exist" in str(setup.check(stack.outbox, stack.log)[0])
+    assert "clickhouse_outbox does not exist" in str(preflight.check(stack.outbox, stack.log)[0])
     assert setup.create(stack.outbox, stack.log, with_outbox=True) == ["clickhouse_outbox"]
 
 
@@ -57,12 +57,12 @@ def test_what_is_wrong_in_mysql_is_reported_with_its_fix_and_left_alone(
 ) -> None:
     """A tool that alters a table by itself locks it for an hour on somebody's busiest day."""
     stack.sql(statement)
-    (found,) = setup.check(stack.outbox, stack.log)
+    (found,) = preflight.check(stack.outbox, stack.log)
     assert finding in found.what
     assert found.fix
     with pytest.raises(SetupIncomplete, match="nothing was claimed"):
-        setup.refuse_unless_ready(stack.outbox, stack.log)
-    assert [str(again) for again in setup.check(stack.outbox, stack.log)] == [str(found)]
+        preflight.refuse_unless_ready(stack.outbox, stack.log)
+    assert [str(again) for again in preflight.check(stack.outbox, stack.log)] == [str(found)]
 
 
 @pytest.mark.parametrize(
@@ -96,18 +96,18 @@ def test_what_is_wrong_in_clickhouse_is_reported_with_its_fix_and_left_alone(
     client.command("DROP TABLE audit_logs_raw_v1 SYNC")
     client.command(f"CREATE TABLE audit_logs_raw_v1 {columns} {table.format(body=body)}")
     assert setup.create(stack.outbox, stack.log) == []
-    (found,) = setup.check(stack.outbox, stack.log)
+    (found,) = preflight.check(stack.outbox, stack.log)
     assert finding in found.what
     assert found.fix
     with pytest.raises(SetupIncomplete, match="nothing was claimed"):
-        setup.refuse_unless_ready(stack.outbox, stack.log)
+        preflight.refuse_unless_ready(stack.outbox, stack.log)
 
 
 def test_a_missing_column_in_clickhouse_is_named(stack: Stack) -> None:
     """A column that is named is added in a minute; a failing INSERT is looked into for an hour."""
     stack.log.client().command("ALTER TABLE audit_logs_raw_v1 DROP INDEX correlation_id_idx")
     stack.log.client().command("ALTER TABLE audit_logs_raw_v1 DROP COLUMN correlation_id")
-    assert "lacks correlation_id" in setup.check(stack.outbox, stack.log)[0].what
+    assert "lacks correlation_id" in preflight.check(stack.outbox, stack.log)[0].what
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_the_grants_of_the_readme_are_enough_for_a_drain(stack: Stack, granted: 
     assert len(grants) == 3
     generator.seed_outbox(stack.mysql_url, seed=5, events=300, malformed=5)
     least = granted(*grants)
-    assert setup.check(least.outbox, least.log) == []
+    assert preflight.check(least.outbox, least.log) == []
     limits = Limits()
     for claim in claiming.claim(least.outbox, owner="least", dead_owners=(), limits=limits):
         fetched = export.fetch(least.outbox, claim, limits)
@@ -162,6 +162,8 @@ def test_a_user_that_may_not_mark_is_refused_before_anything_is_written(granted:
         "SELECT, INSERT, UPDATE ON clickhouse_outbox_batch",
         "SELECT, INSERT, UPDATE ON clickhouse_outbox_dead_letter",
     )
-    (found,) = setup.check(least.outbox, least.log)
-    assert "may not update clickhouse_outbox.deleted_at" in found.what
-    assert found.fix == "GRANT UPDATE (deleted_at) ON clickhouse_outbox TO that user"
+    (found,) = preflight.check(least.outbox, least.log)
+    assert "lacks UPDATE (deleted_at) on clickhouse_outbox" in found.what
+    assert re.fullmatch(
+        r"GRANT UPDATE \(deleted_at\) ON `\w+`\.clickhouse_outbox TO 'least\d+'@'127\.0\.0\.1'", found.fix
+    )

@@ -1,6 +1,6 @@
 """`auditexport init`: creating what is ours.
 
-What belongs here: the command. What does not: what is created and checked (`stores.setup`).
+What belongs here: the command. What does not: what is created and checked (`stores.setup`, `stores.preflight`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def init(with_outbox: bool, replicated: bool) -> None:
     Changes nothing that exists; what is there and not as it should be is reported with the statement that
     mends it, and the exit status is 1.
     """
-    from auditexport_pipeline.stores import setup
+    from auditexport_pipeline.stores import preflight, setup
 
     mysql, clickhouse = outbox(), audit_log()
     created = setup.create(mysql, clickhouse, with_outbox=with_outbox, replicated=replicated)
     click.echo(f"created {', '.join(created)}" if created else "nothing to create")
-    findings = setup.check(mysql, clickhouse)
+    findings = preflight.check(mysql, clickhouse)
     for finding in findings:
         click.echo(str(finding), err=True)
     if any(finding.fatal for finding in findings):

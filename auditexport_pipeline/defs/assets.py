@@ -29,7 +29,7 @@ from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.report import run_metadata
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
-from auditexport_pipeline.stores.setup import refuse_unless_ready
+from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
 # One drain at a time, however it is launched: the queue admits one run holding this pool (dagster.yaml).
 DRAIN_POOL = "audit_log_export"

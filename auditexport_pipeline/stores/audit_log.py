@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -247,6 +248,11 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
             raise LeaseLost(
                 f"ClickHouse refused {what}: the lease of this run had ended; nothing was written"
             ) from error
+        if (refused := _certificate_refused(error)) is not None:
+            raise SetupIncomplete(
+                f"ClickHouse's certificate was refused at {what} ({refused}); nothing was sent. Let ca_cert in "
+                "AUDITEXPORT_CLICKHOUSE_URL name the authority that signed it, and the URL a host name that stands in it"
+            ) from error
         if code in _SETUP_ERRORS:
             raise SetupIncomplete(
                 f"ClickHouse refuses {what} (code {code}, {name}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
@@ -257,6 +263,26 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
                 f"no answer from ClickHouse to {what} ({name}); it may or may not be written, the next attempt looks first"
             ) from error
         raise AuditLogUnavailable(f"ClickHouse failed at {what} ({name}); run again") from error
+
+
+def _certificate_refused(error: BaseException | None) -> str | None:
+    """Why a certificate was refused, when that is what lies under a request that failed."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        within = [argument for argument in error.args if isinstance(argument, BaseException)]
+        reason = getattr(error, "reason", None)
+        error = next(
+            (
+                cause
+                for cause in (error.__cause__, reason, *within, error.__context__)
+                if isinstance(cause, BaseException)
+            ),
+            None,
+        )
+    return None
 
 
 class ClickHouseAuditLog:

@@ -6,12 +6,15 @@ over the connection (`outbox.sql`), and in which transaction (`stores.outbox`).
 
 from __future__ import annotations
 
+import ipaddress
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, TextClause, bindparam, create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, OutboxUnavailable, SetupIncomplete
@@ -22,6 +25,12 @@ LOCK_WAIT_S = 5
 CONNECT_TIMEOUT_S = 10
 # A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
 READ_TIMEOUT_S = 120
+# Said on every connection rather than inherited. In a time zone with summer time, NOW() as a number goes back an hour
+# in autumn; without a strict mode, a text that is too long for its column is cut and stored.
+SESSION = (
+    f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}, time_zone = '+00:00', "
+    "sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
+)
 
 _LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
 SQL: dict[str, TextClause] = {
@@ -31,6 +40,36 @@ SQL: dict[str, TextClause] = {
 
 # Server errors that no rerun mends: access, unknown database, table or column, a statement without grant.
 _SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698}
+
+
+def checked(url: str) -> str:
+    """The URL, fit for `engine_for`. Raises `InvalidConfig`, which does not repeat it, for one of another kind.
+
+    Nothing about TLS in it means what PyMySQL makes of that: TLS where the server has it, unverified. An `ssl_ca`
+    (or `ssl_capath`) makes TLS required and the server's certificate and name verified. A client's certificate
+    alone would not, so it is refused.
+    """
+    try:
+        parts = make_url(url)
+    except (ArgumentError, ValueError):
+        parts = None
+    if parts is None or parts.drivername not in ("mysql+pymysql", "mariadb+pymysql") or not parts.database:
+        raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
+    asked = sorted(name for name in parts.query if name.startswith("ssl"))
+    if asked and not {"ssl_ca", "ssl_capath", "ssl_disabled"} & set(asked):
+        raise InvalidConfig(
+            f"AUDITEXPORT_MYSQL_URL has {', '.join(asked)} and no ssl_ca: the server would go unverified; add "
+            "ssl_ca=/path/of/the/authority.pem"
+        )
+    return url
+
+
+def is_local(host: str | None) -> bool:
+    """Whether a host, as a URL names it, is this machine's loopback, so that nothing travels."""
+    try:
+        return not host or host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=16)
@@ -47,7 +86,7 @@ def engine_for(url: str, pid: int) -> Engine:
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
             "write_timeout": READ_TIMEOUT_S,
-            "init_command": f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}",
+            "init_command": SESSION,
         },
     )
 
@@ -67,6 +106,11 @@ def translated(what: str) -> Iterator[None]:
     except DBAPIError as error:
         arguments: tuple[object, ...] = getattr(error.orig, "args", ())
         code = arguments[0] if arguments and isinstance(arguments[0], int) else 0
+        if (refused := _certificate_refused(error.orig)) is not None:
+            raise SetupIncomplete(
+                f"MySQL's certificate was refused while {what} ({refused}); nothing was sent. Let ssl_ca in "
+                "AUDITEXPORT_MYSQL_URL name the authority that signed it, and the URL a host name that stands in it"
+            ) from error
         if code in _SETUP_ERRORS:
             reason = " ".join(map(str, arguments[1:]))
             raise SetupIncomplete(
@@ -77,6 +121,12 @@ def translated(what: str) -> Iterator[None]:
                 f"MySQL failed while {what} (error {code}); nothing of it was kept, run again"
             ) from error
         raise
+
+
+def _certificate_refused(error: BaseException | None) -> str | None:
+    """Why a certificate was refused, when that is what PyMySQL wraps as a connection that failed."""
+    cause = getattr(error, "original_exception", None)
+    return cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else None
 
 
 def _rerunnable() -> tuple[type[Exception], ...]:

@@ -40,7 +40,7 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
-from auditexport_pipeline.stores.mysql import SQL, engine_for, translated
+from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
@@ -53,7 +53,7 @@ class MySQLOutbox:
     """`core.ports.Outbox` over one MySQL or MariaDB database named by a SQLAlchemy URL."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = checked(url)
 
     def __repr__(self) -> str:
         return f"MySQLOutbox({make_url(self.url).render_as_string(hide_password=True)})"

@@ -107,19 +107,8 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox (
   KEY drainer_pending_idx (deleted_at, version, pk)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = $collation
 
--- name: mysql_columns
--- The server shows each column with what the connected user may do to it.
-SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name, LOWER(privileges) AS granted
-FROM information_schema.columns
-WHERE table_schema = DATABASE()
-  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',
-                     'clickhouse_outbox_action', 'clickhouse_outbox_erasure')
-
--- name: mysql_indexes
-SELECT LOWER(table_name) AS table_name, LOWER(index_name) AS index_name,
-       GROUP_CONCAT(LOWER(column_name) ORDER BY seq_in_index) AS columns
-FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = 'clickhouse_outbox'
-GROUP BY table_name, index_name
+-- name: mysql_tables
+SELECT LOWER(table_name) AS table_name FROM information_schema.tables WHERE table_schema = DATABASE()
 
 -- name: audit_logs_raw_v1
 -- A block arrives as a compact part: with some ninety subcolumns, a wide part costs a file pair for each and
@@ -166,9 +155,5 @@ SETTINGS $table_settings, min_bytes_for_wide_part = 134217728
 CREATE VIEW IF NOT EXISTS audit_logs AS
 SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL
 
--- name: clickhouse_columns
-SELECT table, name FROM system.columns WHERE database = currentDatabase() AND table IN ('audit_logs_raw_v1', 'audit_logs')
-
--- name: clickhouse_table
-SELECT engine, engine_full, partition_key, sorting_key FROM system.tables
-WHERE database = currentDatabase() AND name = 'audit_logs_raw_v1'
+-- name: clickhouse_tables
+SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs')

@@ -240,7 +240,7 @@ def test_a_user_without_grants_is_refused_before_anything_is_claimed(
     finally:
         stack.sql(f"DROP USER '{user}'@'%'")
     line, error, _ = told(exporter, run_id)
-    assert "clickhouse_outbox does not exist or is not readable" in line
+    assert "lacks SELECT, UPDATE (deleted_at) on clickhouse_outbox" in line
     assert error == "SetupIncomplete"
     assert ledger(stack) == []
 

@@ -1,0 +1,72 @@
+-- What the preflight asks: catalogues, settings, clocks and one row of the ledger. No lock, nothing is written,
+-- and nothing grows with a table.
+
+-- name: mysql_server
+SELECT VERSION() AS version, CURRENT_USER() AS granted_to, DATABASE() AS database_name,
+       CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
+
+-- name: mysql_now
+SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
+
+-- name: mysql_variables
+-- The session's values: what our own statements meet.
+SHOW SESSION VARIABLES WHERE Variable_name IN
+  ('binlog_format', 'log_bin', 'read_only', 'super_read_only', 'innodb_read_only', 'max_allowed_packet',
+   'transaction_isolation', 'tx_isolation', 'partial_revokes')
+
+-- name: mysql_tls
+SHOW SESSION STATUS LIKE 'Ssl_cipher'
+
+-- name: mysql_grants
+-- The user's own and those of its active roles.
+SHOW GRANTS
+
+-- name: mysql_tables
+SELECT LOWER(table_name) AS table_name, engine AS engine, LOWER(table_collation) AS collation
+FROM information_schema.tables
+WHERE table_schema = DATABASE()
+  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',
+                     'clickhouse_outbox_action', 'clickhouse_outbox_erasure')
+
+-- name: mysql_columns
+SELECT LOWER(table_name) AS table_name, LOWER(column_name) AS column_name, LOWER(column_type) AS column_type,
+       is_nullable AS nullable, LOWER(character_set_name) AS charset, LOWER(collation_name) AS collation
+FROM information_schema.columns
+WHERE table_schema = DATABASE()
+  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',
+                     'clickhouse_outbox_action', 'clickhouse_outbox_erasure')
+
+-- name: mysql_indexes
+-- All columns, because only MySQL has is_visible and only MariaDB has ignored.
+SELECT statistics.* FROM information_schema.statistics AS statistics
+WHERE table_schema = DATABASE()
+  AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',
+                     'clickhouse_outbox_action', 'clickhouse_outbox_erasure')
+ORDER BY table_name, index_name, seq_in_index
+
+-- name: ledger_head
+-- Primary key, and the last entry of inserted_idx but for row 0's own.
+SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms, inserted_at_ms,
+       (SELECT inserted_at_ms FROM clickhouse_outbox_batch WHERE batch_id > 0 ORDER BY inserted_at_ms DESC LIMIT 1)
+         AS stamped_ms
+FROM clickhouse_outbox_batch WHERE batch_id = 0
+
+-- name: largest_pending
+-- drainer_pending_idx for the oldest few, whose payloads are then measured one by one. Beyond max_allowed_packet
+-- MySQL reads a JSON as an empty text, with a warning and no error; MariaDB reads NULL through our CAST.
+SELECT MAX(OCTET_LENGTH(payload)) AS bytes, SUM(OCTET_LENGTH(payload) = 0) AS empty_ones FROM
+  (SELECT payload FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NULL LIMIT 500) AS oldest
+
+-- name: clickhouse_server
+SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS database_name,
+       toUnixTimestamp64Milli(now64(3)) AS now_ms, getSetting('readonly') AS read_only
+
+-- name: clickhouse_now
+SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
+
+-- name: clickhouse_tables
+SELECT name, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
+WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs')
+
+-- name: clickhouse_columns
+SELECT name, type, default_kind FROM system.columns WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1'

@@ -1,0 +1,305 @@
+"""Looking at ClickHouse before anything is claimed: version, grants, the table, its keys, window and TTL.
+
+What belongs here: what is asked of ClickHouse, and what each answer breaks and how it is mended. What does not:
+the statements (`preflight.sql`), what the table should be (`setup.sql`), and when to look (`stores.preflight`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.stores.audit_log import connection_arguments, translated
+from auditexport_pipeline.stores.declared import columns_of
+from auditexport_pipeline.stores.findings import Finding, Look
+from auditexport_pipeline.stores.mysql import is_local
+from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, Role
+from auditexport_pipeline.stores.setup import DEDUPLICATION_WINDOW
+from auditexport_pipeline.stores.statements import load
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver.client import Client
+
+_SQL = load("preflight.sql")
+_DECLARED = columns_of(load("setup.sql")["audit_logs_raw_v1"])
+TABLE = "audit_logs_raw_v1"
+OLDEST = (25, 8)
+# Fewer tokens than a run can have INSERTs on their way at once, several times over.
+SMALLEST_WINDOW = 100
+_KEY = "workspace_id,bucket,time,event_id"
+_ANEW = "create it anew with `auditexport init` and copy the rows"
+_DAYS = {
+    "Second": 1 / 86_400,
+    "Minute": 1 / 1_440,
+    "Hour": 1 / 24,
+    "Day": 1,
+    "Week": 7,
+    "Month": 28,
+    "Quarter": 89,
+    "Year": 365,
+}
+_TTL = re.compile(r"\bTTL (?P<what>.+?)(?= SETTINGS | COMMENT |$)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    engine: str
+    engine_full: str
+    partition_key: str
+    sorting_key: str
+    created_by: str
+
+
+def clickhouse_version(text: str) -> tuple[int, int]:
+    """Year and month of a version such as `25.8.3.66`."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int) -> Iterator[Look]:
+    """All that can be asked over one client of ours. Source: system tables, CHECK GRANT; nothing is written."""
+    version, user, database, _, read_only = client.query(_SQL["clickhouse_server"]).result_rows[0]
+    yield _version(str(version))
+    yield _transport(url)
+    if int(read_only) and role in (Role.EXPORTER, Role.OWNER):
+        finding = Finding(
+            what=f"the settings profile of {user} has readonly = {int(read_only)}",
+            breaks="no INSERT is taken, and none of the settings that keep an event as it was written",
+            fix=f"ALTER USER {user} SETTINGS readonly = 0, or give it another profile",
+        )
+        yield Look(about="ClickHouse profile", seen=f"readonly = {int(read_only)}", findings=(finding,))
+    yield _grants(client, str(user), str(database), role)
+    if role is not Role.OWNER:
+        yield from look_at_the_table(client, role, retention_days, fully=True)
+
+
+def look_at_the_table(client: Client, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:
+    """Engine, keys and window of audit_logs_raw_v1; with `fully` also columns, TTL and the view beside it."""
+    rows = {
+        row[0]: _Table(**dict(zip(_Table.__slots__, row[1:], strict=True)))
+        for row in client.query(_SQL["clickhouse_tables"]).result_rows
+    }
+    about = f"ClickHouse table {TABLE}"
+    if TABLE not in rows:
+        finding = Finding(
+            what=f"ClickHouse table {TABLE} does not exist or is not readable",
+            breaks="nothing can be exported",
+            fix="run `auditexport init`",
+        )
+        yield Look(about=about, seen="not there", findings=(finding,))
+        return
+    table = rows[TABLE]
+    findings = [*_engine(table), *_window(table)]
+    if fully:
+        columns = {
+            name: (kind, default) for name, kind, default in client.query(_SQL["clickhouse_columns"]).result_rows
+        }
+        findings += _columns(columns)
+    yield Look(
+        about=about, seen=f"{table.engine}, by {table.partition_key or 'no partition'}", findings=tuple(findings)
+    )
+    if fully:
+        yield _ttl(table, role, retention_days)
+        if role is Role.READER or "audit_logs" in rows:
+            yield _view(rows.get("audit_logs"))
+
+
+def _version(text: str) -> Look:
+    if clickhouse_version(text) >= OLDEST:
+        return Look(about="ClickHouse version", seen=text)
+    finding = Finding(
+        what=f"the server is ClickHouse {text}",
+        breaks="its JSON type is not the one that metas are stored in, and none was ever tried there",
+        fix=f"upgrade it to {OLDEST[0]}.{OLDEST[1]} or later",
+    )
+    return Look(about="ClickHouse version", seen=text, findings=(finding,))
+
+
+def _transport(url: str) -> Look:
+    arguments = connection_arguments(url)
+    tls, verified = arguments["interface"] == "https", arguments["verify"]
+    seen = ("TLS, certificate and name verified" if verified else "TLS, certificate not verified") if tls else "no TLS"
+    if is_local(arguments["host"]) or (tls and verified):
+        return Look(about="ClickHouse transport", seen=seen)
+    finding = Finding(
+        what=f"the connection to {arguments['host']} has {seen}",
+        breaks="whoever sits between can read events and the password",
+        fix="take verify=false out of AUDITEXPORT_CLICKHOUSE_URL; ?ca_cert=/path.pem names an authority of your own"
+        if tls
+        else "let AUDITEXPORT_CLICKHOUSE_URL begin with https:// and name the server's https_port (8443)",
+        fatal=False,
+    )
+    return Look(about="ClickHouse transport", seen=seen, findings=(finding,))
+
+
+def _grants(client: Client, user: str, database: str, role: Role) -> Look:
+    about = f"ClickHouse grants of the {role.value}"
+    findings = []
+    for table, privileges in CLICKHOUSE_GRANTS[role].items():
+        lacking = []
+        for privilege in privileges:
+            try:
+                with translated("checking a grant"):
+                    if not int(str(client.command(f"CHECK GRANT {privilege} ON {table}"))):
+                        lacking.append(privilege)
+            except SetupIncomplete:
+                return Look(about=about, seen="not asked: this server has no CHECK GRANT")
+        if lacking:
+            on = table if table == "*.*" else f"{database}.{table}"
+            findings.append(
+                Finding(
+                    what=f"{user}, as {role.value}, lacks {', '.join(lacking)} on {on} in ClickHouse",
+                    breaks=f"what the {role.value} does there is refused",
+                    fix=f"GRANT {', '.join(lacking)} ON {on} TO {user}",
+                )
+            )
+    seen = f"{user} lacks some" if findings else f"{user} has what the {role.value} needs"
+    return Look(about=about, seen=seen, findings=tuple(findings))
+
+
+def _engine(table: _Table) -> Iterator[Finding]:
+    if not table.engine.endswith("ReplacingMergeTree"):
+        yield Finding(what=f"{TABLE} is a {table.engine}", breaks="copies of one event would stay for ever", fix=_ANEW)
+    partition = set(re.findall(r"\w+", table.partition_key)) & set(_DECLARED)
+    if partition - {"inserted_at"} or table.sorting_key.replace(" ", "") != _KEY:
+        yield Finding(
+            what=f"{TABLE} is partitioned by {table.partition_key or 'nothing'} and sorted by {table.sorting_key}",
+            breaks="copies of one event do not collapse, or one INSERT becomes several parts",
+            fix=_ANEW,
+        )
+    elif not partition:
+        yield Finding(
+            what=f"{TABLE} is not partitioned by month of inserted_at",
+            breaks="looking for a block reads far more, and retention cannot drop a month at once",
+            fix=_ANEW,
+            fatal=False,
+        )
+
+
+def _window(table: _Table) -> Iterator[Finding]:
+    # Replicated and Shared tables have a window by default; a plain one has none unless it says so.
+    replicated = table.engine.startswith(("Replicated", "Shared"))
+    setting = "replicated_deduplication_window" if replicated else "non_replicated_deduplication_window"
+    said = re.search(rf"\b{setting} = (\d+)", table.engine_full)
+    window = int(said[1]) if said else DEDUPLICATION_WINDOW if replicated else 0
+    if window < SMALLEST_WINDOW:
+        yield Finding(
+            what=f"{TABLE} has {'a deduplication window of ' + str(window) + ' blocks' if window else 'no deduplication window'}",
+            breaks="an INSERT that is replayed while its first attempt still runs is stored twice",
+            fix=f"ALTER TABLE {TABLE} MODIFY SETTING {setting} = {DEDUPLICATION_WINDOW}",
+            fatal=not window,
+        )
+
+
+def _columns(there: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    lacking = [column for name, column in _DECLARED.items() if name not in there]
+    if lacking:
+        yield Finding(
+            what=f"{TABLE} lacks {', '.join(column.name for column in lacking)}",
+            breaks="INSERTs fail",
+            fix=f"ALTER TABLE {TABLE} " + ", ".join(f"ADD COLUMN {column.declaration}" for column in lacking),
+        )
+    for name, column in _DECLARED.items():
+        kind, default = there.get(name, (column.type, ""))
+        if _plain(kind) != _plain(column.type):
+            yield Finding(
+                what=f"{TABLE}.{name} is {kind} and should be {column.type}",
+                breaks="what is stored differs from what was sent, or INSERTs fail",
+                fix=_ANEW
+                if name in _KEY
+                else f"ALTER TABLE {TABLE} MODIFY COLUMN {column.declaration}"
+                # Out of a Nullable only with a word on what becomes of NULL.
+                + (
+                    f" DEFAULT defaultValueOfTypeName('{column.type}')"
+                    if kind.startswith("Nullable") and column.declaration.endswith(column.type)
+                    else ""
+                ),
+            )
+        elif name in there and ("MATERIALIZED" in column.declaration) != (default in ("MATERIALIZED", "ALIAS")):
+            yield Finding(
+                what=f"{TABLE}.{name} is {default.lower() or 'a plain column'}",
+                breaks="searches in the metas find nothing"
+                if "MATERIALIZED" in column.declaration
+                else "INSERTs fail, for it cannot be given",
+                fix=f"ALTER TABLE {TABLE} MODIFY COLUMN "
+                + (column.declaration if "MATERIALIZED" in column.declaration else f"{name} REMOVE {default}"),
+                fatal="MATERIALIZED" not in column.declaration,
+            )
+
+
+def _plain(kind: str) -> str:
+    """A type without what changes how it is stored and not what: LowCardinality, and the limits of JSON."""
+    return re.sub(r"JSON\([^()]*\)", "JSON", re.sub(r"LowCardinality\((\w+)\)", r"\1", kind))
+
+
+def _ttl(table: _Table, role: Role, retention_days: int) -> Look:
+    about = "ClickHouse retention"
+    found = _TTL.search(table.engine_full)
+    expiring = (
+        []
+        if found is None
+        else [part for part in _parts(found["what"]) if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")]
+    )
+    if not expiring:
+        return Look(about=about, seen="entries stay for ever")
+    seen = ", ".join(expiring)
+    mend = f"ALTER TABLE {TABLE} MODIFY TTL toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC')) + INTERVAL {max(90, 3 * retention_days)} DAY"
+    for part in expiring:
+        named = set(re.findall(r"\w+", part)) & set(_DECLARED)
+        days = sum(
+            int(count) * _DAYS[unit] for unit, count in re.findall(r"toInterval(\w+?)\((\d+)\)", part) if unit in _DAYS
+        )
+        if "inserted_at" not in named:
+            finding = Finding(
+                what=f"the TTL of {TABLE} counts from {', '.join(sorted(named)) or 'no column of ours'}: {part}",
+                breaks="an old event that is exported today is dropped as soon as it arrives",
+                fix=mend,
+            )
+        elif days <= retention_days:
+            finding = Finding(
+                what=f"the TTL of {TABLE} is {days:g} days and exported rows stay {retention_days} days in the outbox",
+                breaks="a requeued entry keeps its inserted_at, so one older than the TTL is dropped as soon as it arrives"
+                + (", and an entry can be gone before its batch is verified" if days <= 1 else ""),
+                fix=mend,
+                fatal=role is Role.OPERATOR or days <= 1,
+            )
+        else:
+            continue
+        return Look(about=about, seen=seen, findings=(finding,))
+    return Look(about=about, seen=seen)
+
+
+def _parts(expressions: str) -> list[str]:
+    """Comma-separated expressions, commas inside parentheses not counted."""
+    parts, depth = [""], 0
+    for letter in expressions:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _view(view: _Table | None) -> Look:
+    about = "ClickHouse view audit_logs"
+    if view is None:
+        finding = Finding(
+            what="ClickHouse view audit_logs does not exist or is not readable",
+            breaks="readers would have to know about FINAL themselves",
+            fix="run `auditexport init`",
+            fatal=False,
+        )
+        return Look(about=about, seen="not there", findings=(finding,))
+    if " FINAL" not in view.created_by:
+        finding = Finding(
+            what="ClickHouse view audit_logs reads without FINAL",
+            breaks="an event that has two copies is shown twice until they merge",
+            fix="DROP VIEW audit_logs, then `auditexport init`",
+            fatal=False,
+        )
+        return Look(about=about, seen="without FINAL", findings=(finding,))
+    return Look(about=about, seen="each event once")
