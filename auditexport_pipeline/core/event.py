@@ -92,6 +92,8 @@ def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
     try:
         event = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if not payload:  # no JSON column holds this: it is how a server gives what it may not send
+            return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
         return _undecodable(payload, error)
     if event.event_id != row.event_id:
         return Undecodable(reason="identity_mismatch", json_path="$.event_id", detail="differs from the row's event_id")

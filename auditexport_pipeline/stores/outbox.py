@@ -113,7 +113,7 @@ class MySQLOutbox:
                     event_id=event_id,
                     workspace_id=workspace_id,
                     exported_at_ms=exported_at_ms,
-                    payload=payload,
+                    payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
                 )
 
     def seal(self, claim: Claim, cut: Cut) -> None:
