@@ -51,7 +51,7 @@ def test_an_event_is_its_sort_key_and_its_fingerprint() -> None:
 @pytest.mark.parametrize(
     ("payload", "reason", "json_path"),
     [
-        ("", "invalid_json", "$"),
+        ("", "payload_unreadable", "$"),
         ("{", "invalid_json", "$"),
         (json.dumps(REQUIRED) + "{}", "invalid_json", "$"),
         (b'{"event_id":"\xff"}', "invalid_json", "$"),

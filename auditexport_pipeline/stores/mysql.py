@@ -28,7 +28,7 @@ READ_TIMEOUT_S = 120
 # Said on every connection rather than inherited. In a time zone with summer time, NOW() as a number goes back an hour
 # in autumn; without a strict mode, a text that is too long for its column is cut and stored.
 SESSION = (
-    f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_S}, time_zone = '+00:00', "
+    "SET SESSION innodb_lock_wait_timeout = {lock_wait_s}, time_zone = '+00:00', "
     "sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 )
 
@@ -86,7 +86,7 @@ def engine_for(url: str, pid: int) -> Engine:
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
             "write_timeout": READ_TIMEOUT_S,
-            "init_command": SESSION,
+            "init_command": SESSION.format(lock_wait_s=LOCK_WAIT_S),
         },
     )
 

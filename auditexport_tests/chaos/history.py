@@ -117,9 +117,9 @@ class World:
                 clock=self.databases.clock,
                 dead_owners=dead if quiet or random.random() < 0.8 else (),
                 limits={
-                    "batch_rows": random.choice((20, 60, 200)),
+                    "batch_rows": 200 if quiet else random.choice((20, 60, 200)),
                     "blocks_per_batch": random.choice((1, 2, 4)),
-                    "max_batches": random.choice((2, 8)),
+                    "max_batches": 64 if quiet else random.choice((2, 8)),
                     "mark_rows": random.choice((5, 17, 50)),
                     "mark_connections": random.choice((1, 2)),
                 },
