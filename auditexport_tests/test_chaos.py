@@ -26,6 +26,9 @@ THEMES: dict[str, Plan] = {
     "kills": Plan(seed=4, theme=("kill run", "kill mysql", "kill clickhouse")),
     "zombies": Plan(seed=5, theme=("zombie", "declare dead", "concurrent drain")),
     "other_hands": Plan(seed=6, theme=("delete rows", "mark rows", "requeue by hand")),
+    "operators": Plan(
+        seed=11, theme=("requeue", "sweep", "reconcile", "retry letters", "discard letters", "mark rows", "kill run")
+    ),
     "clocks": Plan(seed=7, theme=("month changes", "clock steps back"), clock=True),
     "window_overflowed": Plan(
         seed=8,

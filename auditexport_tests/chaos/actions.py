@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pymysql
 
-from auditexport_tests.chaos.application import connected, meddle
+from auditexport_tests.chaos.application import Row, connected, meddle
 from auditexport_tests.chaos.proxy import WIRE_KINDS, Fault, Kind, Proxy
+from auditexport_tests.chaos.worker import UPKEEP_RETRIES
 
 if TYPE_CHECKING:
     from auditexport_tests.chaos.history import World
@@ -224,6 +225,70 @@ def kill_connection(world: World) -> None:
                     killed += 1
     if killed:
         world.hit("kill connection")
+
+
+# ── operators ────────────────────────────────────────────────────────────────────────────────────
+
+
+@action(2)
+def requeue(world: World) -> None:
+    """The tool's own: of rows around one pk, of some events, of a workspace or of a batch."""
+    random, book = world.random, world.book
+    some = book.some(random, 5)
+    batches = world.ids("SELECT batch_id FROM clickhouse_outbox_batch WHERE state IN ('exported', 'verified')")
+    if not some or not batches:
+        return
+    wanted: dict[str, Any] = {"missing_only": True} if random.random() < 0.3 else {}
+    meant: Callable[[int, Row], bool]
+    how = random.choice(("pks", "events", "workspace", "batch"))
+    if how == "pks":
+        low, high = some[0] - 20, some[0] + 20
+        wanted |= {"from_pk": low, "to_pk": high}
+        meant = lambda pk, row: low <= pk <= high  # noqa: E731
+    elif how == "events":
+        ids = {book.rows[pk].event_id for pk in some}
+        wanted["event_ids"] = tuple(sorted(ids))
+        meant = lambda pk, row: row.event_id in ids  # noqa: E731
+    elif how == "workspace":
+        workspace_id = book.rows[some[0]].workspace_id
+        wanted |= {"workspace_id": workspace_id, "from_pk": some[0] - 100, "to_pk": some[0]}
+        meant = lambda pk, row: row.workspace_id == workspace_id and some[0] - 100 <= pk <= some[0]  # noqa: E731
+    else:
+        batch_id = random.choice(batches)
+        (batch,) = world.databases.outbox.batches([batch_id]) or (None,)
+        if batch is None:
+            return
+        wanted["batch_ids"] = (batch_id,)
+        meant = lambda pk, row: pk in batch.pks  # noqa: E731
+    book.ask_again(UPKEEP_RETRIES + 1, meant)
+    world.start_upkeep("requeue", **wanted)
+
+
+@action(1.5)
+def sweep(world: World) -> None:
+    """With a retention of no time, or of seconds: rows go that other verbs are about at this moment."""
+    world.swept = True
+    world.start_upkeep("sweep", days=world.random.choice((0.0, 0.0, 2 / 86_400)))
+
+
+@action(1.5)
+def reconcile(world: World) -> None:
+    world.start_upkeep("reconcile")
+
+
+@action(1)
+def retry_letters(world: World) -> None:
+    """Nothing was mended: they come back."""
+    pks = world.ids("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded')")
+    if pks:
+        world.start_upkeep("retry letters", pks=sorted(world.random.sample(pks, min(5, len(pks)))))
+
+
+@action(0.5)
+def discard_letters(world: World) -> None:
+    pks = world.ids("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state = 'open'")
+    if pks:
+        world.start_upkeep("discard letters", pks=sorted(world.random.sample(pks, min(3, len(pks)))))
 
 
 # ── other people's hands ─────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
@@ -40,6 +40,7 @@ class Row:
     taken: bool = False  # deleted or marked by others before it was exported, or nobody knows whether before
     deleted: bool = False  # by others, at any time
     cleared: int = 0  # times that its mark was taken off by hand
+    requeued: int = 0  # times that a requeue may have taken its mark off
 
 
 @dataclass(slots=True)
@@ -58,6 +59,13 @@ class Book:
             if found and found[0].event_id == row.event_id:
                 self.rows[pk] = row
         self.in_doubt.clear()
+
+    def ask_again(self, attempts: int, meant: Callable[[int, Row], bool]) -> None:
+        """Notes which rows a requeue may export again, each of its attempts by itself."""
+        with self.lock:
+            for pk, row in self.rows.items():
+                if meant(pk, row):
+                    row.requeued += attempts
 
     def some(self, random: Random, count: int) -> list[int]:
         with self.lock:

@@ -44,6 +44,8 @@ class Verdict:
     duplicated: int = 0
     batches: int = 0
     replayed: int = 0  # batches that took more than one attempt
+    swept: int = 0  # rows
+    forgetful: int = 0  # replays that could not be told from a first attempt
     month_changed: int = 0  # of those, with the month changing between claim and write
     violations: list[str] = field(default_factory=list)
     ledger: list[str] = field(default_factory=list)  # for a violation's dump
@@ -58,11 +60,12 @@ class _Facts:
     letters: dict[int, str]
     stored: Counter[tuple[int, tuple[object, ...]]]
     overflow: bool
+    swept_rows: int
 
 
-def judge(databases: Databases, book: Book, *, overflow: bool) -> Verdict:
+def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> Verdict:
     """Reads both databases and holds them against the book. With `overflow` ClickHouse forgot tokens."""
-    found = databases.sql("SELECT batch_id, claimed_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    found = databases.sql("SELECT batch_id, claimed_rows, swept_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
     facts = _Facts(
         rows=book.rows,
         marks={
@@ -72,13 +75,16 @@ def judge(databases: Databases, book: Book, *, overflow: bool) -> Verdict:
         claimed_rows={row.batch_id: row.claimed_rows for row in found},
         letters={
             row.pk: row.reason
-            for row in databases.sql("SELECT pk, reason FROM clickhouse_outbox_dead_letter WHERE state = 'open'")
+            for row in databases.sql(
+                "SELECT pk, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded')"
+            )
         },
         stored=Counter(
             (int(str(at_ms)), _comparable(columns))
             for at_ms, *columns in databases.clickhouse(f"SELECT inserted_at, {COLUMNS} FROM audit_logs_raw_v1")
         ),
         overflow=overflow,
+        swept_rows=sum(row.swept_rows for row in found) if swept else 0,
     )
     verdict = Verdict(
         events=len({row.key for row in book.rows.values() if row.kind == "event"}),
@@ -87,6 +93,8 @@ def judge(databases: Databases, book: Book, *, overflow: bool) -> Verdict:
         batches=len(facts.batches),
         replayed=sum(batch.attempts > 1 for batch in facts.batches),
         month_changed=month_changes(databases),
+        swept=facts.swept_rows,
+        forgetful=_forgetful_attempts(facts),
     )
     in_view = Counter(
         (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
@@ -132,8 +140,8 @@ def _against_the_application(facts: _Facts, in_view: Counter[Key], verdict: Verd
         and count
         > (
             allowed := len(committed[key])
-            + sum(row.cleared for row in committed[key])
-            + (attempts if any(row.cleared for row in committed[key]) else 0)
+            + sum(row.cleared + row.requeued for row in committed[key])
+            + (attempts if any(row.cleared or row.requeued for row in committed[key]) else 0)
         )
     }
     verdict.lost, verdict.duplicated = len(lost), sum(duplicated.values())
@@ -167,7 +175,7 @@ def _against_the_ledger(facts: _Facts) -> Iterator[str]:
                     continue
                 entry = (block.inserted_at_ms, _comparable(row.columns))
                 expected[entry] += 1
-                if row.cleared:
+                if row.cleared or row.requeued:
                     requeued.add(entry)
     missing, surplus = expected - facts.stored, facts.stored - expected
     slack = _forgetful_attempts(facts)
@@ -189,27 +197,42 @@ def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
         if batch.state in CLOSED and facts.claimed_rows[batch.batch_id] != batch.rows + gone:
             yield f"batch {batch.batch_id} claimed {facts.claimed_rows[batch.batch_id]} rows, accounts for {batch.rows} + {gone}"
         touched = sum(
-            1 for pk in batch.pks if (row := facts.rows.get(pk)) and (row.taken or row.deleted or row.cleared)
+            1
+            for pk in batch.pks
+            if (row := facts.rows.get(pk)) and (row.taken or row.deleted or row.cleared or row.requeued)
         )
         if counts.unmarked > touched:
             yield f"batch {batch.batch_id} left {counts.unmarked} rows unmarked, and others touched {touched}"
         for pk in batch.pks:
             listed[pk].add(batch.exported_at_ms or 0)
+    gone = 0
     for pk, stamps in listed.items():
         row = facts.rows.get(pk)
         if row is None:
             yield f"row {pk} is in a batch and was never committed"
         elif pk not in facts.marks:
-            if not row.deleted:
-                yield f"row {pk} is gone, and nobody deleted it"
+            gone += not row.deleted
         elif facts.marks[pk] not in stamps and not (facts.marks[pk] == FOREIGN_MARK and row.taken | bool(row.cleared)):
             yield f"row {pk} bears {facts.marks[pk]}, and its batches' stamps are {sorted(stamps)}"
+    if gone > facts.swept_rows:
+        yield f"{gone} rows are gone that nobody deleted, and sweeps account for {facts.swept_rows}"
     for pk, mark in facts.marks.items():
         row = facts.rows.get(pk)
         if mark is not None and mark != FOREIGN_MARK and mark not in listed[pk]:
             yield f"row {pk} bears {mark}, which no batch that lists it gave"
         if mark is None and row is not None and row.kind == "event":
             yield f"row {pk} is pending in the end"
+
+
+def never_exported(databases: Databases, book: Book) -> set[int]:
+    """Rows that somebody marked before they were exported, as the book knows them: what a reconciliation must name."""
+    stored = {
+        (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
+        for row in databases.clickhouse("SELECT workspace_id, bucket, time, event_id FROM audit_logs_raw_v1")
+    }
+    marked = databases.sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")
+    rows = {int(str(row.pk)): book.rows[int(str(row.pk))] for row in marked}
+    return {pk for pk, row in rows.items() if row.kind == "event" and row.key not in stored}
 
 
 def _comparable(columns: object) -> tuple[object, ...]:

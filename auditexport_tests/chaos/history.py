@@ -15,14 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from random import Random
+from typing import Any
 
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.stores.setup import DEDUPLICATION_WINDOW
 from auditexport_tests.chaos.actions import ACTIONS, WEIGHTS
 from auditexport_tests.chaos.application import Book, Writer
-from auditexport_tests.chaos.check import Verdict, judge, month_changes
+from auditexport_tests.chaos.check import Verdict, judge, month_changes, never_exported
 from auditexport_tests.chaos.rig import Databases, Rig
-from auditexport_tests.chaos.worker import LEASE_S, Run, Told, Worker
+from auditexport_tests.chaos.worker import LEASE_S, UPKEEP_RETRIES, Run, Told, Worker
 
 STEPS = (15, 40)
 # Of blocks: a few INSERTs later ClickHouse has forgotten a token.
@@ -75,6 +76,7 @@ class World:
         self.zombies: list[Worker] = []
         self.intruders: list[threading.Thread] = []
         self.overflow = bool(plan.overflow)
+        self.swept = False
         self.clock_offset_s = 0.0
         if plan.clock if plan.clock is not None else self.random.random() < 0.25:
             self.step_clock(_to_month_end_s() - self.random.uniform(2, 5))
@@ -132,6 +134,22 @@ class World:
         self.workers.append(worker)
         return worker
 
+    def start_upkeep(self, verb: str, **arguments: Any) -> Worker:
+        """An operator's verb, at work beside whatever else is; it fails and is killed as a drain is."""
+        worker = Worker(
+            Run(
+                owner=f"run {len(self.workers)} of {self.plan.seed}",
+                mysql_url=self.databases.mysql_url,
+                clickhouse_url=self.databases.clickhouse_url,
+                clock=self.databases.clock,
+                verb=verb,
+                arguments=arguments,
+                retries=UPKEEP_RETRIES,
+            )
+        )
+        self.workers.append(worker)
+        return worker
+
     def step_clock(self, seconds: float) -> None:
         self.clock_offset_s += seconds
         # Renamed into its place: a run may read it at this moment.
@@ -151,6 +169,12 @@ class World:
             )
             pks = [pk for row in rows for pk in PkSet.parse(str(row.pks))]
             return self.random.sample(pks, min(count, len(pks)))
+        return []
+
+    def ids(self, query: str) -> list[int]:
+        """What a query finds in MySQL, by its one column; nothing while MySQL is down."""
+        with suppress(Exception):
+            return [int(str(row[0])) for row in self.databases.sql(query)]
         return []
 
     def known(self, pks: Collection[int]) -> list[int]:
@@ -200,7 +224,12 @@ class World:
 
     def _told_hits(self) -> Counter[str]:
         codes = sum((told.codes for worker in self.workers if (told := worker.told())), Counter[int]())
-        return Counter({"deadlock": codes[1213], "lock wait": codes[1205]})
+        verbs = Counter(
+            worker.run.verb
+            for worker in self.workers
+            if worker.run.verb != "drain" and (told := worker.told()) and told.changed
+        )
+        return verbs + Counter({"deadlock": codes[1213], "lock wait": codes[1205]})
 
     def _act(self, name: str) -> None:
         ACTIONS[name](self)
@@ -244,6 +273,9 @@ class World:
         while (self.rig.to_clickhouse.held or self.rig.to_mysql.held) and time.monotonic() < deadline:
             self.pause(0.05, 0.05)
         self.book.settle(self.databases)
+        return self._drain_in_peace() or self._reconcile_in_peace()
+
+    def _drain_in_peace(self) -> list[str]:
         for _ in range(LAST_DRAINS):
             worker = self.start_run(quiet=True)
             if worker is None or not worker.wait(60):
@@ -254,6 +286,23 @@ class World:
                     return []
                 self.pause(LEASE_S / 2, LEASE_S / 2)
         return [f"after {LAST_DRAINS} quiet drains {self._open()} batches are open: {self._who_is_open()}"]
+
+    def _reconcile_in_peace(self) -> list[str]:
+        """The tool's own judgement, held against the book; then its repair, after which it must find nothing."""
+        for repaired in (False, True):
+            absent = never_exported(self.databases, self.book)
+            self.book.ask_again(1, lambda pk, row: pk in absent)  # noqa: B023 - called here and now
+            worker = self.start_upkeep("reconcile", repair=True)
+            if not worker.wait(60) or (report := (worker.told() or Told()).report) is None:
+                return ["a quiet reconciliation did not end within 60 s"]
+            found = set(report.missing_pks)
+            if found != absent or (repaired and absent):
+                return [f"reconcile finds rows {sorted(found)} missing, the book {sorted(absent)}, repaired {repaired}"]
+            if absent:
+                self.hit("repair")
+            if stuck := self._drain_in_peace():
+                return stuck
+        return []
 
     def _open(self) -> int:
         return len(self._who_is_open())
@@ -282,7 +331,7 @@ def play(rig: Rig, plan: Plan) -> Outcome:
         try:
             world.live()
             stuck = world.settle()
-            outcome.verdict = judge(databases, world.book, overflow=world.overflow)
+            outcome.verdict = judge(databases, world.book, overflow=world.overflow, swept=world.swept)
             outcome.verdict.violations.extend(f"stuck: {line}" for line in stuck)
             _listen(world, outcome)
         finally:
@@ -311,6 +360,11 @@ def _listen(world: World, outcome: Outcome) -> None:
             outcome.verdict.violations.append(f"{worker.run.owner} met an error outside the tree:\n{text}")
         for name in set(told.errors) - EXPECTED_ERRORS:
             outcome.verdict.violations.append(f"{worker.run.owner} met {name}, which no fault here explains")
+        if told.report:
+            found = told.report.found
+            forgetful = world.overflow or outcome.verdict.forgetful
+            if found.altered or found.unexpected or (found.duplicated and not forgetful):
+                outcome.verdict.violations.append(f"{worker.run.owner} reconciled and found {found}")
         outcome.verdict.violations.extend(f"{worker.run.owner} saw {line}" for line in told.discrepancies)
         outcome.verdict.violations.extend(
             f"{worker.run.owner} was refused in more than one line" for line in told.refusals if "\n" in line

@@ -1,7 +1,8 @@
-"""One run of the exporter in a process of its own, which can be killed, and stopped and woken.
+"""One run in a process of its own, which can be killed, and stopped and woken: a drain, or an operator's verb.
 
-What belongs here: what the asset's ops do, with time-outs short enough for a test, and the two mutations that
-show that the suite would notice. What does not: when it is killed (`actions`), and what must hold afterwards.
+What belongs here: what the asset's ops and the upkeep jobs do, with time-outs short enough for a test, and the two
+mutations that show that the suite would notice. What does not: when it is killed (`actions`), and what must hold
+afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 import clickhouse_connect  # noqa: F401 - imported once, in the process that all runs are forked from
@@ -29,15 +30,19 @@ import pymysql
 import sqlalchemy as sa
 import sqlalchemy.dialects.mysql.pymysql
 
-from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core import claiming, export, reconcile, requeue, sweep, verify
+from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
+from auditexport_pipeline.core.dead_letters import Which
 from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, TransientError
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
 from auditexport_pipeline.defs.ahead import Ahead
-from auditexport_pipeline.stores import audit_log, mysql
+from auditexport_pipeline.stores import audit_log, dead_letters, mysql
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 T = TypeVar("T")
 
@@ -47,13 +52,18 @@ _PROCESSES.set_forkserver_preload([__name__])
 # Below the bound of the setting, so that waiting for the end of a lease is a matter of seconds here.
 LEASE_S = 5
 INSERT_TIMEOUT_S = 1
+UPKEEP_RETRIES = 1
+BY = By(who="chaos", why="to see what happens")
 # What a refused zombie is told; one line of it, whoever refuses.
 REFUSED = re.compile(r"is refused and changed nothing|came late and changed nothing|nothing was written|; run again$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """How one run works. `clock` is a file with the seconds by which MySQL's clock is off."""
+    """How one run works. `clock` is a file with the seconds by which MySQL's clock is off.
+
+    `verb` is "drain" or one of `UPKEEP`, and `arguments` is what that one is about.
+    """
 
     owner: str
     mysql_url: str
@@ -65,6 +75,8 @@ class Run:
     hand_over: bool = True
     retries: int = 2
     mutation: str = ""  # "no token, no look" or "mark first"
+    verb: str = "drain"
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +90,8 @@ class Told:
     codes: Counter[int] = field(default_factory=Counter)  # MySQL's, where it answered with one
     refusals: list[str] = field(default_factory=list)  # what LeaseLost said
     discrepancies: list[str] = field(default_factory=list)
+    changed: int = 0  # by an operator's verb: rows or letters
+    report: reconcile.Report | None = None
     unforeseen: list[str] = field(default_factory=list)  # errors outside the tree, with their stack
 
 
@@ -137,7 +151,11 @@ def _main(run: Run, pipe: Connection) -> None:
     logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL + 1)
     told = Told()
     try:
-        _drain(run, told)
+        shorten_time_outs()
+        if run.verb == "drain":
+            _drain(run, told)
+        else:
+            _upkeep(run, told)
     except BaseException:
         told.unforeseen.append(traceback.format_exc())
     pipe.send(told)
@@ -154,6 +172,9 @@ def shorten_time_outs() -> None:
     mysql.READ_TIMEOUT_S = 3
     claiming.SMALLEST_BLOCK_ROWS = 5
     claiming.FIRST_BATCH_ROWS = 10
+    requeue.CHUNK_ROWS = 7
+    sweep.BATCHES_AT_ONCE = 2
+    reconcile.BATCHES_AT_ONCE = 3
 
 
 def limits_of(settings: dict[str, int]) -> Limits:
@@ -183,24 +204,15 @@ class _Blind(ClickHouseAuditLog):
         return {}
 
 
-def _drain(run: Run, told: Told) -> None:
-    """Claim, then batch by batch fetch, write and mark, then verify; a batch that fails leaves the others alone."""
-    shorten_time_outs()
-    limits = limits_of(run.limits)
-    outbox = OffsetOutbox(run.mysql_url, run.clock)
-    log = ClickHouseAuditLog(run.clickhouse_url)
-    writing_log = log
-    write = export.write
-    if run.mutation == "no token, no look":
-        Batch.token = lambda batch, block: uuid4().hex  # type: ignore[method-assign]
-        audit_log.INSERT_SETTINGS["insert_deduplicate"] = 0
-        writing_log = _Blind(run.clickhouse_url)
-    if run.mutation == "mark first":
-        write = _marked_first
+class _Step(Protocol):
+    def __call__(self, verb: Callable[[], T]) -> T | None: ...
+
+
+def _step(run: Run, told: Told) -> _Step:
+    """Does things as Dagster does a step: transient errors again, a lost lease never, and one line for each failure."""
     random = Random(run.owner)
 
     def step(verb: Callable[[], T]) -> T | None:
-        """As a Dagster step: transient errors again, a lost lease never, and one line for each failure."""
         for attempt in range(run.retries + 1):
             try:
                 return verb()
@@ -220,6 +232,59 @@ def _drain(run: Run, told: Told) -> None:
                 return None
         return None
 
+    return step
+
+
+def _upkeep(run: Run, told: Told) -> None:
+    """One verb of an operator, as its job does it."""
+    outbox = OffsetOutbox(run.mysql_url, run.clock)
+    upkeep = MySQLUpkeep(outbox)
+    log = ClickHouseAuditLog(run.clickhouse_url)
+    asked = run.arguments
+
+    def requeue_rows() -> int:
+        missing_only = bool(asked.get("missing_only"))
+        wanted = RowFilter(**{name: value for name, value in asked.items() if name != "missing_only"})
+        return requeue.requeue(outbox, upkeep, log, wanted, BY, missing_only=missing_only).rows
+
+    def sweep_rows() -> int:
+        return sweep.sweep(outbox, upkeep, log, sweep.Retention(outbox_days=asked["days"], chunk_rows=7), BY).rows
+
+    def retry_letters() -> int:
+        return dead_letters.retry(outbox, Which(state=None, pks=PkSet.of(asked["pks"])), BY).changed
+
+    def discard_letters() -> int:
+        return dead_letters.discard(outbox, Which(pks=PkSet.of(asked["pks"])), BY).changed
+
+    def reconcile_all() -> int:
+        repair = BY if asked.get("repair") else None
+        told.report = reconcile.reconcile(outbox, upkeep, log, from_ms=0, to_ms=2**62, repair=repair)
+        return told.report.slots
+
+    verbs: dict[str, Callable[[], int]] = {
+        "requeue": requeue_rows,
+        "sweep": sweep_rows,
+        "retry letters": retry_letters,
+        "discard letters": discard_letters,
+        "reconcile": reconcile_all,
+    }
+    told.changed = _step(run, told)(verbs[run.verb]) or 0
+
+
+def _drain(run: Run, told: Told) -> None:
+    """Claim, then batch by batch fetch, write and mark, then verify; a batch that fails leaves the others alone."""
+    limits = limits_of(run.limits)
+    outbox = OffsetOutbox(run.mysql_url, run.clock)
+    log = ClickHouseAuditLog(run.clickhouse_url)
+    writing_log = log
+    write = export.write
+    if run.mutation == "no token, no look":
+        Batch.token = lambda batch, block: uuid4().hex  # type: ignore[method-assign]
+        audit_log.INSERT_SETTINGS["insert_deduplicate"] = 0
+        writing_log = _Blind(run.clickhouse_url)
+    if run.mutation == "mark first":
+        write = _marked_first
+    step = _step(run, told)
     ahead = Ahead() if run.ahead else None
     claims = step(lambda: claiming.claim(outbox, owner=run.owner, dead_owners=run.dead_owners, limits=limits))
     if claims is None:
