@@ -276,6 +276,23 @@ def test_a_dead_owners_batches_are_adopted_as_they_are(stack: Stack, known_to_be
     assert {batch.owner for batch in batches(stack, adopted)} == {"two"}
 
 
+@pytest.mark.parametrize("state", ["claimed", "stopped"])
+def test_a_lease_from_before_the_clock_was_set_back_ends_within_one_lease(stack: Stack, state: str) -> None:
+    """It would hold its batch for as long as the clock went back; ended at once, it might free one that is at work."""
+    put(stack, 10)
+    claims = claim(stack, "one")
+    stack.sql(
+        "UPDATE clickhouse_outbox_batch SET state = :state, lease_until_ms = lease_until_ms + 86400000 * 90 WHERE batch_id > 0",
+        state=state,
+    )
+    assert claim(stack, "two", lease_s=120) == []
+
+    left_ms = "SELECT lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS ms FROM clickhouse_outbox_batch"
+    assert 0 < stack.sql(f"{left_ms} WHERE batch_id > 0")[0].ms <= 120_000
+    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = lease_until_ms - 120000 WHERE batch_id > 0")
+    assert [one.batch_id for one in claim(stack, "two")] == [one.batch_id for one in claims]
+
+
 def test_one_renewal_keeps_every_batch_of_the_plan(stack: Stack) -> None:
     """The last batch of a long run waits its turn for longer than a lease."""
     put(stack, 30)

@@ -23,6 +23,9 @@ FIRST_BATCH_ROWS = 25_000
 SAMPLED_ROWS = 64
 # Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
 ORIGIN_SPANS = 8
+# No run can ask for a longer one. A lease that ends later was given before the server's clock was set back, and would
+# keep its batch waiting for as long as the clock went back.
+LONGEST_LEASE_MS = 86_400_000
 
 
 def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: Limits) -> list[Claim]:
@@ -43,6 +46,8 @@ def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: L
                 abandoned = abandoned or batch.owner == owner or batch.owner in dead_owners
             if abandoned and len(claims) < limits.max_batches:
                 claims.append(ledger.adopt(batch))
+            elif open_batch.lease_left_ms > LONGEST_LEASE_MS:
+                ledger.begin_lease_again(batch)
         for position, version in enumerate(limits.versions):
             room = -(-(limits.max_batches - len(claims)) // (len(limits.versions) - position))
             claims.extend(_cut_new(ledger, version, held, room, limits))

@@ -49,6 +49,7 @@ class OpenBatch:
 
     batch: Batch
     lease_expired: bool
+    lease_left_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,10 @@ class Planning(Protocol):
     def open_batches(self) -> list[OpenBatch]: ...
 
     def adopt(self, batch: Batch) -> Claim: ...
+
+    def begin_lease_again(self, batch: Batch) -> None:
+        """Lets the lease of somebody else's batch end one lease from now."""
+        ...
 
     def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
         """The first `rows` pks of pending rows above `after_pk` that no dead letter holds, oldest first."""

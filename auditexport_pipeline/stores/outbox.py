@@ -244,7 +244,13 @@ class MySQLPlanning:
 
     def open_batches(self) -> list[OpenBatch]:
         rows = self._connection.execute(SQL["open_batches"])
-        return [OpenBatch(batch=batch_of(row), lease_expired=bool(row.lease_expired)) for row in rows]
+        return [
+            OpenBatch(batch=batch_of(row), lease_expired=bool(row.lease_expired), lease_left_ms=row.lease_left_ms)
+            for row in rows
+        ]
+
+    def begin_lease_again(self, batch: Batch) -> None:
+        self._connection.execute(SQL["begin_lease_again"], {"batch_id": batch.batch_id, "lease_ms": self._lease_ms})
 
     def adopt(self, batch: Batch) -> Claim:
         self._connection.execute(

@@ -23,7 +23,8 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed,
-       lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired
+       lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired,
+       lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
 FROM clickhouse_outbox_batch
 WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
 ORDER BY batch_id
@@ -81,6 +82,11 @@ VALUES
 -- Primary key; under lock_ledger. The higher epoch is the fence: whatever the old owner does is refused.
 UPDATE clickhouse_outbox_batch
 SET epoch = :epoch, owner = :owner, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
+WHERE batch_id = :batch_id
+
+-- name: begin_lease_again
+-- Primary key; under lock_ledger. Nothing else of the batch changes: its owner, if it lives, goes on.
+UPDATE clickhouse_outbox_batch SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
 WHERE batch_id = :batch_id
 
 -- name: open_owners

@@ -321,9 +321,9 @@ def requeue_by_hand(world: World) -> None:
 
 @action(1)
 def clock_steps_back(world: World) -> None:
-    """MySQL's clock is set back, by seconds or by hours."""
+    """MySQL's clock is set back, by seconds or by months. A step of hours can delay a stopped batch as long."""
     if world.clock_offset_s:
-        world.step_clock(-world.random.choice((2.0, 30.0, 7_200.0)))
+        world.step_clock(-world.random.choice((2.0, 20.0, 5_000_000.0)))
         world.hit("clock steps back")
 
 
