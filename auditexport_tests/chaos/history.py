@@ -25,7 +25,7 @@ from auditexport_tests.chaos.check import Verdict, judge, month_changes, never_e
 from auditexport_tests.chaos.rig import Databases, Rig
 from auditexport_tests.chaos.worker import LEASE_S, UPKEEP_RETRIES, Run, Told, Worker
 
-STEPS = (15, 40)
+STEPS = (20, 60)
 # Of blocks: a few INSERTs later ClickHouse has forgotten a token.
 SMALL_WINDOW = 2
 # Quiet drains after the dust has settled; one is usually enough, a stopped batch needs those after its lease.

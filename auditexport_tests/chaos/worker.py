@@ -147,8 +147,9 @@ class Worker:
 
 
 def _main(run: Run, pipe: Connection) -> None:
-    # It tells of every broken connection by itself; what matters of them reaches us as errors.
-    logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL + 1)
+    # They tell of every broken connection by themselves; what matters of them reaches us as errors.
+    for name in ("clickhouse_connect", "sqlalchemy.pool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     told = Told()
     try:
         shorten_time_outs()
