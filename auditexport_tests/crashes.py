@@ -29,6 +29,7 @@ from auditexport_pipeline.core.ports import (
     Refusal,
     StoredEntry,
     StoredRow,
+    Upkeep,
 )
 
 # Durable effects, and which time of each is worth a crash in a drain of two batches with two blocks and four
@@ -235,3 +236,24 @@ def drain(
         step(lambda receipt=receipt: export.mark(outbox, receipt, limits))
     step(lambda: verify.verify(outbox, log, outbox.unverified(1_000)))
     return claims
+
+
+class CrashingUpkeep:
+    """`core.ports.Upkeep` over a real one, with a crash point around each durable effect."""
+
+    EFFECTS = ("record_action", "unmark", "delete", "record_swept", "close_letters", "compact")
+
+    def __init__(self, real: Upkeep, crash_at: CrashPoint) -> None:
+        self.real = real
+        self.crash_at = crash_at
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self.real, name)
+        if name not in self.EFFECTS:
+            return verb
+
+        def crashing(*arguments: Any, **named: Any) -> Any:
+            with self.crash_at.around(name):
+                return verb(*arguments, **named)
+
+        return crashing

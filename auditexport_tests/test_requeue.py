@@ -19,7 +19,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import Requeue, requeue
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
 from auditexport_tests.conftest import Stack
-from auditexport_tests.crashes import drain
+from auditexport_tests.crashes import Crash, CrashingUpkeep, CrashPoint, drain
 
 BY = By(who="operator", why="a test")
 LIMITS = Limits(batch_rows=10, mark_rows=5, mark_connections=1)
@@ -288,3 +288,77 @@ def test_letters_of_rows_that_are_gone_are_closed(exported: Stack) -> None:
     exported.sql("DELETE FROM clickhouse_outbox WHERE event_id = 'evt_bad'")
     assert swept(exported).letters_closed == 1
     assert exported.outbox.dead_by_reason() == {"not_an_object": 1}
+
+
+# ── crashes and zombies ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize(
+    "effect",
+    ["record_action 1", "delete 1", "delete 4", "record_swept 1", "record_swept 3", "close_letters 1", "compact 1"],
+)
+def test_a_sweep_that_dies_anywhere_is_taken_up_and_every_row_counted_once(
+    exported: Stack, side: str, effect: str
+) -> None:
+    """What it deleted is counted in the same transaction, so the evidence says how many rows went, whoever swept."""
+    for batch_id in (1, 2, 3):
+        age(exported, batch_id, 500)
+    point = CrashPoint(f"{side} {effect}")
+    with pytest.raises(Crash):
+        sweep(exported.outbox, CrashingUpkeep(exported.upkeep, point), exported.log, Retention(chunk_rows=4), BY)
+    assert point.reached
+    swept(exported, chunk_rows=4)
+
+    assert exported.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox")[0].n == 0
+    ledger = exported.sql("SELECT state, swept_rows, swept_at_ms FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    assert [(row.state, row.swept_rows, row.swept_at_ms is not None) for row in ledger] == [("compacted", 10, True)] * 3
+    recorded = exported.sql("SELECT SUM(row_count) AS n FROM clickhouse_outbox_action WHERE verb = 'sweep'")
+    assert int(str(recorded[0].n)) == ROWS
+    assert in_view(exported) == (ROWS, ROWS)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("effect", ["record_action 1", "unmark 1", "unmark 2"])
+def test_a_requeue_that_dies_anywhere_is_said_again_and_exports_each_event_once(
+    exported: Stack, monkeypatch: pytest.MonkeyPatch, side: str, effect: str
+) -> None:
+    """Half of the rows pending is a state like any other; the second call finds the rest."""
+    monkeypatch.setattr("auditexport_pipeline.core.requeue.CHUNK_ROWS", 7)
+    point = CrashPoint(f"{side} {effect}")
+    crashing = CrashingUpkeep(exported.upkeep, point)
+    with pytest.raises(Crash):
+        requeue(exported.outbox, crashing, exported.log, RowFilter(batch_ids=(1, 2)), BY)
+    cleared = len(pending(exported))
+    assert again(exported, batch_ids=(1, 2)).rows == 20 - cleared
+    assert len(pending(exported)) == 20
+    run(exported)
+
+    assert pending(exported) == []
+    assert in_view(exported) == (ROWS, ROWS)
+    (stored,) = exported.clickhouse("SELECT count() FROM audit_logs_raw_v1")
+    assert stored == (ROWS + 20,)
+    recorded = exported.sql("SELECT SUM(row_count) AS n FROM clickhouse_outbox_action WHERE verb = 'requeue'")
+    assert int(str(recorded[0].n)) == 20
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_sweep_that_slept_leaves_what_was_requeued_meanwhile(exported: Stack, drained: bool) -> None:
+    """It wakes with an old list: rows that are pending again, or were exported anew, are not past retention."""
+    for batch_id in (1, 2, 3):
+        age(exported, batch_id, 31)
+
+    def meanwhile() -> None:
+        again(exported, batch_ids=(1,))
+        if drained:
+            run(exported)
+
+    point = CrashPoint("before delete 1", then=meanwhile)
+    sweep(exported.outbox, CrashingUpkeep(exported.upkeep, point), exported.log, Retention(), BY)
+
+    assert point.reached
+    left = exported.sql("SELECT event_id FROM clickhouse_outbox ORDER BY pk")
+    assert [row.event_id for row in left] == [f"evt_{n}" for n in range(10)]
+    run(exported)
+    assert in_view(exported) == (ROWS, ROWS)
+    assert swept(exported).rows == 0
