@@ -325,6 +325,20 @@ def test_a_dead_letter_that_somebody_marked_is_not_missing(stack: Stack) -> None
     run(stack)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = 5 WHERE pk = :pk", pk=pk)
     assert look(stack).clean
+    assert stack.upkeep.close_letters() == 1
+    assert look(stack).clean
+
+
+def test_a_malformed_row_that_was_marked_before_it_was_looked_at_is_missing(exported: Stack) -> None:
+    """Nobody exported it and nobody set it aside: without a letter it would be lost without a word."""
+    (pk,) = exported.put(("ws_1", "evt_malformed", '{"event_id": "evt_malformed"}'))
+    exported.sql("UPDATE clickhouse_outbox SET deleted_at = 5 WHERE pk = :pk", pk=pk)
+
+    report = look(exported, repair=BY)
+    assert (report.found.missing, report.found.event_ids) == (1, ("evt_malformed",))
+    run(exported)
+    assert look(exported).clean
+    assert exported.outbox.dead_by_reason() == {"missing_field": 1}
 
 
 def test_an_open_batch_is_left_to_the_drain(exported: Stack) -> None:

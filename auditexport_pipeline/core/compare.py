@@ -274,16 +274,24 @@ def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
 
 
 def keys_absent(outbox: Outbox, log: AuditLog, pks: PkSet) -> list[int]:
-    """Those of these rows, of any known version, whose events ClickHouse does not hold anywhere."""
+    """Those of these rows, of any known version, whose events ClickHouse does not hold anywhere.
+
+    A row that does not decode is looked for by the ids of its columns alone: another exporter may have sent it.
+    """
     absent: list[int] = []
     for chunk in pks.chunks(KEYS_AT_ONCE):
-        keys: dict[Key, list[int]] = {}
+        keys: defaultdict[Key, list[int]] = defaultdict(list)
+        ids: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         for row in outbox.read(chunk, row_bytes=ROW_BYTES):
             for version in VERSIONS.values():
                 event = version.decode(row)
                 if not isinstance(event, Undecodable):
-                    keys.setdefault(event.key, []).append(row.pk)
+                    keys[event.key].append(row.pk)
                     break
+            else:
+                ids[row.workspace_id, row.event_id].append(row.pk)
         held = {entry.key for entry in entries_of(log, keys)}
         absent.extend(pk for key, found in keys.items() if key not in held for pk in found)
+        ids_held = log.ids_held(list(ids))
+        absent.extend(pk for pair, found in ids.items() if pair not in ids_held for pk in found)
     return absent

@@ -295,6 +295,10 @@ class AuditLog(Protocol):
 
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...
 
+    def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those of these pairs of workspace_id and event_id under which there is any entry."""
+        ...
+
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         """What each payload's entry would hash to as content, by ClickHouse's own parser; writes nothing."""
         ...

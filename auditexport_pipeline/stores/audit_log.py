@@ -400,6 +400,15 @@ class ClickHouseAuditLog:
         }
         return self._entries("entries_of", columns) if keys else []
 
+    def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        held: set[tuple[str, str]] = set()
+        columns = {"workspaces": [workspace_id for workspace_id, _ in ids], "events": [event_id for _, event_id in ids]}
+        for version in VERSIONS if ids else ():
+            with translated("looking for events"):
+                rows = self.client().query(_sql("ids_held", version), parameters=columns, settings=READ_SETTINGS)
+            held.update((row[0], row[1]) for row in rows.result_rows)
+        return held
+
     def _entries(self, name: str, parameters: dict[str, Any]) -> list[StoredEntry]:
         entries: list[StoredEntry] = []
         for version in VERSIONS:

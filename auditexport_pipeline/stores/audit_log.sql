@@ -92,6 +92,13 @@ FROM $table
 WHERE (workspace_id, bucket, time, event_id) IN
   arrayZip({workspaces:Array(String)}, {buckets:Array(String)}, {times:Array(Int64)}, {events:Array(String)})
 
+-- name: ids_held
+-- Primary key by workspace, which is the sort key's first column. For rows of which nothing but these two ids is known.
+SELECT DISTINCT workspace_id, event_id
+FROM $table
+WHERE workspace_id IN {workspaces:Array(String)}
+  AND (workspace_id, event_id) IN arrayZip({workspaces:Array(String)}, {events:Array(String)})
+
 -- name: contents
 -- The payloads through the same parser and the same SELECT as an INSERT, into the columns' types, and hashed as
 -- they would be stored; nothing is written. One line a payload, in order.

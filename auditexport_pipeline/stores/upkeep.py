@@ -115,7 +115,7 @@ class MySQLUpkeep:
             return PkSet.of(row.pk for row in rows)
 
     def dead_among(self, pks: PkSet) -> PkSet:
-        """Those whose dead letters keep them out of batches."""
+        """Those that were set aside, whoever marked them since; one that is to be retried is not."""
         dead = PkSet()
         with self.outbox.transaction("reading dead letters") as connection:
             for chunk in pks.chunks(5_000):

@@ -64,7 +64,7 @@ WHERE deleted_at >= :from_ms AND deleted_at < :to_ms ORDER BY pk
 
 -- name: dead_among
 -- Primary key, point by point; no lock.
-SELECT pk FROM clickhouse_outbox_dead_letter WHERE pk IN :pks AND state IN ('open', 'discarded') ORDER BY pk
+SELECT pk FROM clickhouse_outbox_dead_letter WHERE pk IN :pks AND state != 'retried' ORDER BY pk
 
 -- name: outbox_ends
 -- Primary key, both ends.

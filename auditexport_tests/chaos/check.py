@@ -225,14 +225,23 @@ def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
 
 
 def never_exported(databases: Databases, book: Book) -> set[int]:
-    """Rows that somebody marked before they were exported, as the book knows them: what a reconciliation must name."""
+    """Rows that somebody marked before they were exported or set aside, as the book knows them: what a reconciliation
+    must name.
+    """
     stored = {
         (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
         for row in databases.clickhouse("SELECT workspace_id, bucket, time, event_id FROM audit_logs_raw_v1")
     }
-    marked = databases.sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")
-    rows = {int(str(row.pk)): book.rows[int(str(row.pk))] for row in marked}
-    return {pk for pk, row in rows.items() if row.kind == "event" and row.key not in stored}
+    set_aside = {
+        row.pk for row in databases.sql("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state != 'retried'")
+    }
+    marked = {row.pk for row in databases.sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")}
+    return {
+        pk
+        for pk in marked - set_aside
+        if book.rows[pk].kind in ("malformed", "refused")
+        or (book.rows[pk].kind == "event" and book.rows[pk].key not in stored)
+    }
 
 
 def _comparable(columns: object) -> tuple[object, ...]:
