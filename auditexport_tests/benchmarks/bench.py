@@ -66,10 +66,10 @@ def restore(stack: LocalStack) -> None:
         "ANALYZE TABLE clickhouse_outbox",
     )
     stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
-    _settle(stack)
+    settle(stack)
 
 
-def _settle(stack: LocalStack) -> None:
+def settle(stack: LocalStack) -> None:
     """Waits until both servers have done what the last contender left them to do: purges, merges, dirty pages."""
     servers = [psutil.Process(stack.mysql.pid), psutil.Process(stack.clickhouse.pid)]
     for _ in range(60):
