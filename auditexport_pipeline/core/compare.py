@@ -56,9 +56,19 @@ class Slot:
         return pks_of([block for _, block in self.blocks])
 
     @property
+    def added(self) -> PkSet:
+        """Rows that only a requeue sent here: in the first export they had been folded into another row."""
+        assert self.first is not None
+        return self.pks - self.first[1].pks
+
+    @property
     def surplus(self) -> int:
         """How many further copies requeues and their replays can have left here until they merge."""
-        return sum(block.rows * max(1, batch.attempts) for batch, block in self.blocks if batch.generation)
+        return self.surplus_of_all_but(PkSet())
+
+    def surplus_of_all_but(self, pks: PkSet) -> int:
+        """The same, without the copies of these rows."""
+        return sum(len(block.pks - pks) * max(1, batch.attempts) for batch, block in self.blocks if batch.generation)
 
     @property
     def baseline(self) -> Holding | None:
@@ -91,6 +101,7 @@ class Comparison:
     unnamed_unexpected: int = 0
 
     superseded: int = 0  # merged into another copy of the same event
+    replaced: int = 0  # by the entry of another row of the same event, which was requeued and is gone from the outbox
     erased: int = 0
     expired: int = 0
     unmerged: int = 0  # copies that a requeue added
@@ -102,6 +113,7 @@ class Comparison:
         """What was explained, in entries, in words; without the zeros."""
         counts = {
             "merged into another copy": self.superseded,
+            "replaced by a requeued row of the same event": self.replaced,
             "erased on record": self.erased,
             "past the TTL": self.expired,
             "copies of a requeue": self.unmerged,
@@ -124,10 +136,11 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Expected:
-    pks: list[int]
-    fingerprint: int
-    content: int
-    pending: bool
+    """One event of a slot: its rows, and what an entry of it may hold, which rows of one event need not agree on."""
+
+    pks: list[int] = field(default_factory=list)
+    held: set[tuple[int, int]] = field(default_factory=set)  # fingerprint and content
+    pending: bool = False
     surplus: int = 0
 
 
@@ -145,17 +158,18 @@ def compare(
     for entry in log.entries_at(slot.inserted_at_ms):
         stored[entry.key].append(entry)
     found = Comparison()
-    _compare_expected(log, expected, stored, erasures, expired, found)
+    seen = PkSet.of(sorted(pk for known in expected.values() for pk in known.pks))
+    _compare_expected(log, slot, expected, seen, stored, erasures, expired, found)
     if slot.first is None:  # who else has sent these rows is not known here
         found.unmerged += sum(found.duplicated.values())
         found.duplicated.clear()
     else:
-        _compare_rest(slot, expected, stored, bool(erasures), expired, found)
+        _compare_rest(slot, expected, seen, stored, bool(erasures), expired, found)
     return found
 
 
 def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]:
-    expected: dict[Key, _Expected] = {}
+    expected: defaultdict[Key, _Expected] = defaultdict(_Expected)
     decode = VERSIONS[slot.version].decode
     normalised = PkSet()
     for _, block in slot.blocks:
@@ -166,11 +180,10 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
         payloads = [normal_form(row.payload) if row.pk in normalised else row.payload for row, _ in events]
         contents = log.contents(slot.version, payloads, slot.inserted_at_ms)
         for (row, event), content in zip(events, contents, strict=True):
-            known = expected.get(event.key)
-            if known is None:
-                expected[event.key] = _Expected([row.pk], event.fingerprint, content, row.exported_at_ms is None)
-            else:  # a requeued row that had been folded into another one
-                known.pks.append(row.pk)
+            known = expected[event.key]  # has a row already where a requeued one had been folded into another one
+            known.pks.append(row.pk)
+            known.held.add((event.fingerprint, content))
+            known.pending |= row.exported_at_ms is None
     for batch, block in slot.blocks:
         if batch.generation:
             for known in expected.values():
@@ -185,21 +198,31 @@ def _batched(rows: Iterator[StoredRow], size: int) -> Iterator[list[StoredRow]]:
 
 def _compare_expected(
     log: AuditLog,
+    slot: Slot,
     expected: dict[Key, _Expected],
+    seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
     erasures: Sequence[Erasure],
     expired: bool,
     found: Comparison,
 ) -> None:
     absent = []
+    # Requeued rows that are gone from the outbox left copies too, and may have taken the place of another row's entry.
+    spare = slot.surplus_of_all_but(seen)
+    replacing = len(slot.added - seen) if slot.first else 0
     for key, known in expected.items():
         copies = stored.get(key)
         if not copies:
             absent.append(key)
             continue
-        if not any((copy.fingerprint, copy.content) == (known.fingerprint, known.content) for copy in copies):
-            found.altered.append(key)
-        unmerged = min(len(copies) - 1, known.surplus)
+        if not any((copy.fingerprint, copy.content) in known.held for copy in copies):
+            if replacing:
+                replacing -= 1
+                found.replaced += 1
+            else:
+                found.altered.append(key)
+        unmerged = min(len(copies) - 1, known.surplus + spare)
+        spare -= max(0, unmerged - known.surplus)
         found.unmerged += unmerged
         if len(copies) - 1 > unmerged:
             found.duplicated[key] = len(copies) - 1 - unmerged
@@ -221,6 +244,7 @@ def _compare_expected(
 def _compare_rest(
     slot: Slot,
     expected: dict[Key, _Expected],
+    seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
     erasures: bool,
     expired: bool,
@@ -233,7 +257,10 @@ def _compare_rest(
     others = [key for key in stored if key not in expected]
     # What an earlier comparison had found gone and explained is not expected any more.
     settled = max(0, block.rows - (baseline.rows - baseline.copies)) if baseline else 0
-    gone = max(0, block.rows - len(expected))
+    own = sum(any(pk in block.pks for pk in known.pks) for known in expected.values())
+    gone = max(0, block.rows - own)
+    added = slot.added
+    added_gone = len(added - seen)
     room = max(0, slot.surplus - found.unmerged)
     for key in others:
         copies = len(stored[key]) - 1
@@ -242,9 +269,9 @@ def _compare_rest(
         found.unmerged += unmerged
         if copies > unmerged:
             found.duplicated[key] = copies - unmerged
-    if len(others) > gone:
-        if gone:
-            found.unnamed_unexpected += len(others) - gone
+    if len(others) > gone + added_gone:
+        if gone + added_gone:
+            found.unnamed_unexpected += len(others) - gone - added_gone
         else:
             found.unexpected.extend(others)
     lost = max(0, gone - len(others) - settled)
@@ -254,7 +281,8 @@ def _compare_rest(
         found.unprovable += lost
     else:
         found.unnamed_missing += lost
-    comparable = baseline is not None and baseline.copies == 0 and not found.discrepancy
+    # Of two rows of one event, the one that was added may have taken the other's place.
+    comparable = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy
     if comparable and baseline is not None and not lost:
         entries = [copies[0] for copies in stored.values()]
         now = Holding(

@@ -364,7 +364,9 @@ def _listen(world: World, outcome: Outcome) -> None:
             found = told.report.found
             forgetful = world.overflow or outcome.verdict.forgetful
             if found.altered or found.unexpected or (found.duplicated and not forgetful):
-                outcome.verdict.violations.append(f"{worker.run.owner} reconciled and found {found}")
+                outcome.verdict.violations.append(
+                    f"{worker.run.owner} reconciled and found {found}: {', '.join(found.event_ids)}"
+                )
         outcome.verdict.violations.extend(f"{worker.run.owner} saw {line}" for line in told.discrepancies)
         outcome.verdict.violations.extend(
             f"{worker.run.owner} was refused in more than one line" for line in told.refusals if "\n" in line
