@@ -94,7 +94,7 @@ NEWER_INSERT_SETTINGS: dict[str, Any] = {
 CONTENT_SETTINGS: dict[str, Any] = {"log_queries": 0}
 # Payloads sent for one comparison at a time; a larger one goes alone.
 CONTENT_BYTES = 1024**2
-# ClickHouse takes 128 KB in one field of a form, in which long parameters travel: whatever a character takes, this fits.
+# ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
 PARAMETER_CHARACTERS = 30_000
 
 # Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
@@ -226,6 +226,7 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
         client_name="auditexport",
+        form_encode_query_params=True,  # parameters can be payloads, and URLs are logged on every way
     )
 
 
