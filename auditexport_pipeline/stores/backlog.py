@@ -56,9 +56,12 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
 
 def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> dict[str, int]:
     unknown: dict[str, int] = {}
-    version = ""
+    version: str | None = None
     for _ in range(VERSIONS_LOOKED_AT):
-        found = connection.execute(SQL["next_pending_version"], {"version": version}).scalar()
+        if version is None:  # nothing sorts below every version: '' is one, and others sort below that
+            found = connection.execute(SQL["first_pending_version"]).scalar()
+        else:
+            found = connection.execute(SQL["next_pending_version"], {"version": version}).scalar()
         if found is None:
             break
         version = found
