@@ -126,8 +126,8 @@ HOSTILE = (
     "%s %(pk)s %d %%",
     ":pks :workspace_id",
     "$table ${columns}",
-    "[bold]x[/red] [/]",
-    "\x00\x01\n\t\\N",
+    "[bold]x[/red] :smile:",
+    "\x01\n\t\\N",
 )
 
 
@@ -136,6 +136,8 @@ def prompt(own_stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     """The prompt, pointed at the test's databases: what it prints; asserts the exit status."""
     monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", own_stack.mysql_url)
     monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", own_stack.clickhouse_url)
+
+    monkeypatch.setenv("COLUMNS", "400")  # a value is not broken over lines
 
     def run(*words: str, status: int = 0) -> str:
         done = CliRunner().invoke(main, list(words), catch_exceptions=False)
@@ -151,14 +153,14 @@ def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(own_stack: Stack
     good = [event(f"{text[:40]}e", workspace_id=text, description=text) for text in HOSTILE]
     bad = [event(f"{text[:40]}b", workspace_id=text, time=text) for text in HOSTILE]
     pks = stack.put(*good, *bad)
-    for text in HOSTILE:
+    for text in ("", *HOSTILE):
         stack.put(event("evt"), version=text)
     drain(stack.outbox, stack.log, Limits(), owner="'; --")
 
     stored = stack.clickhouse("SELECT workspace_id, event_id, description FROM audit_logs_raw_v1")
     assert sorted(stored) == sorted((text, f"{text[:40]}e", text) for text in HOSTILE)
-    assert set(stack.outbox.backlog(["audit_log.v1"], count_to=100).unknown_versions) <= set(HOSTILE)
-    assert stack.outbox.backlog(["audit_log.v1"], count_to=100).unknown_rows == len(HOSTILE)
+    backlog = stack.outbox.backlog(["audit_log.v1"], count_to=100)
+    assert (set(backlog.unknown_versions), backlog.unknown_rows) == ({"", *HOSTILE}, len(HOSTILE) + 1)
 
     # Requeued and exported again, copies are looked for entry by entry.
     for number, text in enumerate(HOSTILE, start=1):
@@ -182,8 +184,8 @@ def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(own_stack: Stack
         prompt("dead-letters", "list", "--state", "any"),
         *(prompt("dead-letters", "show", str(pk)) for pk in pks[len(good) :]),
     ]
-    assert told[0].count("[bold]x[/red] [/]") >= 1
+    assert all("[bold]x[/red] :smile:" in text for text in (*told[:2], told[-2]))
     recorded = json.loads(prompt("erasures", "list", "--json"))["erasures"]
     assert [(one["workspace_id"], one["who"], one["why"]) for one in recorded] == [(t, t, t) for t in HOSTILE]
     assert stack.counts()[1] == len(HOSTILE)
-    assert stack.pending() == 2 * len(HOSTILE)
+    assert stack.pending() == 2 * len(HOSTILE) + 1
