@@ -52,7 +52,9 @@ class Search:
     """Looks for canaries (name → text) and keeps the tally by place. Thread-safe."""
 
     def __init__(self, canaries: dict[str, str]) -> None:
-        self._names = {form: f"{name} ({how})" for name, text in canaries.items() for how, form in disguises(text).items()}
+        self._names = {
+            form: f"{name} ({how})" for name, text in canaries.items() for how, form in disguises(text).items()
+        }
         self._any = re.compile(b"|".join(map(re.escape, self._names)))
         self._lock = threading.Lock()
         self.places: dict[str, Place] = {}

@@ -39,10 +39,10 @@ class Gate:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:  # noqa: N802 - the name is the protocol's
+            def do_GET(self) -> None:
                 gate.handle(self, upstream_port, search)
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815 - the name is the protocol's
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -85,15 +85,22 @@ class Site:
             cursor.execute("SET SESSION sql_log_off = 1")
         return connection
 
-    def put(self, prefix: str, count: int) -> list[int]:
-        """Good events, events that no event can be made of, and events that ClickHouse refuses; all with canaries."""
+    def put(self, prefix: str, count: int) -> int:
+        """Good rows, rows that no event can be made of, and rows that ClickHouse refuses; all with canaries.
+
+        Returns how many there are of a known version.
+        """
         planted = {name: ODD + text + ODD for name, text in self.events.items()}
         rows = [
             event(
                 f"{prefix}_{number}",
                 description=planted["description"],
                 remote_ip=planted["remote_ip"],
-                actor={"type": "user", "id": planted["actor"], "meta": {self.events["meta key"]: planted["meta value"]}},
+                actor={
+                    "type": "user",
+                    "id": planted["actor"],
+                    "meta": {self.events["meta key"]: planted["meta value"]},
+                },
                 targets=[{"type": "key", "id": "k", "name": planted["target"], "meta": {"list": [planted["target"]]}}],
                 unknown_field=planted["unknown field"],
             )
@@ -115,7 +122,8 @@ class Site:
             ("ws_1", f"{prefix}_tenant", event(f"{prefix}_tenant", workspace_id=self.events["malformed"])[2]),
             ("ws_1", f"{prefix}_twice", event("x")[2].replace('"x"', f'"{prefix}_twice"')[:-1] + self._twice()),
         ]
-        pks = self.stack.put(*rows)
+        self.stack.put(*rows)
+        invalid = 0
         if self.servers.mysql.family == "mariadb":  # MySQL's JSON type takes no such text from anybody
             with self.stack.outbox.engine.begin() as connection:
                 connection.exec_driver_sql("SET SESSION check_constraint_checks = 0")
@@ -125,8 +133,9 @@ class Site:
                     (f"{prefix}_text", '{"description": "' + self.events["malformed"]),
                 )
                 connection.exec_driver_sql("SET SESSION check_constraint_checks = 1")
+            invalid = 1
         self.stack.put(event(f"{prefix}_v99", description=planted["description"]), version="audit_log.v99")
-        return pks
+        return len(rows) + invalid
 
     def _twice(self) -> str:
         key = json.dumps(self.events["malformed"])
@@ -224,7 +233,14 @@ class Site:
         return self.servers.clickhouse.directory / "server.log"
 
 
-SECRETS = ("MySQL password", "wrong password", "second password", "ClickHouse password", "heartbeat URL", "unquoted password")
+SECRETS = (
+    "MySQL password",
+    "wrong password",
+    "second password",
+    "ClickHouse password",
+    "heartbeat URL",
+    "unquoted password",
+)
 EVENTS = (
     *("description", "remote_ip", "actor", "meta key", "meta value", "target"),
     *("unknown field", "refused", "malformed"),
@@ -241,5 +257,7 @@ def new_site(directory: Path, stack: Stack, servers: Servers) -> Site:
         events={name: new_canary() for name in EVENTS},
     )
     (directory / "dagster_home" / "dagster.yaml").write_bytes((ROOT / "dagster.yaml").read_bytes())
-    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK NOT startsWith(description, '{REFUSED}')")
+    stack.clickhouse(
+        f"ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK NOT startsWith(description, '{REFUSED}')"
+    )
     return site

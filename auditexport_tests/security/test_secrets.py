@@ -51,7 +51,7 @@ def heartbeat() -> Iterator[int]:
     """The port of a check that answers 500: a ping that fails is logged."""
 
     class Broken(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the name is the protocol's
+        def do_GET(self) -> None:
             self.send_error(500)
 
         def log_message(self, *_: object) -> None:
@@ -92,9 +92,7 @@ class Steps:
         return {"name": name, "command": command, "fault": fault, "environment": {**self.always, **environment}}
 
 
-def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
-    site: Site, heartbeat: int
-) -> None:
+def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(site: Site, heartbeat: int) -> None:
     """Logs, run records and temporary files are read by many people who may not read the audited events."""
     site.admit("exporter", "MySQL password")
     site.admit("second", "second password")
@@ -110,7 +108,7 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
         expelling.on_insert = lambda: site.expel("second")
         steps = Steps(site, heartbeat, passing)
 
-        letters = site.put("one", 12)[12:-1]
+        rows = site.put("one", 12)
         site.record_statements(on=True)
         came_to = site.run(
             "drains",
@@ -122,20 +120,20 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
                     **{CLICKHOUSE: site.clickhouse_url(expelling), MYSQL: site.mysql_url("second", "second password")},
                 ),
                 steps.drain("a defect that quotes", fault="defect"),
-                *(
-                    steps.drain(name, **environment)
-                    for name, environment in wrong_setups(site, passing).items()
-                ),
+                *(steps.drain(name, **environment) for name, environment in wrong_setups(site, passing).items()),
                 steps.drain("success"),
             ],
             watch,
         )
-        statuses = {name: status for name, status in came_to.items()}
+        statuses = dict(came_to)
         assert statuses.pop("success") == "0", site.outputs[-1]
         assert set(statuses.values()) == {"1"}, site.outputs[-1]
         assert len(statuses) == 4 + len(wrong_setups(site, passing))
         assert (cutting.inserts, echoing.inserts, expelling.inserts) >= (1, 1, 1)
-        assert site.stack.counts() == (13, 13)  # the last one, whose key is there twice, has a form that is taken
+        letters = [row.pk for row in site.stack.sql("SELECT pk FROM clickhouse_outbox_dead_letter")]
+        # MySQL stores some of them in a form that is taken: a key that is given twice, a number of 70 bits.
+        assert len(letters) in (12, 14)
+        assert site.stack.counts() == (rows - len(letters), rows - len(letters))
 
         site.record_statements(on=False)
         site.put("two", 3)
@@ -158,6 +156,8 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
             "prompt",
             [
                 *(steps.prompt(" ".join(words), words) for words in (*CLI, *shown)),
+                steps.reconcile("the job"),
+                steps.reconcile("the job, an error that quotes", **{CLICKHOUSE: site.clickhouse_url(echoing)}),
                 steps.prompt("an error that quotes", ("reconcile",), **{CLICKHOUSE: site.clickhouse_url(echoing)}),
                 *(
                     steps.prompt(f"{name}: {' '.join(words)}", words, **environment)
@@ -169,10 +169,11 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
         )
         assert came_to["doctor"] == "0", site.outputs[-1]
         assert came_to["reconcile"] == "1", site.outputs[-1]
+        assert came_to["the job, an error that quotes"] == "1", site.outputs[-1]
         assert came_to["an error that quotes"] == "2", site.outputs[-1]
         assert "altered" in site.outputs[-1]
         assert "traceback" not in came_to.values(), site.outputs[-1]
-        assert [came_to[" ".join(words)] for words in shown] == ["0"] * 13
+        assert [came_to[" ".join(words)] for words in shown] == ["0"] * len(letters)
         site.record_statements(on=False)
 
     search = site.look_everywhere()

@@ -48,7 +48,10 @@ ALLOWED = {
         "one of two collations, by the server's family"
     ),
     ("stores/setup.py", "statement"): "setup.sql with an engine and a setting, both constants",
-    ("stores/preflight_clickhouse.py", "f'CHECK GRANT {privilege} ON {table}'"): "from the constants of stores/roles.py",
+    (
+        "stores/preflight_clickhouse.py",
+        "f'CHECK GRANT {privilege} ON {table}'",
+    ): "from the constants of stores/roles.py",
 }
 
 
@@ -88,9 +91,7 @@ def _shown(expression: ast.expr) -> str:
 def test_what_is_handed_to_a_driver_is_a_statement_of_ours() -> None:
     """One statement that is put together from a value is one that a tenant's name can rewrite."""
     modules = [path for part in PARTS for path in sorted((PACKAGE / part).rglob("*.py"))]
-    found = {
-        (str(path.relative_to(PACKAGE)), shown) for path in modules for shown in handed_over(path.read_text())
-    }
+    found = {(str(path.relative_to(PACKAGE)), shown) for path in modules for shown in handed_over(path.read_text())}
     assert found - set(ALLOWED) == set(), "neither a named statement nor on the list"
     assert set(ALLOWED) - found == set(), "on the list and not in the code any more"
 
