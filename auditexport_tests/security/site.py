@@ -155,6 +155,10 @@ class Site:
     def database(self) -> str:
         return self.stack.clickhouse_url.rpartition("/")[2]
 
+    @property
+    def clickhouse_port(self) -> int:
+        return int(self.servers.clickhouse.url.rsplit(":", 1)[1].split("/")[0])
+
     def environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if not name.startswith("AUDITEXPORT_")}
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from auditexport_tests.security.conftest import Servers
 def listening(pid: int) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket on which this process, or one that it started, takes connections."""
     process = psutil.Process(pid)
-    return {
-        (str(connection.laddr.ip), int(connection.laddr.port))
-        for one in (process, *process.children(recursive=True))
-        for connection in one.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # one that ended while we looked listens no more
+            for connection in one.net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((str(connection.laddr.ip), int(connection.laddr.port)))
+    return found
 
 
 def reachable_from_elsewhere(sockets: set[tuple[str, int]]) -> set[tuple[str, int]]:

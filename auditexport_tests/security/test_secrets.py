@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import dagster as dg
 import pytest
 
+from auditexport_pipeline.local.processes import free_port
 from auditexport_tests.conftest import Stack
+from auditexport_tests.dagster_glue.conftest import ROOT, Exporter
+from auditexport_tests.dagster_glue.test_launches import LOCATION, START_SENSOR, Page
+from auditexport_tests.dagster_glue.test_launches import _stop as stop
 from auditexport_tests.security.canaries import Search, Watch, disguises, new_canary
 from auditexport_tests.security.conftest import Servers
 from auditexport_tests.security.gate import Gate, Mode
-from auditexport_tests.security.site import Site, new_site
+from auditexport_tests.security.site import WITHIN_S, Site, new_site
+from auditexport_tests.security.test_loopback import listening, reachable_from_elsewhere
 from auditexport_tests.waiting import wait_until
 
 MYSQL, CLICKHOUSE = "AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_CLICKHOUSE_URL"
@@ -99,8 +107,8 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
     with ExitStack() as running:
 
         def gate(mode: Mode) -> Gate:
-            port = int(site.servers.clickhouse.url.rsplit(":", 1)[1].split("/")[0])
-            return running.enter_context(Gate(port, site.password("ClickHouse password"), site.search, mode))
+            password = site.password("ClickHouse password")
+            return running.enter_context(Gate(site.clickhouse_port, password, site.search, mode))
 
         passing, cutting, echoing, holding, expelling = map(gate, ("pass", "cut", "echo", "hold", "pass"))
         watch = running.enter_context(Watch(site.search, site.directory / "tmp"))
@@ -182,6 +190,48 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
     assert_it_was_all_there(site, search)
 
 
+def test_nothing_is_found_around_a_run_that_the_daemon_launches(site: Site, heartbeat: int) -> None:
+    """Daemon, code server and run worker hand settings to each other on command lines and in records of their own."""
+    site.admit("exporter", "MySQL password")
+    rows = site.put("launched", 3)
+    site.record_statements(on=True)
+    port = free_port()
+    home = site.directory / "dagster_home"
+    with (
+        Gate(site.clickhouse_port, site.password("ClickHouse password"), site.search) as passing,
+        Watch(site.search, site.directory / "tmp") as watch,
+        (site.directory / "output" / "dev").open("wb") as output,
+    ):
+        passing.on_insert = watch.look
+        server = subprocess.Popen(
+            [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)],
+            cwd=ROOT,
+            env={**site.environment(), **Steps(site, heartbeat, passing).always, "AUDITEXPORT_SENSOR_ROWS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        watch.pid = server.pid
+        try:
+            wait_until(lambda: ("127.0.0.1", port) in listening(server.pid), what="the page", within_s=WITHIN_S)
+            with dg.DagsterInstance.from_config(str(home)) as instance:
+                page = Page(url=f"http://127.0.0.1:{port}", exporter=Exporter(home=home, instance=instance))
+                page.ask(START_SENSOR, selector={**LOCATION, "sensorName": "outbox_backlog_sensor"})
+                (record, *_) = wait_until(page.runs, what="a run", within_s=WITHIN_S)
+                assert page.wait_for(record.dagster_run.run_id).is_success
+            assert not reachable_from_elsewhere(listening(server.pid))
+        finally:
+            stop(server)
+    site.record_statements(on=False)
+    dead = len(site.stack.sql("SELECT pk FROM clickhouse_outbox_dead_letter"))
+    assert site.stack.counts() == (rows - dead, rows - dead)
+    search = site.look_everywhere()
+    print(f"\n{search.table()}")
+    assert not search.all_hits(), "\n".join(search.all_hits())
+    assert passing.inserts >= 1
+
+
 def wrong_setups(site: Site, passing: Gate) -> dict[str, dict[str, str]]:
     """What people get wrong about the two URLs, each with a secret in it."""
     unquoted = site.secrets["unquoted password"]
@@ -226,9 +276,8 @@ def test_the_search_finds_what_a_leaky_run_leaves_in_every_place(site: Site, hea
     site.admit("exporter", "MySQL password")
     site.put("leaky", 2)
     site.record_statements(on=True)
-    port = int(site.servers.clickhouse.url.rsplit(":", 1)[1].split("/")[0])
     with (
-        Gate(port, site.password("ClickHouse password"), site.search) as passing,
+        Gate(site.clickhouse_port, site.password("ClickHouse password"), site.search) as passing,
         Watch(site.search, site.directory / "tmp") as watch,
     ):
         passing.on_insert = watch.look
