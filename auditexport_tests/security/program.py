@@ -5,7 +5,7 @@ retries, and two saboteurs. What does not: what is expected of it. Steps come as
 their environment holds secrets: `python -m auditexport_tests.security.program`.
 
 `defect` raises what it was given, with the payloads in its text; `leak` is the negative control: it puts
-payloads everywhere where none may be.
+payloads and a password everywhere where none may be.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _defect(outbox: Any, claim: Any, limits: Any) -> object:
 
 
 def _leak(outbox: Any, claim: Any, limits: Any) -> object:
-    text = _payloads(outbox)
+    text = f"{os.environ['AUDITEXPORT_MYSQL_URL']} {_payloads(outbox)}"
     dg.get_dagster_logger("leak").warning(text)
     print(text, flush=True)
     Path(tempfile.gettempdir(), "leaked").write_text(text)

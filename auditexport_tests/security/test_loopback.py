@@ -46,7 +46,10 @@ def test_both_servers_listen_on_loopback_only(servers: Servers) -> None:
 def test_the_look_at_sockets_can_fail(family: socket.AddressFamily, address: str) -> None:
     """The negative control: a socket that all the world can reach is seen, over both protocols."""
     with socket.socket(family, socket.SOCK_STREAM) as everywhere:
-        everywhere.bind((address, 0))
+        try:
+            everywhere.bind((address, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {family.name}")
         everywhere.listen(1)
         port = everywhere.getsockname()[1]
         assert (address, port) in reachable_from_elsewhere(listening(os.getpid()))
