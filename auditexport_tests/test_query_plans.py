@@ -107,6 +107,7 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "candidates": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1", "after_pk": 0, "row_limit": 100}),
     "oldest_pending": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
     "count_pending": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1", "row_limit": 100}),
+    "pending_version_to_empty": ("clickhouse_outbox", "drainer_pending_idx", {}),
     "next_pending_version": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
     "rows_between": ("clickhouse_outbox", "PRIMARY", {"first_pk": 20_000, "last_pk": 20_400}),
     "rows_in": ("clickhouse_outbox", "PRIMARY", {"pks": PKS}),
@@ -153,7 +154,7 @@ def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:
 
 def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> None:
     """The sensor asks every few seconds; with payloads in the way it would read them all."""
-    for name in ("count_pending", "next_pending_version"):
+    for name in ("count_pending", "pending_version_to_empty", "next_pending_version"):
         steps = explain(busy, name, STATEMENTS[name][2])
         (step,) = [step for step in steps if step.table == "clickhouse_outbox"]
         assert "Using index" in step.extra, steps

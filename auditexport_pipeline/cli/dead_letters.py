@@ -222,7 +222,7 @@ def _print_counts(counts: LetterCounts) -> None:
         for name, number in numbers.items():
             table.add_row(f"{number:,}", by, name)
     if counts.letters:
-        Console(markup=False).print(table)
+        Console(markup=False, emoji=False).print(table)
 
 
 def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) -> None:
@@ -248,7 +248,7 @@ def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) ->
             letter.json_path,
             letter.detail,
         )
-    Console(markup=False).print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _print_details(details: LetterDetails) -> None:

@@ -74,7 +74,7 @@ def _table(*columns: str) -> Table:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # ids are chosen by whoever writes events
 
 
 # ── requeue ──────────────────────────────────────────────────────────────────────────────────────

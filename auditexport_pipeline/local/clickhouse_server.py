@@ -619,14 +619,15 @@ class Server:
         query = request.query_params.get("query", "").encode()
         decoder = decoder_for(request.headers.get("content-encoding", "").strip().lower())
         form: dict[str, str] = {}
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        multipart = request.headers.get("content-type", "").startswith("multipart/form-data")
+        if multipart:
             raw = await request.body()
             form = read_form(request.headers["content-type"], decoder.decode(raw))
             query += form.pop("query", "").encode()
         scope = Scope.of(request, form)
         body = Body(decoder, self._spool, query=query)
         try:
-            if not form and request.method == "POST":
+            if not multipart and request.method == "POST":
                 async for part in parts(request):
                     await loop.run_in_executor(None, body.add, part)
         except BaseException:

@@ -39,6 +39,8 @@ CONNECT_TIMEOUT_S = 10
 # The socket waits this much longer than ClickHouse may work: its own answer is worth more than our giving up.
 ANSWER_GRACE_S = 15
 LOOK_UP_TIMEOUT_S = 60
+# What the URL may name beside the server: files, as the driver calls them.
+TLS_FILES = ("ca_cert", "client_cert", "client_cert_key")
 
 # How ClickHouse reads JSON wherever we read or write it: keys keep their dots (stored as %2E), or
 # {"a.b": 1} would silently become {"a": {"b": 1}}.
@@ -94,7 +96,7 @@ NEWER_INSERT_SETTINGS: dict[str, Any] = {
 CONTENT_SETTINGS: dict[str, Any] = {"log_queries": 0}
 # Payloads sent for one comparison at a time; a larger one goes alone.
 CONTENT_BYTES = 1024**2
-# ClickHouse takes 128 KB in one field of a form, in which long parameters travel: whatever a character takes, this fits.
+# ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
 PARAMETER_CHARACTERS = 30_000
 
 # Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
@@ -193,26 +195,36 @@ def connection_arguments(url: str) -> dict[str, Any]:
     """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
 
     Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
-    are verified by default. Raises `InvalidConfig` for anything else.
+    are verified by default. Raises `InvalidConfig`, which repeats nothing of the URL, for anything else: of a
+    password that is not percent-encoded, any part can look like a port, a database or an option.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidConfig("AUDITEXPORT_CLICKHOUSE_URL must read http[s]://user:password@host:port/database")
+    try:
+        parts, port = urlsplit(url), urlsplit(url).port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.path or "#" in url:
+        raise InvalidConfig(
+            "AUDITEXPORT_CLICKHOUSE_URL must read http[s]://user:password@host:port/database, with the password "
+            "percent-encoded (/ is %2F, # is %23, ? is %3F)"
+        )
     options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     arguments: dict[str, Any] = {
         "interface": parts.scheme,
         "host": parts.hostname,
-        "port": parts.port or (8443 if parts.scheme == "https" else 8123),
+        "port": port or (8443 if parts.scheme == "https" else 8123),
         "username": unquote(parts.username or "default"),
         "password": unquote(parts.password or ""),
         "database": parts.path.strip("/") or "default",
         "verify": options.pop("verify", "true").lower() != "false",
     }
-    for name in ("ca_cert", "client_cert", "client_cert_key"):
+    for name in TLS_FILES:
         if name in options:
             arguments[name] = options.pop(name)
     if options:
-        raise InvalidConfig(f"AUDITEXPORT_CLICKHOUSE_URL has unknown options: {', '.join(sorted(options))}")
+        raise InvalidConfig(
+            f"AUDITEXPORT_CLICKHOUSE_URL has an option beside {', '.join(TLS_FILES)} and verify; a ? in its password "
+            "is written %3F"
+        )
     return arguments
 
 
@@ -226,6 +238,7 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
         client_name="auditexport",
+        form_encode_query_params=True,  # parameters can be payloads, and URLs are logged on every way
     )
 
 

@@ -56,14 +56,16 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
 
 def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> dict[str, int]:
     unknown: dict[str, int] = {}
-    version = ""
+    # The empty text is a version too, and where a collation pads with spaces, control characters sort below it.
+    found = connection.execute(SQL["pending_version_to_empty"]).scalar()
+    if found is None:
+        found = connection.execute(SQL["next_pending_version"], {"version": ""}).scalar()
     for _ in range(VERSIONS_LOOKED_AT):
-        found = connection.execute(SQL["next_pending_version"], {"version": version}).scalar()
         if found is None:
             break
-        version = found
-        if version not in versions:
-            unknown[version] = connection.execute(
-                SQL["count_pending"], {"version": version, "row_limit": count_to}
+        if found not in versions:
+            unknown[found] = connection.execute(
+                SQL["count_pending"], {"version": found, "row_limit": count_to}
             ).scalar_one()
+        found = connection.execute(SQL["next_pending_version"], {"version": found}).scalar()
     return unknown

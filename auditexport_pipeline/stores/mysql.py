@@ -55,6 +55,11 @@ def checked(url: str) -> str:
         parts = None
     if parts is None or parts.drivername not in ("mysql+pymysql", "mariadb+pymysql") or not parts.database:
         raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
+    if "@" in (parts.host or ""):  # the end of a password, which would go to the name server
+        raise InvalidConfig(
+            "AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database, and an @ in the "
+            "password %40"
+        )
     asked = sorted(name for name in parts.query if name.startswith("ssl"))
     if asked and not {"ssl_ca", "ssl_capath", "ssl_disabled"} & set(asked):
         raise InvalidConfig(

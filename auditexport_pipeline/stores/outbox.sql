@@ -228,6 +228,11 @@ LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
 WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND letter.pk IS NULL
 ORDER BY outbox.pk LIMIT 1
 
+-- name: pending_version_to_empty
+-- drainer_pending_idx, the range before all versions that anybody means to use.
+SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at IS NULL AND version <= '' ORDER BY version LIMIT 1
+
 -- name: next_pending_version
 -- drainer_pending_idx, one step per version present.
 SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)

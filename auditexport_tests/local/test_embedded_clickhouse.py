@@ -421,6 +421,11 @@ class TestErrors:
             assert raised.value.code in (27, 117)
         assert count(client, table) == 0
 
+    def test_a_form_may_hold_the_statement_alone(self, http: httpx.Client) -> None:
+        """A client that sends its parameters as a form does so also where there are none."""
+        answer = http.post("/", files={"query": (None, "SELECT 1 + 1")})
+        assert (answer.status_code, answer.text) == (200, "2\n")
+
     def test_only_the_user_without_a_password_is_let_in(self, http: httpx.Client) -> None:
         """A wrong credential must fail here as it fails in production."""
         token = base64.b64encode(b"default:secret").decode()

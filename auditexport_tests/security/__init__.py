@@ -1,0 +1,1 @@
+"""What must never leak, who may connect, and that data stays data."""
