@@ -7,6 +7,7 @@ verified right after its export (`test_exactly_once`).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.ports import AuditLog, StoredEntry
 from auditexport_pipeline.core.reconcile import Report, reconcile
+from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
@@ -421,6 +425,45 @@ def test_an_event_requeued_twice_or_before_its_verification_is_no_duplicate(expo
     merge(exported)
     assert look(exported).clean
     assert exported.counts() == (ROWS, ROWS)
+
+
+class _Busy:
+    """`core.ports.AuditLog` over a real one; while entries are read for the first time, `meanwhile` happens."""
+
+    def __init__(self, real: AuditLog, meanwhile: Callable[[], None]) -> None:
+        self.real = real
+        self.meanwhile = [meanwhile]
+
+    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        return self.real.entries_at(inserted_at_ms)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("looks", ["verify", "reconcile", "sweep"])
+def test_a_requeue_that_arrives_while_entries_are_read_is_no_discrepancy(exported: Stack, looks: str) -> None:
+    """Found by the chaos suite: a verification called its entries unexpected, and the batch discrepant."""
+
+    def requeue_some() -> None:
+        exported.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk <= 5")
+        run(exported)
+
+    requeue_some()
+    state = "exported" if looks == "verify" else "verified"
+    exported.sql("UPDATE clickhouse_outbox_batch SET state = :state, observed = NULL WHERE batch_id = 1", state=state)
+    busy: Any = _Busy(exported.log, requeue_some)
+    if looks == "verify":
+        assert not any(verify(exported.outbox, busy, exported.outbox.batches([1])).values())
+    elif looks == "reconcile":
+        assert reconcile(exported.outbox, exported.upkeep, busy, from_ms=0, to_ms=2**62).clean
+    else:
+        swept = sweep(exported.outbox, exported.upkeep, busy, Retention(outbox_days=0), BY)
+        assert swept.discrepant == {}
+    assert busy.meanwhile == []
+    assert states(exported) == {"verified"}
 
 
 def test_entries_are_compared_one_by_one_whatever_their_size(stack: Stack) -> None:

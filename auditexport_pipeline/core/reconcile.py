@@ -28,7 +28,7 @@ from auditexport_pipeline.core.compare import (
     Comparison,
     Key,
     Slot,
-    compare,
+    compare_at_rest,
     entries_of,
     keys_absent,
     slots_of,
@@ -177,7 +177,7 @@ def _batches(
     """Compares the slots of some batches; returns the pks of the rows whose entries are missing."""
     known_slots.update(block.inserted_at_ms for batch in page for block in batch.blocks)
     report.open_batches += sum(1 for batch in page if batch.state in OPEN)
-    # A requeue is part of the slot of the first export, wherever that was.
+    # A requeue is looked at with the slot of the first export, wherever that was.
     firsts = [batch for batch in page if batch.generation == 0 and batch.state not in OPEN and batch.blocks]
     unverified = [batch for batch in firsts if batch.state is State.EXPORTED]
     if unverified:
@@ -186,8 +186,7 @@ def _batches(
         firsts = [fresh.get(batch.batch_id, batch) for batch in firsts]
     if not firsts:
         return PkSet()
-    requeues = outbox.requeued_over(min(one.pks.first for one in firsts), max(one.pks.last for one in firsts))
-    slots: dict[int, Slot] = {slot.inserted_at_ms: slot for slot in slots_of([*firsts, *requeues])}
+    slots = {slot.inserted_at_ms: slot for slot in slots_of(firsts)}
     holdings = log.holdings(list(slots))
     missing: set[int] = set()
     for batch in firsts:
@@ -211,7 +210,7 @@ def _batches(
                 observed[at_ms] = holding
                 continue
             report.slots_read += 1
-            found = compare(outbox, log, slots[at_ms], erasures=erasures, expired=expired)
+            found = compare_at_rest(outbox, log, batch, block, erasures=erasures, expired=expired)
             _add_comparison(found, at_ms, line, report)
             missing.update(pk for pks in found.missing.values() for pk in pks)
             if not found.discrepancy:

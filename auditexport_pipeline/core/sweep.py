@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import By, Erasure
-from auditexport_pipeline.core.batch import Batch, Holding
-from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, slots_of
+from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.compare import NO_ENTRIES, compare, compare_at_rest, slot_at
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
@@ -147,25 +147,20 @@ def _last_look(
     """What ClickHouse no longer holds of a batch, right before its rows go."""
     holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
     found = Discrepancy()
-    requeues = outbox.requeued_over(batch.pks.first, batch.pks.last) if batch.pks else []
-    for slot in slots_of([batch, *(other for other in requeues if other.batch_id != batch.batch_id)]):
-        own = next((block for owner, block in slot.blocks if owner.batch_id == batch.batch_id), None)
-        if own is None:
+    for block in batch.blocks:
+        holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
+        expired = kept_ms is not None and block.inserted_at_ms + kept_ms <= now_ms
+        as_sealed = (holding.rows, holding.fingerprint) == (block.rows, block.fingerprint)
+        baseline = batch.observed.get(block.inserted_at_ms)  # which a requeue does not have
+        if expired or (as_sealed and (baseline is None or baseline.content == holding.content)):
             continue
-        holding = holdings.get(slot.inserted_at_ms, NO_ENTRIES)
-        expired = kept_ms is not None and slot.inserted_at_ms + kept_ms <= now_ms
-        as_sealed = (holding.rows, holding.fingerprint) == (own.rows, own.fingerprint)
-        if expired or (as_sealed and _unchanged(slot, holding)):
-            continue
-        found += compare(outbox, log, slot, erasures=erasures).discrepancy
+        if batch.generation:
+            found += compare(outbox, log, slot_at(outbox, batch, block), erasures=erasures).discrepancy
+        else:
+            found += compare_at_rest(outbox, log, batch, block, erasures=erasures).discrepancy
     if found and not dry_run:
         upkeep.record_reconciled(batch, found, batch.observed)
     return found
-
-
-def _unchanged(slot: Slot, holding: Holding) -> bool:
-    baseline = slot.baseline
-    return baseline is None or baseline.content == holding.content
 
 
 def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from auditexport_pipeline.core.batch import Batch, Block
-from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, slots_of
+from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, compare_at_rest
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 
 
@@ -35,7 +35,11 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
         for block in batch.blocks:
             holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
             if (holding.rows, holding.fingerprint) != (block.rows, block.fingerprint):
-                wrong = compare(outbox, log, _slot(outbox, batch, block)).discrepancy
+                if batch.generation:
+                    slot = Slot(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
+                    wrong = compare(outbox, log, slot).discrepancy
+                else:  # with the requeues that were quicker than its verification
+                    wrong = compare_at_rest(outbox, log, batch, block).discrepancy
                 found += wrong
                 if wrong:
                     continue
@@ -44,12 +48,3 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
         outbox.record_verified(batch, found, observed)
         outcome[batch.batch_id] = found
     return outcome
-
-
-def _slot(outbox: Outbox, batch: Batch, block: Block) -> Slot:
-    """The block, and with a first export the requeues that were quicker than its verification."""
-    own = Slot(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
-    if batch.generation:
-        return own
-    requeues = outbox.requeued_over(block.pks.first, block.pks.last)
-    return next(slot for slot in slots_of([batch, *requeues]) if slot.inserted_at_ms == block.inserted_at_ms)
