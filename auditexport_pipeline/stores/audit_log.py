@@ -193,7 +193,8 @@ def connection_arguments(url: str) -> dict[str, Any]:
     """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
 
     Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
-    are verified by default. Raises `InvalidConfig` for anything else.
+    are verified by default. A client's certificate stands in for a password; with one, both are shown. Raises
+    `InvalidConfig` for anything else.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -211,6 +212,8 @@ def connection_arguments(url: str) -> dict[str, Any]:
     for name in ("ca_cert", "client_cert", "client_cert_key"):
         if name in options:
             arguments[name] = options.pop(name)
+    if "client_cert" in arguments and arguments["password"]:
+        arguments["tls_mode"] = "strict"  # or the driver would keep the password to itself
     if options:
         raise InvalidConfig(f"AUDITEXPORT_CLICKHOUSE_URL has unknown options: {', '.join(sorted(options))}")
     return arguments
@@ -220,13 +223,31 @@ def connection_arguments(url: str) -> dict[str, Any]:
 def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
 
+    arguments = connection_arguments(url)
+    _check_certificates(arguments)
     return clickhouse_connect.get_client(
-        **connection_arguments(url),
+        **arguments,
         autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
         client_name="auditexport",
     )
+
+
+def _check_certificates(arguments: Mapping[str, Any]) -> None:
+    """Loads the files that the URL names, because the driver calls one that it cannot read a connection that failed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = "ca_cert"
+    try:
+        if arguments.get(name, "certifi") != "certifi":  # a word of the driver's, for the package of that name
+            context.load_verify_locations(arguments[name])
+        name = "client_cert"
+        if name in arguments:
+            context.load_cert_chain(arguments[name], arguments.get("client_cert_key"))
+    except OSError as error:
+        raise InvalidConfig(
+            f"AUDITEXPORT_CLICKHOUSE_URL names a {name} that cannot be read as one: {arguments[name]} ({error.strerror})"
+        ) from error
 
 
 @contextmanager

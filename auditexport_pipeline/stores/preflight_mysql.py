@@ -103,7 +103,7 @@ def _transport(connection: Connection, url: str) -> Look:
     parts = make_url(url)
     options = parts.query
     verified = "ssl_ca" in options or "ssl_capath" in options
-    named = str(options.get("ssl_check_hostname", "true")).lower() not in ("false", "0", "no", "off")
+    named = options.get("ssl_check_hostname", "true") == "true"
     seen = f"TLS, {cipher}" if cipher else "no TLS"
     if cipher:
         seen += ", certificate and name verified" if verified and named else ", certificate not verified"
