@@ -106,6 +106,7 @@ _ROW_ERRORS = {
 _SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
 _LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
 _TIMEOUT_EXCEEDED = 159
+_ACCESS_DENIED = 497
 
 _PIECES = load("audit_log.sql")
 
@@ -275,8 +276,11 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
                 "AUDITEXPORT_CLICKHOUSE_URL name the authority that signed it, and the URL a host name that stands in it"
             ) from error
         if code in _SETUP_ERRORS:
+            # All that is repeated of its text: what a parser says can quote a payload, a grant cannot.
+            missing = re.search(r"have the grant (.+?)\. \(", str(error)) if code == _ACCESS_DENIED else None
+            lacks = f": the user lacks {missing[1]}" if missing else ""
             raise SetupIncomplete(
-                f"ClickHouse refuses {what} (code {code}, {name}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
+                f"ClickHouse refuses {what} (code {code}, {name}{lacks}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
                 "or run `auditexport init`"
             ) from error
         if sending and (code is None or code == _TIMEOUT_EXCEEDED):

@@ -243,7 +243,7 @@ def _tables(connection: Connection, grants: MySQLGrants, database: str, role: Ro
     indexes = _indexes(connection)
     for table in MYSQL_GRANTS[role]:
         if table not in columns:
-            yield _absent(table, grants.lacking(database, table, ("SELECT",)) == [])
+            yield _absent(table, role, readable=not grants.lacking(database, table, ("SELECT",)))
             continue
         statement = _DECLARED[_STATEMENT_OF[table]]
         findings = [
@@ -260,7 +260,9 @@ def _tables(connection: Connection, grants: MySQLGrants, database: str, role: Ro
         yield from _head(connection)
 
 
-def _absent(table: str, readable: bool) -> Look:
+def _absent(table: str, role: Role, *, readable: bool) -> Look:
+    if role is Role.OWNER and table != OUTBOX:
+        return Look(about=f"MySQL table {table}", seen="not there; `auditexport init` creates it")
     fix = "run `auditexport init`"
     if table == OUTBOX:
         fix = "the application creates it (for a trial: `auditexport init --with-outbox`)"
