@@ -32,6 +32,7 @@ from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
+from auditexport_tests.faults import content
 
 Grants = Mapping[str, tuple[str, ...]]
 # The embedded server reads the data of an INSERT from a file descriptor, where a server has input().
@@ -148,12 +149,6 @@ def ground(mysql_server: str, clickhouse_of_its_own: LocalClickHouse, tmp_path: 
         yield ground
 
 
-def _unchanged(stack: Stack) -> list[object]:
-    """All that the tables of MySQL hold."""
-    tables = [row[0] for row in stack.sql("SHOW TABLES")]
-    return [[tuple(row) for row in stack.sql(f"SELECT * FROM {table}")] for table in sorted(map(str, tables))]
-
-
 def test_the_exporter_drains_requeues_included_and_may_do_nothing_else(ground: Ground) -> None:
     """The user that runs all day holds the least: not even a bug in it can delete a row."""
     stack = ground.stack
@@ -216,11 +211,11 @@ def test_the_sweeper_deletes_what_is_due_and_compacts_and_cannot_requeue(ground:
     stack = ground.stack
     stack.sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = exported_at_ms - 500 * 86400000 WHERE batch_id > 0")
     stack.sql("DELETE FROM clickhouse_outbox WHERE pk = (SELECT MIN(pk) FROM clickhouse_outbox_dead_letter)")
-    before = _unchanged(stack)
+    before = content(stack)
     with ground.as_role(Role.SWEEPER) as prompt:
         prompt("doctor", "--role", "sweeper")
         assert json.loads(prompt("sweep", "--outbox-days", "0", "--dry-run", "--json").output)["rows"] == 40
-        assert _unchanged(stack) == before
+        assert content(stack) == before
         prompt.refused(
             r"UPDATE command denied .*clickhouse_outbox", "requeue", "--from-pk", "1", "--to-pk", "90", "--why", "no"
         )
@@ -243,7 +238,7 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
         export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits()), Limits())
     seed_outbox(stack.mysql_url, seed=5, events=7, writers=1)
     letter = str(stack.sql("SELECT MIN(pk) AS pk FROM clickhouse_outbox_dead_letter")[0].pk)
-    before = _unchanged(stack)
+    before = content(stack)
     with ground.as_role(Role.READER) as prompt:
         prompt("doctor", "--role", "reader")
         assert prompt.outbox.backlog(tuple(VERSIONS), count_to=100).rows == 7
@@ -270,7 +265,7 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
         lacking = prompt("doctor", status=1).output
         assert "lacks UPDATE (deleted_at) on clickhouse_outbox" in lacking
         assert f"lacks INSERT on {ground.database}.audit_logs_raw_v1 in ClickHouse" in lacking
-    assert _unchanged(stack) == before
+    assert content(stack) == before
 
 
 def test_the_owner_creates_and_may_not_touch_what_is_in_the_tables(ground: Ground) -> None:

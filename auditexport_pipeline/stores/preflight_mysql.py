@@ -154,7 +154,13 @@ def _settings(variables: Mapping[str, str], role: Role) -> Look:
             Finding(
                 what=f"MySQL is read-only ({', '.join(closed)})",
                 breaks="this is a replica, or a primary that was closed for writing: nothing can be claimed or marked",
-                fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it: SET GLOBAL read_only = OFF",
+                fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it"
+                # The only one that cannot be set; turning read_only off turns super_read_only off with it.
+                + (
+                    ", start it without innodb_read_only"
+                    if "innodb_read_only" in closed
+                    else ": SET GLOBAL read_only = OFF"
+                ),
             )
         )
     seen = f"{isolation}, binary log {format_ if logged else 'off'}{', read-only' if closed else ''}"
@@ -175,7 +181,7 @@ def _packet(connection: Connection, variables: Mapping[str, str], *, sampled: bo
             )
         )
     seen = f"max_allowed_packet {packet:,}"
-    if sampled and _has_index(connection):
+    if sampled and _can_be_sampled(connection):
         oldest = connection.exec_driver_sql(_SQL["largest_pending"]).one()
         largest = int(oldest.bytes or 0)
         seen += f", largest of the oldest pending payloads {largest:,} bytes"
@@ -212,8 +218,11 @@ def _grants(grants: MySQLGrants, database: str, user: str, role: Role) -> Look:
     return Look(about=f"MySQL grants of the {role.value}", seen=seen, findings=tuple(findings))
 
 
-def _has_index(connection: Connection) -> bool:
-    return _usable(_indexes(connection).get(OUTBOX, {}).get("drainer_pending_idx", []))
+def _can_be_sampled(connection: Connection) -> bool:
+    """Whether the index and the columns of the sample are there; each that is not is a finding of its own."""
+    parts = _indexes(connection).get(OUTBOX, {}).get("drainer_pending_idx", [])
+    there = {row.column_name for row in connection.exec_driver_sql(_SQL["mysql_columns"]) if row.table_name == OUTBOX}
+    return _usable(parts) and {"payload", "deleted_at"} <= there
 
 
 def _indexes(connection: Connection) -> dict[str, dict[str, list[dict[str, object]]]]:
@@ -256,7 +265,8 @@ def _tables(connection: Connection, grants: MySQLGrants, database: str, role: Ro
             seen=f"{engines.get(table)}, {len(columns[table])} columns",
             findings=tuple(findings),
         )
-    if LEDGER in columns and LEDGER in MYSQL_GRANTS[role] and not grants.lacking(database, LEDGER, ("SELECT",)):
+    readable = LEDGER in MYSQL_GRANTS[role] and not grants.lacking(database, LEDGER, ("SELECT",))
+    if readable and {"batch_id", "inserted_at_ms"} <= columns[LEDGER].keys():
         yield from _head(connection)
 
 
@@ -297,7 +307,8 @@ def _columns(table: str, declared: Mapping[str, Column], there: Mapping[str, _Th
         if name not in there:
             continue
         found = there[name]
-        modify = f"ALTER TABLE {table} MODIFY COLUMN {column.declaration}"
+        # The key is there: named a second time, it would be a second one.
+        modify = f"ALTER TABLE {table} MODIFY COLUMN {column.declaration.removesuffix(' PRIMARY KEY')}"
         if not _holds(column.type.lower(), found.type):
             yield Finding(
                 what=f"{table}.{name} is {found.type} and should be {column.type.lower()}",
