@@ -30,7 +30,11 @@ OLDEST = (25, 8)
 # Fewer tokens than a run can have INSERTs on their way at once, several times over.
 SMALLEST_WINDOW = 100
 _KEY = "workspace_id,bucket,time,event_id"
-_ANEW = "create it anew with `auditexport init` and copy the rows"
+_COPIED = ", ".join(f"`{name}`" for name, column in _DECLARED.items() if "MATERIALIZED" not in column.declaration)
+_ANEW = (
+    f"while no drain runs: RENAME TABLE {TABLE} TO {TABLE}_old; then `auditexport init`; then "
+    f"INSERT INTO {TABLE} ({_COPIED}) SELECT {_COPIED} FROM {TABLE}_old"
+)
 _DAYS = {
     "Second": 1 / 86_400,
     "Minute": 1 / 1_440,
@@ -211,12 +215,12 @@ def _columns(there: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
                 what=f"{TABLE}.{name} is {kind} and should be {column.type}",
                 breaks="what is stored differs from what was sent, or INSERTs fail",
                 fix=_ANEW
-                if name in _KEY
+                if name in (*_KEY.split(","), "inserted_at")
                 else f"ALTER TABLE {TABLE} MODIFY COLUMN {column.declaration}"
                 # Out of a Nullable only with a word on what becomes of NULL.
                 + (
                     f" DEFAULT defaultValueOfTypeName('{column.type}')"
-                    if kind.startswith("Nullable") and column.declaration.endswith(column.type)
+                    if re.match(r"(LowCardinality\()?Nullable", kind) and column.declaration.endswith(column.type)
                     else ""
                 ),
             )
