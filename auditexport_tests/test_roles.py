@@ -42,7 +42,7 @@ CONFIG = """
 """
 USERS = """
 <clickhouse>
-  <profiles><default/></profiles>
+  <profiles><default>{profile}</default></profiles>
   <quotas><default/></quotas>
   <users><default>
     <password/> <networks><ip>::/0</ip></networks> <profile>default</profile> <quota>default</quota>
@@ -83,7 +83,7 @@ class Ground:
         self._numbers = itertools.count(1)
 
     @contextmanager
-    def as_role(self, role: Role, *, clickhouse: Grants | None = None) -> Iterator[Prompt]:
+    def as_role(self, role: Role, *, clickhouse: Grants | None = None, profile: str = "") -> Iterator[Prompt]:
         """Comes with users that have the grants of this role and no other, or those given in ClickHouse.
 
         ClickHouse knows no other user meanwhile: what a test does there as root has to be done before or after.
@@ -92,7 +92,7 @@ class Ground:
         self.stack.sql(f"CREATE USER '{user}'@'127.0.0.1' IDENTIFIED BY 'role'")
         for table, privileges in MYSQL_GRANTS[role].items():
             self.stack.sql(f"GRANT {', '.join(privileges)} ON `{self.database}`.{table} TO '{user}'@'127.0.0.1'")
-        self._restart(self.statements(CLICKHOUSE_GRANTS[role] if clickhouse is None else clickhouse))
+        self._restart(self.statements(CLICKHOUSE_GRANTS[role] if clickhouse is None else clickhouse), profile)
         url = sa.make_url(self.stack.mysql_url).set(username=user, password="role")
         prompt = Prompt(url.render_as_string(hide_password=False), self.stack.clickhouse_url)
         try:
@@ -109,14 +109,14 @@ class Ground:
             for table, privileges in grants.items()
         ]
 
-    def _restart(self, grants: list[str] | None) -> None:
+    def _restart(self, grants: list[str] | None, profile: str = "") -> None:
         self.stack.log.client().close_connections()
         self._server.stop()
         self._server.config = None
         if grants is not None:
             users, config = self._directory / "users.xml", self._directory / "config.xml"
             queries = "".join(f"<query>{grant}</query>" for grant in [*grants, *EMBEDDED])
-            users.write_text(USERS.format(grants=queries))
+            users.write_text(USERS.format(grants=queries, profile=profile))
             config.write_text(CONFIG.format(users=users))
             self._server.config = config
         self._server.start()
@@ -286,14 +286,24 @@ def test_the_owner_creates_and_may_not_touch_what_is_in_the_tables(ground: Groun
     assert preflight.check(stack.outbox, stack.log) == []
 
 
+def _read(grant: str) -> tuple[str, tuple[str, ...]]:
+    privileges, table = grant.removeprefix("GRANT ").split(" ON ")
+    return table, tuple(privileges.split(", "))
+
+
 def test_each_clickhouse_grant_that_a_role_lacks_is_named(ground: Ground) -> None:
-    """CHECK GRANT is asked for exactly what the statements need, and whoever has nothing is told all of it."""
+    """CHECK GRANT is asked for what the statements need; whoever has nothing is told all of it, and it is enough."""
+    printed: dict[Role, list[str]] = {}
     with ground.as_role(Role.READER, clickhouse={"*.*": ("SHOW DATABASES",)}) as prompt:
         for role in Role:
             found = [finding.fix for finding in preflight.check(ground.stack.outbox, prompt.log, role=role)]
             assert [fix for fix in found if fix.startswith("GRANT")] == [
                 f"{statement} TO default" for statement in ground.statements(CLICKHOUSE_GRANTS[role])
             ]
+            printed[role] = [fix.removesuffix(" TO default") for fix in found if fix.startswith("GRANT")]
+    for role, grants in printed.items():
+        with ground.as_role(role, clickhouse=dict([_read(grant) for grant in grants])) as prompt:
+            assert preflight.check(ground.stack.outbox, prompt.log, role=role) == []
 
 
 def test_a_clickhouse_grant_that_is_missing_is_named_by_the_verb(ground: Ground) -> None:
@@ -305,6 +315,23 @@ def test_a_clickhouse_grant_that_is_missing_is_named_by_the_verb(ground: Ground)
         preflight.forget()
         with pytest.raises(SetupIncomplete, match=r"lacks INSERT on .*audit_logs_raw_v1 in ClickHouse"):
             preflight.refuse_unless_ready(prompt.outbox, prompt.log)
+
+
+def test_a_profile_that_only_reads_stops_who_writes_and_nobody_else(ground: Ground) -> None:
+    """Such a profile is what people give a new user; settings can be set there, rows cannot."""
+    seed_outbox(ground.stack.mysql_url, seed=6, events=5, writers=1)
+    with ground.as_role(Role.EXPORTER, profile="<readonly>2</readonly>") as prompt:
+        (found,) = preflight.check(prompt.outbox, prompt.log)
+        assert "readonly = 2" in found.what
+        assert found.fatal
+        before = content(ground.stack)
+        preflight.forget()
+        with pytest.raises(SetupIncomplete, match="nothing was claimed"):
+            preflight.refuse_unless_ready(prompt.outbox, prompt.log)
+        assert content(ground.stack) == before
+    with ground.as_role(Role.READER, profile="<readonly>2</readonly>") as prompt:
+        prompt("doctor", "--role", "reader")
+        prompt("reconcile", "--dry-run")
 
 
 def test_the_readme_prints_the_exporters_grants() -> None:
