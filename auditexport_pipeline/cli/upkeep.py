@@ -18,6 +18,7 @@ import msgspec
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
 from auditexport_pipeline.core.actions import By, Erasure, RowFilter
+from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +138,9 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 
 
 @main.command()
-@click.option("--outbox-days", type=float, default=30.0, show_default=True, help="Exported rows stay this long.")
+@click.option(
+    "--outbox-days", type=float, default=RETENTION_DAYS, show_default=True, help="Exported rows stay this long."
+)
 @click.option("--ledger-days", type=float, default=400.0, show_default=True, help="Batches keep their pks this long.")
 @click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
 @click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
