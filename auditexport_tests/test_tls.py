@@ -246,6 +246,7 @@ def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
         ("ssl_disabled=false", "ssl_disabled"),
         ("ssl_ca=/a.pem&ssl_check_hostname=perhaps", "ssl_check_hostname"),
         ("sslca=/a.pem", "sslca"),
+        ("ssl_ca=", "ssl_ca without a value"),
     ],
 )
 def test_an_option_that_would_quietly_turn_verification_off_is_refused(options: str, named: str) -> None:

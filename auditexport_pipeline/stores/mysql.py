@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from urllib.parse import parse_qsl
 
 from sqlalchemy import Engine, TextClause, bindparam, create_engine, text
 from sqlalchemy.engine import make_url
@@ -64,10 +65,12 @@ def checked(url: str) -> str:
         parts = None
     if parts is None or parts.drivername not in ("mysql+pymysql", "mariadb+pymysql") or not parts.database:
         raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
-    known = set(inspect.signature(Connection).parameters)
-    unknown = sorted(
-        name for name in parts.query if name not in (_TLS_OPTIONS if name.startswith("ssl") else known | {"charset"})
-    )
+    # SQLAlchemy drops an option without a value: an unset variable after ssl_ca= would be no TLS at all.
+    said = parse_qsl(url.rpartition("@")[2].partition("?")[2], keep_blank_values=True)
+    if empty := sorted(name for name, value in said if not value):
+        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {', '.join(empty)} without a value")
+    known = inspect.signature(Connection).parameters
+    unknown = sorted(name for name in parts.query if name not in (_TLS_OPTIONS if name.startswith("ssl") else known))
     if unknown:
         raise InvalidConfig(
             f"AUDITEXPORT_MYSQL_URL has {', '.join(unknown)}, which is no option here; for TLS there are "
