@@ -1,4 +1,4 @@
-"""The preflight and `auditexport doctor`: every fault is made for real, and the printed fix is carried out."""
+"""The preflight and `auditexport doctor`: connections, clocks, when a run looks, and the prompt."""
 
 from __future__ import annotations
 
@@ -7,282 +7,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
-import sqlalchemy as sa
 
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
 from auditexport_pipeline.stores import preflight
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.findings import Finding, all_findings
+from auditexport_pipeline.stores.findings import all_findings
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.preflight_clickhouse import clickhouse_version
 from auditexport_pipeline.stores.preflight_mysql import server_version
-from auditexport_pipeline.stores.roles import MYSQL_GRANTS, MySQLGrants, Role
 from auditexport_tests.conftest import Stack
-
-LEDGER = "clickhouse_outbox_batch"
-OUTBOX = "clickhouse_outbox"
-
-
-def _findings(stack: Stack, role: Role = Role.EXPORTER) -> list[Finding]:
-    return preflight.check(stack.outbox, stack.log, role=role)
-
-
-def _mariadb(stack: Stack) -> bool:
-    return "mariadb" in str(stack.sql("SELECT VERSION() AS v")[0].v).lower()
-
-
-@pytest.mark.parametrize(
-    ("fault", "what", "fatal"),
-    [
-        (f"ALTER TABLE {LEDGER} DROP COLUMN digest", "lacks digest", True),
-        (f"ALTER TABLE {LEDGER} ENGINE = MyISAM", "stored by MyISAM", True),
-        (f"ALTER TABLE {OUTBOX} ENGINE = MyISAM", "stored by MyISAM", True),
-        (f"ALTER TABLE {OUTBOX} MODIFY deleted_at INT UNSIGNED NULL", "deleted_at is int unsigned", True),
-        (f"ALTER TABLE {OUTBOX} MODIFY deleted_at BIGINT UNSIGNED NOT NULL", "deleted_at cannot be NULL", True),
-        (f"ALTER TABLE {LEDGER} MODIFY pks VARCHAR(100) NOT NULL", "pks is varchar(100)", True),
-        (f"ALTER TABLE {LEDGER} MODIFY last_error VARCHAR(1000) CHARACTER SET latin1 NOT NULL", "is in latin1", True),
-        (
-            f"ALTER TABLE {LEDGER} MODIFY owner VARCHAR(128) CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci NOT NULL",
-            "owner compares by utf8mb4_general_ci",
-            False,
-        ),
-        (
-            f"ALTER TABLE {OUTBOX} MODIFY version VARCHAR(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci NOT NULL",
-            "version compares by utf8mb4_general_ci",
-            False,
-        ),
-        (f"ALTER TABLE {OUTBOX} DROP INDEX drainer_pending_idx", "has no index drainer_pending_idx", True),
-        (
-            f"ALTER TABLE {OUTBOX} DROP INDEX drainer_pending_idx, ADD INDEX drainer_pending_idx (version, deleted_at)",
-            "has no index drainer_pending_idx",
-            True,
-        ),
-        (f"ALTER TABLE {LEDGER} DROP INDEX state_idx", "has no index state_idx", False),
-        (f"UPDATE {LEDGER} SET inserted_at_ms = 4100000000000 WHERE batch_id = 0", "ahead of MySQL's clock", False),
-        (f"UPDATE {LEDGER} SET inserted_at_ms = 4300000000000 WHERE batch_id = 0", "ahead of MySQL's clock", True),
-    ],
-)
-def test_a_fault_in_a_mysql_table_is_found_and_its_fix_mends_it(
-    stack: Stack, fault: str, what: str, fatal: bool
-) -> None:
-    """A fix that does not fix is worse than none: somebody runs it at night and believes it."""
-    assert _findings(stack) == []
-    stack.sql(fault)
-    (found,) = _findings(stack)
-    assert what in found.what
-    assert found.fatal is fatal
-    assert found.breaks
-    stack.sql(found.fix.split("so: ")[-1])
-    assert _findings(stack) == []
-
-
-def test_an_index_that_is_switched_off_is_found_and_its_fix_mends_it(stack: Stack) -> None:
-    """It is listed like any other, yet naming it in a statement is an error: SHOW INDEX alone misleads."""
-    state = "IGNORED" if _mariadb(stack) else "INVISIBLE"
-    stack.sql(f"ALTER TABLE {OUTBOX} ALTER INDEX drainer_pending_idx {state}")
-    with pytest.raises(sa.exc.DBAPIError):
-        stack.sql(f"SELECT 1 FROM {OUTBOX} FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NULL LIMIT 1")
-    (found,) = _findings(stack)
-    assert "switched off" in found.what
-    stack.sql(found.fix)
-    assert _findings(stack) == []
-
-
-def test_a_stamp_ahead_that_a_batch_carries_is_not_lowered(stack: Stack) -> None:
-    """Handing out an inserted_at twice would let one batch be taken for another."""
-    stack.sql(f"UPDATE {LEDGER} SET inserted_at_ms = 4100000000000 WHERE batch_id = 0")
-    stack.sql(
-        f"INSERT INTO {LEDGER} (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, row_count,"
-        " entry_count, bytes, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms)"
-        " VALUES (1, 1, 0, 'audit_log.v1', 'verified', '', 0, 0, 0, 0, 0, '', '[]', '', '', 4100000000000, 0, '', 0)"
-    )
-    (found,) = _findings(stack)
-    assert "UPDATE" not in found.fix
-    assert "stamp twice" in found.fix
-
-
-@contextmanager
-def _globally(stack: Stack, name: str, value: str) -> Iterator[None]:
-    """A global variable of the server, for new sessions, put back afterwards."""
-    before = stack.sql(f"SELECT @@GLOBAL.{name} AS value")[0].value
-    stack.sql(f"SET GLOBAL {name} = {value}")
-    stack.outbox.engine.dispose()
-    try:
-        yield
-    finally:
-        stack.sql(f"SET GLOBAL {name} = :value", value=before)
-        stack.outbox.engine.dispose()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "what", "fatal"),
-    [
-        ("binlog_format", "'STATEMENT'", "binlog_format = STATEMENT", True),
-        ("read_only", "1", "MySQL is read-only (read_only)", True),
-        ("max_allowed_packet", "1048576", "max_allowed_packet is 1,048,576 bytes", False),
-    ],
-)
-def test_a_setting_of_mysql_that_breaks_a_drain_is_found(
-    stack: Stack, name: str, value: str, what: str, fatal: bool
-) -> None:
-    """A failover or a colleague changes these without touching anything of ours."""
-    assert _findings(stack) == []
-    with _globally(stack, name, value):
-        (found,) = _findings(stack)
-        assert what in found.what
-        assert found.fatal is fatal
-        stack.sql(found.fix.split("if this is it: ")[-1])
-        stack.outbox.engine.dispose()
-        assert _findings(stack) == []
-
-
-def test_error_1665_is_what_a_statement_binlog_does_to_a_drain(stack: Stack) -> None:
-    """The reason why the finding above is fatal, seen: without it the claim would be refused with a puzzling code."""
-    with _globally(stack, "binlog_format", "'STATEMENT'"):
-        with pytest.raises(sa.exc.DBAPIError) as refused:
-            stack.sql(f"UPDATE {LEDGER} SET epoch = epoch + 1 WHERE batch_id = 0")
-        assert refused.value.orig is not None
-        assert refused.value.orig.args[0] == 1665
-
-
-def test_a_payload_above_the_packet_is_found_before_it_reads_as_nothing(stack: Stack) -> None:
-    """The servers answer with an empty text or NULL, not with an error: it would be set aside for a wrong reason."""
-    stack.put(("ws_1", "evt_1", json.dumps({"event_id": "evt_1", "description": "x" * 200_000})))
-    with _globally(stack, "max_allowed_packet", "65536"):
-        assert not stack.sql(f"SELECT CAST(payload AS BINARY) AS payload FROM {OUTBOX}")[0].payload
-        fatal = [found for found in _findings(stack) if found.fatal]
-        assert len(fatal) == 1
-        assert "a pending payload is larger than max_allowed_packet" in fatal[0].what
-        stack.sql(fatal[0].fix)
-        stack.outbox.engine.dispose()
-        assert not [found for found in _findings(stack) if found.fatal]
-
-
-@pytest.mark.parametrize(
-    ("fault", "what", "fatal"),
-    [
-        ("MODIFY SETTING non_replicated_deduplication_window = 0", "no deduplication window", True),
-        ("MODIFY SETTING non_replicated_deduplication_window = 5", "a deduplication window of 5 blocks", False),
-        ("MODIFY COLUMN description Nullable(String)", "description is Nullable(String)", True),
-        ("MODIFY COLUMN remote_ip String MATERIALIZED ''", "remote_ip is materialized", True),
-        ("MODIFY TTL toDateTime(fromUnixTimestamp64Milli(inserted_at)) + INTERVAL 30 DAY", "is 30 days", False),
-        ("MODIFY TTL toDateTime(fromUnixTimestamp64Milli(inserted_at)) + INTERVAL 1 HOUR", "the TTL", True),
-        ("MODIFY TTL toDateTime(fromUnixTimestamp64Milli(time)) + INTERVAL 90 DAY", "counts from time", True),
-    ],
-)
-def test_a_fault_in_the_clickhouse_table_is_found_and_its_fix_mends_it(
-    stack: Stack, fault: str, what: str, fatal: bool
-) -> None:
-    """An INSERT into such a table succeeds; what is wrong shows only later, as lost or doubled entries."""
-    assert _findings(stack) == []
-    stack.log.client().command(f"ALTER TABLE audit_logs_raw_v1 {fault}")
-    (found,) = _findings(stack)
-    assert what in found.what
-    assert found.fatal is fatal
-    stack.log.client().command(found.fix)
-    assert _findings(stack) == []
-
-
-def test_a_short_ttl_is_fatal_to_whoever_requeues(stack: Stack) -> None:
-    """A requeued entry keeps its inserted_at and would be dropped on arrival, with everything looking green."""
-    stack.log.client().command(
-        "ALTER TABLE audit_logs_raw_v1 MODIFY TTL toDateTime(fromUnixTimestamp64Milli(inserted_at)) + INTERVAL 4 WEEK"
-    )
-    (found,) = _findings(stack, Role.OPERATOR)
-    assert found.fatal
-    assert preflight.check(stack.outbox, stack.log, role=Role.OPERATOR, retention_days=20) == []
-
-
-def test_a_view_without_final_is_found_for_readers(stack: Stack) -> None:
-    """Readers trust the view to show each event once."""
-    client = stack.log.client()
-    client.command("DROP VIEW audit_logs")
-    assert "does not exist" in _findings(stack, Role.READER)[0].what
-    client.command("CREATE VIEW audit_logs AS SELECT * FROM audit_logs_raw_v1")
-    (found,) = _findings(stack, Role.READER)
-    assert "without FINAL" in found.what
-    assert not found.fatal
-
-
-# ── grants ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def user(stack: Stack) -> Iterator[Callable[[], Stack]]:
-    """A MySQL user without any grant; the function connects through it anew."""
-    name = f"doctor{os.getpid()}"
-    stack.sql(f"CREATE USER '{name}'@'127.0.0.1' IDENTIFIED BY 'doctor'")
-    opened: list[MySQLOutbox] = []
-
-    def connect() -> Stack:
-        outbox = MySQLOutbox(f"mysql+pymysql://{name}:doctor@{stack.mysql_url.split('@', 1)[1]}")
-        outbox.engine.dispose()
-        opened.append(outbox)
-        return replace(stack, mysql_url=outbox.url, outbox=outbox)
-
-    yield connect
-    for outbox in opened:
-        outbox.engine.dispose()
-    stack.sql(f"DROP USER '{name}'@'127.0.0.1'")
-
-
-@pytest.mark.parametrize("role", list(Role))
-def test_each_grant_that_a_role_lacks_is_named_and_the_printed_one_is_enough(
-    stack: Stack, user: Callable[[], Stack], role: Role
-) -> None:
-    """Least privilege only stays least if the tool says exactly what is missing, and for whom."""
-    database = stack.mysql_url.rsplit("/", 1)[1]
-    name = f"'doctor{os.getpid()}'@'127.0.0.1'"
-    for table, privileges in MYSQL_GRANTS[role].items():
-        stack.sql(f"GRANT {', '.join(privileges)} ON {database}.{table} TO {name}")
-    assert _findings(user(), role) == []
-    for table, privileges in MYSQL_GRANTS[role].items():
-        for privilege in privileges:
-            stack.sql(f"REVOKE {privilege} ON {database}.{table} FROM {name}")
-            lacking = [found for found in _findings(user(), role) if f"lacks {privilege} on {table}" in found.what]
-            assert len(lacking) == 1, f"{privilege} on {table} is not missed"
-            assert lacking[0].fatal
-            stack.sql(lacking[0].fix)
-            assert _findings(user(), role) == []
-
-
-def test_grants_by_role_and_by_wildcard_count(stack: Stack, user: Callable[[], Stack]) -> None:
-    """Most shops grant by role or by pattern: a false alarm here is how a tool gets ignored."""
-    name, role = f"'doctor{os.getpid()}'@'127.0.0.1'", f"doctor_role{os.getpid()}"
-    database = stack.mysql_url.rsplit("/", 1)[1]
-    stack.sql(f"GRANT SELECT, INSERT, UPDATE ON `{database[:-1].replace('_', chr(92) + '_')}_`.* TO {name}")
-    assert _findings(user()) == []
-    stack.sql(f"REVOKE ALL PRIVILEGES, GRANT OPTION FROM {name}")
-    stack.sql(f"CREATE ROLE {role}")
-    try:
-        for table, privileges in MYSQL_GRANTS[Role.EXPORTER].items():
-            stack.sql(f"GRANT {', '.join(privileges)} ON {database}.{table} TO {role}")
-        stack.sql(f"GRANT {role} TO {name}")
-        stack.sql(f"SET DEFAULT ROLE {role} {'FOR' if _mariadb(stack) else 'TO'} {name}")
-        assert _findings(user()) == []
-    finally:
-        stack.sql(f"DROP ROLE {role}")
-
-
-def test_show_grants_is_read_as_mysql_means_it() -> None:
-    """Partial revokes and escaped wildcards are where a reader of grants goes wrong."""
-    lines = [
-        "GRANT SELECT, UPDATE ON *.* TO `u`@`%`",
-        "REVOKE UPDATE ON `app`.* FROM `u`@`%`",
-        "GRANT INSERT ON `ap\\_`.* TO `u`@`%`",
-        "GRANT DELETE, UPDATE (`a`, `b`) ON `app`.`t` TO `u`@`%`",
-    ]
-    grants = MySQLGrants(lines, wildcards=True)
-    assert grants.lacking("app", "t", ("SELECT", "DELETE", "UPDATE (a)", "UPDATE (b)")) == []
-    assert grants.lacking("app", "t", ("UPDATE (c)", "UPDATE", "INSERT")) == ["UPDATE (c)", "UPDATE", "INSERT"]
-    assert grants.lacking("ap_", "x", ("INSERT",)) == []
-    assert grants.lacking("other", "x", ("UPDATE (a)", "DELETE")) == ["DELETE"]
-
+from auditexport_tests.faults import LEDGER, OUTBOX, globally
 
 # ── versions, connections, clocks ────────────────────────────────────────────────────────────────
 
@@ -338,38 +74,12 @@ def test_a_url_that_asks_for_tls_and_names_no_authority_is_refused() -> None:
     assert "hunter2" not in str(refused.value)
 
 
-def test_a_clock_of_mysql_that_is_off_is_found(stack: Stack, user: Callable[[], Stack]) -> None:
-    """Entries are stamped by one clock and expire by another."""
-    database = stack.mysql_url.rsplit("/", 1)[1]
-    for table, privileges in MYSQL_GRANTS[Role.EXPORTER].items():
-        stack.sql(f"GRANT {', '.join(privileges)} ON {database}.{table} TO 'doctor{os.getpid()}'@'127.0.0.1'")
-    for off_s, fatal in ((7200, False), (-3 * 86_400, True)):
-        # It is run for users without SUPER only, and holds NOW() at that moment.
-        with _globally(stack, "init_connect", f"'SET timestamp = UNIX_TIMESTAMP() + {off_s}'"):
-            (found,) = _findings(user())
-            assert "MySQL's clock is" in found.what
-            assert ("ahead" if off_s > 0 else "behind") in found.what
-            assert found.fatal is fatal
-    assert _findings(user()) == []
-
-
 def test_a_clock_of_this_host_that_is_off_is_a_warning(stack: Stack) -> None:
     """Nothing that is exported depends on it; logs that do not line up cost an hour of a bad night."""
     looks = preflight.examine(stack.outbox, stack.log, host_ms=lambda: time.time() * 1000 - 600_000)
     (found,) = all_findings(looks)
     assert "this host's clock is 600 s behind" in found.what
     assert not found.fatal
-
-
-# ── what every session says ──────────────────────────────────────────────────────────────────────
-
-
-def test_our_sessions_keep_utc_and_refuse_to_cut_a_text(stack: Stack) -> None:
-    """A server in local time repeats an hour in autumn, and one without strict mode stores half a list of pks."""
-    with _globally(stack, "sql_mode", "''"), _globally(stack, "time_zone", "'+05:00'"):
-        assert stack.sql("SELECT @@session.time_zone AS zone")[0].zone == "+00:00"
-        with pytest.raises(sa.exc.DBAPIError):
-            stack.sql(f"UPDATE {LEDGER} SET owner = :long WHERE batch_id = 0", long="x" * 200)
 
 
 # ── when a run looks ─────────────────────────────────────────────────────────────────────────────
@@ -381,7 +91,7 @@ def test_a_clean_look_is_remembered_but_hides_nothing_deadly(stack: Stack) -> No
     preflight.refuse_unless_ready(stack.outbox, stack.log)
     stack.sql(f"ALTER TABLE {LEDGER} DROP COLUMN digest")
     preflight.refuse_unless_ready(stack.outbox, stack.log)  # remembered: the columns are not read again
-    with _globally(stack, "read_only", "1"), pytest.raises(SetupIncomplete, match="read-only"):
+    with globally(stack, "read_only", "1"), pytest.raises(SetupIncomplete, match="read-only"):
         preflight.refuse_unless_ready(stack.outbox, stack.log)
     with pytest.raises(SetupIncomplete, match="lacks digest"):  # and a fatal finding ends the remembering
         preflight.refuse_unless_ready(stack.outbox, stack.log)

@@ -14,6 +14,7 @@ import click
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.stores import audit_log, outbox
+from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
     from auditexport_pipeline.stores.findings import Look
@@ -28,7 +29,7 @@ ROLES = ("exporter", "operator", "sweeper", "reader", "owner")
 @click.option(
     "--retention-days",
     type=click.IntRange(1, 3_650),
-    default=30,
+    default=RETENTION_DAYS,
     show_default=True,
     help="How long exported rows stay in the outbox; ClickHouse's TTL must be longer.",
 )

@@ -18,6 +18,7 @@ import msgspec
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
 from auditexport_pipeline.core.actions import By, Erasure, RowFilter
+from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +138,9 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 
 
 @main.command()
-@click.option("--outbox-days", type=float, default=30.0, show_default=True, help="Exported rows stay this long.")
+@click.option(
+    "--outbox-days", type=float, default=RETENTION_DAYS, show_default=True, help="Exported rows stay this long."
+)
 @click.option("--ledger-days", type=float, default=400.0, show_default=True, help="Batches keep their pks this long.")
 @click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
 @click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
@@ -190,6 +193,9 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
 @click.option("--to", "to_ms", type=_Time(), help="First export to, exclusive.  [default: now]")
 @click.option("--others-write", is_flag=True, help="Somebody else fills the table too: count, do not accuse.")
 @click.option("--repair", is_flag=True, help="Requeue exactly what is missing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Record nothing of what is seen and, with --repair, say what would be requeued."
+)
 @_who
 @click.option("--why", default="reconciliation", show_default=True, help="Kept with the repair.")
 @_json
@@ -199,6 +205,7 @@ def reconcile(
     to_ms: int | None,
     others_write: bool,
     repair: bool,
+    dry_run: bool,
     who: str | None,
     why: str,
     as_json: bool,
@@ -219,6 +226,7 @@ def reconcile(
         to_ms=to_ms if to_ms is not None else now_ms,
         repair=_by(who, why) if repair else None,
         others_write=others_write,
+        dry_run=dry_run,
     )
     if as_json:
         _print_json(_report_values(report))
@@ -240,7 +248,7 @@ def _report_values(report: Report) -> dict[str, object]:
         "explained": dict(report.explained),
         "open_batches": report.open_batches,
         "marked_by_others": report.marked_by_others,
-        "repaired_rows": report.repaired.rows if report.repaired else 0,
+        "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "batches": [
             {
                 "batch_id": line.batch_id,
@@ -294,7 +302,9 @@ def _show_report(report: Report) -> None:
             )
             table.add_row(workspace_id or "(swept)", _day(day_ms), *(f"{count:,}" for count in counts))
         _print(table)
-    if report.repaired:
+    if report.repaired and report.repaired.action_id is None:
+        click.echo(f"would requeue {report.repaired.rows:,} rows; nothing was recorded or changed")
+    elif report.repaired:
         click.echo(
             f"requeued {report.repaired.rows:,} rows, action {report.repaired.action_id}; run again after a drain"
         )

@@ -1,7 +1,8 @@
 """Every limit of a drain, once: its default, unit, bounds and one sentence for the launchpad.
 
-What belongs here: the settings a run can be launched with and the checks between them. What does not:
-connections (resources) and the thresholds that start a run (`core.backlog`).
+What belongs here: the settings a run can be launched with and the checks between them, and the one retention that
+sweep, requeue and preflight have to agree on. What does not: connections (resources) and the thresholds that start a
+run (`core.backlog`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from dataclasses import dataclass, field, fields
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
+
+# How long exported rows stay in the outbox, and so how old an entry can be that is requeued: a month, in which a loss
+# in ClickHouse is noticed. ClickHouse's TTL has to be longer.
+RETENTION_DAYS = 30
 
 
 def _limit(default: int, low: int, high: int, meaning: str) -> int:

@@ -112,13 +112,15 @@ def reconcile(
     repair: By | None = None,
     others_write: bool = False,
     count_places: bool = True,
+    dry_run: bool = False,
 ) -> Report:
     """Compares outbox and ledger with ClickHouse for the exports of [from_ms, to_ms).
 
     With `others_write`, somebody else fills `audit_logs_raw_v1` too, and entries that no batch has sent are counted
     and not called unexpected. Without `count_places`, workspaces and days are told of discrepancies only: counting all
-    of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its state `verified` or
-    `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says so.
+    of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its
+    state `verified` or `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says
+    so. With `dry_run` nothing of this is written, and a user that may only read can ask.
     """
     now_ms = upkeep.now_ms()
     # What is claimed from here on lies after the window.
@@ -130,7 +132,7 @@ def reconcile(
     known_slots: set[int] = set()
     missing = PkSet()
     for page in _pages(upkeep, report.from_ms, report.to_ms + SLOTS_APART_MS):
-        missing |= _batches(outbox, upkeep, log, page, erasures, expired_ms, known_slots, report)
+        missing |= _batches(outbox, upkeep, log, page, erasures, expired_ms, known_slots, report, dry_run=dry_run)
     unexported, keys_of_others = _marks(outbox, upkeep, log, report)
     report.missing_pks = missing | unexported
     strangers = [slot for slot in stored_slots if slot not in known_slots]
@@ -149,7 +151,7 @@ def reconcile(
             verb="repair",
             selection=selection,
             missing_only=False,
-            dry_run=False,
+            dry_run=dry_run,
         )
     return report
 
@@ -173,6 +175,8 @@ def _batches(
     expired_ms: int | None,
     known_slots: set[int],
     report: Report,
+    *,
+    dry_run: bool,
 ) -> PkSet:
     """Compares the slots of some batches; returns the pks of the rows whose entries are missing."""
     known_slots.update(block.inserted_at_ms for batch in page for block in batch.blocks)
@@ -180,7 +184,7 @@ def _batches(
     # A requeue is looked at with the slot of the first export, wherever that was.
     firsts = [batch for batch in page if batch.generation == 0 and batch.state not in OPEN and batch.blocks]
     unverified = [batch for batch in firsts if batch.state is State.EXPORTED]
-    if unverified:
+    if unverified and not dry_run:
         verify(outbox, log, unverified)
         fresh = {batch.batch_id: batch for batch in outbox.batches([batch.batch_id for batch in unverified])}
         firsts = [fresh.get(batch.batch_id, batch) for batch in firsts]
@@ -218,7 +222,7 @@ def _batches(
         report.found += line.found
         report.batches.append(line)
         state = State.DISCREPANT if line.found else State.VERIFIED
-        if observed != batch.observed or state is not batch.state:
+        if not dry_run and (observed != batch.observed or state is not batch.state):
             upkeep.record_reconciled(batch, line.found, observed)
     return PkSet.of(sorted(missing))
 

@@ -18,6 +18,7 @@ from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.core.compare import NO_ENTRIES, compare, compare_at_rest, slot_at
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 
@@ -29,7 +30,7 @@ BATCHES_AT_ONCE = 50
 class Retention:
     """How long what is done with stays. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
 
-    outbox_days: float = 30.0
+    outbox_days: float = RETENTION_DAYS
     ledger_days: float = 400.0  # batches of which nothing but the record is left
     # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
     chunk_rows: int = 5_000

@@ -159,6 +159,9 @@ def sweep_exported_rows() -> None:
             description="Somebody else fills audit_logs_raw_v1 as well: count and do not accuse.",
         ),
         "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
+        "dry_run": dg.Field(
+            bool, default_value=False, description="Record nothing of what is seen, and requeue nothing."
+        ),
         "who": _WHO,
         "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
     },
@@ -179,6 +182,7 @@ def reconcile_window(context: dg.OpExecutionContext, mysql: MySQLResource, click
             to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
             repair=_by(context, "reconciliation") if settings["repair"] else None,
             others_write=settings["others_write"],
+            dry_run=settings["dry_run"],
         )
         metadata = reconcile_metadata(report)
         context.log_event(dg.AssetObservation(ASSET, metadata=metadata))
@@ -187,7 +191,7 @@ def reconcile_window(context: dg.OpExecutionContext, mysql: MySQLResource, click
         if not report.clean:
             repaired = (
                 f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
-                if report.repaired
+                if report.repaired and report.repaired.action_id
                 else ""
             )
             raise VerificationFailed(

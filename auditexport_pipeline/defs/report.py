@@ -143,7 +143,7 @@ def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | flo
         "entries_stored": sum(line.stored for line in report.batches),
         "open_batches": report.open_batches,
         "marked_by_others": report.marked_by_others,
-        "repaired_rows": report.repaired.rows if report.repaired else 0,
+        "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "report": dg.MetadataValue.md(reconcile_table(report)),
     }
 

@@ -29,12 +29,14 @@ PING_WITHIN_S = 2.0
 class LocalClickHouse:
     """An embedded ClickHouse on `directory`, which keeps its data over stops, kills and starts.
 
-    The port is chosen at the first `start()` unless given, and kept from then on. As a context manager
-    it is started on entry and stopped on exit. Not thread-safe.
+    The port is chosen at the first `start()` unless given, and kept from then on. `config` is a configuration file
+    of ClickHouse's for the next `start()`; without, its one user may do everything. As a context manager it is started
+    on entry and stopped on exit. Not thread-safe.
     """
 
-    def __init__(self, directory: Path, *, port: int | None = None) -> None:
+    def __init__(self, directory: Path, *, port: int | None = None, config: Path | None = None) -> None:
         self.directory = directory
+        self.config = config
         self._port = port
         self._child: Child | None = None
 
@@ -53,6 +55,7 @@ class LocalClickHouse:
             [
                 *(sys.executable, "-c", START, str(SOURCE_ROOT)),
                 *("--directory", str(self.directory), "--port", str(self._port)),
+                *(("--config", str(self.config)) if self.config is not None else ()),
             ],
             log=self.directory / "server.log",
         )

@@ -445,11 +445,11 @@ class Scope:
 class Engine:
     """The chDB engine on one directory. Thread-safe: each statement runs on a connection of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, config: Path | None = None) -> None:
         from chdb import _chdb  # half a second, and only this process
 
         self._connect: Any = _chdb.connect  # type: ignore[attr-defined]  # an extension module
-        self._path = str(directory)
+        self._path = f"{directory}?config-file={config}" if config is not None else str(directory)
         # The engine stops with its last connection; this one keeps it running between requests.
         self._anchor = self._connect(self._path)
         about = self._anchor.query("SELECT version(), timezone()", "TabSeparated").bytes().decode()
@@ -643,14 +643,14 @@ class Server:
         return result, encoding, await loop.run_in_executor(None, ENCODERS[encoding], result.data)
 
 
-def serve(directory: Path, port: int) -> None:
+def serve(directory: Path, port: int, config: Path | None = None) -> None:
     """Serves `directory` until SIGTERM or SIGINT. Acknowledged inserts survive SIGKILL."""
     directory.mkdir(parents=True, exist_ok=True)
     # Bound first: a port in use is found at once.
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((HOST, port))
-    engine = Engine(directory / "data")
+    engine = Engine(directory / "data", config)
     # Swept only now: the engine's lock on its directory says that no other server uses this one.
     spool = directory / "tmp"
     shutil.rmtree(spool, ignore_errors=True)
@@ -681,12 +681,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="An embedded ClickHouse on 127.0.0.1, for development and tests.")
     parser.add_argument("--directory", type=Path, required=True, help="where the data lives; one server each")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument(
+        "--config", type=Path, help="a configuration file of ClickHouse's, such as for its user's grants"
+    )
     options = parser.parse_args(arguments)
     # A part of JSON columns is some ten files a path; the usual soft limit of 1,024 is soon reached in a merge.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS calls the hard limit unlimited and then refuses that
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    serve(options.directory.resolve(), options.port)
+    serve(options.directory.resolve(), options.port, options.config)
 
 
 if __name__ == "__main__":

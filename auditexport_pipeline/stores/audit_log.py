@@ -108,6 +108,7 @@ _ROW_ERRORS = {
 _SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
 _LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
 _TIMEOUT_EXCEEDED = 159
+_ACCESS_DENIED = 497
 
 _PIECES = load("audit_log.sql")
 
@@ -195,8 +196,9 @@ def connection_arguments(url: str) -> dict[str, Any]:
     """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
 
     Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
-    are verified by default. Raises `InvalidConfig`, which repeats nothing of the URL, for anything else: of a
-    password that is not percent-encoded, any part can look like a port, a database or an option.
+    are verified by default. A client's certificate stands in for a password; with one, both are shown. Raises
+    `InvalidConfig`, which repeats nothing of the URL, for anything else: of a password that is not percent-encoded,
+    any part can look like a port, a database or an option.
     """
     try:
         parts, port = urlsplit(url), urlsplit(url).port
@@ -220,6 +222,8 @@ def connection_arguments(url: str) -> dict[str, Any]:
     for name in TLS_FILES:
         if name in options:
             arguments[name] = options.pop(name)
+    if "client_cert" in arguments and arguments["password"]:
+        arguments["tls_mode"] = "strict"  # or the driver would keep the password to itself
     if options:
         raise InvalidConfig(
             f"AUDITEXPORT_CLICKHOUSE_URL has an option beside {', '.join(TLS_FILES)} and verify; a ? in its password "
@@ -232,14 +236,32 @@ def connection_arguments(url: str) -> dict[str, Any]:
 def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
 
+    arguments = connection_arguments(url)
+    _check_certificates(arguments)
     return clickhouse_connect.get_client(
-        **connection_arguments(url),
+        **arguments,
         autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
         client_name="auditexport",
         form_encode_query_params=True,  # parameters can be payloads, and URLs are logged on every way
     )
+
+
+def _check_certificates(arguments: Mapping[str, Any]) -> None:
+    """Loads the files that the URL names, because the driver calls one that it cannot read a connection that failed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = "ca_cert"
+    try:
+        if arguments.get(name, "certifi") != "certifi":  # a word of the driver's, for the package of that name
+            context.load_verify_locations(arguments[name])
+        name = "client_cert"
+        if name in arguments:
+            context.load_cert_chain(arguments[name], arguments.get("client_cert_key"))
+    except OSError as error:
+        raise InvalidConfig(
+            f"AUDITEXPORT_CLICKHOUSE_URL names a {name} that cannot be read as one: {arguments[name]} ({error.strerror})"
+        ) from error
 
 
 @contextmanager
@@ -267,8 +289,11 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
                 "AUDITEXPORT_CLICKHOUSE_URL name the authority that signed it, and the URL a host name that stands in it"
             ) from error
         if code in _SETUP_ERRORS:
+            # All that is repeated of its text: what a parser says can quote a payload, a grant cannot.
+            missing = re.search(r"have the grant (.+?)\. \(", str(error)) if code == _ACCESS_DENIED else None
+            lacks = f": the user lacks {missing[1]}" if missing else ""
             raise SetupIncomplete(
-                f"ClickHouse refuses {what} (code {code}, {name}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
+                f"ClickHouse refuses {what} (code {code}, {name}{lacks}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
                 "or run `auditexport init`"
             ) from error
         if sending and (code is None or code == _TIMEOUT_EXCEEDED):

@@ -6,11 +6,13 @@ over the connection (`outbox.sql`), and in which transaction (`stores.outbox`).
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from urllib.parse import parse_qsl
 
 from sqlalchemy import Engine, TextClause, bindparam, create_engine, text
 from sqlalchemy.engine import make_url
@@ -38,8 +40,14 @@ SQL: dict[str, TextClause] = {
     for name, statement in load("outbox.sql").items()
 }
 
-# Server errors that no rerun mends: access, unknown database, table or column, a statement without grant.
-_SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698}
+# Server errors that no rerun mends: access, unknown database, table or column, a statement without grant, TLS that
+# the server insists on.
+_SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698, 3159}
+_TLS_NOT_OFFERED = 2026
+
+# What a URL may say about TLS. PyMySQL knows more, and none of it is safe: beside ssl_verify_cert or
+# ssl_verify_identity it drops the ssl_ca and the host name's check with it.
+_TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ssl_check_hostname", "ssl_disabled"}
 
 
 def checked(url: str) -> str:
@@ -47,8 +55,10 @@ def checked(url: str) -> str:
 
     Nothing about TLS in it means what PyMySQL makes of that: TLS where the server has it, unverified. An `ssl_ca`
     (or `ssl_capath`) makes TLS required and the server's certificate and name verified. A client's certificate
-    alone would not, so it is refused.
+    alone would not, so it is refused, and so is any option that would quietly undo the verification.
     """
+    from pymysql.connections import Connection
+
     try:
         parts = make_url(url)
     except (ArgumentError, ValueError):
@@ -60,10 +70,27 @@ def checked(url: str) -> str:
             "AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database, and an @ in the "
             "password %40"
         )
-    asked = sorted(name for name in parts.query if name.startswith("ssl"))
-    if asked and not {"ssl_ca", "ssl_capath", "ssl_disabled"} & set(asked):
+    # SQLAlchemy drops an option without a value: an unset variable after ssl_ca= would be no TLS at all.
+    said = parse_qsl(url.rpartition("@")[2].partition("?")[2], keep_blank_values=True)
+    if empty := sorted(name for name, value in said if not value):
+        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {', '.join(empty)} without a value")
+    known = inspect.signature(Connection).parameters
+    unknown = sorted(name for name in parts.query if name not in (_TLS_OPTIONS if name.startswith("ssl") else known))
+    if unknown:
         raise InvalidConfig(
-            f"AUDITEXPORT_MYSQL_URL has {', '.join(asked)} and no ssl_ca: the server would go unverified; add "
+            f"AUDITEXPORT_MYSQL_URL has {', '.join(unknown)}, which is no option here; for TLS there are "
+            f"{', '.join(sorted(_TLS_OPTIONS))}, and ssl_ca verifies certificate and name"
+        )
+    asked = {name for name in parts.query if name.startswith("ssl")}
+    if parts.query.get("ssl_disabled", "true") != "true" or ("ssl_disabled" in asked and len(asked) > 1):
+        raise InvalidConfig(
+            "AUDITEXPORT_MYSQL_URL has ssl_disabled, which can only be true, and then stands alone: take it away for TLS"
+        )
+    if parts.query.get("ssl_check_hostname", "true") not in ("true", "false"):
+        raise InvalidConfig("AUDITEXPORT_MYSQL_URL has an ssl_check_hostname that is neither true nor false")
+    if asked and not {"ssl_ca", "ssl_capath", "ssl_disabled"} & asked:
+        raise InvalidConfig(
+            f"AUDITEXPORT_MYSQL_URL has {', '.join(sorted(asked))} and no ssl_ca: the server would go unverified; add "
             "ssl_ca=/path/of/the/authority.pem"
         )
     return url
@@ -105,7 +132,11 @@ def translated(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         # PyMySQL opens the certificates that the URL names; a socket's own errors come as DBAPIError.
-        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL names a file that cannot be read: {error.filename}") from error
+        # One that holds no certificate is an error without a file name.
+        raise InvalidConfig(
+            "AUDITEXPORT_MYSQL_URL names a file that cannot be read as a certificate or key, in ssl_ca, ssl_cert or "
+            f"ssl_key: {error.filename or error.strerror}"
+        ) from error
     except PoolTimeout as error:
         raise OutboxUnavailable(f"MySQL: no free connection while {what}; run again") from error
     except DBAPIError as error:
@@ -115,6 +146,11 @@ def translated(what: str) -> Iterator[None]:
             raise SetupIncomplete(
                 f"MySQL's certificate was refused while {what} ({refused}); nothing was sent. Let ssl_ca in "
                 "AUDITEXPORT_MYSQL_URL name the authority that signed it, and the URL a host name that stands in it"
+            ) from error
+        if code == _TLS_NOT_OFFERED:
+            raise SetupIncomplete(
+                "AUDITEXPORT_MYSQL_URL asks for TLS and the server has no TLS; nothing was sent. Give the server ssl_cert "
+                "and ssl_key, or take the ssl_… options out of the URL"
             ) from error
         if code in _SETUP_ERRORS:
             reason = " ".join(map(str, arguments[1:]))

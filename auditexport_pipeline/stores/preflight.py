@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
+from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
 from auditexport_pipeline.stores.findings import Finding, Look, all_findings
@@ -22,8 +23,6 @@ from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 
 _SQL = load("preflight.sql")
-# How long exported rows stay in the outbox, and so how old an entry can be that is requeued.
-RETENTION_DAYS = 30
 # For so long a clean look is not repeated in full. What a failover, a restart or one statement of somebody turns
 # bad at any moment (read-only, binlog_format, engine, window, the ledger's head) is asked by every run all the same.
 CLEAN_FOR_S = 300.0

@@ -1,53 +1,27 @@
-"""Looking at MySQL before anything is claimed: version, settings, grants, tables and the ledger's head.
+"""Looking at MySQL before anything is claimed: version, transport, settings, packets and grants.
 
-What belongs here: what is asked of MySQL, and what each answer breaks and how it is mended. What does not: the
-statements (`preflight.sql`), what the tables should be (`setup.sql`), and when to look (`stores.preflight`).
+What belongs here: what is asked of the server and its user, and what each answer breaks and how it is mended. What does
+not: the statements (`preflight.sql`), the tables (`stores.preflight_mysql_tables`), and when to look (`stores.preflight`).
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
-from auditexport_pipeline.stores.declared import Column, columns_of, keys_of
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.mysql import is_local
-from auditexport_pipeline.stores.roles import DEAD_LETTERS, LEDGER, MYSQL_GRANTS, OUTBOX, MySQLGrants, Role
+from auditexport_pipeline.stores.preflight_mysql_tables import can_be_sampled, look_at_head, look_at_tables
+from auditexport_pipeline.stores.roles import MYSQL_GRANTS, OUTBOX, MySQLGrants, Role
 from auditexport_pipeline.stores.statements import load
 
 _SQL = load("preflight.sql")
-_DECLARED = load("setup.sql")
-_STATEMENT_OF = {
-    OUTBOX: "outbox",
-    LEDGER: "ledger",
-    DEAD_LETTERS: "dead_letters",
-    "clickhouse_outbox_action": "actions",
-    "clickhouse_outbox_erasure": "erasures",
-}
 OLDEST = {"MariaDB": (10, 6), "MySQL": (8, 0)}
 # Two copies of 100,000 scattered pks, the default batch, are 3 MB of one statement; the column holds 16 MB.
 PACKET_BYTES = 16 * 1024**2
-# A clock that is this far ahead was wrong, not merely late.
-AHEAD_MS = 3_600_000
-# ClickHouse's DateTime ends in 2106, and a TTL counted from beyond it is in the past.
-LAST_STAMP_MS = 4_284_000_000_000
-_INTEGERS = ("tinyint", "smallint", "mediumint", "int", "bigint")
-_TEXTS = {"tinytext": 255, "text": 65_535, "mediumtext": 16_777_215, "longtext": 4_294_967_295}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _There:
-    """A column as the server describes it."""
-
-    type: str
-    nullable: bool
-    charset: str | None
-    collation: str | None
 
 
 def server_version(text: str) -> tuple[str, tuple[int, int]]:
@@ -72,13 +46,13 @@ def look_at_mysql(connection: Connection, url: str, role: Role) -> Iterator[Look
     yield _packet(connection, variables, sampled=role is Role.EXPORTER and readable)
     user, at, host = server.granted_to.rpartition("@")
     yield _grants(grants, server.database_name, f"'{user}'{at}'{host}'", role)
-    yield from _tables(connection, grants, server.database_name, role)
+    yield from look_at_tables(connection, grants, server.database_name, role)
 
 
 def look_at_what_changes(connection: Connection, role: Role) -> Iterator[Look]:
     """The part that a failover or one statement of somebody can turn bad at any moment; two cheap questions."""
     yield _settings(_variables(connection), role)
-    yield from _head(connection)
+    yield from look_at_head(connection)
 
 
 def _variables(connection: Connection) -> dict[str, str]:
@@ -103,7 +77,7 @@ def _transport(connection: Connection, url: str) -> Look:
     parts = make_url(url)
     options = parts.query
     verified = "ssl_ca" in options or "ssl_capath" in options
-    named = str(options.get("ssl_check_hostname", "true")).lower() not in ("false", "0", "no", "off")
+    named = options.get("ssl_check_hostname", "true") == "true"
     seen = f"TLS, {cipher}" if cipher else "no TLS"
     if cipher:
         seen += ", certificate and name verified" if verified and named else ", certificate not verified"
@@ -154,7 +128,13 @@ def _settings(variables: Mapping[str, str], role: Role) -> Look:
             Finding(
                 what=f"MySQL is read-only ({', '.join(closed)})",
                 breaks="this is a replica, or a primary that was closed for writing: nothing can be claimed or marked",
-                fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it: SET GLOBAL read_only = OFF",
+                fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it"
+                # The only one that cannot be set; turning read_only off turns super_read_only off with it.
+                + (
+                    ", start it without innodb_read_only"
+                    if "innodb_read_only" in closed
+                    else ": SET GLOBAL read_only = OFF"
+                ),
             )
         )
     seen = f"{isolation}, binary log {format_ if logged else 'off'}{', read-only' if closed else ''}"
@@ -175,7 +155,7 @@ def _packet(connection: Connection, variables: Mapping[str, str], *, sampled: bo
             )
         )
     seen = f"max_allowed_packet {packet:,}"
-    if sampled and _has_index(connection):
+    if sampled and can_be_sampled(connection):
         oldest = connection.exec_driver_sql(_SQL["largest_pending"]).one()
         largest = int(oldest.bytes or 0)
         seen += f", largest of the oldest pending payloads {largest:,} bytes"
@@ -210,200 +190,3 @@ def _grants(grants: MySQLGrants, database: str, user: str, role: Role) -> Look:
     if beyond:
         seen += f", and {'everything' if 'ALL PRIVILEGES' in beyond or len(beyond) > 10 else ', '.join(beyond)} on *.*"
     return Look(about=f"MySQL grants of the {role.value}", seen=seen, findings=tuple(findings))
-
-
-def _has_index(connection: Connection) -> bool:
-    return _usable(_indexes(connection).get(OUTBOX, {}).get("drainer_pending_idx", []))
-
-
-def _indexes(connection: Connection) -> dict[str, dict[str, list[dict[str, object]]]]:
-    """By table and index, the catalogue's row for each of the index's columns, in order."""
-    indexes: defaultdict[str, defaultdict[str, list[dict[str, object]]]] = defaultdict(lambda: defaultdict(list))
-    for row in connection.exec_driver_sql(_SQL["mysql_indexes"]).mappings():
-        part = {str(name).lower(): value for name, value in row.items()}
-        indexes[str(part["table_name"]).lower()][str(part["index_name"]).lower()].append(part)
-    return {table: dict(of_table) for table, of_table in indexes.items()}
-
-
-def _usable(parts: list[dict[str, object]]) -> bool:
-    """Whether the optimizer may use it: MySQL can make an index invisible, MariaDB can have it ignored."""
-    return bool(parts) and parts[0].get("is_visible", "YES") == "YES" and parts[0].get("ignored", "NO") == "NO"
-
-
-def _tables(connection: Connection, grants: MySQLGrants, database: str, role: Role) -> Iterator[Look]:
-    columns: defaultdict[str, dict[str, _There]] = defaultdict(dict)
-    for row in connection.exec_driver_sql(_SQL["mysql_columns"]):
-        columns[row.table_name][row.column_name] = _There(
-            type=re.sub(r"(int)\(\d+\)", r"\1", row.column_type),
-            nullable=row.nullable == "YES",
-            charset=row.charset,
-            collation=row.collation,
-        )
-    engines = {row.table_name: str(row.engine) for row in connection.exec_driver_sql(_SQL["mysql_tables"])}
-    indexes = _indexes(connection)
-    for table in MYSQL_GRANTS[role]:
-        if table not in columns:
-            yield _absent(table, grants.lacking(database, table, ("SELECT",)) == [])
-            continue
-        statement = _DECLARED[_STATEMENT_OF[table]]
-        findings = [
-            *_engine(table, engines.get(table, "")),
-            *_columns(table, columns_of(statement), columns[table]),
-            *_keys(table, keys_of(statement), indexes.get(table, {})),
-        ]
-        yield Look(
-            about=f"MySQL table {table}",
-            seen=f"{engines.get(table)}, {len(columns[table])} columns",
-            findings=tuple(findings),
-        )
-    if LEDGER in columns and LEDGER in MYSQL_GRANTS[role] and not grants.lacking(database, LEDGER, ("SELECT",)):
-        yield from _head(connection)
-
-
-def _absent(table: str, readable: bool) -> Look:
-    fix = "run `auditexport init`"
-    if table == OUTBOX:
-        fix = "the application creates it (for a trial: `auditexport init --with-outbox`)"
-    finding = Finding(
-        what=f"MySQL table {table} does not exist" + ("" if readable else ", or this user may not see it"),
-        breaks="nothing can be exported",
-        fix=fix,
-    )
-    return Look(about=f"MySQL table {table}", seen="not there", findings=(finding,))
-
-
-def _engine(table: str, engine: str) -> Iterator[Finding]:
-    if engine.lower() != "innodb":
-        yield Finding(
-            what=f"{table} is stored by {engine}",
-            breaks="an event would not be in the transaction of its change, and marking would lock the table"
-            if table == OUTBOX
-            else "the ledger's fences are locks of rows, which only InnoDB has",
-            fix=f"ALTER TABLE {table} ENGINE = InnoDB",
-        )
-
-
-def _columns(table: str, declared: Mapping[str, Column], there: Mapping[str, _There]) -> Iterator[Finding]:
-    lacking = [column for name, column in declared.items() if name not in there]
-    if lacking:
-        yield Finding(
-            what=f"{table} lacks {', '.join(column.name for column in lacking)}",
-            breaks="its statements fail",
-            fix=f"ALTER TABLE {table} " + ", ".join(f"ADD COLUMN {column.declaration}" for column in lacking),
-        )
-    for name, column in declared.items():
-        if name not in there:
-            continue
-        found = there[name]
-        modify = f"ALTER TABLE {table} MODIFY COLUMN {column.declaration}"
-        if not _holds(column.type.lower(), found.type):
-            yield Finding(
-                what=f"{table}.{name} is {found.type} and should be {column.type.lower()}",
-                breaks="values do not fit, or read back as others",
-                fix=modify,
-            )
-        elif column.nullable and not found.nullable:
-            yield Finding(
-                what=f"{table}.{name} cannot be NULL",
-                breaks="no row can be pending" if table == OUTBOX else "its statements fail",
-                fix=modify,
-            )
-        elif found.charset and column.type.upper().startswith(("VARCHAR", "MEDIUMTEXT", "TEXT")):
-            yield from _collation(table, column, found)
-
-
-def _collation(table: str, column: Column, found: _There) -> Iterator[Finding]:
-    ours = table != OUTBOX
-    where = f"ALTER TABLE {table} CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-    if found.charset != "utf8mb4":
-        yield Finding(
-            what=f"{table}.{column.name} is in {found.charset}",
-            breaks="an id with a letter beyond it stops its batch"
-            if ours
-            else "ids with other letters cannot be written",
-            fix=where,
-            fatal=ours,
-        )
-    elif not (found.collation or "").endswith(("_bin", "_as_cs")):
-        yield Finding(
-            what=f"{table}.{column.name} compares by {found.collation}",
-            breaks="ids and versions that differ in case or accents count as one: an operator's filter would take in "
-            "another tenant's rows",
-            fix=where,
-            fatal=False,
-        )
-
-
-def _holds(declared: str, found: str) -> bool:
-    """Whether a column of type `found` keeps every value of the declared type as it is."""
-    if declared == "json":
-        return found in ("json", "longtext")
-    want, have = re.split(r"[( ]", declared)[0], re.split(r"[( ]", found)[0]
-    if want in _INTEGERS:
-        # A signed one of the next size would do, and ours are far below the sign.
-        return have in _INTEGERS and _INTEGERS.index(have) >= _INTEGERS.index(want)
-    if want == "varchar":
-        size = re.search(r"\((\d+)\)", found)
-        return (have == "varchar" and int(size[1] if size else 0) >= int(declared[8:-1])) or have in _TEXTS
-    return have in _TEXTS and _TEXTS[have] >= _TEXTS[want]
-
-
-def _keys(table: str, declared: Mapping[str, str], there: Mapping[str, list[dict[str, object]]]) -> Iterator[Finding]:
-    for name, columns in declared.items():
-        parts = there.get(name, [])
-        forced = table == OUTBOX
-        slow = (
-            "every statement names it: claims and probes would fail, and without it read the whole table"
-            if forced
-            else "a drain slows down as the table grows"
-        )
-        if ",".join(str(part["column_name"]).lower() for part in parts) != columns:
-            drop = f"DROP INDEX {name}, " if parts else ""
-            yield Finding(
-                what=f"{table} has no index {name} ({columns.replace(',', ', ')})",
-                breaks=slow,
-                fix=f"ALTER TABLE {table} {drop}ADD INDEX {name} ({columns.replace(',', ', ')})",
-                fatal=forced,
-            )
-        elif not _usable(parts):
-            yield Finding(
-                what=f"index {name} of {table} is there and switched off",
-                breaks=slow,
-                fix=f"ALTER TABLE {table} ALTER INDEX {name} {'VISIBLE' if 'is_visible' in parts[0] else 'NOT IGNORED'}",
-                fatal=forced,
-            )
-
-
-def _head(connection: Connection) -> Iterator[Look]:
-    about = "ledger's head"
-    head = connection.exec_driver_sql(_SQL["ledger_head"]).one_or_none()
-    if head is None:
-        finding = Finding(
-            what=f"{LEDGER} lacks its row 0, the ledger's lock",
-            breaks="no planner can take its turn",
-            fix="run `auditexport init`",
-        )
-        yield Look(about=about, seen="not there", findings=(finding,))
-        return
-    ahead_ms = head.inserted_at_ms - head.now_ms
-    seen = f"last inserted_at {head.inserted_at_ms}"
-    if ahead_ms <= AHEAD_MS:
-        yield Look(about=about, seen=seen)
-        return
-    used = (head.stamped_ms or 0) - head.now_ms > AHEAD_MS
-    finding = Finding(
-        what=f"the ledger's last inserted_at is {ahead_ms / 3_600_000:,.0f} hours ahead of MySQL's clock",
-        breaks="every new entry is stamped after it: retention and months are counted from there"
-        + (
-            ", and beyond the year 2105 ClickHouse drops entries on arrival"
-            if head.inserted_at_ms > LAST_STAMP_MS
-            else ""
-        ),
-        fix="set MySQL's clock right; batches carry such stamps already, so wait until it has passed them: lowered, the "
-        "ledger would hand out a stamp twice"
-        if used
-        else f"set MySQL's clock right; no batch carries such a stamp, so: UPDATE {LEDGER} SET inserted_at_ms = "
-        f"{max(head.now_ms, head.stamped_ms or 0)} WHERE batch_id = 0",
-        fatal=head.inserted_at_ms > LAST_STAMP_MS,
-    )
-    yield Look(about=about, seen=seen, findings=(finding,))

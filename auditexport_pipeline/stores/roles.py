@@ -48,18 +48,21 @@ MYSQL_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
         LEDGER: ("SELECT", "UPDATE"),
         DEAD_LETTERS: ("SELECT", "UPDATE"),
         ACTIONS: ("SELECT", "INSERT", "UPDATE"),
+        ERASURES: ("SELECT",),
     },
     Role.READER: dict.fromkeys((OUTBOX, LEDGER, DEAD_LETTERS, ACTIONS, ERASURES), ("SELECT",)),
-    Role.OWNER: {LEDGER: _CREATE, DEAD_LETTERS: _CREATE, ACTIONS: _CREATE, ERASURES: _CREATE},
+    Role.OWNER: {OUTBOX: ("SELECT",), LEDGER: _CREATE, DEAD_LETTERS: _CREATE, ACTIONS: _CREATE, ERASURES: _CREATE},
 }
 
-# What is granted on no table of ours stands under the wildcard: input() and null() are table functions that touch
-# nothing, and ClickHouse guards them with CREATE TEMPORARY TABLE.
+# What is granted on no table of ours stands under the wildcard: input(), null() and format() are table functions that
+# touch nothing, and ClickHouse guards them with CREATE TEMPORARY TABLE. The exporter writes by the first two; whoever
+# compares lets ClickHouse parse payloads by the third.
+_FUNCTIONS = {"*.*": ("CREATE TEMPORARY TABLE",)}
 CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
-    Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), "*.*": ("CREATE TEMPORARY TABLE",)},
-    Role.OPERATOR: {"audit_logs_raw_v1": ("SELECT",)},
-    Role.SWEEPER: {"audit_logs_raw_v1": ("SELECT",)},
-    Role.READER: {"audit_logs_raw_v1": ("SELECT",), "audit_logs": ("SELECT",)},
+    Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), **_FUNCTIONS},
+    Role.OPERATOR: {"audit_logs_raw_v1": ("SELECT",), **_FUNCTIONS},
+    Role.SWEEPER: {"audit_logs_raw_v1": ("SELECT",), **_FUNCTIONS},
+    Role.READER: {"audit_logs_raw_v1": ("SELECT",), "audit_logs": ("SELECT",), **_FUNCTIONS},
     Role.OWNER: {"audit_logs_raw_v1": ("SELECT", "CREATE TABLE"), "audit_logs": ("CREATE VIEW",)},
 }
 
