@@ -144,7 +144,7 @@ def test_a_table_of_another_kind_is_created_anew_as_printed(
     assert found.fatal is fatal
     if fatal:
         claims_nothing(stack)
-    rename, init, copy = found.fix.removeprefix("while no drain runs: ").split("; then ")
+    rename, init, copy = found.fix.removeprefix("create it anew while no drain runs: ").split("; then ")
     client.command(rename)
     assert "auditexport init" in init
     setup.create(stack.outbox, stack.log)

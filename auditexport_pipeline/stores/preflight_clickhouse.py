@@ -32,7 +32,7 @@ SMALLEST_WINDOW = 100
 _KEY = "workspace_id,bucket,time,event_id"
 _COPIED = ", ".join(f"`{name}`" for name, column in _DECLARED.items() if "MATERIALIZED" not in column.declaration)
 _ANEW = (
-    f"while no drain runs: RENAME TABLE {TABLE} TO {TABLE}_old; then `auditexport init`; then "
+    f"create it anew while no drain runs: RENAME TABLE {TABLE} TO {TABLE}_old; then `auditexport init`; then "
     f"INSERT INTO {TABLE} ({_COPIED}) SELECT {_COPIED} FROM {TABLE}_old"
 )
 _DAYS = {
