@@ -22,7 +22,7 @@ from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import preflight
+from auditexport_pipeline.stores import mysql, preflight
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.findings import Finding, Look, all_findings
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -199,21 +199,38 @@ def test_a_user_that_must_show_a_certificate_is_let_in_with_it_and_not_without(
 def test_a_connection_beyond_this_machine_that_verifies_nothing_is_a_warning(
     tls_stack: Stack, connect: Connect, certificates: Certificates
 ) -> None:
-    """Each of them works, and lets whoever sits between read events; only doctor says so."""
+    """Each of them works, and lets whoever sits between read events; doctor says so."""
     tls_stack.sql("SET GLOBAL require_secure_transport = OFF")
     try:
-        for options, seen in (
-            ({}, "certificate not verified"),
-            ({"ssl_ca": certificates.ours, "ssl_check_hostname": "false"}, "certificate not verified"),
-            ({"ssl_disabled": "true"}, "no TLS"),
+        for options, seen, fix in (
+            (
+                {"ssl_ca": certificates.ours, "ssl_check_hostname": "false"},
+                "certificate not verified",
+                "take ssl_check_hostname away",
+            ),
+            ({"ssl_disabled": "true"}, "no TLS", "say ssl_ca="),
         ):
             looks = preflight.examine(connect("0.0.0.0", **options), tls_stack.log)
             assert seen in _transport(looks, "MySQL")[0]
             (found,) = _transport(looks, "MySQL")[1]
             assert not found.fatal
-            assert "ssl_ca" in found.fix
+            assert fix in found.fix
     finally:
         tls_stack.sql("SET GLOBAL require_secure_transport = ON")
+
+
+def test_a_url_that_says_nothing_of_tls_verifies_by_the_authorities_of_this_machine(
+    tls_stack: Stack, connect: Connect, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver by itself would take any certificate; whoever wants that has to say it."""
+    mysql.engine_for.cache_clear()
+    with pytest.raises(SetupIncomplete, match="certificate was refused"):
+        preflight.refuse_unless_ready(connect("0.0.0.0"), tls_stack.log)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ours))
+    mysql.engine_for.cache_clear()
+    seen, findings = _transport(preflight.examine(connect("0.0.0.0"), tls_stack.log), "MySQL")
+    assert "name verified" in seen
+    assert findings == ()
 
 
 def test_a_server_that_wants_tls_says_so_in_one_line(tls_stack: Stack, connect: Connect) -> None:
@@ -230,9 +247,12 @@ def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
     if server.family == "mysql":
         server = LocalMySQL(tmp_path / "plain", options=("--tls-version=",))
     with server:
-        outbox = MySQLOutbox(f"{server.url}mysql?ssl_ca={certificates.ours}")
-        with pytest.raises(SetupIncomplete, match="no TLS"):
-            preflight.refuse_unless_ready(outbox, stack.log)
+        beyond = server.url.replace("127.0.0.1", "0.0.0.0")
+        for url in (f"{server.url}mysql?ssl_ca={certificates.ours}", f"{beyond}mysql"):
+            outbox = MySQLOutbox(url)
+            with pytest.raises(SetupIncomplete, match="no TLS"):
+                preflight.refuse_unless_ready(outbox, stack.log)
+            outbox.engine.dispose()
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ _TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ss
 def checked(url: str) -> str:
     """The URL, fit for `engine_for`. Raises `InvalidConfig`, which does not repeat it, for one of another kind.
 
-    Nothing about TLS in it means what PyMySQL makes of that: TLS where the server has it, unverified. An `ssl_ca`
-    (or `ssl_capath`) makes TLS required and the server's certificate and name verified. A client's certificate
+    Nothing about TLS in it means, for a server beyond this machine, that TLS is required and its certificate and name
+    are verified by the authorities that this machine trusts (`default_tls`). An `ssl_ca` (or `ssl_capath`) names
+    another authority; `ssl_disabled=true` sends plain text. A client's certificate
     alone would not, so it is refused, and so is any option that would quietly undo the verification.
     """
     from pymysql.connections import Connection
@@ -104,6 +105,14 @@ def is_local(host: str | None) -> bool:
         return False
 
 
+def default_tls(url: str) -> dict[str, ssl.SSLContext]:
+    """What the driver is told where the URL says nothing: alone it would take any certificate, or plain text."""
+    parts = make_url(url)
+    silent = not any(name.startswith("ssl") for name in parts.query)
+    travels = not is_local(parts.host) and "unix_socket" not in parts.query
+    return {"ssl": ssl.create_default_context()} if silent and travels else {}
+
+
 @lru_cache(maxsize=16)
 def engine_for(url: str, pid: int) -> Engine:
     """One pool per server and process: a forked child must not share its parent's connections."""
@@ -119,6 +128,7 @@ def engine_for(url: str, pid: int) -> Engine:
             "read_timeout": READ_TIMEOUT_S,
             "write_timeout": READ_TIMEOUT_S,
             "init_command": SESSION.format(lock_wait_s=LOCK_WAIT_S),
+            **default_tls(url),
         },
     )
 
@@ -149,8 +159,8 @@ def translated(what: str) -> Iterator[None]:
             ) from error
         if code == _TLS_NOT_OFFERED:
             raise SetupIncomplete(
-                "AUDITEXPORT_MYSQL_URL asks for TLS and the server has no TLS; nothing was sent. Give the server ssl_cert "
-                "and ssl_key, or take the ssl_… options out of the URL"
+                "AUDITEXPORT_MYSQL_URL means TLS, as it does for every server beyond this machine, and the server has no "
+                "TLS; nothing was sent. Give the server ssl_cert and ssl_key, or say ssl_disabled=true for plain text"
             ) from error
         if code in _SETUP_ERRORS:
             reason = " ".join(map(str, arguments[1:]))

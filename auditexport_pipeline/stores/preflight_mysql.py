@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
 from auditexport_pipeline.stores.findings import Finding, Look
-from auditexport_pipeline.stores.mysql import is_local
+from auditexport_pipeline.stores.mysql import default_tls, is_local
 from auditexport_pipeline.stores.preflight_mysql_tables import can_be_sampled, look_at_head, look_at_tables
 from auditexport_pipeline.stores.roles import MYSQL_GRANTS, OUTBOX, MySQLGrants, Role
 from auditexport_pipeline.stores.statements import load
@@ -76,7 +76,7 @@ def _transport(connection: Connection, url: str) -> Look:
     cipher = str(connection.exec_driver_sql(_SQL["mysql_tls"]).one()[1])
     parts = make_url(url)
     options = parts.query
-    verified = "ssl_ca" in options or "ssl_capath" in options
+    verified = "ssl_ca" in options or "ssl_capath" in options or bool(default_tls(url))
     named = options.get("ssl_check_hostname", "true") == "true"
     seen = f"TLS, {cipher}" if cipher else "no TLS"
     if cipher:
@@ -87,9 +87,12 @@ def _transport(connection: Connection, url: str) -> Look:
         what=f"the connection to {parts.host} has {seen}",
         breaks="whoever sits between can read events and the password"
         + (", by answering in the server's place" if cipher else ""),
-        fix="add ?ssl_ca=/path/of/the/authority.pem to AUDITEXPORT_MYSQL_URL"
-        + ("" if named else " and take ssl_check_hostname away")
-        + ("" if cipher else "; the server has TLS turned off: give it ssl_cert and ssl_key"),
+        fix="in AUDITEXPORT_MYSQL_URL, "
+        + (
+            "take ssl_check_hostname away"
+            if not named
+            else "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true"
+        ),
         fatal=False,
     )
     return Look(about="MySQL transport", seen=seen, findings=(finding,))

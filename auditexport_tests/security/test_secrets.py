@@ -10,6 +10,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,12 +47,14 @@ CLI = (
 
 
 @pytest.fixture
-def site(tmp_path: Path, own_stack: Stack, servers: Servers) -> Iterator[Site]:
-    made = new_site(tmp_path, own_stack, servers)
-    yield made
-    made.record_statements(on=False)
-    for user in ("exporter", "second"):
-        made.expel(user)
+def site(own_stack: Stack, servers: Servers) -> Iterator[Site]:
+    # A path of its own: pytest's is too long for the sockets that multiprocessing makes beneath TMPDIR.
+    with tempfile.TemporaryDirectory(prefix="aex-") as directory:
+        made = new_site(Path(directory), own_stack, servers)
+        yield made
+        made.record_statements(on=False)
+        for user in ("exporter", "second"):
+            made.expel(user)
 
 
 @pytest.fixture
