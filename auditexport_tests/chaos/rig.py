@@ -108,7 +108,8 @@ class Rig:
         try:
             yield Databases(
                 name=name,
-                mysql_url=f"mysql+pymysql://root@127.0.0.1:{self.to_mysql.port}/{name}",
+                # In plain text, or MySQL would encrypt what the proxy has to recognise.
+                mysql_url=f"mysql+pymysql://root@127.0.0.1:{self.to_mysql.port}/{name}?ssl_disabled=true",
                 clickhouse_url=f"http://default@127.0.0.1:{self.to_clickhouse.port}/{name}",
                 outbox=outbox,
                 log=log,
