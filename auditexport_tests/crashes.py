@@ -121,6 +121,10 @@ class CrashingOutbox:
         with self.crash_at.around("renew"):
             return self.real.renew(claim, lease_s)
 
+    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
+        with self.crash_at.around("allow_inserts"):
+            return self.real.allow_inserts(claim, lease_s, until_ms)
+
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
         return self.real.read(pks, row_bytes=row_bytes)
 
@@ -178,7 +182,8 @@ class CrashingAuditLog:
         self.crash_at = crash_at
 
     def deadline_ms(self, within_s: float) -> int:
-        return self.real.deadline_ms(within_s)
+        with self.crash_at.around("deadline"):
+            return self.real.deadline_ms(within_s)
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int

@@ -26,10 +26,10 @@ from sqlalchemy.exc import DBAPIError
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Block, State
-from auditexport_pipeline.core.errors import BatchAltered, LeaseLost
+from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.ports import Cut, Holding, Marked, Refusal
+from auditexport_pipeline.core.ports import Cut, Discrepancy, Holding, Marked, Refusal
 from auditexport_pipeline.local.generator import START_MS, Generator, seed_outbox
 from auditexport_pipeline.stores import audit_log
 from auditexport_tests.conftest import Stack
@@ -96,7 +96,8 @@ def ledger(stack: Stack) -> list[Batch]:
 
 
 def end_leases(stack: Stack) -> None:
-    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 0")
+    """As if their time had passed, on both servers' clocks."""
+    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 0, inserts_until_ms = 0")
 
 
 def both(stack: Stack) -> tuple[list[Any], list[Any], list[Any]]:
@@ -439,6 +440,52 @@ def test_a_run_that_wakes_after_another_took_over_changes_nothing(stack: Stack, 
     assert_everything_once(stack, events, dead=dead)
 
 
+@pytest.mark.parametrize("crash_point", ["before deadline 1", "after deadline 1"])
+def test_a_deadline_that_was_asked_for_too_late_allows_no_insert(stack: Stack, crash_point: str) -> None:
+    """Paused beside its question, a run has an answer that is valid long after its batch was given back to the backlog."""
+    pks = fill(stack, 20)
+
+    def others_give_back() -> None:
+        stack.sql("DELETE FROM clickhouse_outbox WHERE pk = :pk", pk=pks[0])
+        with pytest.raises(BatchAltered):
+            run(stack, "second", dead_owners={"first"})
+        for owner in ("third", "fourth"):
+            end_leases(stack)
+            run(stack, owner)
+
+    crash_at = CrashPoint(crash_point, then=others_give_back)
+    with pytest.raises(LeaseLost):
+        drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
+    assert stack.counts() == (19, 19)
+    assert stack.pending() == 0
+    assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
+
+
+def test_rows_are_not_given_back_while_an_insert_of_them_can_be_at_work(stack: Stack) -> None:
+    """By ClickHouse's clock, which decides about the INSERT: MySQL's may have been set forward, or leases cut short."""
+    pks = fill(stack, 20)
+
+    def lease_ends_early() -> None:
+        stack.sql("DELETE FROM clickhouse_outbox WHERE pk = :pk", pk=pks[0])
+        with pytest.raises(BatchAltered):
+            run(stack, "second", dead_owners={"first"})
+        stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 0")
+        with pytest.raises(InsertOutcomeUnknown, match=r"at work for another (299|300) s; nothing was changed"):
+            run(stack, "third")
+        assert [(batch.state, batch.entries) for batch in ledger(stack)] == [(State.STOPPED, 20)]
+
+    crash_at = CrashPoint("before insert 1", then=lease_ends_early)
+    with pytest.raises(LeaseLost):
+        drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
+    assert stack.counts() == (20, 20)  # both blocks came late, and not too late
+    end_leases(stack)
+    run(stack, "fourth")
+    (batch,) = ledger(stack)
+    assert (batch.state, batch.counts.released, batch.counts.vanished) == (State.VERIFIED, 0, 1)
+    assert stack.counts() == (20, 20)
+    assert stack.pending() == 0
+
+
 def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
     """The fence stands in each statement's transaction, not in the caller's good manners."""
     fill(stack, 20)
@@ -449,6 +496,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
     cut = Cut(blocks=batch.blocks, pks=batch.pks, counts=batch.counts, digest="other")
     effects: list[Callable[[], object]] = [
         lambda: stack.outbox.renew(old, 60),
+        lambda: stack.outbox.allow_inserts(old, 60, 1),
         lambda: stack.outbox.seal(old, cut),
         lambda: stack.outbox.begin_write(old, 60),
         lambda: stack.outbox.recut(old, cut),
@@ -714,6 +762,31 @@ def test_a_requeue_that_crashes_is_once_in_the_view(stack: Stack) -> None:
         assert ledger(stack)[-1].generation == generation
     assert len(stack.clickhouse("SELECT event_id FROM audit_logs")) == 20
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
+
+
+def test_copies_of_a_requeue_that_was_given_back_are_no_duplicates(stack: Stack) -> None:
+    """Its answer was lost and a row of it deleted: whether its copies are in ClickHouse, nobody can see."""
+    pks = fill(stack, 20)
+    run(stack, "first")
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN :pks", pks=pks[4:7])
+    _crash(stack, CrashPoint("after insert 1"))
+    stack.sql("DELETE FROM clickhouse_outbox WHERE pk = :pk", pk=pks[4])
+    with pytest.raises(BatchAltered):
+        run(stack, "second", dead_owners={"first"})
+    end_leases(stack)
+    run(stack, "third")
+    run(stack, "fourth")
+
+    assert stack.counts() == (20 + 3 + 2, 20)
+    assert stack.pending() == 0
+    first, given_back, again = ledger(stack)
+    assert (given_back.rows, given_back.counts.released, again.rows) == (0, 3, 2)
+    assert verify.verify(stack.outbox, stack.log, [first]) == {first.batch_id: Discrepancy()}
+    # That explains three copies, one for each attempt, and not nine.
+    (event,) = stack.sql("SELECT event_id FROM clickhouse_outbox WHERE pk = :pk", pk=pks[9])
+    one = f"(SELECT * FROM audit_logs_raw_v1 WHERE event_id = '{event.event_id}' LIMIT 1)"
+    stack.clickhouse(f"INSERT INTO audit_logs_raw_v1 SELECT held.* FROM {one} AS held CROSS JOIN numbers(9) AS times")
+    assert verify.verify(stack.outbox, stack.log, [first])[first.batch_id].duplicated == 6
 
 
 @pytest.mark.parametrize("between", [1, 13], ids=["in_one_block", "in_two_blocks"])

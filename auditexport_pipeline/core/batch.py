@@ -108,7 +108,11 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends."""
+    """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends.
+
+    `given_back` are blocks of a requeue that left the batch although an earlier attempt may have sent them: the slot
+    that they went to holds their rows' entries in any case, so nobody can see whether these copies are there.
+    """
 
     batch_id: int
     epoch: int
@@ -122,6 +126,8 @@ class Batch:
     counts: Counts = field(default_factory=Counts)
     digest: str = ""
     attempts: int = 0
+    inserts_until_ms: int = 0  # by ClickHouse's clock: an INSERT of it can be at work until then
+    given_back: tuple[Block, ...] = ()
     exported_at_ms: int | None = None
     oldest_ms: int | None = None  # event times, as the payloads say
     newest_ms: int | None = None
@@ -215,9 +221,10 @@ class _Manifest(msgspec.Struct, omit_defaults=True):
     digest: str = ""
     fp: str = ""
     bytes: int = 0
+    given_back: bool = False
 
 
-def blocks_to_text(blocks: Iterable[Block]) -> str:
+def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) -> str:
     return msgspec.json.encode(
         [
             _Manifest(
@@ -228,8 +235,10 @@ def blocks_to_text(blocks: Iterable[Block]) -> str:
                 digest=block.digest,
                 fp=f"{block.fingerprint:016x}" if block.digest else "",
                 bytes=block.bytes,
+                given_back=left,
             )
-            for block in blocks
+            for part, left in ((blocks, False), (given_back, True))
+            for block in part
         ]
     ).decode()
 
@@ -251,18 +260,24 @@ def compacted_text(blocks: Iterable[Block]) -> str:
     ).decode()
 
 
-def blocks_from_text(text: str) -> tuple[Block, ...]:
-    return tuple(
-        Block(
-            number=part.n,
-            inserted_at_ms=part.at,
-            pks=PkSet.parse(part.pks),
-            normalised=PkSet.parse(part.norm),
-            digest=part.digest,
-            fingerprint=int(part.fp, 16) if part.fp else 0,
-            bytes=part.bytes,
-        )
-        for part in msgspec.json.decode(text, type=list[_Manifest])
+def blocks_from_text(text: str) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """A batch's blocks, and those that were given back."""
+    parts = msgspec.json.decode(text, type=list[_Manifest])
+    return (
+        tuple(_block_of(part) for part in parts if not part.given_back),
+        tuple(_block_of(part) for part in parts if part.given_back),
+    )
+
+
+def _block_of(part: _Manifest) -> Block:
+    return Block(
+        number=part.n,
+        inserted_at_ms=part.at,
+        pks=PkSet.parse(part.pks),
+        normalised=PkSet.parse(part.norm),
+        digest=part.digest,
+        fingerprint=int(part.fp, 16) if part.fp else 0,
+        bytes=part.bytes,
     )
 
 

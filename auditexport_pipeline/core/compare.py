@@ -82,10 +82,12 @@ class Slot:
 
 
 def slots_of(batches: Collection[Batch]) -> list[Slot]:
-    """The slots of these batches, by ascending `inserted_at`; requeues join the slot of the first export."""
+    """The slots of these batches, by ascending `inserted_at`; requeues join the slot of the first export, with what
+    they gave back too.
+    """
     by_time: dict[int, list[tuple[Batch, Block]]] = {}
     for batch in sorted(batches, key=lambda batch: batch.batch_id):
-        for block in batch.blocks:
+        for block in (*batch.blocks, *batch.given_back):
             by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
     return [Slot(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
 

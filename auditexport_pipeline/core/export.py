@@ -27,7 +27,7 @@ from auditexport_pipeline.core.batch import (
     pks_of,
     sealed_block,
 )
-from auditexport_pipeline.core.errors import BatchAltered, LeaseLost
+from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
 from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -209,6 +209,11 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
     found = 0
     if batch.state in (State.SEALED, State.STOPPED):
         to_send = list(batch.blocks)
+        if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:
+            raise InsertOutcomeUnknown(
+                f"an INSERT of batch {batch.batch_id} that an earlier run sent can be at work for another "
+                f"{left_ms / 1000:.0f} s; nothing was changed, a run after that resolves the batch"
+            )
         if batch.attempts > 1:
             holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
             # A requeued block shares its inserted_at with the first export: what is there proves nothing.
@@ -241,9 +246,11 @@ def _send_all(
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
             # The fence that ClickHouse itself keeps: a paused process that wakes after its lease and then
-            # sends is refused, because every INSERT must start before this instant of ClickHouse's clock.
-            outbox.renew(batch.claim, limits.lease_s)
+            # sends is refused, because every INSERT must start before this instant of ClickHouse's clock. Asked for
+            # before the ledger is: whoever is paused in between has lost the batch by then, or holds it.
             deadline_ms = log.deadline_ms(limits.lease_s - limits.insert_timeout_s)
+            until_ms = deadline_ms + limits.insert_timeout_s * 1000
+            outbox.allow_inserts(batch.claim, limits.lease_s, until_ms)
             altered: list[Block] = []
             for block in to_send:
                 if block.number not in bodies:

@@ -69,6 +69,7 @@ class Cut:
     pks: PkSet
     counts: Counts
     digest: str
+    given_back: tuple[Block, ...] = ()
     dead_letters: tuple[DeadLetter, ...] = ()
     oldest_ms: int | None = None
     newest_ms: int | None = None
@@ -175,6 +176,10 @@ class Outbox(Protocol):
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
         """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""
+        ...
+
+    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
+        """As `renew`, and notes that INSERTs of this batch can be at work until then, by ClickHouse's clock."""
         ...
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:

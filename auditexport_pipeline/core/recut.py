@@ -56,10 +56,13 @@ def _read_sealed(outbox: Outbox, batch: Batch, block: Block) -> tuple[dict[int, 
 def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
     """Gives the rows of blocks that cannot be reproduced back to pending, and keeps the count.
 
-    Safe only here: ClickHouse was just looked at and has nothing of these blocks, and the lease under
-    which they could have been sent has ended (the planner adopts a stopped batch only then). From here
-    on the batch is sealed again, because its new owner is about to send the blocks it kept.
+    Safe only here: ClickHouse was just looked at and has nothing of these blocks, after the last instant at which an
+    INSERT of them could have been at work. Blocks of a requeue may be there all the same: the ledger keeps them as
+    given back, because their copies are not to be called duplicates. From here on the batch is sealed again: its new
+    owner is about to send the blocks it kept.
     """
+    if batch.generation:
+        batch = replace(batch, given_back=(*batch.given_back, *altered))
     kept = tuple(block for block in batch.blocks if block not in altered)
     standing: set[Key] = set()
     if _folded(batch):
@@ -115,7 +118,10 @@ def _recut(
     dead: tuple[DeadLetter, ...],
 ) -> Batch:
     digest = batch_digest(blocks, pks - pks_of(blocks))
-    outbox.recut(batch.claim, Cut(blocks=blocks, pks=pks, counts=counts, digest=digest, dead_letters=dead))
+    cut = Cut(
+        blocks=blocks, pks=pks, counts=counts, digest=digest, given_back=batch.given_back, dead_letters=dead
+    )
+    outbox.recut(batch.claim, cut)
     return replace(
         batch,
         state=State.SEALED,

@@ -31,6 +31,7 @@ from auditexport_pipeline.core.batch import (
     blocks_to_text,
     observed_from_text,
     observed_to_text,
+    pks_of,
 )
 from auditexport_pipeline.core.errors import (
     LeaseLost,
@@ -90,10 +91,13 @@ class MySQLOutbox:
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
-            leased = [row.batch_id for row in connection.execute(SQL["leased"], {"epoch": claim.epoch})]
-            if leased:
-                values = {"batch_ids": leased, "epoch": claim.epoch, "lease_ms": lease_s * 1000}
-                connection.execute(SQL["renew"], values)
+            return _renew(connection, claim, lease_s)
+
+    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
+        with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
+            _renew(connection, claim, lease_s)
+            values = {"batch_id": claim.batch_id, "epoch": claim.epoch, "until_ms": until_ms}
+            connection.execute(SQL["allow_inserts"], values)
             return _own(connection, claim)
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
@@ -123,6 +127,8 @@ class MySQLOutbox:
         self._cut(claim, cut, State.SEALED, State.STOPPED)
 
     def _cut(self, claim: Claim, cut: Cut, *states: State) -> None:
+        # A requeue is found by the rows that it can have sent, those that it gave back included.
+        sent = cut.pks | pks_of(cut.given_back)
         with self.transaction(f"sealing batch {claim.batch_id}") as connection:
             _fence(connection, claim, *states)
             connection.execute(
@@ -132,10 +138,10 @@ class MySQLOutbox:
                     "rows": len(cut.pks),
                     "entries": sum(block.rows for block in cut.blocks),
                     "bytes": sum(block.bytes for block in cut.blocks),
-                    "first_pk": cut.pks.first if cut.pks else None,
-                    "last_pk": cut.pks.last if cut.pks else None,
+                    "first_pk": sent.first if sent else None,
+                    "last_pk": sent.last if sent else None,
                     "pks": str(cut.pks),
-                    "manifest": blocks_to_text(cut.blocks),
+                    "manifest": blocks_to_text(cut.blocks, cut.given_back),
                     "counts": _counts_to_text(cut.counts),
                     "digest": cut.digest,
                     "inserted_at_ms": max((block.inserted_at_ms for block in cut.blocks), default=0),
@@ -346,6 +352,13 @@ def _fence(connection: Connection, claim: Claim, *states: State, shared: bool = 
         raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
 
 
+def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:
+    leased = [row.batch_id for row in connection.execute(SQL["leased"], {"epoch": claim.epoch})]
+    if leased:
+        connection.execute(SQL["renew"], {"batch_ids": leased, "epoch": claim.epoch, "lease_ms": lease_s * 1000})
+    return _own(connection, claim)
+
+
 def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
     if row is None:
         now = "is not in the ledger"
@@ -393,6 +406,7 @@ def _counts_to_text(counts: Counts) -> str:
 
 
 def batch_of(row: Row[tuple[object, ...]]) -> Batch:
+    blocks, given_back = blocks_from_text(row.manifest)
     return Batch(
         batch_id=row.batch_id,
         epoch=row.epoch,
@@ -401,11 +415,13 @@ def batch_of(row: Row[tuple[object, ...]]) -> Batch:
         state=State(row.state),
         owner=row.owner,
         pks=PkSet.parse(row.pks),
-        blocks=blocks_from_text(row.manifest),
+        blocks=blocks,
+        given_back=given_back,
         bytes=row.bytes,
         counts=Counts(**msgspec.json.decode(row.counts, type=dict[str, int])) if row.counts else Counts(),
         digest=row.digest,
         attempts=row.attempts,
+        inserts_until_ms=row.inserts_until_ms,
         exported_at_ms=row.exported_at_ms,
         oldest_ms=row.oldest_event_ms,
         newest_ms=row.newest_event_ms,

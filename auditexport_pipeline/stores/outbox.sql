@@ -21,7 +21,7 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 
 -- name: open_batches
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed,
        lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired,
        lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
@@ -58,7 +58,7 @@ SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PR
 
 -- name: exported_over
 -- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND state IN ('exported', 'verified', 'discrepant')
@@ -108,7 +108,7 @@ WHERE batch_id IN :batch_ids AND epoch = :epoch AND state IN ('claimed', 'sealed
 
 -- name: batch
 -- Primary key; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 
@@ -157,6 +157,11 @@ WHERE batch_id = :batch_id
 -- works on the batch while an INSERT of it can still run.
 UPDATE clickhouse_outbox_batch SET state = 'stopped', epoch = 0, last_error = :error WHERE batch_id = :batch_id
 
+-- name: allow_inserts
+-- Primary key; after renew, in its transaction. The longest that any run was allowed stands.
+UPDATE clickhouse_outbox_batch SET inserts_until_ms = GREATEST(inserts_until_ms, :until_ms)
+WHERE batch_id = :batch_id AND epoch = :epoch
+
 -- name: record_written
 -- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one.
 UPDATE clickhouse_outbox_batch
@@ -192,13 +197,13 @@ UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_u
 
 -- name: unverified
 -- state_idx; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
 -- name: requeued_over
 -- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, exported_at_ms,
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0

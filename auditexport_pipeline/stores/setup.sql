@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
   oldest_event_ms BIGINT NULL,
   newest_event_ms BIGINT NULL,
   attempts INT UNSIGNED NOT NULL COMMENT 'of writing',
+  inserts_until_ms BIGINT NOT NULL DEFAULT 0 COMMENT 'by the clock of ClickHouse: until then an INSERT of it can be at work',
   last_error VARCHAR(1000) NOT NULL,
   claimed_at_ms BIGINT NOT NULL,
   sealed_at_ms BIGINT NULL,
