@@ -785,7 +785,9 @@ def test_copies_of_a_requeue_that_was_given_back_are_no_duplicates(stack: Stack)
     # That explains three copies, one for each attempt, and not nine.
     (event,) = stack.sql("SELECT event_id FROM clickhouse_outbox WHERE pk = :pk", pk=pks[9])
     one = f"(SELECT * FROM audit_logs_raw_v1 WHERE event_id = '{event.event_id}' LIMIT 1)"
-    stack.clickhouse(f"INSERT INTO audit_logs_raw_v1 SELECT held.* FROM {one} AS held CROSS JOIN numbers(9) AS times")
+    stack.clickhouse(
+        f"INSERT INTO audit_logs_raw_v1 SELECT held.* FROM {one} AS held CROSS JOIN numbers(9) AS times SETTINGS optimize_on_insert = 0"
+    )
     assert verify.verify(stack.outbox, stack.log, [first])[first.batch_id].duplicated == 6
 
 

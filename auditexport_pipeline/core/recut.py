@@ -118,9 +118,7 @@ def _recut(
     dead: tuple[DeadLetter, ...],
 ) -> Batch:
     digest = batch_digest(blocks, pks - pks_of(blocks))
-    cut = Cut(
-        blocks=blocks, pks=pks, counts=counts, digest=digest, given_back=batch.given_back, dead_letters=dead
-    )
+    cut = Cut(blocks=blocks, pks=pks, counts=counts, digest=digest, given_back=batch.given_back, dead_letters=dead)
     outbox.recut(batch.claim, cut)
     return replace(
         batch,
