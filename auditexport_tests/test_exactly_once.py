@@ -827,6 +827,23 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
     assert [str(discrepancy) for discrepancy in found.values()] == ["none", "none"]
 
 
+def test_a_row_that_a_requeue_folded_keeps_the_time_of_its_first_export(stack: Stack) -> None:
+    """Requeued together, two rows of one event go out as one; requeued alone, the first one goes where it was."""
+    earlier, *_ = put(stack, *(payload_of(event_id) for event_id in ("twice", "a", "b")))
+    run(stack, "first")
+    later, *_ = put(stack, *(payload_of(event_id) for event_id in ("twice", "c", "d")))
+    run(stack, "second")
+    first, second = ledger(stack)
+    for pks in ((earlier, later), (earlier,)):
+        stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN :pks", pks=pks)
+        run(stack, "third")
+    _, _, folded, alone = ledger(stack)
+
+    assert (folded.counts.folded, folded.blocks[0].inserted_at_ms) == (1, second.blocks[0].inserted_at_ms)
+    assert alone.blocks[0].inserted_at_ms == first.blocks[0].inserted_at_ms
+    assert not any(verify.verify(stack.outbox, stack.log, [first, second]).values())
+
+
 def test_what_clickhouse_lost_is_found(stack: Stack) -> None:
     """Verification that cannot fail verifies nothing: a row taken out of ClickHouse is missing, by its id."""
     fill(stack, 20)

@@ -116,8 +116,10 @@ def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) 
         if overlap and origin.version == version:
             generation = max(generation, origin.generation + 1)
             at = {pk: block.inserted_at_ms for block in origin.blocks for pk in overlap & block.pks}
-            # A folded row went out as another row's entry: any of the batch's blocks names its month.
-            again.update({pk: at.get(pk, origin.blocks[-1].inserted_at_ms) for pk in overlap if origin.blocks})
+            again.update(at)
+            # A folded row went out as another row's entry. One that never went out as itself goes to a slot of the
+            # batch that folded it first; one that did stays with its slot, whatever a requeue folded it into.
+            again.update({pk: origin.blocks[-1].inserted_at_ms for pk in overlap if origin.blocks and pk not in again})
     fresh = pks - PkSet.of(sorted(again))
     if fresh:
         block_rows = max(SMALLEST_BLOCK_ROWS, -(-len(fresh) // limits.blocks_per_batch))
