@@ -36,6 +36,8 @@ from auditexport_pipeline.core.recut import Recutter, give_back, read_payloads
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
 BYTES_TOLERANCE = 1.5
+# Marking that is throttled takes longer than a lease, which is renewed each third of its time.
+LEASES_PER_RENEWAL = 3
 
 
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
@@ -309,9 +311,29 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
     stamp_ms = batch.exported_at_ms
     if stamp_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
-    *chunks, last = [*batch.pks.chunks(limits.mark_rows)] or [PkSet()]
+    rate = limits.max_rows_per_second
+    # Throttled, a chunk stands for a second at most.
+    *chunks, last = [*batch.pks.chunks(min(limits.mark_rows, rate or limits.mark_rows))] or [PkSet()]
     total = Marked()
+    renewed = time.monotonic()
+
+    def rest(started: float, rows: int, connections: int) -> None:
+        due = started + rows * connections / rate if rate else 0.0
+        time.sleep(max(0.0, due - time.monotonic()) + limits.mark_pause_ms / 1000)
+
+    def mark_chunk(pks: PkSet) -> Marked:
+        began = time.monotonic()
+        marked = outbox.mark(claim, pks, stamp_ms)
+        rest(began, len(pks), limits.mark_connections)
+        return marked
+
     with ThreadPoolExecutor(limits.mark_connections, thread_name_prefix="mark") as pool:
-        for marked in pool.map(lambda pks: outbox.mark(claim, pks, stamp_ms), chunks):
+        for marked in pool.map(mark_chunk, chunks):
             total += marked
-    return outbox.finish_mark(claim, last, stamp_ms, total)
+            if time.monotonic() - renewed > limits.lease_s / LEASES_PER_RENEWAL:
+                outbox.renew(claim, limits.lease_s)
+                renewed = time.monotonic()
+    began = time.monotonic()
+    marked_batch = outbox.finish_mark(claim, last, stamp_ms, total)
+    rest(began, len(last), 1)
+    return marked_batch

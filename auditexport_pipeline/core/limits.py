@@ -51,6 +51,23 @@ class Limits:
     mark_connections: int = _limit(
         2, 1, 16, "UPDATEs that mark one batch at the same time, each on a connection of its own."
     )
+    # For a MySQL that has no room to spare; benchmarks/latency.py shows what the application notices without them.
+    max_rows_per_second: int = _limit(
+        0, 0, 1_000_000, "Rows marked per second at most, and so exported; 0 is as fast as the databases allow."
+    )
+    mark_pause_ms: int = _limit(
+        0, 0, 60_000, "Rest after each UPDATE that marks rows, on its connection, in milliseconds."
+    )
+    linger_s: int = _limit(
+        0,
+        0,
+        6_000,
+        "How long a run stays, counted from its start, and drains what arrives; it leaves early when another "
+        "drain is waiting. 0 ends with the backlog. Below max_runtime_seconds of dagster.yaml.",
+    )
+    linger_poll_ms: int = _limit(
+        500, 20, 60_000, "How often a run that stays looks for new rows, in milliseconds: each look is one short query."
+    )
     versions: tuple[str, ...] = field(
         default=tuple(VERSIONS),
         metadata={"meaning": "Payload versions to export; any other stays untouched and is counted."},
@@ -68,6 +85,11 @@ class Limits:
             raise InvalidConfig(
                 f"insert_timeout_s is {self.insert_timeout_s} and lease_s is {self.lease_s}: an INSERT must end well "
                 f"before the lease does; set lease_s to at least {2 * self.insert_timeout_s}"
+            )
+        if self.mark_pause_ms * 3 > self.lease_s * 1000:
+            raise InvalidConfig(
+                f"mark_pause_ms is {self.mark_pause_ms:,} and lease_s is {self.lease_s}: a lease must outlast three "
+                f"pauses; set lease_s to at least {-(-3 * self.mark_pause_ms // 1000)}"
             )
         unknown = [version for version in self.versions if version not in VERSIONS]
         if unknown or not self.versions:

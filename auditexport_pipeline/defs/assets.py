@@ -13,7 +13,7 @@ otherwise, which would fetch every batch before the first is written.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,23 @@ from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.linger import linger
+from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
+from auditexport_pipeline.defs.drains import DRAIN_POOL, drain_in
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.report import run_metadata
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
 from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
-# One drain at a time, however it is launched: the queue admits one run holding this pool (dagster.yaml).
-DRAIN_POOL = "audit_log_export"
 # Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
 COUNT_BACKLOG_TO = 1_000_000
 # Batches of earlier runs that died before they verified; the rest waits for the next run.
 VERIFY_LEFTOVERS = 200
+# How often a run that stays says that it lives, and looks whether another one waits for it to leave.
+HEARTBEAT_EVERY_S = 60.0
+LOOK_FOR_OTHERS_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,23 +197,61 @@ def finish_export(
         outbox = mysql.outbox()
         verified = verify.verify(outbox, clickhouse.audit_log(), outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
         batches = outbox.batches(batch_ids)
+        if limits.linger_s and not any(verified.values()):
+            for more, found in _stay(context, mysql, clickhouse, heartbeat, limits, planned.started_at_s):
+                batches += more
+                verified |= found
+                if any(found.values()):
+                    break
         backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
         dead = outbox.dead_by_reason()
         context.add_output_metadata(run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s))
-        wrong = {batch_id: found for batch_id, found in verified.items() if found}
-        if wrong:
-            raise VerificationFailed(
-                "ClickHouse acknowledged and does not hold as sealed: "
-                + "; ".join(
-                    f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}"
-                    for batch_id, found in wrong.items()
-                )
-                + ". The rows are marked; clear their deleted_at to export them again under the same inserted_at"
-            )
+        _raise_if_wrong(verified)
     context.log.info(
         f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
     )
     heartbeat.success()
+
+
+def _stay(
+    context: dg.OpExecutionContext,
+    mysql: MySQLResource,
+    clickhouse: ClickHouseResource,
+    heartbeat: HeartbeatResource,
+    limits: Limits,
+    started_at_s: float,
+) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
+    """Drains what arrives until `linger_s` after the run's start, or until another drain waits in the queue."""
+    outbox, log = mysql.outbox(), clickhouse.audit_log()
+    pinged = looked = time.monotonic()
+    context.log.info(f"staying until {limits.linger_s} s after the start, looking every {limits.linger_poll_ms} ms")
+
+    def stays() -> bool:
+        nonlocal pinged, looked
+        if time.monotonic() - pinged >= HEARTBEAT_EVERY_S:
+            heartbeat.success()
+            pinged = time.monotonic()
+        if time.monotonic() - looked >= LOOK_FOR_OTHERS_EVERY_S:
+            looked = time.monotonic()
+            other = drain_in(context.instance, [dg.DagsterRunStatus.QUEUED])
+            if other:
+                context.log.info(f"leaving, because run {other[:8]} waits")
+                return False
+        return time.time() < started_at_s + limits.linger_s
+
+    yield from linger(outbox, log, owner=_owner(context), limits=limits, stays=stays)
+
+
+def _raise_if_wrong(verified: Mapping[int, Discrepancy]) -> None:
+    wrong = {batch_id: found for batch_id, found in verified.items() if found}
+    if wrong:
+        raise VerificationFailed(
+            "ClickHouse acknowledged and does not hold as sealed: "
+            + "; ".join(
+                f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}" for batch_id, found in wrong.items()
+            )
+            + ". The rows are marked; clear their deleted_at to export them again under the same inserted_at"
+        )
 
 
 @dg.graph

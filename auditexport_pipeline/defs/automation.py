@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import time
+from typing import Any
 
 import dagster as dg
 import msgspec
@@ -15,12 +16,11 @@ import msgspec
 from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
-from auditexport_pipeline.defs.assets import DRAIN_POOL
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.defs.drains import ASSET, JOB, drain_in
 from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.defs.resources import MySQLResource
 
-JOB = "audit_log_export"
-ASSET = dg.AssetKey("audit_logs_raw_v1")
 DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
 SENSOR_INTERVAL_S = 15
@@ -46,12 +46,35 @@ export_job = dg.define_asset_job(
     tags={"dagster/retry_strategy": "ALL_STEPS"},
 )
 
-export_schedule = dg.ScheduleDefinition(
+
+def drain_settings() -> dict[str, Any]:
+    """The run configuration of drains that nobody launches by hand: AUDITEXPORT_DRAIN, the launchpad's form as JSON.
+
+    Read at every tick; raises `InvalidConfig`, naming the field, for what the launchpad would refuse.
+    """
+    text = os.environ.get("AUDITEXPORT_DRAIN", "")
+    try:
+        settings = msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise InvalidConfig(
+            f"AUDITEXPORT_DRAIN is no JSON object of a drain's settings ({error}); write it as "
+            '{"linger_s": 900, "max_rows_per_second": 5000}'
+        ) from None
+    Limits.of(settings)
+    return {"ops": {ASSET.to_user_string(): {"config": settings}}} if settings else {}
+
+
+@dg.schedule(
     name="audit_log_export_schedule",
     job=export_job,
     cron_schedule="*/15 * * * *",
     description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
 )
+def export_schedule() -> dg.RunRequest:
+    try:
+        return dg.RunRequest(run_config=drain_settings())
+    except InvalidConfig as error:
+        raise dg.Failure(description=str(error)) from None
 
 
 def thresholds() -> Thresholds:
@@ -74,12 +97,8 @@ def _positive(name: str, default: float) -> float:
 
 
 def _run_at_work(instance: dg.DagsterInstance) -> str | None:
-    """The unfinished run that drains: our job's, one from the page that names the asset, or any that holds the pool."""
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200):
-        pools = run.run_op_concurrency.all_pools if run.run_op_concurrency else None
-        if run.job_name == JOB or ASSET in (run.asset_selection or ()) or DRAIN_POOL in (pools or ()):
-            return f"run {run.run_id[:8]}"
-    return None
+    run_id = drain_in(instance, _UNFINISHED)
+    return f"run {run_id[:8]}" if run_id else None
 
 
 def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None:
@@ -129,6 +148,7 @@ def _seen(cursor: str | None) -> _Seen | None:
 def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResource) -> dg.SensorResult:
     try:
         limits = thresholds()
+        settings = drain_settings()
         backlog = mysql.outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
     except AuditExportError as error:
         raise dg.Failure(description=str(error)) from None
@@ -144,7 +164,9 @@ def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResou
     fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
     return dg.SensorResult(
         # No run_key: Dagster remembers one for ever, failed runs included.
-        run_requests=[dg.RunRequest(tags={"auditexport/why": decision.reason[:250]})] if decision.launch else [],
+        run_requests=[dg.RunRequest(run_config=settings, tags={"auditexport/why": decision.reason[:250]})]
+        if decision.launch
+        else [],
         skip_reason=None if decision.launch else dg.SkipReason(decision.reason),
         cursor=msgspec.json.encode(_Seen(numbers=steady, at_s=time.time())).decode() if fresh else context.cursor,
         asset_events=[dg.AssetObservation("clickhouse_outbox", metadata=numbers)] if fresh else [],

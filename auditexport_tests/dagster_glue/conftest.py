@@ -13,6 +13,8 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
+from dagster._core.test_utils import create_run_for_test
 
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.definitions import defs
@@ -72,6 +74,19 @@ class Exporter:
     def drain(self, *, raise_on_error: bool = True, **settings: object) -> dg.ExecuteInProcessResult:
         return defs.resolve_job_def("audit_log_export").execute_in_process(
             instance=self.instance, run_config=launchpad(settings), raise_on_error=raise_on_error
+        )
+
+    def put_run(
+        self, job_name: str, status: str, asset_selection: frozenset[dg.AssetKey] | None = None
+    ) -> dg.DagsterRun:
+        """A run in this state, as a launch through the page or the daemon records it."""
+        location = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("auditexport"), "__repository__")
+        return create_run_for_test(
+            self.instance,
+            job_name=job_name,
+            status=dg.DagsterRunStatus[status],
+            asset_selection=asset_selection,
+            remote_job_origin=location.get_job_origin(job_name),
         )
 
     def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

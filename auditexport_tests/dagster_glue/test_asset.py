@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +40,7 @@ from auditexport_tests.dagster_glue.conftest import (
     text_of,
 )
 from auditexport_tests.dagster_glue.location import CANARY, leaking_job, the_export_job
+from auditexport_tests.waiting import wait_until
 
 STEPS = ("fetch_batch", "write_clickhouse", "mark_exported")
 
@@ -158,6 +160,27 @@ def test_what_a_run_leaves_over_is_reported_and_taken_by_the_next(exporter: Expo
     assert told["lag_s"] > 0
     exporter.drain(batch_rows=2)
     everything_once(stack, 7)
+
+
+def test_a_run_that_stays_exports_what_arrives_in_one_materialization(exporter: Exporter, stack: Stack) -> None:
+    """Until another drain waits in the queue for its place."""
+    stack.put(*events(2))
+
+    def arrive() -> None:
+        for number in range(2):
+            wait_until(lambda: stack.pending() == 0, what="an empty outbox")
+            stack.put(*events(3, f"later_{number}"))
+        wait_until(lambda: stack.pending() == 0, what="an empty outbox")
+        exporter.put_run("audit_log_export", "QUEUED")
+
+    with ThreadPoolExecutor(1) as pool:
+        arrived = pool.submit(arrive)
+        result = exporter.drain(linger_s=120, linger_poll_ms=20)
+        arrived.result()
+    (materialization,) = result.asset_materializations_for_node("audit_logs_raw_v1")
+    told = text_of(materialization.metadata)
+    assert (told["rows"], told["batches"], told["verified_batches"], told["backlog_rows"]) == (8, 3, 3, 0)
+    everything_once(stack, 8)
 
 
 def test_each_batch_is_marked_before_the_next_is_fetched(exporter: Exporter, stack: Stack) -> None:

@@ -6,8 +6,6 @@ from datetime import datetime, timezone
 
 import dagster as dg
 import pytest
-from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
-from dagster._core.test_utils import create_run_for_test
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
@@ -15,7 +13,7 @@ from auditexport_pipeline.defs import automation
 from auditexport_pipeline.defs.automation import export_schedule, outbox_backlog_sensor
 from auditexport_pipeline.defs.resources import MySQLResource
 from auditexport_tests.conftest import Stack
-from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, event, events, everything_once
+from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, event, events, everything_once, launchpad
 
 OUTBOX = dg.AssetKey("clickhouse_outbox")
 
@@ -153,20 +151,6 @@ def overdue(stack: Stack) -> Stack:
     return stack
 
 
-def put_run(
-    exporter: Exporter, job_name: str, status: str, asset_selection: frozenset[dg.AssetKey] | None = None
-) -> dg.DagsterRun:
-    """A run in this state, as a launch through the page or the daemon records it."""
-    location = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("auditexport"), "__repository__")
-    return create_run_for_test(
-        exporter.instance,
-        job_name=job_name,
-        status=dg.DagsterRunStatus[status],
-        asset_selection=asset_selection,
-        remote_job_origin=location.get_job_origin(job_name),
-    )
-
-
 UNFINISHED = ["QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING"]
 
 
@@ -176,9 +160,9 @@ def test_the_sensor_skips_while_a_run_is_in_flight(sensor: Sensor, exporter: Exp
     """The pool would hold the second run back, but a queue of idle runs is noise that hides the one at work."""
     for status in UNFINISHED:
         if launched_as == "the job":
-            run = put_run(exporter, "audit_log_export", status)
+            run = exporter.put_run("audit_log_export", status)
         else:
-            run = put_run(exporter, "__ASSET_JOB", status, frozenset([ASSET]))
+            run = exporter.put_run("__ASSET_JOB", status, frozenset([ASSET]))
         result = sensor.tick()
         assert requests(result) == []
         assert reason(result).startswith(f"run {run.run_id[:8]} is at work: 1 pending rows")
@@ -190,9 +174,9 @@ def test_the_sensor_skips_while_a_run_is_in_flight(sensor: Sensor, exporter: Exp
 def test_runs_that_have_ended_and_runs_of_others_hold_nothing_back(sensor: Sensor, exporter: Exporter) -> None:
     """Else one failed run, or a neighbour's long one, would stop the export."""
     for status in ("SUCCESS", "FAILURE", "CANCELED"):
-        put_run(exporter, "audit_log_export", status)
-    put_run(exporter, "sweep_exported_rows", "STARTED")
-    put_run(exporter, "__ASSET_JOB", "STARTED", frozenset([dg.AssetKey("something_else")]))
+        exporter.put_run("audit_log_export", status)
+    exporter.put_run("sweep_exported_rows", "STARTED")
+    exporter.put_run("__ASSET_JOB", "STARTED", frozenset([dg.AssetKey("something_else")]))
     assert len(requests(sensor.tick())) == 1
 
 
@@ -232,7 +216,7 @@ def test_the_sensor_launches_at_once_when_an_ended_run_left_batches_open(
     sensor: Sensor, exporter: Exporter, stack: Stack
 ) -> None:
     """The run is over, so nobody needs to wait for its lease; and what it claimed is no longer counted as pending enough."""
-    run = put_run(exporter, "audit_log_export", "FAILURE")
+    run = exporter.put_run("audit_log_export", "FAILURE")
     stack.put(*events(2))
     claiming.claim(stack.outbox, owner=run.run_id, dead_owners=[], limits=Limits())
     result = sensor.tick()
@@ -309,3 +293,27 @@ def test_the_schedule_requests_a_run_at_every_tick_also_of_an_empty_outbox(expor
         assert tick.skip_message is None
         assert len(tick.run_requests or []) == 1
     assert export_schedule.cron_schedule == "*/15 * * * *"
+
+
+@pytest.mark.parametrize("starter", ["sensor", "schedule"])
+def test_runs_that_nobody_launches_by_hand_have_the_settings_of_their_own_variable(
+    exporter: Exporter, sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch, starter: str
+) -> None:
+    """The launchpad is out of reach of a sensor: AUDITEXPORT_DRAIN is its form."""
+    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "1")
+    monkeypatch.setenv("AUDITEXPORT_DRAIN", '{"linger_s": 900, "max_rows_per_second": 5000}')
+    stack.put(*events(1))
+
+    def requested() -> object:
+        if starter == "sensor":
+            return sensor.tick()
+        with dg.build_schedule_context(instance=exporter.instance) as context:
+            return export_schedule.evaluate_tick(context)
+
+    (request,) = requested().run_requests  # type: ignore[attr-defined]
+    assert request.run_config == launchpad({"linger_s": 900, "max_rows_per_second": 5000})
+    for text, told in (('{"linger": 1}', "linger is not a setting"), ("[1]", "AUDITEXPORT_DRAIN is no JSON object")):
+        monkeypatch.setenv("AUDITEXPORT_DRAIN", text)
+        with pytest.raises(Exception) as refused:  # noqa: PT011 - Dagster wraps it
+            requested()
+        assert told in str(refused.value) + str(refused.value.__cause__)

@@ -1,0 +1,43 @@
+"""Lingering: a run that has drained its plan stays for a while, and drains what arrives while it is there.
+
+What belongs here: the loop of small drains, and when it ends. What does not: the verbs of a batch (`core.export`),
+and who asks a run to stay (`defs.assets`).
+
+Starting a run takes seconds, a small drain takes tens of milliseconds: an event that finds a run there is in
+ClickHouse within one poll.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.verify import verify
+
+# Batches of earlier drains that are verified on the way, if a crash has left any.
+VERIFY_AT_ONCE = 200
+
+
+def linger(
+    outbox: Outbox, log: AuditLog, *, owner: str, limits: Limits, stays: Callable[[], bool]
+) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
+    """Drains again and again while `stays()`, every `linger_poll_ms`; yields what each drain that found something did.
+
+    Each drain is a whole one: claimed, sealed, written, marked, verified. Memory: one batch's rows. Raises what the
+    verbs raise; what is open then is the next run's to finish.
+    """
+    while stays():
+        started = time.monotonic()
+        claims = claiming.claim(outbox, owner=owner, dead_owners=(), limits=limits)
+        for claim in claims:
+            fetched = export.fetch(outbox, claim, limits)
+            receipt = export.write(outbox, log, claim, fetched.bodies, limits)
+            export.mark(outbox, receipt, limits)
+        if claims:
+            verified = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_AT_ONCE))
+            yield outbox.batches([claim.batch_id for claim in claims]), verified
+        time.sleep(max(0.0, started + limits.linger_poll_ms / 1000 - time.monotonic()))

@@ -1,0 +1,107 @@
+"""A run that stays, and one that is throttled: what they do, step by step, on real servers.
+
+What belongs here: the loop after a plan, and the rests while marking. What does not: how fast either is
+(`benchmarks`), and Dagster (`dagster_glue`).
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from auditexport_pipeline.core import export
+from auditexport_pipeline.core.batch import Batch, Claim, State
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.linger import linger
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import Marked
+from auditexport_tests.conftest import Stack
+from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.dagster_glue.conftest import events
+
+NEVER = CrashPoint("before nothing 1")
+
+
+def test_a_run_that_stays_drains_what_arrives_and_leaves_when_told(stack: Stack) -> None:
+    """Each drain is a whole one: what it found is verified before the next look."""
+    arriving = [events(3, "first"), [], events(2, "second")]
+
+    def stays() -> bool:
+        if not arriving:
+            return False
+        stack.put(*arriving.pop(0))
+        return True
+
+    told = list(linger(stack.outbox, stack.log, owner="one", limits=Limits(linger_poll_ms=20), stays=stays))
+    assert [[batch.rows for batch in batches] for batches, _ in told] == [[3], [2]]
+    assert all(batch.state is State.VERIFIED for batches, _ in told for batch in batches)
+    assert [[*verified] for _, verified in told] == [[1], [2]]
+    assert stack.counts() == (5, 5)
+    assert stack.pending() == 0
+
+
+def test_what_an_earlier_look_left_open_is_taken_up_by_the_next(stack: Stack) -> None:
+    """A step that Dagster tries again stays again, and finds its own batch where it stood."""
+    stack.put(*events(2))
+    crash_at = CrashPoint("after insert 1")
+    with pytest.raises(Crash):
+        drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), Limits(), owner="one")
+    looks = iter([True, False])
+    ((batches, _),) = linger(stack.outbox, stack.log, owner="one", limits=Limits(), stays=lambda: next(looks))
+    assert [batch.attempts for batch in batches] == [2]
+    assert stack.counts() == (2, 2)
+
+
+class Watched(CrashingOutbox):
+    """Notes the size of every chunk that is marked, and each renewal while that goes on."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack.outbox, NEVER)
+        self.chunks: list[int] = []
+        self.renewed = 0
+
+    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
+        self.chunks.append(len(pks))
+        return super().mark(claim, pks, exported_at_ms)
+
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+        self.chunks.append(len(pks))
+        return super().finish_mark(claim, pks, exported_at_ms, before)
+
+    def renew(self, claim: Claim, lease_s: int) -> Batch:
+        self.renewed += bool(self.chunks)
+        return super().renew(claim, lease_s)
+
+
+def test_a_throttled_run_marks_in_chunks_of_a_second_and_rests_for_the_remainder(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And renews its lease meanwhile: at one row a second, a batch takes longer than any lease."""
+    stack.put(*events(20))
+    rests: list[float] = []
+    monkeypatch.setattr(time, "sleep", rests.append)
+    monkeypatch.setattr(export, "LEASES_PER_RENEWAL", 1e9)  # due after every chunk
+    outbox = Watched(stack)
+    drain(outbox, stack.log, Limits(max_rows_per_second=5, mark_pause_ms=100, mark_connections=1), owner="one")
+    assert outbox.chunks == [5, 5, 5, 5]
+    assert outbox.renewed == 3
+    assert len(rests) == 4
+    assert 4 * 0.1 < sum(rests) <= 20 / 5 + 4 * 0.1
+    assert stack.pending() == 0
+
+
+def test_without_a_throttle_nothing_rests(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default must cost nothing."""
+    stack.put(*events(20))
+    rests: list[float] = []
+    monkeypatch.setattr(time, "sleep", rests.append)
+    drain(stack.outbox, stack.log, Limits(mark_rows=5), owner="one")
+    assert sum(rests) == 0
+    assert stack.pending() == 0
+
+
+def test_a_pause_that_a_lease_would_not_outlast_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"mark_pause_ms is 5,000 and lease_s is 12: .* set lease_s to at least 15"):
+        Limits(lease_s=12, insert_timeout_s=5, mark_pause_ms=5_000)
