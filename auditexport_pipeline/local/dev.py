@@ -43,14 +43,7 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
             "AUDITEXPORT_SENSOR_ROWS": os.environ.get("AUDITEXPORT_SENSOR_ROWS", str(SENSOR_ROWS)),
             "AUDITEXPORT_SENSOR_LAG_S": os.environ.get("AUDITEXPORT_SENSOR_LAG_S", str(SENSOR_LAG_S)),
         }
-        arguments = ["dev", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
-        dagster = Child(
-            "Dagster",
-            [sys.executable, "-m", "dagster", *arguments],
-            log=stack.directory / "dagster-dev.log",
-            env=environment,
-            stop_signal=signal.SIGINT,  # at SIGTERM `dagster dev` ends and leaves its page and daemon behind
-        )
+        dagster = start_dagster(stack, environment, port)
         try:
             with console.status("starting Dagster: page, daemon and code location"):
                 dagster.wait_until(lambda: _answers(url), within_s=PAGE_WITHIN_S)
@@ -62,7 +55,7 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
             )
             writer.start()
             with console.status("switching the sensor and the schedule on"):
-                _switch_on(environment)
+                switch_on(environment)
             console.print(
                 f"\n  Dagster       [bold]{url}[/bold]\n"
                 f"  the asset     {url}/assets/audit_logs_raw_v1\n"
@@ -83,7 +76,20 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
         stack.__exit__(None, None, None)
 
 
-def _switch_on(environment: dict[str, str]) -> None:
+def start_dagster(stack: LocalStack, environment: dict[str, str], port: int) -> Child:
+    """Dagster's page and daemon on the stack, on loopback; not waited for."""
+    arguments = ["dev", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+    return Child(
+        "Dagster",
+        [sys.executable, "-m", "dagster", *arguments],
+        log=stack.directory / "dagster-dev.log",
+        env=environment,
+        stop_signal=signal.SIGINT,  # at SIGTERM `dagster dev` ends and leaves its page and daemon behind
+    )
+
+
+def switch_on(environment: dict[str, str]) -> None:
+    """Starts the sensor and the schedule, with the pool that admits one drain; raises `LocalServerFailed`."""
     workspace = ["-w", str(PROJECT / "workspace.yaml")]
     for what in (
         ["instance", "concurrency", "set", "audit_log_export", "1"],  # before the first runs are queued: see the README
