@@ -19,7 +19,7 @@ from typing import Any
 
 import dagster as dg
 
-from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core import claiming, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
@@ -156,13 +156,17 @@ def write_clickhouse(
     description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
 )
 def mark_exported(
-    context: dg.OpExecutionContext, receipt: Receipt, mysql: MySQLResource, heartbeat: HeartbeatResource
+    context: dg.OpExecutionContext,
+    receipt: Receipt,
+    mysql: MySQLResource,
+    heartbeat: HeartbeatResource,
+    ahead: dg.ResourceParam[Ahead],
 ) -> int:
-    started = time.perf_counter()
     with told_to_dagster(context, heartbeat):
-        batch = export.mark(mysql.outbox(), receipt, Limits.of(context.op_config))
+        marked = ahead.mark(mysql.outbox(), receipt, Limits.of(context.op_config))
+    batch = marked.batch
     context.log.info(
-        f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {time.perf_counter() - started:.2f} s{_others(batch)}"
+        f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {marked.seconds:.2f} s{_others(batch)}"
     )
     return batch.batch_id
 

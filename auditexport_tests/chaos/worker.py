@@ -313,7 +313,7 @@ def _drain(run: Run, told: Told) -> None:
         if receipt is None:
             return False
         told.found += receipt.found
-        return step(lambda: export.mark(outbox, receipt, limits)) is not None
+        return step(lambda: (ahead or export).mark(outbox, receipt, limits)) is not None
 
     try:
         done = [export_batch(claim) for claim in claims]

@@ -195,20 +195,28 @@ def test_each_batch_is_marked_before_the_next_is_fetched(exporter: Exporter, sta
 # ── a run that was killed ────────────────────────────────────────────────────────────────────────
 
 KILLED_AT_ITS_SECOND_MARK = """
-import os, signal
+import os, signal, threading
 import dagster as dg
 from auditexport_pipeline.core import export
+from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_tests.dagster_glue.location import CANARY, leaking_job, the_export_job
 
 real, marks = export.mark, []
+real_step, steps = Ahead.mark, []
 
 def mark(*arguments):
     marks.append(arguments)
     if len(marks) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
     return real(*arguments)
 
-export.mark = mark
+def mark_step(*arguments):
+    steps.append(arguments)
+    if len(steps) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_step(*arguments)
+
+export.mark, Ahead.mark = mark, mark_step
 config = {"ops": {"audit_logs_raw_v1": {"config": {"batch_rows": 2}}}}
 with dg.DagsterInstance.get() as instance:
     dg.execute_job(dg.reconstructable(the_export_job), instance=instance, run_config=config)
