@@ -312,8 +312,9 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
     if stamp_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
     rate = limits.max_rows_per_second
-    # Throttled, a chunk stands for a second at most.
-    *chunks, last = [*batch.pks.chunks(min(limits.mark_rows, rate or limits.mark_rows))] or [PkSet()]
+    # Throttled, a chunk stands for a tenth of a second: many small rests, not a burst and a long one.
+    chunk_rows = min(limits.mark_rows, max(1, rate // 10)) if rate else limits.mark_rows
+    *chunks, last = [*batch.pks.chunks(chunk_rows)] or [PkSet()]
     total = Marked()
     renewed = time.monotonic()
 

@@ -1,10 +1,13 @@
-"""Does the application notice: latency of its INSERTs while ClickHouse is stalled for five seconds.
+"""Does the application notice: latency and throughput of its INSERTs beside an exporter, and which locks it meets.
 
-One writer commits single events at a steady pace. Beside it: nobody; our drain, over and over; the
-ancestor's algorithm, over and over. In the last two, ClickHouse is stopped (SIGSTOP) for five seconds in
-the middle, while fewer rows are pending than a batch may hold, which is the normal state.
+One writer commits single events at a steady pace. Beside it: nobody; our drain of a large backlog, as fast as it can
+and throttled; our drain while ClickHouse stands still (SIGSTOP) for five seconds; the ancestor's algorithm in both.
+Meanwhile a third connection samples the server's lock tables.
 
-    python -m auditexport_tests.benchmarks.latency [seconds]
+What belongs here: the writer, the exporters beside it, the samples. What does not: how soon an event arrives
+(`freshness`).
+
+    python -m auditexport_tests.benchmarks.latency [seconds] [backlog rows]
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import dataclass
 
 import pandas as pd
 import sqlalchemy as sa
@@ -29,19 +34,55 @@ from auditexport_tests.benchmarks import bench
 
 PACE_PER_S = 100
 STALL_S = 5.0
+SAMPLE_EVERY_S = 0.05
+# Far below what the servers can do, so that the machine has room for the application.
+THROTTLED_ROWS_PER_S = 4_000
 THIS = "auditexport_tests.benchmarks.latency"
+ANCESTOR = ["-m", "auditexport_tests.benchmarks.ancestor"]
+
+# Locks on rows of the outbox, by index and mode; and transactions that wait for one. MariaDB lists locks only while
+# somebody waits for them.
+LOCKS = {
+    "mysql": "SELECT index_name, lock_mode, COUNT(*) AS n FROM performance_schema.data_locks "
+    "WHERE object_name = 'clickhouse_outbox' AND lock_type = 'RECORD' GROUP BY index_name, lock_mode",
+    "mariadb": "SELECT lock_index AS index_name, lock_mode, COUNT(*) AS n FROM information_schema.innodb_locks "
+    "WHERE lock_table LIKE '%%clickhouse_outbox`' AND lock_type = 'RECORD' GROUP BY lock_index, lock_mode",
+}
+WAITS = {
+    "mysql": "SELECT COUNT(*) AS n FROM performance_schema.data_lock_waits AS waits JOIN performance_schema.data_locks AS held "
+    "ON held.engine_lock_id = waits.blocking_engine_lock_id WHERE held.object_name = 'clickhouse_outbox'",
+    "mariadb": "SELECT COUNT(*) AS n FROM information_schema.innodb_lock_waits AS waits JOIN information_schema.innodb_locks "
+    "AS held ON held.lock_id = waits.blocking_lock_id WHERE held.lock_table LIKE '%%clickhouse_outbox`'",
+}
 
 
-def drain_for(mysql_url: str, clickhouse_url: str, seconds: float) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What is at work beside the writer: a name, the arguments of the process, and what else happens."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    backlog: bool = False
+    stalled: bool = False
+
+
+def drain_for(mysql_url: str, clickhouse_url: str, seconds: float, rows_per_s: int) -> None:
     """Our drain again and again, as the sensor would start it; the child process of the benchmark."""
-    outbox, log, limits = MySQLOutbox(mysql_url), ClickHouseAuditLog(clickhouse_url), Limits()
+    outbox, log, limits = (
+        MySQLOutbox(mysql_url),
+        ClickHouseAuditLog(clickhouse_url),
+        Limits(max_rows_per_second=rows_per_s, batch_rows=5_000 if rows_per_s else 100_000),
+    )
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         for claim in claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits):
             fetched = export.fetch(outbox, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
             export.mark(outbox, receipt, limits)
+            if time.monotonic() > until:
+                break
         verify.verify(outbox, log, outbox.unverified(100))
+        time.sleep(0.05)
 
 
 def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[float]:
@@ -73,22 +114,55 @@ def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[flo
     return taken
 
 
-def _beside(stack: LocalStack, arguments: list[str] | None, seconds: float) -> list[float]:
+class Sampler(threading.Thread):
+    """Looks at the server's lock tables until stopped."""
+
+    def __init__(self, stack: LocalStack) -> None:
+        super().__init__(daemon=True)
+        self.samples = self.waits = 0
+        self.most: Counter[str] = Counter()  # of one sample, by index and mode
+        self.stop = threading.Event()
+        self._family = stack.mysql.family
+        self._engine = sa.create_engine(stack.outbox.url, isolation_level="AUTOCOMMIT")
+
+    def run(self) -> None:
+        with self._engine.connect() as connection:
+            while not self.stop.wait(SAMPLE_EVERY_S):
+                self.samples += 1
+                self.waits += bool(connection.exec_driver_sql(WAITS[self._family]).scalar_one())
+                for index, mode, count in connection.exec_driver_sql(LOCKS[self._family]):
+                    kind = f"{mode} on {index}"
+                    self.most[kind] = max(self.most[kind], count)
+        self._engine.dispose()
+
+
+def _measure(stack: LocalStack, beside: Beside, seconds: float) -> tuple[list[float], Sampler]:
     stop = threading.Event()
+    sampler = Sampler(stack)
     exporter = None
-    stall = threading.Timer(0, lambda: None)
-    if arguments is not None:
-        exporter = subprocess.Popen([sys.executable, *arguments], env=stack.environment(), stdout=subprocess.DEVNULL)
-        stall = threading.Timer(seconds / 3, _stall, (stack.clickhouse.pid, stop))
-        stall.start()
+    stall = threading.Timer(seconds / 3, _stall, (stack.clickhouse.pid, stop))
+    sampler.start()
+    if beside.arguments:
+        # The exporters stop a little before the writer, so that none drains an idle table at the end.
+        urls = [stack.outbox.url, stack.log.url, str(seconds - 2)]
+        command = [
+            sys.executable,
+            *(word for part in beside.arguments for word in (urls if part == "URLS" else [part])),
+        ]
+        exporter = subprocess.Popen(command, env=stack.environment(), stdout=subprocess.DEVNULL)
+        if beside.stalled:
+            stall.start()
     try:
-        return _write(stack, seconds, stop)
+        return _write(stack, seconds, stop), sampler
     finally:
         stop.set()
         stall.cancel()
+        sampler.stop.set()
+        sampler.join()
         if exporter is not None:
             exporter.wait()
-        stall.join() if stall.ident else None
+        if stall.ident:
+            stall.join()
 
 
 def _stall(pid: int, stop: threading.Event) -> None:
@@ -99,28 +173,50 @@ def _stall(pid: int, stop: threading.Event) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def main(seconds: float = 20.0) -> None:
+def main(seconds: float = 20.0, backlog: int = 300_000) -> None:
+    ours = ("-m", THIS, "--drain", "URLS", "0")
+    throttled = ("-m", THIS, "--drain", "URLS", str(THROTTLED_ROWS_PER_S))
+    ancestor = (*ANCESTOR, "URLS")
     measured = []
     with bench.benchmark_stack() as stack:
         print(
-            f"{PACE_PER_S} commits/s for {seconds:.0f} s each, {stack.mysql.family} {stack.mysql.version}", flush=True
+            f"{PACE_PER_S} commits/s for {seconds:.0f} s each, {stack.mysql.family} {stack.mysql.version}; "
+            f"a large backlog is {backlog:,} rows",
+            flush=True,
         )
-        urls = [stack.outbox.url, stack.log.url]
-        # The exporters stop a little before the writer, so that none drains an idle table at the end.
-        until = str(seconds - 2)
-        for name, arguments in (
-            ("no exporter", None),
-            ("auditexport, ClickHouse stalled 5 s", ["-m", THIS, "--drain", *urls, until]),
-            ("ancestor, ClickHouse stalled 5 s", ["-m", "auditexport_tests.benchmarks.ancestor", *urls, until]),
+        bench.seed(stack, backlog)
+        for beside in (
+            Beside(name="no exporter"),
+            Beside(name="auditexport, large backlog", arguments=ours, backlog=True),
+            Beside(
+                name=f"auditexport, large backlog, {THROTTLED_ROWS_PER_S:,} rows/s", arguments=throttled, backlog=True
+            ),
+            Beside(name="auditexport, ClickHouse stalled 5 s", arguments=ours, stalled=True),
+            Beside(name="ancestor, large backlog", arguments=ancestor, backlog=True),
+            Beside(name="ancestor, ClickHouse stalled 5 s", arguments=ancestor, stalled=True),
         ):
-            taken = pd.Series(_beside(stack, arguments, seconds))
-            measured.append((name, taken.median(), taken.quantile(0.99), taken.max(), len(taken)))
-    columns = ["beside the writer", "median ms", "p99 ms", "max ms", "commits"]
-    print(pd.DataFrame(measured, columns=columns).round(2).to_string(index=False))
+            bench.restore(stack)
+            if not beside.backlog:
+                _empty(stack)
+            results, sampler = _measure(stack, beside, seconds)
+            taken = pd.Series(results)
+            figures = [taken.median(), *taken.quantile([0.99, 0.999]), taken.max(), len(taken) / seconds]
+            measured.append((beside.name, *figures, f"{sampler.waits} of {sampler.samples}"))
+            locks = ", ".join(f"{count:,} {kind}" for kind, count in sorted(sampler.most.items())) or "none"
+            print(f"{beside.name}: most row locks of one sample: {locks}", flush=True)
+    columns = ["beside the writer", "median ms", "p99 ms", "p99.9 ms", "max ms", "commits/s", "samples with a wait"]
+    table = pd.DataFrame(measured, columns=columns)
+    table.insert(3, "× idle p99", table["p99 ms"] / table["p99 ms"][0])
+    print(table.round(2).to_string(index=False))
+
+
+def _empty(stack: LocalStack) -> None:
+    with stack.outbox.transaction("emptying the outbox") as connection:
+        connection.exec_driver_sql("TRUNCATE TABLE clickhouse_outbox")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--drain"]:
-        drain_for(sys.argv[2], sys.argv[3], float(sys.argv[4]))
+        drain_for(sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
     else:
-        main(*map(float, sys.argv[1:]))
+        main(*map(float, sys.argv[1:2]), *map(int, sys.argv[2:3]))
