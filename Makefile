@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test lint format bench chaos server lock clean
+.PHONY: help demo dev test lint format bench bench-quick chaos server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
 	@echo "make dev     the stack, Dagster's page and a live trickle of events"
 	@echo "make test    the tests, on real servers"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   speed and memory beside the ancestor's algorithm, on this machine"
+	@echo "make bench   speed beside other exporters, latency and memory, on this machine (bench-quick: 5 minutes)"
 	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
 
 demo: $(READY) server
@@ -39,6 +39,9 @@ chaos: $(READY) server
 
 bench: $(READY) server
 	@$(BIN)/python -m auditexport_tests.benchmarks
+
+bench-quick: $(READY) server
+	@$(BIN)/python -m auditexport_tests.benchmarks --quick
 
 # The virtual environment, from the pinned versions in constraints.txt.
 $(READY): constraints.txt pyproject.toml

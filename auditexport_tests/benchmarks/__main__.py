@@ -1,14 +1,31 @@
-"""`make bench`: speed, memory and the application's latency, one after the other, printed."""
+"""`make bench`: speed, the application's latency, and memory, one after the other, printed; `--quick`: a little of speed.
+
+What belongs here: which benchmarks, and how much of each. What does not: the benchmarks.
+"""
 
 from __future__ import annotations
 
+import sys
+
 from auditexport_tests.benchmarks import latency, memory, speed
 
-if __name__ == "__main__":
+# Under five minutes on two cores.
+QUICK = ["--rounds", "2", "backlog:100000", "steady:1000"]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--quick"]:
+        speed.parsed(QUICK)
+        return
+    print("`behind` is scaled to a tenth: `speed behind:1000000` puts a million rows behind ten million.")
     for title, benchmark in (
-        ("Speed", speed.main),
+        ("Speed", lambda: speed.parsed([])),
         ("The application's latency", latency.main),
         ("Memory", memory.main),
     ):
         print(f"\n── {title} ", flush=True)
         benchmark()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ order at MySQL's default isolation, decode, INSERT, `UPDATE deleted_at`, COMMIT,
 decodes with msgspec and inserts native columns, as its Go original does with structs: nothing here is
 slower than it has to be. What does not belong here: any of our own code but the table names.
 
-    python -m auditexport_tests.benchmarks.ancestor MYSQL_URL CLICKHOUSE_URL [seconds to keep going]
+    python -m auditexport_tests.benchmarks.ancestor MYSQL_URL CLICKHOUSE_URL [--turns | seconds to keep going]
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import clickhouse_connect
 import msgspec
 import sqlalchemy as sa
+
+from auditexport_tests.benchmarks.turns import answer
 
 BATCH_ROWS = 1_000
 COLUMNS = [
@@ -70,21 +72,15 @@ _decode = msgspec.json.Decoder(_Event).decode
 _NOBODY = _Actor()
 
 
-def drain(mysql_url: str, clickhouse_url: str, *, seconds: float = 0.0) -> int:
+def drain(engine: sa.Engine, client: Any, *, seconds: float = 0.0) -> int:
     """Drains until a short batch, then again and again for `seconds`; returns the rows exported."""
-    engine = sa.create_engine(mysql_url)
-    client = clickhouse_connect.get_client(dsn=clickhouse_url, autogenerate_session_id=False)
     until = time.monotonic() + seconds
     exported = 0
-    try:
-        while True:
-            rows = _batch(engine, client)
-            exported += rows
-            if rows < BATCH_ROWS and time.monotonic() >= until:
-                return exported
-    finally:
-        engine.dispose()
-        client.close_connections()
+    while True:
+        rows = _batch(engine, client)
+        exported += rows
+        if rows < BATCH_ROWS and time.monotonic() >= until:
+            return exported
 
 
 def _batch(engine: sa.Engine, client: Any) -> int:
@@ -137,4 +133,9 @@ def _entry(event: _Event, inserted_at: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    print(drain(sys.argv[1], sys.argv[2], seconds=float(sys.argv[3]) if len(sys.argv) > 3 else 0.0))
+    mysql = sa.create_engine(sys.argv[1])
+    clickhouse = clickhouse_connect.get_client(dsn=sys.argv[2], autogenerate_session_id=False)
+    if sys.argv[3:] == ["--turns"]:
+        answer(lambda: drain(mysql, clickhouse))
+    else:
+        print(drain(mysql, clickhouse, seconds=float(sys.argv[3]) if len(sys.argv) > 3 else 0.0))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from auditexport_tests.benchmarks import bench
+from auditexport_tests.benchmarks import bench, children
 
 SIZES = (5_000, 10_000, 25_000, 50_000, 100_000, 200_000)
 
@@ -19,14 +19,15 @@ SIZES = (5_000, 10_000, 25_000, 50_000, 100_000, 200_000)
 def main(events: int = 200_000, rounds: int = 2) -> None:
     measured = []
     with bench.benchmark_stack() as stack, tempfile.TemporaryDirectory() as directory:
-        print(f"{events:,} events, {rounds} rounds, {stack.mysql.family} {stack.mysql.version}", flush=True)
+        bench.print_machine(stack)
+        print(f"{events:,} events, {rounds} rounds", flush=True)
         bench.seed(stack, events)
         for _ in range(rounds):
             for size in SIZES:
                 bench.restore(stack)
                 config = Path(directory) / "config.yaml"
                 config.write_text(f"ops:\n  audit_logs_raw_v1:\n    config:\n      batch_rows: {size}\n")
-                child = bench.run(stack, [*bench.DAGSTER_DRAIN, "--config", str(config)])
+                child = children.run(stack, [*bench.DAGSTER_DRAIN, "--config", str(config)])
                 assert bench.exported(stack) == (events, events)
                 measured.append((f"{size:,}", events / bench.drain_seconds(stack), child.peak_rss_mb))
     frame = pd.DataFrame(measured, columns=["batch_rows", "rows/s", "peak RSS MB"])

@@ -1,29 +1,33 @@
-"""What every benchmark needs: a stack, a seeded outbox to put back, and children measured by the kernel.
+"""What every benchmark needs: a stack, a seeded outbox to put back, counts of what arrived, and the machine's name.
 
-What belongs here: set-up and measurement. What does not: any benchmark, and any judgement of a figure.
+What belongs here: set-up and counting. What does not: child processes and their figures (`children`), any
+benchmark, and any judgement of a figure.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import platform
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import sqlalchemy as sa
 
-from auditexport_pipeline.local.generator import seed_outbox
+from auditexport_pipeline.local.generator import VERSION, OutboxRow, seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 
 SEED = 4_711
 IDLE_CPU_PERCENT = 10
+SETTLE_ROUNDS = 60
+PUT_ROWS = 2_000
 DAGSTER_DRAIN = [
+    sys.executable,
     "-m",
     "dagster",
     "asset",
@@ -45,22 +49,95 @@ def benchmark_stack(*mysql_options: str) -> Iterator[LocalStack]:
         yield stack
 
 
-def seed(stack: LocalStack, events: int) -> None:
-    """Fills the outbox and keeps a copy, so that every contender gets the same rows in a fresh table."""
-    seed_outbox(stack.outbox.url, seed=SEED, events=events)
-    _execute(
-        stack,
-        "CREATE TABLE outbox_seed LIKE clickhouse_outbox",
-        "INSERT INTO outbox_seed SELECT * FROM clickhouse_outbox",
+def print_machine(stack: LocalStack) -> None:
+    """What a figure means nothing without: the machine, the versions, what else it was doing, and the command."""
+    clickhouse = stack.log.client().query("SELECT version()").result_rows[0][0]
+    load_1min = os.getloadavg()[0]
+    print(
+        f"{_cpu_model()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB; "
+        f"{stack.mysql.family} {stack.mysql.version}, ClickHouse {clickhouse} (embedded), "
+        f"Python {platform.python_version()}, {platform.system()} {platform.release()}; load {load_1min:.1f} at the start\n"
+        f"$ python {' '.join(['-m', _module(), *sys.argv[1:]])}",
+        flush=True,
     )
 
 
-def restore(stack: LocalStack) -> None:
-    """The seeded outbox again, an empty ledger but for its head, and an empty ClickHouse table."""
-    _execute(
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else sys.argv[0]
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def seed(stack: LocalStack, events: int, *, malformed: int = 0, payload_bytes: int | None = None) -> None:
+    """Fills the outbox and keeps a copy, so that every contender gets the same rows in a fresh table."""
+    seed_outbox(stack.outbox.url, seed=SEED, events=events, malformed=malformed, payload_bytes=payload_bytes)
+    keep(stack)
+
+
+def keep(stack: LocalStack) -> None:
+    """Keeps a copy of the outbox's pending rows, for `restore`."""
+    execute(
+        stack,
+        "DROP TABLE IF EXISTS outbox_seed",
+        "CREATE TABLE outbox_seed LIKE clickhouse_outbox",
+        "INSERT INTO outbox_seed SELECT * FROM clickhouse_outbox WHERE deleted_at IS NULL",
+    )
+
+
+def put(stack: LocalStack, rows: Iterable[OutboxRow]) -> None:
+    """Commits these rows, a few thousand at a time."""
+    statement = sa.text(
+        "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
+        "VALUES (:version, :workspace_id, :event_id, :payload, :created_at_ms)"
+    )
+    rows = iter(rows)
+    engine = sa.create_engine(stack.outbox.url)
+    while chunk := list(islice(rows, PUT_ROWS)):
+        with engine.begin() as connection:
+            connection.execute(statement, [{name: getattr(row, name) for name in OutboxRow.__slots__} for row in chunk])
+    engine.dispose()
+
+
+def age(stack: LocalStack, copies: int) -> None:
+    """Puts exported rows before the pending ones: each pending row so many times, at lower pks, marked."""
+    ((span,),) = _query(stack, "SELECT COALESCE(MAX(pk), 0) FROM outbox_seed")
+    columns = "version, workspace_id, event_id, payload, created_at"
+    execute(
         stack,
         "TRUNCATE TABLE clickhouse_outbox",
+        *(
+            f"INSERT INTO clickhouse_outbox (pk, {columns}, deleted_at) "
+            f"SELECT pk + {number * span}, {columns}, {'NULL' if number == copies else 'created_at'} "
+            "FROM outbox_seed ORDER BY pk"
+            for number in range(copies + 1)
+        ),
+    )
+    keep(stack)
+
+
+def restore(stack: LocalStack, *, aged: bool = False) -> None:
+    """The seeded outbox again, an empty ledger but for its head, and an empty ClickHouse table.
+
+    An aged outbox keeps its exported rows; its pending ones are made pending again where they are.
+    """
+    outbox = [
+        "TRUNCATE TABLE clickhouse_outbox",
         "INSERT INTO clickhouse_outbox SELECT * FROM outbox_seed ORDER BY pk",
+    ]
+    if aged:
+        ((first_pk,),) = _query(stack, "SELECT MIN(pk) FROM outbox_seed")
+        outbox = [f"UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk >= {first_pk}"]
+    execute(
+        stack,
+        *outbox,
         "DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0",
         "TRUNCATE TABLE clickhouse_outbox_dead_letter",
         "ANALYZE TABLE clickhouse_outbox",
@@ -72,12 +149,13 @@ def restore(stack: LocalStack) -> None:
 def settle(stack: LocalStack) -> None:
     """Waits until both servers have done what the last contender left them to do: purges, merges, dirty pages."""
     servers = [psutil.Process(stack.mysql.pid), psutil.Process(stack.clickhouse.pid)]
-    for _ in range(60):
+    for _ in range(SETTLE_ROUNDS):
         if sum(server.cpu_percent(interval=0.5) for server in servers) < IDLE_CPU_PERCENT:
             return
 
 
-def _execute(stack: LocalStack, *statements: str) -> None:
+def execute(stack: LocalStack, *statements: str) -> None:
+    """Runs each statement in a transaction of its own."""
     # A connection without the exporter's time limits: putting a million rows back takes a while.
     engine = sa.create_engine(stack.outbox.url)
     for statement in statements:
@@ -86,45 +164,42 @@ def _execute(stack: LocalStack, *statements: str) -> None:
     engine.dispose()
 
 
+def _query(stack: LocalStack, statement: str) -> list[tuple[int, ...]]:
+    engine = sa.create_engine(stack.outbox.url)
+    with engine.connect() as connection:
+        found = [tuple(int(value) for value in row) for row in connection.exec_driver_sql(statement)]
+    engine.dispose()
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Child:
-    """A finished process: wall seconds, CPU seconds of it and of the servers meanwhile, and its peak resident set
-    in megabytes (10^6 bytes).
-    """
+class Counts:
+    """What both databases hold: entries and distinct events without FINAL, pending rows, dead letters."""
 
-    seconds: float
-    cpu_s: float
-    mysql_cpu_s: float
-    clickhouse_cpu_s: float
-    peak_rss_mb: float
+    entries: int
+    events: int
+    pending: int
+    dead: int
 
 
-def run(stack: LocalStack, arguments: list[str]) -> Child:
-    """Runs Python with these arguments against the stack; raises when it fails."""
-    before = _server_cpu_s(stack)
-    started = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, *arguments], env=stack.environment(), stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            output.seek(0)
-            raise RuntimeError(output.read().decode(errors="replace")[-3_000:])
-    seconds = time.monotonic() - started
-    mysql_cpu_s, clickhouse_cpu_s = (now - then for now, then in zip(_server_cpu_s(stack), before, strict=True))
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return Child(
-        seconds=seconds,
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        mysql_cpu_s=mysql_cpu_s,
-        clickhouse_cpu_s=clickhouse_cpu_s,
-        peak_rss_mb=usage.ru_maxrss * kilobyte / 1e6,
+def counts(stack: LocalStack) -> Counts:
+    """Counts everything, in both databases."""
+    entries, events = exported(stack)
+    ((pending,),) = _query(
+        stack, f"SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL AND version = '{VERSION}'"
     )
+    ((dead,),) = _query(stack, "SELECT COUNT(*) FROM clickhouse_outbox_dead_letter")
+    return Counts(entries=entries, events=events, pending=pending, dead=dead)
 
 
-def _server_cpu_s(stack: LocalStack) -> list[float]:
-    times = [psutil.Process(pid).cpu_times() for pid in (stack.mysql.pid, stack.clickhouse.pid)]
-    return [time.user + time.system for time in times]
+def last_marked_pk(stack: LocalStack) -> int:
+    """The highest pk that is marked: where a cursor over pks would stand."""
+    return _query(stack, "SELECT COALESCE(MAX(pk), 0) FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")[0][0]
+
+
+def marked(stack: LocalStack) -> int:
+    """Rows of the outbox that are marked exported."""
+    return _query(stack, "SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")[0][0]
 
 
 def exported(stack: LocalStack) -> tuple[int, int]:

@@ -37,7 +37,8 @@ FLOODS: dict[str, Callable[[str], str]] = {
 
 def main(bad_rows: int = 50_000, letters: int = 1_000_000) -> None:
     with bench.benchmark_stack() as stack:
-        print(f"{bad_rows:,} rows of one workspace, {stack.mysql.family} {stack.mysql.version}", flush=True)
+        bench.print_machine(stack)
+        print(f"{bad_rows:,} rows of one workspace", flush=True)
         stack.log.client().command(f"ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT c CHECK description != '{REFUSED}'")
         bench.seed(stack, 0)
         table = [_drained(stack, name, bad_rows) for name in FLOODS]

@@ -9,16 +9,16 @@ import sys
 
 import pandas as pd
 
-from auditexport_tests.benchmarks import bench
+from auditexport_tests.benchmarks import bench, children
 
 
 def main(*rows: int) -> None:
     measured = []
     for events in rows or (10_000, 1_000_000):
         with bench.benchmark_stack() as stack:
-            print(f"{events:,} events on {stack.mysql.family} {stack.mysql.version}", flush=True)
+            bench.print_machine(stack)
             bench.seed(stack, events)
-            child = bench.run(stack, bench.DAGSTER_DRAIN)
+            child = children.run(stack, bench.DAGSTER_DRAIN)
             assert bench.exported(stack) == (events, events)
             measured.append((f"{events:,}", child.peak_rss_mb, child.seconds, child.cpu_s))
     frame = pd.DataFrame(measured, columns=["rows drained", "peak RSS MB", "seconds", "CPU s"])

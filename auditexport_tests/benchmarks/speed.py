@@ -1,63 +1,185 @@
-"""How fast: a drain through Dagster beside the ancestor's algorithm, alternating on the same servers.
+"""How fast: every contender on the same servers and the same outbox, in turns, several rounds, one table a scenario.
 
-python -m auditexport_tests.benchmarks.speed [events] [rounds]
+What belongs here: the rounds and the table. What does not: scenarios (`scenarios`), contenders (`contenders`), and how
+a process is measured (`children`).
+
+    python -m auditexport_tests.benchmarks.speed [--rounds N] [--contenders a,b] [scenario[:events] …]
+
+A round runs each contender once, and each round begins with another one. CPU seconds are those until the exporter
+ended; merges and purges that it leaves to the servers for later are waited for, and not counted.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
-from auditexport_tests.benchmarks import bench
+from auditexport_pipeline.local.stack import LocalStack
+from auditexport_tests.benchmarks import bench, children, contenders, peers, scenarios
+from auditexport_tests.benchmarks.children import Child
+from auditexport_tests.benchmarks.contenders import ANCESTOR, CONTENDERS, OURS, Contender, Wrong
+from auditexport_tests.benchmarks.scenarios import Scenario
 
-ANCESTOR = ["-m", "auditexport_tests.benchmarks.ancestor"]
+DAGSTER = "auditexport, a Dagster run"
+DRAIN = "auditexport, the drain in it"
+IN_PROCESS = "auditexport, without Dagster"
+# CPU seconds per million events.
+CPU = {"exporter CPU s/M": "cpu_s", "MySQL CPU s/M": "mysql_cpu_s", "ClickHouse CPU s/M": "clickhouse_cpu_s"}
 
 
-def main(events: int = 300_000, rounds: int = 3, *mysql_options: str) -> None:
-    measured = []
-    with bench.benchmark_stack(*mysql_options) as stack:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One line of one round: `events` in `seconds`, in so many `drains`, and what arrived; without events, why not."""
+
+    contender: str
+    events: int
+    drains: int
+    seconds: float
+    child: Child | None
+    arrived: str
+
+
+def main(selected: Sequence[Scenario], entrants: Sequence[Contender] = CONTENDERS, rounds: int | None = None) -> None:
+    for scenario in selected:
+        with bench.benchmark_stack() as stack:
+            if scenario is selected[0]:
+                bench.print_machine(stack)
+            number = rounds or scenario.rounds
+            print(f"\n{scenario.name}: {scenario.title}; {number} rounds", flush=True)
+            scenario.seed(stack)
+            measured = [line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn))]
+        print(_table(measured, scenario, entrants), flush=True)
+    print("\nWhat each lacks:")
+    for contender in entrants:
         print(
-            f"{events:,} events, {rounds} rounds, {stack.mysql.family} {stack.mysql.version} {mysql_options}",
-            flush=True,
+            textwrap.fill(f"{contender.name}: {contender.lacks}.", 118, initial_indent="  ", subsequent_indent="    ")
         )
-        bench.seed(stack, events)
-        for number in range(1, rounds + 1):
-            bench.restore(stack)
-            ancestor = bench.run(stack, [*ANCESTOR, stack.outbox.url, stack.log.url])
-            assert bench.exported(stack) == (events, events)
-            bench.restore(stack)
-            ours = bench.run(stack, bench.DAGSTER_DRAIN)
-            assert bench.exported(stack) == (events, events)
-            drain_s = bench.drain_seconds(stack)
-            for name, seconds, child in (
-                ("ancestor's algorithm, no Dagster", ancestor.seconds, ancestor),
-                ("auditexport, Dagster process from start to end", ours.seconds, ours),
-                ("auditexport, the Dagster run: plan to verified", drain_s, ours),
-            ):
-                measured.append(
-                    (
-                        name,
-                        number,
-                        events / seconds,
-                        ancestor.seconds / seconds,
-                        child.cpu_s,
-                        child.mysql_cpu_s,
-                        child.clickhouse_cpu_s,
-                        child.peak_rss_mb,
-                    )
-                )
-            print(
-                f"round {number}: ancestor {ancestor.seconds:.1f} s, Dagster {ours.seconds:.1f} s, drain {drain_s:.1f} s",
-                flush=True,
-            )
-    figures = ["rows/s", "× ancestor", "CPU s", "MySQL CPU s", "ClickHouse CPU s", "peak RSS MB"]
-    frame = pd.DataFrame(measured, columns=["contender", "round", *figures])
-    table = frame.groupby("contender", sort=False)[figures].median()
-    spread = frame.groupby("contender", sort=False)["rows/s"].agg(["min", "max"])
-    table["rows/s min–max"] = [f"{low:,.0f}–{high:,.0f}" for low, high in spread.itertuples(index=False)]
-    print(table.round(dict.fromkeys(figures, 1) | {"rows/s": 0, "× ancestor": 2, "peak RSS MB": 0}).to_string())
+
+
+def _rotated(entrants: Sequence[Contender], turn: int) -> list[Contender]:
+    first = turn % len(entrants)
+    return [*entrants[first:], *entrants[:first]]
+
+
+def _round(stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender]) -> Iterator[Measured]:
+    for contender in entrants:
+        try:
+            contender.prepare(stack)
+        except peers.NotInstalled as error:
+            yield _nothing(contender, str(error))
+            continue
+        scenario.restore(stack)
+        yield from (_steady if scenario.drains > 1 else _once)(stack, scenario, contender)
+
+
+def _once(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iterator[Measured]:
+    """All there is, by a process of its own."""
+    ours = contender.key == OURS
+    command = contenders.dagster_run(scenario) if ours else contender.command(stack)
+    child = children.run(stack, command, may_fail=not ours)
+    yield _judged(stack, scenario, contender, child, DAGSTER if ours else contender.name)
+    if ours:
+        yield _drain_alone(stack, scenario.events)
+
+
+def _steady(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iterator[Measured]:
+    """Part by part, by a process that runs already; ours once more as one Dagster run of one part."""
+    ours = contender.key == OURS
+    put = scenario.part(stack)
+    child = children.ask(stack, contender.turns(stack), put, scenario.drains, may_fail=not ours)
+    yield _judged(stack, scenario, contender, child, IN_PROCESS if ours else contender.name)
+    if ours:
+        part = scenarios.STEADY_ROWS
+        put(scenario.drains)
+        child = children.run(stack, bench.DAGSTER_DRAIN)
+        found = bench.counts(stack)
+        if (found.entries, found.pending) != (scenario.events + part, 0):
+            raise Wrong(f"{found} after one more part of {part}")
+        yield Measured(contender=DAGSTER, events=part, drains=1, seconds=child.seconds, child=child, arrived="all")
+        yield _drain_alone(stack, part)
+
+
+def _judged(stack: LocalStack, scenario: Scenario, contender: Contender, child: Child, name: str) -> Measured:
+    """The line of a contender that is done, or that stopped, or whose counts are wrong; ours may have no such counts."""
+    if child.failure:
+        return _nothing(contender, f"stopped, {bench.counts(stack).entries:,} entries: {child.failure}")
+    try:
+        arrived = contender.arrived(stack, scenario)
+    except Wrong as wrong:
+        if contender.key == OURS:
+            raise
+        return _nothing(contender, f"wrong: {wrong}")
+    return Measured(
+        contender=name,
+        events=scenario.events,
+        drains=scenario.drains,
+        seconds=child.seconds,
+        child=child,
+        arrived=arrived,
+    )
+
+
+def _drain_alone(stack: LocalStack, events: int) -> Measured:
+    """From plan to verification in the Dagster run that has just ended; CPU and memory are in the line of the run."""
+    return Measured(
+        contender=DRAIN, events=events, drains=1, seconds=bench.drain_seconds(stack), child=None, arrived="all"
+    )
+
+
+def _nothing(contender: Contender, why: str) -> Measured:
+    return Measured(contender=contender.name, events=0, drains=0, seconds=0.0, child=None, arrived=why)
+
+
+def _table(measured: Sequence[Measured], scenario: Scenario, entrants: Sequence[Contender]) -> str:
+    """Medians over the rounds."""
+    names = {contender.key: contender.name for contender in entrants}
+    rates = {
+        name: pd.Series([line.events / line.seconds for line in measured if line.contender == name and line.events])
+        for name in dict.fromkeys(line.contender for line in measured)
+    }
+    ancestor = rates.get(names.get(ANCESTOR, ""), pd.Series(dtype=float))
+    lines: dict[str, dict[str, str]] = {}
+    for name, rate in rates.items():
+        its = [line for line in measured if line.contender == name]
+        done = [line for line in its if line.events]
+        lines[name] = cells = {"events/s": "", "min–max": "", "× ancestor": "", "s a drain": ""}
+        if done:
+            cells["events/s"] = f"{rate.median():,.0f}"
+            cells["min–max"] = f"{rate.min():,.0f}–{rate.max():,.0f}"
+            cells["× ancestor"] = f"{rate.median() / ancestor.median():.2f}" if len(ancestor) else ""
+            cells["s a drain"] = f"{pd.Series([line.seconds / line.drains for line in done]).median():,.3g}"
+        for title, figure in CPU.items():
+            spent = [getattr(line.child, figure) / line.events * 1e6 for line in done if line.child]
+            cells[title] = f"{pd.Series(spent).median():,.0f}" if spent else ""
+        peaks = [line.child.peak_rss_mb for line in done if line.child]
+        cells["peak RSS MB"] = f"{pd.Series(peaks).median():,.0f}" if peaks else ""
+        cells["arrived"] = its[-1].arrived + (
+            f" ({len(done)} of {len(its)} rounds)" if 0 < len(done) < len(its) else ""
+        )
+    width = max(len(cells["arrived"]) for cells in lines.values())
+    frame = pd.DataFrame.from_dict(lines, orient="index")
+    frame["arrived"] = frame["arrived"].str.ljust(width)
+    return frame.rename(columns={"arrived": "arrived".ljust(width)}).to_string()
+
+
+def parsed(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Speed of every contender, in one table a scenario.")
+    parser.add_argument("--rounds", type=int, help="of every scenario; 3, or 2 from a million events on")
+    parser.add_argument("--contenders", default=",".join(contender.key for contender in CONTENDERS))
+    parser.add_argument("scenarios", nargs="*", default=list(scenarios.MAKERS), help=", ".join(scenarios.MAKERS))
+    options = parser.parse_args(arguments)
+    try:
+        selected = [scenario for text in options.scenarios for scenario in scenarios.named(text)]
+        entrants = contenders.named(options.contenders)
+    except ValueError as error:
+        parser.error(str(error))
+    main(selected, entrants, options.rounds)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), *sys.argv[3:])
+    parsed()

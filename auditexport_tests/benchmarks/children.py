@@ -1,0 +1,210 @@
+"""Exporters as child processes, measured by the kernel: wall and CPU seconds, and the memory of the process tree.
+
+What belongs here: running one, or asking one for a drain at a time, and its figures. What does not: which exporters
+there are (`contenders`), and any judgement of a figure.
+
+Asked for drains (`turns`), a child's first one finds nothing and opens its connections; it is not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from auditexport_pipeline.local.stack import LocalStack
+from auditexport_tests.benchmarks.turns import ANSWER
+
+SAMPLED_EVERY_S = 0.05
+# Finding the tree reads the whole process table: less often.
+TREE_EVERY_SAMPLES = 10
+SAID_CHARACTERS = 120
+
+
+class ChildFailed(RuntimeError):
+    """A child ended with an error; the text is the end of what it said."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A finished process: wall seconds, CPU seconds of it and of the servers until it ended, and the peak of the
+    resident memory of its tree in megabytes (10^6 bytes), sampled twenty times a second.
+
+    `failure` is what it said last, when it ended with an error.
+    """
+
+    seconds: float
+    cpu_s: float
+    mysql_cpu_s: float
+    clickhouse_cpu_s: float
+    peak_rss_mb: float
+    failure: str = ""
+
+
+def run(stack: LocalStack, command: list[str], *, may_fail: bool = False) -> Child:
+    """Runs the command against the stack. Raises `ChildFailed` when it fails and may not."""
+    before = _servers_cpu_s(stack)
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=stack.environment(), stdout=output, stderr=output)
+        with _sampled(process.pid) as peak:
+            cpu_s = _reap(process)
+        seconds = time.monotonic() - started
+        mysql_cpu_s, clickhouse_cpu_s = _since(before, _servers_cpu_s(stack))
+        return Child(
+            seconds=seconds,
+            cpu_s=cpu_s,
+            mysql_cpu_s=mysql_cpu_s,
+            clickhouse_cpu_s=clickhouse_cpu_s,
+            peak_rss_mb=peak.rss_bytes / 1e6,
+            failure=_failure(process, output, may_fail=may_fail),
+        )
+
+
+def ask(
+    stack: LocalStack, command: list[str], put: Callable[[int], None], drains: int, *, may_fail: bool = False
+) -> Child:
+    """Asks one child for so many drains, each after `put(number)` has committed something for it.
+
+    The seconds and the CPU are those of the drains: neither start-up nor `put` is in them.
+    """
+    seconds = cpu_s = mysql_cpu_s = clickhouse_cpu_s = 0.0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            env=stack.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        with _sampled(process.pid) as peak:
+            try:
+                exporter = psutil.Process(process.pid)
+                alive = _drained(process)
+                for number in range(drains):
+                    if not alive:
+                        break
+                    put(number)
+                    before = (_cpu_s(exporter), *_servers_cpu_s(stack))
+                    started = time.monotonic()
+                    alive = _drained(process)
+                    seconds += time.monotonic() - started
+                    if alive:
+                        spent = _since(before, (_cpu_s(exporter), *_servers_cpu_s(stack)))
+                        cpu_s, mysql_cpu_s, clickhouse_cpu_s = (
+                            sum(pair) for pair in zip((cpu_s, mysql_cpu_s, clickhouse_cpu_s), spent, strict=True)
+                        )
+            finally:
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                _reap(process)
+        return Child(
+            seconds=seconds,
+            cpu_s=cpu_s,
+            mysql_cpu_s=mysql_cpu_s,
+            clickhouse_cpu_s=clickhouse_cpu_s,
+            peak_rss_mb=peak.rss_bytes / 1e6,
+            failure=_failure(process, errors, may_fail=may_fail),
+        )
+
+
+def _drained(process: subprocess.Popen[str]) -> bool:
+    """Asks for one drain and waits for it; False when the child has ended instead."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                return True
+    return False
+
+
+def _reap(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> float:
+    """Waits; returns the CPU seconds of the process and of the children that it waited for.
+
+    Its `ru_maxrss` is of no use: Linux counts in what the parent had when it forked.
+    """
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _failure(process: subprocess.Popen[bytes] | subprocess.Popen[str], output: IO[bytes], *, may_fail: bool) -> str:
+    if process.returncode == 0:
+        return ""
+    output.seek(0)
+    said = output.read().decode(errors="replace").strip()
+    if not may_fail:
+        raise ChildFailed(said[-3_000:])
+    return said.splitlines()[-1][:SAID_CHARACTERS] if said else f"exit status {process.returncode}"
+
+
+@dataclass(slots=True)
+class _Peak:
+    rss_bytes: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def _sampled(pid: int) -> Iterator[_Peak]:
+    """The most memory that the process and its descendants had while the body ran."""
+    peak = _Peak()
+    sampling = threading.Thread(target=_sample, args=(pid, peak), daemon=True)
+    sampling.start()
+    try:
+        yield peak
+    finally:
+        peak.stopped.set()
+        sampling.join()
+
+
+def _sample(pid: int, peak: _Peak) -> None:
+    tree: list[psutil.Process] = []
+    for number in itertools.count():
+        if number % TREE_EVERY_SAMPLES == 0:
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(pid)
+                tree = [root, *root.children(recursive=True)]
+        rss_bytes = 0
+        for process in tree:
+            with contextlib.suppress(psutil.Error):
+                rss_bytes += process.memory_info().rss
+        peak.rss_bytes = max(peak.rss_bytes, rss_bytes, _peak_of_one(pid))
+        if peak.stopped.wait(SAMPLED_EVERY_S):
+            return
+
+
+def _peak_of_one(pid: int) -> int:
+    """Bytes of the process's own peak since it was started, where the kernel tells: samples miss short ones."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _servers_cpu_s(stack: LocalStack) -> tuple[float, ...]:
+    return tuple(_cpu_s(psutil.Process(pid)) for pid in (stack.mysql.pid, stack.clickhouse.pid))
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _since(before: tuple[float, ...], now: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(later - earlier for earlier, later in zip(before, now, strict=True))

@@ -1,0 +1,31 @@
+"""Our drain without Dagster, to ask a child process for: what the ops do, in one thread, one verb after the other.
+
+What belongs here: the verbs of `core` in the ops' order. What does not: anything that they do.
+
+    python -m auditexport_tests.benchmarks.ours MYSQL_URL CLICKHOUSE_URL --turns
+"""
+
+from __future__ import annotations
+
+import sys
+
+from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_tests.benchmarks.turns import answer
+
+
+def drain(outbox: MySQLOutbox, log: ClickHouseAuditLog, limits: Limits) -> int:
+    """Claims, fetches, writes, marks and verifies what is pending; returns the rows claimed."""
+    claims = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
+    for claim in claims:
+        fetched = export.fetch(outbox, claim, limits)
+        export.mark(outbox, export.write(outbox, log, claim, fetched.bodies, limits), limits)
+    verify.verify(outbox, log, outbox.unverified(100))
+    return sum(claim.rows for claim in claims)
+
+
+if __name__ == "__main__":
+    stores = MySQLOutbox(sys.argv[1]), ClickHouseAuditLog(sys.argv[2])
+    answer(lambda: drain(*stores, Limits()))
