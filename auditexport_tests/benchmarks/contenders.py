@@ -6,7 +6,6 @@ What belongs here: one `Contender` each. What does not: the exporters themselves
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -126,13 +125,15 @@ def _in_files(stack: LocalStack, scenario: Scenario) -> str:
 # ── all of them ─────────────────────────────────────────────────────────────────────────────────
 
 
-def dagster_run(scenario: Scenario) -> list[str]:
-    """A run of the asset as users launch it, allowed as many batches as the scenario needs."""
-    batches = 1 + scenario.events // Limits().batch_rows
+def dagster_run(stack: LocalStack, scenario: Scenario) -> list[str]:
+    """A run as the sensor launches it, allowed as many batches as the scenario needs."""
+    payload_bytes = scenario.events * (scenario.payload_bytes or 0)
+    batches = 1 + max(scenario.events // Limits().batch_rows, payload_bytes // Limits().batch_bytes)
     if batches <= Limits().max_batches:
         return bench.DAGSTER_DRAIN
-    settings = {"ops": {"audit_logs_raw_v1": {"config": {"max_batches": batches + 10}}}}
-    return [*bench.DAGSTER_DRAIN, "--config-json", json.dumps(settings)]
+    config = stack.directory / "config.yaml"
+    config.write_text(f"ops:\n  audit_logs_raw_v1:\n    config:\n      max_batches: {2 * batches}\n")
+    return [*bench.DAGSTER_DRAIN, "--config", str(config)]
 
 
 OURS = "auditexport"

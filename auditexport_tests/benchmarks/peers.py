@@ -27,9 +27,16 @@ class NotInstalled(Exception):
     """pip could not make a peer's environment; the text is its last line."""
 
 
-@functools.cache
 def python(peer: str) -> str:
-    """The interpreter of the peer's environment, made if it is not there. Raises `NotInstalled`."""
+    """The interpreter of the peer's environment, made if it is not there. Raises `NotInstalled`, having tried once."""
+    made = _made(peer)
+    if isinstance(made, NotInstalled):
+        raise made
+    return made
+
+
+@functools.cache
+def _made(peer: str) -> str | NotInstalled:
     requirements = REQUIREMENTS[peer]
     pinned = "\n".join([*requirements, sys.version, (PROJECT / "constraints.txt").read_text()])
     directory = ENVIRONMENTS / f"{peer}-{hashlib.sha256(pinned.encode()).hexdigest()[:12]}"
@@ -45,7 +52,7 @@ def python(peer: str) -> str:
         _run([*install, "-c", str(PROJECT / "constraints.txt"), *requirements])
     except (OSError, subprocess.SubprocessError, NotInstalled) as error:
         shutil.rmtree(directory, ignore_errors=True)
-        raise NotInstalled(f"not installed: {error}") from error
+        return NotInstalled(f"not installed: {error}")
     ready.touch()
     return str(interpreter)
 

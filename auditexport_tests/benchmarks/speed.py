@@ -28,7 +28,7 @@ DAGSTER = "auditexport, a Dagster run"
 DRAIN = "auditexport, the drain in it"
 IN_PROCESS = "auditexport, without Dagster"
 # CPU seconds per million events.
-CPU = {"exporter CPU s/M": "cpu_s", "MySQL CPU s/M": "mysql_cpu_s", "ClickHouse CPU s/M": "clickhouse_cpu_s"}
+CPU = {"CPU: exporter": "cpu_s", "MySQL": "mysql_cpu_s", "ClickHouse": "clickhouse_cpu_s"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,11 @@ def main(selected: Sequence[Scenario], entrants: Sequence[Contender] = CONTENDER
             scenario.seed(stack)
             measured = [line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn))]
         print(_table(measured, scenario, entrants), flush=True)
+    print(
+        "\nevents/s, seconds, CPU and RSS are medians of the rounds. CPU: seconds per million events, of the exporter and "
+        "of both servers until it ended.\nRSS: the peak of the exporter's process tree, in 10^6 bytes. A Dagster run is a "
+        "process from start to end; the drain in it is from its plan to its verification."
+    )
     print("\nWhat each lacks:")
     for contender in entrants:
         print(
@@ -79,7 +84,7 @@ def _round(stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender])
 def _once(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iterator[Measured]:
     """All there is, by a process of its own."""
     ours = contender.key == OURS
-    command = contenders.dagster_run(scenario) if ours else contender.command(stack)
+    command = contenders.dagster_run(stack, scenario) if ours else contender.command(stack)
     child = children.run(stack, command, may_fail=not ours)
     yield _judged(stack, scenario, contender, child, DAGSTER if ours else contender.name)
     if ours:
@@ -156,7 +161,7 @@ def _table(measured: Sequence[Measured], scenario: Scenario, entrants: Sequence[
             spent = [getattr(line.child, figure) / line.events * 1e6 for line in done if line.child]
             cells[title] = f"{pd.Series(spent).median():,.0f}" if spent else ""
         peaks = [line.child.peak_rss_mb for line in done if line.child]
-        cells["peak RSS MB"] = f"{pd.Series(peaks).median():,.0f}" if peaks else ""
+        cells["RSS MB"] = f"{pd.Series(peaks).median():,.0f}" if peaks else ""
         cells["arrived"] = its[-1].arrived + (
             f" ({len(done)} of {len(its)} rounds)" if 0 < len(done) < len(its) else ""
         )
