@@ -52,14 +52,19 @@ def print_machine(stack: LocalStack) -> None:
         f"{_cpu_model()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB; "
         f"{stack.mysql.family} {stack.mysql.version}, ClickHouse {clickhouse} (embedded), "
         f"Python {platform.python_version()}, {platform.system()} {platform.release()}; load {load_1min:.1f} at the start\n"
-        f"$ python {' '.join(['-m', _module(), *sys.argv[1:]])}",
+        f"$ {' '.join([*_environment(), 'python', *_program(), *sys.argv[1:]])}",
         flush=True,
     )
 
 
-def _module() -> str:
+def _environment() -> list[str]:
+    server = os.environ.get("AUDITEXPORT_MYSQLD")
+    return [f"AUDITEXPORT_MYSQLD={server}"] if server else []
+
+
+def _program() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else sys.argv[0]
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
 
 
 def _cpu_model() -> str:

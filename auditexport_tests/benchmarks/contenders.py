@@ -168,8 +168,9 @@ CONTENDERS: Sequence[Contender] = (
     Contender(
         key="quickhouse",
         name="quickhouse 0.21.0 and a view",
-        lacks="marking, rows that commit late (it goes by the highest pk it saw), exactly once (a retried INSERT is there "
-        "twice), quarantine, verification, a ledger; decoding is our view's, of which it knows nothing",
+        lacks="marking, rows that commit late (it goes by the highest pk it saw), exactly once (a sync that is tried again "
+        "inserts again), quarantine (a bad row is an empty entry or the end), verification, a ledger; decoding is done by a "
+        "view of ours in ClickHouse",
         command=_quickhouse(),
         turns=_quickhouse("--turns"),
         arrived=_unmarked,
@@ -179,7 +180,7 @@ CONTENDERS: Sequence[Contender] = (
         key="dlt",
         name="dlt 1.31.0, into files only",
         lacks="here the whole writing half (its ClickHouse destination needs the native port, which the embedded ClickHouse "
-        "has not) and decoding; also marking, rows that commit late, quarantine, verification",
+        "has not) and decoding; also marking, rows that commit late (it goes by the highest pk it saw), verification",
         command=_dlt(),
         turns=_dlt("--turns"),
         arrived=_in_files,
