@@ -26,6 +26,10 @@ SEED = 4_711
 IDLE_CPU_PERCENT = 10
 SETTLE_ROUNDS = 60
 PUT_ROWS = 2_000
+EMPTY_LEDGER = (
+    "DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0",
+    "TRUNCATE TABLE clickhouse_outbox_dead_letter",
+)
 # The run that the sensor and the schedule launch. `dagster asset materialize` would run the asset checks too, which
 # look back over a day.
 DAGSTER_DRAIN = [
@@ -74,6 +78,12 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def clear(stack: LocalStack) -> None:
+    """An empty outbox, an empty ledger but for its head, no dead letters, and an empty ClickHouse table."""
+    execute(stack, "TRUNCATE TABLE clickhouse_outbox", *EMPTY_LEDGER)
+    stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
 
 
 def seed(stack: LocalStack, events: int, *, malformed: int = 0, payload_bytes: int | None = None) -> None:
@@ -141,8 +151,7 @@ def restore(stack: LocalStack, *, aged: bool = False) -> None:
     execute(
         stack,
         *outbox,
-        "DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0",
-        "TRUNCATE TABLE clickhouse_outbox_dead_letter",
+        *EMPTY_LEDGER,
         "ANALYZE TABLE clickhouse_outbox",
     )
     stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")

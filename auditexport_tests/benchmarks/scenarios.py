@@ -46,6 +46,7 @@ class Scenario:
 
     def seed(self, stack: LocalStack) -> None:
         """Fills the outbox and keeps a copy; the outbox of a scenario with many drains begins empty."""
+        bench.clear(stack)
         if self.drains > 1:
             bench.keep(stack)
         elif self.payload_bytes == SMALL_BYTES:
@@ -131,6 +132,7 @@ MAKERS: dict[str, Callable[[int], Scenario]] = {
     "dead": _dead,
     "behind": _behind,
 }
+WARM_UP = _backlog(1_000)
 # Rows of a scenario that is named without a number. `behind` at a tenth of what is asked of it: 1,000,000 behind
 # 10,000,000 take an hour; `behind:1000000` does it. So does `backlog:10000000`.
 ROWS: dict[str, tuple[int, ...]] = {

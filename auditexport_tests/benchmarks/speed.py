@@ -50,6 +50,9 @@ def main(selected: Sequence[Scenario], entrants: Sequence[Contender] = CONTENDER
                 bench.print_machine(stack)
             number = rounds or scenario.rounds
             print(f"\n{scenario.name}: {scenario.title}; {number} rounds", flush=True)
+            # Once for nothing: the first to run would read everybody's libraries from the disk, the engine's above all.
+            scenarios.WARM_UP.seed(stack)
+            list(_round(stack, scenarios.WARM_UP, entrants))
             scenario.seed(stack)
             measured = [line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn))]
         print(_table(measured, scenario, entrants), flush=True)
