@@ -26,6 +26,12 @@ SEED = 4_711
 IDLE_CPU_PERCENT = 10
 SETTLE_ROUNDS = 60
 PUT_ROWS = 2_000
+CONTENT = """
+SELECT sum(cityHash64(event_id, time, workspace_id, bucket, source, event, description, actor_type, actor_id, actor_name,
+                      toString(actor_meta), remote_ip, user_agent, meta_text, `targets.type`, `targets.id`, `targets.name`,
+                      targets_meta_text, correlation_id))
+FROM audit_logs_raw_v1
+"""
 EMPTY_LEDGER = (
     "DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0",
     "TRUNCATE TABLE clickhouse_outbox_dead_letter",
@@ -220,6 +226,12 @@ def exported(stack: LocalStack) -> tuple[int, int]:
         stack.log.client().query("SELECT count(), uniqExact(event_id) FROM audit_logs_raw_v1").result_rows
     )
     return int(entries), int(events)
+
+
+def content(stack: LocalStack) -> int:
+    """A sum over every column of every entry but `inserted_at`, the same for the same entries in any order."""
+    ((found,),) = stack.log.client().query(CONTENT).result_rows
+    return int(found)
 
 
 def drain_seconds(stack: LocalStack) -> float:

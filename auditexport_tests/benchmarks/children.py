@@ -40,35 +40,31 @@ class Child:
     """A finished process: wall seconds, CPU seconds of it and of the servers until it ended, and the peak of the
     resident memory of its tree in megabytes (10^6 bytes), sampled twenty times a second.
 
-    `failure` is what it said last, when it ended with an error.
+    `others_cpu_s` is what the rest of the machine used meanwhile, the kernel and the benchmark included. `failure` is
+    what the process said last, when it ended with an error.
     """
 
     seconds: float
     cpu_s: float
     mysql_cpu_s: float
     clickhouse_cpu_s: float
+    others_cpu_s: float
     peak_rss_mb: float
     failure: str = ""
 
 
 def run(stack: LocalStack, command: list[str], *, may_fail: bool = False) -> Child:
     """Runs the command against the stack. Raises `ChildFailed` when it fails and may not."""
-    before = _servers_cpu_s(stack)
+    before = _cpu_s_of(stack)
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, env=stack.environment(), stdout=output, stderr=output)
         with _sampled(process.pid) as peak:
             cpu_s = _reap(process)
         seconds = time.monotonic() - started
-        mysql_cpu_s, clickhouse_cpu_s = _since(before, _servers_cpu_s(stack))
-        return Child(
-            seconds=seconds,
-            cpu_s=cpu_s,
-            mysql_cpu_s=mysql_cpu_s,
-            clickhouse_cpu_s=clickhouse_cpu_s,
-            peak_rss_mb=peak.rss_bytes / 1e6,
-            failure=_failure(process, output, may_fail=may_fail),
-        )
+        failure = _failure(process, output, may_fail=may_fail)
+    spent = _since(before, _cpu_s_of(stack))
+    return _finished(seconds, (cpu_s, *spent), peak, failure)
 
 
 def ask(
@@ -78,7 +74,8 @@ def ask(
 
     The seconds and the CPU are those of the drains: neither start-up nor `put` is in them.
     """
-    seconds = cpu_s = mysql_cpu_s = clickhouse_cpu_s = 0.0
+    seconds = 0.0
+    spent: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
@@ -92,32 +89,35 @@ def ask(
             try:
                 exporter = psutil.Process(process.pid)
                 alive = _drained(process)
-                for number in range(drains):
-                    if not alive:
-                        break
+                for number in range(drains if alive else 0):
                     put(number)
-                    before = (_cpu_s(exporter), *_servers_cpu_s(stack))
+                    before = (_cpu_s(exporter), *_cpu_s_of(stack))
                     started = time.monotonic()
-                    alive = _drained(process)
+                    if not _drained(process):
+                        break
                     seconds += time.monotonic() - started
-                    if alive:
-                        spent = _since(before, (_cpu_s(exporter), *_servers_cpu_s(stack)))
-                        cpu_s, mysql_cpu_s, clickhouse_cpu_s = (
-                            sum(pair) for pair in zip((cpu_s, mysql_cpu_s, clickhouse_cpu_s), spent, strict=True)
-                        )
+                    once = _since(before, (_cpu_s(exporter), *_cpu_s_of(stack)))
+                    spent = tuple(map(sum, zip(spent, once, strict=True)))
             finally:
                 assert process.stdin is not None
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 _reap(process)
-        return Child(
-            seconds=seconds,
-            cpu_s=cpu_s,
-            mysql_cpu_s=mysql_cpu_s,
-            clickhouse_cpu_s=clickhouse_cpu_s,
-            peak_rss_mb=peak.rss_bytes / 1e6,
-            failure=_failure(process, errors, may_fail=may_fail),
-        )
+        failure = _failure(process, errors, may_fail=may_fail)
+    return _finished(seconds, spent, peak, failure)
+
+
+def _finished(seconds: float, spent: tuple[float, ...], peak: _Peak, failure: str) -> Child:
+    cpu_s, mysql_cpu_s, clickhouse_cpu_s, machine_cpu_s = spent
+    return Child(
+        seconds=seconds,
+        cpu_s=cpu_s,
+        mysql_cpu_s=mysql_cpu_s,
+        clickhouse_cpu_s=clickhouse_cpu_s,
+        others_cpu_s=max(0.0, machine_cpu_s - cpu_s - mysql_cpu_s - clickhouse_cpu_s),
+        peak_rss_mb=peak.rss_bytes / 1e6,
+        failure=failure,
+    )
 
 
 def _drained(process: subprocess.Popen[str]) -> bool:
@@ -197,8 +197,16 @@ def _peak_of_one(pid: int) -> int:
     return 0
 
 
-def _servers_cpu_s(stack: LocalStack) -> tuple[float, ...]:
-    return tuple(_cpu_s(psutil.Process(pid)) for pid in (stack.mysql.pid, stack.clickhouse.pid))
+def _cpu_s_of(stack: LocalStack) -> tuple[float, ...]:
+    """CPU seconds of MySQL, of ClickHouse, and of the whole machine, until now."""
+    machine = psutil.cpu_times()
+    # Time in guests is in `user` already, and stolen time is somebody else's.
+    idle_s = machine.idle + getattr(machine, "iowait", 0.0)
+    outside_s = sum(getattr(machine, name, 0.0) for name in ("guest", "guest_nice", "steal"))
+    return (
+        *(_cpu_s(psutil.Process(pid)) for pid in (stack.mysql.pid, stack.clickhouse.pid)),
+        sum(machine) - idle_s - outside_s,
+    )
 
 
 def _cpu_s(process: psutil.Process) -> float:

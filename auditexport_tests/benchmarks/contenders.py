@@ -29,7 +29,8 @@ class Wrong(AssertionError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
     """One exporter. `command` drains once, `turns` whenever it is asked (`children.ask`). `prepare` puts its own things
-    back to nothing, and raises `peers.NotInstalled`; `arrived` says in words what is there, and raises `Wrong`.
+    back to nothing, and raises `peers.NotInstalled`; `arrived` says in words what is there, and raises `Wrong`. All that
+    write entries have to write the same ones.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Contender:
     turns: Callable[[LocalStack], list[str]]
     arrived: Callable[[LocalStack, Scenario], str]
     prepare: Callable[[LocalStack], None] = lambda _stack: None
+    writes_entries: bool = True
 
 
 def _python(module: str, *options: str) -> Callable[[LocalStack], list[str]]:
@@ -185,6 +187,7 @@ CONTENDERS: Sequence[Contender] = (
         turns=_dlt("--turns"),
         arrived=_in_files,
         prepare=_prepare_dlt,
+        writes_entries=False,
     ),
 )
 

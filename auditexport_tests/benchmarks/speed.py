@@ -12,6 +12,7 @@ ended; merges and purges that it leaves to the servers for later are waited for,
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,14 @@ def main(selected: Sequence[Scenario], entrants: Sequence[Contender] = CONTENDER
             print(f"\n{scenario.name}: {scenario.title}; {number} rounds", flush=True)
             # Once for nothing: the first to run would read everybody's libraries from the disk, the engine's above all.
             scenarios.WARM_UP.seed(stack)
-            list(_round(stack, scenarios.WARM_UP, entrants))
+            list(_round(stack, scenarios.WARM_UP, entrants, set()))
             scenario.seed(stack)
-            measured = [line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn))]
-        print(_table(measured, scenario, entrants), flush=True)
+            contents: set[int] = set()
+            measured = [
+                line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn), contents)
+            ]
+        print(_table(measured, entrants), flush=True)
+        print(f"Others kept {_others(measured):.1f} of {os.cpu_count()} cores busy meanwhile.", flush=True)
     print(
         "\nevents/s, seconds, CPU and RSS are medians of the rounds. CPU: seconds per million events, of the exporter and "
         "of both servers until it ended.\nRSS: the peak of the exporter's process tree, in 10^6 bytes. A Dagster run is a "
@@ -73,7 +78,10 @@ def _rotated(entrants: Sequence[Contender], turn: int) -> list[Contender]:
     return [*entrants[first:], *entrants[:first]]
 
 
-def _round(stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender]) -> Iterator[Measured]:
+def _round(
+    stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender], contents: set[int]
+) -> Iterator[Measured]:
+    """Every contender once; `contents` are the sums of the entries that were written so far."""
     for contender in entrants:
         try:
             contender.prepare(stack)
@@ -81,25 +89,25 @@ def _round(stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender])
             yield _nothing(contender, str(error))
             continue
         scenario.restore(stack)
-        yield from (_steady if scenario.drains > 1 else _once)(stack, scenario, contender)
+        yield from (_steady if scenario.drains > 1 else _once)(stack, scenario, contender, contents)
 
 
-def _once(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iterator[Measured]:
+def _once(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
     """All there is, by a process of its own."""
     ours = contender.key == OURS
     command = contenders.dagster_run(stack, scenario) if ours else contender.command(stack)
     child = children.run(stack, command, may_fail=not ours)
-    yield _judged(stack, scenario, contender, child, DAGSTER if ours else contender.name)
+    yield _judged(stack, scenario, contender, contents, child, DAGSTER if ours else contender.name)
     if ours:
         yield _drain_alone(stack, scenario.events)
 
 
-def _steady(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iterator[Measured]:
+def _steady(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
     """Part by part, by a process that runs already; ours once more as one Dagster run of one part."""
     ours = contender.key == OURS
     put = scenario.part(stack)
     child = children.ask(stack, contender.turns(stack), put, scenario.drains, may_fail=not ours)
-    yield _judged(stack, scenario, contender, child, IN_PROCESS if ours else contender.name)
+    yield _judged(stack, scenario, contender, contents, child, IN_PROCESS if ours else contender.name)
     if ours:
         part = scenarios.STEADY_ROWS
         put(scenario.drains)
@@ -111,12 +119,18 @@ def _steady(stack: LocalStack, scenario: Scenario, contender: Contender) -> Iter
         yield _drain_alone(stack, part)
 
 
-def _judged(stack: LocalStack, scenario: Scenario, contender: Contender, child: Child, name: str) -> Measured:
+def _judged(
+    stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int], child: Child, name: str
+) -> Measured:
     """The line of a contender that is done, or that stopped, or whose counts are wrong; ours may have no such counts."""
     if child.failure:
         return _nothing(contender, f"stopped, {bench.counts(stack).entries:,} entries: {child.failure}")
     try:
         arrived = contender.arrived(stack, scenario)
+        if contender.writes_entries and not scenario.dead:
+            contents.add(bench.content(stack))
+            if len(contents) > 1:
+                raise Wrong("other entries than those of the contenders before")
     except Wrong as wrong:
         if contender.key == OURS:
             raise
@@ -142,7 +156,7 @@ def _nothing(contender: Contender, why: str) -> Measured:
     return Measured(contender=contender.name, events=0, drains=0, seconds=0.0, child=None, arrived=why)
 
 
-def _table(measured: Sequence[Measured], scenario: Scenario, entrants: Sequence[Contender]) -> str:
+def _table(measured: Sequence[Measured], entrants: Sequence[Contender]) -> str:
     """Medians over the rounds."""
     names = {contender.key: contender.name for contender in entrants}
     rates = {
@@ -172,6 +186,12 @@ def _table(measured: Sequence[Measured], scenario: Scenario, entrants: Sequence[
     frame = pd.DataFrame.from_dict(lines, orient="index")
     frame["arrived"] = frame["arrived"].str.ljust(width)
     return frame.rename(columns={"arrived": "arrived".ljust(width)}).to_string()
+
+
+def _others(measured: Sequence[Measured]) -> float:
+    """Cores that the rest of the machine used while contenders ran: much of it, and the figures are worth little."""
+    ran = [line.child for line in measured if line.child]
+    return sum(child.others_cpu_s for child in ran) / max(sum(child.seconds for child in ran), 1e-9)
 
 
 def parsed(arguments: Sequence[str] | None = None) -> None:
