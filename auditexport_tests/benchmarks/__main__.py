@@ -1,4 +1,4 @@
-"""`make bench`: speed, the application's latency, and memory, one after the other, printed; `--quick`: a little of speed.
+"""`make bench`: every benchmark, one after the other, printed; `--quick`: a little of speed.
 
 What belongs here: which benchmarks, and how much of each. What does not: the benchmarks.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from auditexport_tests.benchmarks import latency, memory, speed
+from auditexport_tests.benchmarks import flat, freshness, latency, memory, speed
 
 # Under five minutes on two cores.
 QUICK = ["--rounds", "2", "backlog:100000", "steady:1000"]
@@ -21,6 +21,8 @@ def main() -> None:
     for title, benchmark in (
         ("Speed", lambda: speed.parsed([])),
         ("The application's latency", latency.main),
+        ("From commit to answer", freshness.main),
+        ("Behind a million exported rows and 100,000 batches", lambda: flat.main(1_000_000)),
         ("Memory", memory.main),
     ):
         print(f"\n── {title} ", flush=True)
