@@ -319,8 +319,8 @@ def _compare_rest(
         found.unnamed_missing += lost
     # Of two rows of one event, the one that was added may have taken the other's place.
     comparable = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy
-    if comparable and baseline is not None and not lost:
-        entries = [copies[0] for copies in stored.values()]
+    entries = _one_of_each(stored, expected) if comparable and not lost else None
+    if baseline is not None and entries is not None:
         now = Holding(
             rows=len(entries),
             fingerprint=sum(entry.fingerprint for entry in entries) % 2**64,
@@ -328,6 +328,18 @@ def _compare_rest(
         )
         if now.rows == baseline.rows and now != baseline:
             found.unnamed_altered += 1
+
+
+def _one_of_each(stored: dict[Key, list[StoredEntry]], expected: dict[Key, _Expected]) -> list[StoredEntry] | None:
+    """One entry of each key: where unmerged copies differ, the one that the outbox's row makes; None if it cannot say."""
+    chosen = []
+    for key, copies in stored.items():
+        held = expected[key].held if key in expected else set()
+        sound = [copy for copy in copies if (copy.fingerprint, copy.content) in held] or copies
+        if len({(copy.fingerprint, copy.content) for copy in sound}) > 1:
+            return None
+        chosen.append(sound[0])
+    return chosen
 
 
 def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
