@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from urllib.parse import parse_qsl
 
-from sqlalchemy import Engine, TextClause, bindparam, create_engine, text
+from sqlalchemy import Engine, TextClause, bindparam, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -35,10 +35,14 @@ SESSION = (
 )
 
 _LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
-SQL: dict[str, TextClause] = {
-    name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
-    for name, statement in load("outbox.sql").items()
-}
+
+
+def expanding(name: str, statement: TextClause) -> TextClause:
+    """The statement with the parameter that stands for a list, if the one of this name has such a one."""
+    return statement.bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else statement
+
+
+SQL: dict[str, TextClause] = {name: expanding(name, text(words)) for name, words in load("outbox.sql").items()}
 
 # Server errors that no rerun mends: access, unknown database, table or column, a statement without grant, TLS that
 # the server insists on.
@@ -47,6 +51,9 @@ _TLS_NOT_OFFERED = 2026
 
 # What a URL may say about TLS. PyMySQL knows more, and none of it is safe: beside ssl_verify_cert or
 # ssl_verify_identity it drops the ssl_ca and the host name's check with it.
+# Ours, beside the driver's: which images of changed rows our sessions leave in the binary log.
+ROW_IMAGE = "binlog_row_image"
+_ROW_IMAGES = ("FULL", "MINIMAL", "NOBLOB")
 _TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ssl_check_hostname", "ssl_disabled"}
 
 
@@ -57,6 +64,9 @@ def checked(url: str) -> str:
     are verified by the authorities that this machine trusts (`default_tls`). An `ssl_ca` (or `ssl_capath`) names
     another authority; `ssl_disabled=true` sends plain text. A client's certificate
     alone would not, so it is refused, and so is any option that would quietly undo the verification.
+
+    `binlog_row_image=MINIMAL` is set for our sessions, and needs BINLOG ADMIN (MariaDB) or SESSION_VARIABLES_ADMIN: marks
+    are then logged as key and `deleted_at`, not twice with the payload. Not where something reads full images from it.
     """
     from pymysql.connections import Connection
 
@@ -75,13 +85,15 @@ def checked(url: str) -> str:
     said = parse_qsl(url.rpartition("@")[2].partition("?")[2], keep_blank_values=True)
     if empty := sorted(name for name, value in said if not value):
         raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {', '.join(empty)} without a value")
-    known = inspect.signature(Connection).parameters
+    known = {*inspect.signature(Connection).parameters, ROW_IMAGE}
     unknown = sorted(name for name in parts.query if name not in (_TLS_OPTIONS if name.startswith("ssl") else known))
     if unknown:
         raise InvalidConfig(
             f"AUDITEXPORT_MYSQL_URL has {', '.join(unknown)}, which is no option here; for TLS there are "
             f"{', '.join(sorted(_TLS_OPTIONS))}, and ssl_ca verifies certificate and name"
         )
+    if str(parts.query.get(ROW_IMAGE, _ROW_IMAGES[0])).upper() not in _ROW_IMAGES:
+        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has a {ROW_IMAGE} that is none of {', '.join(_ROW_IMAGES)}")
     asked = {name for name in parts.query if name.startswith("ssl")}
     if parts.query.get("ssl_disabled", "true") != "true" or ("ssl_disabled" in asked and len(asked) > 1):
         raise InvalidConfig(
@@ -116,8 +128,12 @@ def default_tls(url: str) -> dict[str, ssl.SSLContext]:
 @lru_cache(maxsize=16)
 def engine_for(url: str, pid: int) -> Engine:
     """One pool per server and process: a forked child must not share its parent's connections."""
-    return create_engine(
-        url,
+    from auditexport_pipeline.stores.rows import RowsConnection  # the driver, which only a run needs
+
+    image = str(make_url(url).query.get(ROW_IMAGE, "")).upper()
+    session = SESSION.format(lock_wait_s=LOCK_WAIT_S) + (f", {ROW_IMAGE} = '{image}'" if image else "")
+    engine = create_engine(
+        make_url(url).difference_update_query([ROW_IMAGE]),
         isolation_level="READ COMMITTED",
         pool_size=20,
         max_overflow=20,
@@ -127,10 +143,12 @@ def engine_for(url: str, pid: int) -> Engine:
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
             "write_timeout": READ_TIMEOUT_S,
-            "init_command": SESSION.format(lock_wait_s=LOCK_WAIT_S),
+            "init_command": session,
             **default_tls(url),
         },
     )
+    event.listen(engine, "do_connect", lambda _dialect, _record, args, options: RowsConnection(*args, **options))
+    return engine
 
 
 @contextmanager

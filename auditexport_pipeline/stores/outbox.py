@@ -41,13 +41,12 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
+from auditexport_pipeline.stores.marking import by_shape, stamp
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
 READ_BYTES = 8 * 1024**2
-# Above this many runs in a chunk, one statement with a list beats a statement per run.
-LIST_ABOVE_RUNS = 8
 
 
 class MySQLOutbox:
@@ -180,12 +179,12 @@ class MySQLOutbox:
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
         with self.transaction(f"marking rows of batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
-            return _mark(connection, pks, exported_at_ms)
+            return stamp(connection, pks, exported_at_ms)
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
         with self.transaction(f"marking the last rows of batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.WRITTEN)
-            total = before + _mark(connection, pks, exported_at_ms)
+            total = before + stamp(connection, pks, exported_at_ms)
             counts = _own(connection, claim).counts
             counts = Counts(
                 dead=counts.dead,
@@ -376,29 +375,6 @@ def _own(connection: Connection, claim: Claim) -> Batch:
     if row is None or row.epoch != claim.epoch:
         raise _lost(claim, row)
     return batch_of(row)
-
-
-def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
-    """The statements that cover these pks: a range each for few runs, else one list."""
-    if len(pks.runs) > LIST_ABOVE_RUNS:
-        return [(f"{kind}_in", {"pks": list(pks)})]
-    return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
-
-
-def _mark(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-    stamped = 0
-    for part, values in by_shape("mark", pks):
-        stamped += connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
-    if stamped == len(pks):
-        return Marked(stamped=stamped)
-    ours = elsewhere = 0
-    for part, values in by_shape("marks", pks):
-        for row in connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}):
-            if row.ours:
-                ours += row.n
-            else:
-                elsewhere += row.n
-    return Marked(stamped=stamped, earlier=ours - stamped, elsewhere=elsewhere, vanished=len(pks) - ours - elsewhere)
 
 
 def _counts_to_text(counts: Counts) -> str:

@@ -181,6 +181,11 @@ UPDATE clickhouse_outbox FORCE INDEX (PRIMARY)
 SET deleted_at = :exported_at_ms
 WHERE pk IN :pks AND deleted_at IS NULL
 
+-- name: outbox_checks
+-- MariaDB's catalogue; no lock. The CHECKs that an UPDATE of a row evaluates.
+SELECT check_clause FROM information_schema.check_constraints
+WHERE constraint_schema = DATABASE() AND table_name = 'clickhouse_outbox'
+
 -- name: marks_between
 -- Primary key range; no lock. Asked only when a chunk stamped fewer rows than it holds.
 SELECT deleted_at = :exported_at_ms AS ours, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)

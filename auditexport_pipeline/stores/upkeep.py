@@ -18,7 +18,8 @@ from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_tex
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.stores import actions, dead_letters
-from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of, by_shape
+from auditexport_pipeline.stores.marking import by_shape
+from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of
 from auditexport_pipeline.stores.statements import load
 
 _LISTS = {
