@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from auditexport_tests.benchmarks import flat, freshness, latency, memory, speed
+from auditexport_tests.benchmarks import flat, freshness, latency, memory, speed, stages
 
 # Under five minutes on two cores.
 QUICK = ["--rounds", "2", "backlog:100000", "steady:1000"]
@@ -20,6 +20,7 @@ def main() -> None:
     print("`behind` is scaled to a tenth: `speed behind:1000000` puts a million rows behind ten million.")
     for title, benchmark in (
         ("Speed", lambda: speed.parsed([])),
+        ("Where the time goes", stages.main),
         ("The application's latency", latency.main),
         ("From commit to answer", freshness.main),
         ("Behind a million exported rows and 100,000 batches", lambda: flat.main(1_000_000)),
