@@ -69,9 +69,12 @@ def main(events: int = 200_000) -> None:
         _drain(stack, stages)
         bench.restore(stack)
         for name, change in CHANGES.items():
+            updates = [
+                UPDATE.format(change=change, first=first, last=first + CHUNK_PKS - 1)
+                for first in range(1, events + 1, CHUNK_PKS)
+            ]
             with stages.stage(name):
-                for first in range(1, events + 1, CHUNK_PKS):
-                    bench.execute(stack, UPDATE.format(change=change, first=first, last=first + CHUNK_PKS - 1))
+                bench.execute(stack, *updates)
             bench.settle(stack)
     print(f"microseconds an event, {events:,} events of 600 bytes; a stage begins when both servers are at rest")
     print(stages.table())
