@@ -42,7 +42,7 @@ def expanding(name: str, statement: TextClause) -> TextClause:
     return statement.bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else statement
 
 
-SQL: dict[str, TextClause] = {name: expanding(name, text(words)) for name, words in load("outbox.sql").items()}
+SQL: dict[str, TextClause] = {name: expanding(name, text(statement)) for name, statement in load("outbox.sql").items()}
 
 # Server errors that no rerun mends: access, unknown database, table or column, a statement without grant, TLS that
 # the server insists on.

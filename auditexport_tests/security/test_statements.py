@@ -35,6 +35,10 @@ ALLOWED = {
     ("stores/actions.py", "_LAST"): "a constant of the module",
     ("stores/upkeep.py", "_NOW"): "a constant of the module",
     ("stores/mysql.py", "statement"): "from outbox.sql, when the module is imported",
+    ("stores/marking.py", "f'SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}'"): (
+        "from outbox.sql, when the module is imported"
+    ),
+    ("stores/marking.py", "statements[part]"): "SQL, or the same statements in MariaDB's SET STATEMENT",
     ("stores/upkeep.py", "statement"): "from upkeep.sql, when the module is imported",
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
     ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
