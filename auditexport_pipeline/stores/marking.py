@@ -9,6 +9,8 @@ an application fills to fifteen sixteenths, reorganizes a page for nearly every 
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import Connection, text
 
 from auditexport_pipeline.core.pks import PkSet
@@ -59,6 +61,6 @@ def _checks_json_only(connection: Connection) -> bool:
         known = False
         if getattr(connection.dialect, "is_mariadb", False):
             clauses = [row.check_clause for row in connection.execute(SQL["outbox_checks"])]
-            known = bool(clauses) and all(clause.startswith("json_valid(") for clause in clauses)
+            known = bool(clauses) and all(re.fullmatch(r"json_valid\(`\w+`\)", clause) for clause in clauses)
         connection.info["outbox_checks_json_only"] = known
     return bool(known)
