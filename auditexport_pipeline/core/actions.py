@@ -75,6 +75,13 @@ class RowFilter:
             if first is not None and last is not None and first > last:
                 raise InvalidConfig(f"{low} is {first} and {high} is {last}: the range is empty; swap them")
 
+    def refuse_everything(self) -> None:
+        """Raises `InvalidConfig` when no condition is given: nobody means every row."""
+        if not self.given:
+            raise InvalidConfig(
+                "a requeue names its rows: give event ids, a workspace, a range of event time, export time or pks, or batches"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Erasure:

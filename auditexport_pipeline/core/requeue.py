@@ -55,10 +55,7 @@ def requeue(
     Durable effect: one action, and per chunk of rows their cleared marks, counted in the action. Raises
     `InvalidConfig` when no condition is given.
     """
-    if not wanted.given:
-        raise InvalidConfig(
-            "a requeue names its rows: give event ids, a workspace, a range of event time, export time or pks, or batches"
-        )
+    wanted.refuse_everything()
     within: PkSet | None = None
     if wanted.batch_ids:
         known = {batch.batch_id: batch for batch in outbox.batches(wanted.batch_ids)}

@@ -1,4 +1,4 @@
-"""The asset: five ops that translate between Dagster and the verbs of `core.export`.
+"""The asset: five ops that translate between Dagster and the verbs of `core.export`, made for one outbox.
 
 What belongs here: wiring, metadata and log lines. What does not: decisions; an op takes a claim, opens
 the stores, calls one verb and says what happened.
@@ -10,6 +10,9 @@ that had not started and still end green, so the plan is idempotent, the jobs re
 `finish_export` counts. "Materialize" on the page runs the implicit asset job, where job tags do not
 apply, so what must hold everywhere sits on the ops. Steps run breadth-first unless a priority says
 otherwise, which would fetch every batch before the first is written.
+
+Ops of several outboxes in one code location differ by name; inside the asset the nodes are called as the contract
+has it, so configuration and steps read the same for each.
 """
 
 import time
@@ -26,12 +29,11 @@ from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.ports import Discrepancy
-from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
-from auditexport_pipeline.defs.drains import DRAIN_POOL, drain_in
+from auditexport_pipeline.defs.drains import drain_in
 from auditexport_pipeline.defs.failures import told_to_dagster
-from auditexport_pipeline.defs.report import run_metadata
-from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
+from auditexport_pipeline.defs.names import Connected, Names
+from auditexport_pipeline.defs.report import batch_metadata, run_metadata
 from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
 # Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
@@ -68,107 +70,118 @@ def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
     return finished
 
 
-@dg.op(
-    out={
-        "claims": dg.DynamicOut(Claim, description="One claimed batch each: ids and counts, no rows."),
-        "planned": dg.Out(Planned),
-    },
-    ins={"clickhouse_outbox": dg.In(dg.Nothing)},
-    config_schema=DRAIN_SCHEMA,
-    pool=DRAIN_POOL,
-    description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
-)
-def plan_batches(
-    context: dg.OpExecutionContext,
-    mysql: MySQLResource,
-    clickhouse: ClickHouseResource,
-    heartbeat: HeartbeatResource,
-    ahead: dg.ResourceParam[Ahead],
-) -> Iterator[Any]:
-    started_at_s = time.time()
-    limits = Limits.of(context.op_config)
-    if context.retry_number == 0:
-        heartbeat.start()
-    with told_to_dagster(context, heartbeat):
-        outbox = mysql.outbox()
-        refuse_unless_ready(outbox, clickhouse.audit_log())
-        dead_owners = _finished(context.instance, outbox.open_owners())
-        claims = claiming.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
-    ahead.plan(claims)
-    adopted = sum(1 for claim in claims if claim.adopted)
-    context.log.info(
-        f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
-        + (f"; {adopted} of them adopted from runs that ended before they were done" if adopted else "")
+def _plan_batches(names: Names) -> dg.OpDefinition:
+    @dg.op(
+        name=names.of("plan_batches"),
+        out={
+            "claims": dg.DynamicOut(Claim, description="One claimed batch each: ids and counts, no rows."),
+            "planned": dg.Out(Planned),
+        },
+        ins={"clickhouse_outbox": dg.In(dg.Nothing)},
+        config_schema=DRAIN_SCHEMA,
+        pool=names.pool,
+        required_resource_keys=names.everything,
+        description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
     )
-    for claim in claims:
-        yield dg.DynamicOutput(claim, mapping_key=f"batch_{claim.batch_id}", output_name="claims")
-    yield dg.Output(Planned(batches=len(claims), started_at_s=started_at_s), output_name="planned")
+    def plan_batches(context: dg.OpExecutionContext) -> Iterator[Any]:
+        to = names.connected(context)
+        started_at_s = time.time()
+        limits = Limits.of(context.op_config)
+        if context.retry_number == 0:
+            to.heartbeat.start()
+        with told_to_dagster(context, to.heartbeat):
+            outbox = to.mysql.outbox()
+            refuse_unless_ready(outbox, to.clickhouse.audit_log())
+            dead_owners = _finished(context.instance, outbox.open_owners())
+            claims = claiming.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
+        to.ahead.plan(claims)
+        adopted = sum(1 for claim in claims if claim.adopted)
+        context.log.info(
+            f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
+            + (f"; {adopted} of them adopted from runs that ended before they were done" if adopted else "")
+        )
+        for claim in claims:
+            yield dg.DynamicOutput(claim, mapping_key=f"batch_{claim.batch_id}", output_name="claims")
+        yield dg.Output(Planned(batches=len(claims), started_at_s=started_at_s), output_name="planned")
+
+    return plan_batches
 
 
-@dg.op(
-    out=dg.Out(dict, io_manager_key="outbox_io_manager"),
-    config_schema=DRAIN_SCHEMA,
-    description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
-)
-def fetch_batch(
-    context: dg.OpExecutionContext,
-    claim: Claim,
-    mysql: MySQLResource,
-    clickhouse: ClickHouseResource,
-    heartbeat: HeartbeatResource,
-    ahead: dg.ResourceParam[Ahead],
-) -> dg.Output[Bodies]:
-    with told_to_dagster(context, heartbeat):
-        fetched = ahead.fetch(mysql.outbox(), clickhouse.audit_log(), claim, Limits.of(context.op_config))
-    context.log.info(
-        f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
-        f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
+def _fetch_batch(names: Names) -> dg.OpDefinition:
+    @dg.op(
+        name=names.of("fetch_batch"),
+        out=dg.Out(dict, io_manager_key=names.io_manager),
+        config_schema=DRAIN_SCHEMA,
+        required_resource_keys=names.everything,
+        description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
     )
-    return dg.Output(fetched.bodies, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
+    def fetch_batch(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Bodies]:
+        to = names.connected(context)
+        with told_to_dagster(context, to.heartbeat):
+            fetched = to.ahead.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, Limits.of(context.op_config))
+        context.log.info(
+            f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
+            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
+        )
+        return dg.Output(fetched.bodies, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
+
+    return fetch_batch
 
 
-@dg.op(
-    config_schema=DRAIN_SCHEMA,
-    tags={"dagster/priority": "1"},
-    description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
-)
-def write_clickhouse(
-    context: dg.OpExecutionContext,
-    claim: Claim,
-    bodies: dict,  # type: ignore[type-arg]  # block number → bytes; Dagster knows the bare type only
-    mysql: MySQLResource,
-    clickhouse: ClickHouseResource,
-    heartbeat: HeartbeatResource,
-    ahead: dg.ResourceParam[Ahead],
-) -> Receipt:
-    with told_to_dagster(context, heartbeat):
-        receipt = ahead.write(mysql.outbox(), clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config))
-    context.log.info(
-        f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} bytes, "
-        f"{receipt.seconds:.2f} s" + (f"; {receipt.found} blocks were there already" if receipt.found else "")
+def _write_clickhouse(names: Names) -> dg.OpDefinition:
+    @dg.op(
+        name=names.of("write_clickhouse"),
+        config_schema=DRAIN_SCHEMA,
+        tags={"dagster/priority": "1"},
+        required_resource_keys=names.everything,
+        description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
-    return receipt
+    def write_clickhouse(
+        context: dg.OpExecutionContext,
+        claim: Claim,
+        bodies: dict,  # type: ignore[type-arg]  # block number → bytes; Dagster knows the bare type only
+    ) -> Receipt:
+        to = names.connected(context)
+        with told_to_dagster(context, to.heartbeat):
+            receipt = to.ahead.write(
+                to.mysql.outbox(), to.clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config)
+            )
+        context.log.info(
+            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} "
+            f"bytes, {receipt.seconds:.2f} s"
+            + (f"; {receipt.found} blocks were there already" if receipt.found else "")
+        )
+        return receipt
+
+    return write_clickhouse
 
 
-@dg.op(
-    config_schema=DRAIN_SCHEMA,
-    tags={"dagster/priority": "2"},
-    description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
-)
-def mark_exported(
-    context: dg.OpExecutionContext,
-    receipt: Receipt,
-    mysql: MySQLResource,
-    heartbeat: HeartbeatResource,
-    ahead: dg.ResourceParam[Ahead],
-) -> int:
-    with told_to_dagster(context, heartbeat):
-        marked = ahead.mark(mysql.outbox(), receipt, Limits.of(context.op_config))
-    batch = marked.batch
-    context.log.info(
-        f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {marked.seconds:.2f} s{_others(batch)}"
+def _mark_exported(names: Names) -> dg.OpDefinition:
+    @dg.op(
+        name=names.of("mark_exported"),
+        config_schema=DRAIN_SCHEMA,
+        tags={"dagster/priority": "2"},
+        required_resource_keys=names.everything,
+        description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
-    return batch.batch_id
+    def mark_exported(context: dg.OpExecutionContext, receipt: Receipt) -> int:
+        to = names.connected(context)
+        with told_to_dagster(context, to.heartbeat):
+            marked = to.ahead.mark(to.mysql.outbox(), receipt, Limits.of(context.op_config))
+        batch = marked.batch
+        context.log.info(
+            f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {marked.seconds:.2f} s{_others(batch)}"
+        )
+        context.log_event(
+            dg.AssetObservation(
+                names.asset,
+                description=f"batch {batch.batch_id}, exported",
+                metadata=batch_metadata(batch, write_s=receipt.seconds, mark_s=marked.seconds),
+            )
+        )
+        return batch.batch_id
+
+    return mark_exported
 
 
 def _others(batch: Batch) -> str:
@@ -177,67 +190,63 @@ def _others(batch: Batch) -> str:
     return "".join(f"; {count:,} {what}" for what, count in others.items() if count)
 
 
-@dg.op(
-    out=dg.Out(dg.Nothing),
-    config_schema=DRAIN_SCHEMA,
-    tags={"dagster/priority": "3"},
-    description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
-)
-def finish_export(
-    context: dg.OpExecutionContext,
-    batch_ids: list[int],
-    planned: Planned,
-    mysql: MySQLResource,
-    clickhouse: ClickHouseResource,
-    heartbeat: HeartbeatResource,
-) -> None:
-    limits = Limits.of(context.op_config)
-    with told_to_dagster(context, heartbeat):
-        if len(batch_ids) != planned.batches:
-            raise IncompleteRun(
-                f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry from "
-                "failure does. Nothing is lost: launch a new run, which adopts the others"
-            )
-        outbox = mysql.outbox()
-        verified = verify.verify(outbox, clickhouse.audit_log(), outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
-        batches = outbox.batches(batch_ids)
-        if limits.linger_s and not any(verified.values()):
-            for more, found in _stay(context, mysql, clickhouse, heartbeat, limits, planned.started_at_s):
-                batches += more
-                verified |= found
-                if any(found.values()):
-                    break
-        backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
-        dead = outbox.dead_by_reason()
-        context.add_output_metadata(run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s))
-        _raise_if_wrong(verified)
-    context.log.info(
-        f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
+def _finish_export(names: Names) -> dg.OpDefinition:
+    @dg.op(
+        name=names.of("finish_export"),
+        out=dg.Out(dg.Nothing),
+        config_schema=DRAIN_SCHEMA,
+        tags={"dagster/priority": "3"},
+        required_resource_keys=names.everything,
+        description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
     )
-    heartbeat.success()
+    def finish_export(context: dg.OpExecutionContext, batch_ids: list[int], planned: Planned) -> None:
+        to = names.connected(context)
+        limits = Limits.of(context.op_config)
+        with told_to_dagster(context, to.heartbeat):
+            if len(batch_ids) != planned.batches:
+                raise IncompleteRun(
+                    f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry "
+                    "from failure does. Nothing is lost: launch a new run, which adopts the others"
+                )
+            outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
+            verified = verify.verify(outbox, log, outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
+            batches = outbox.batches(batch_ids)
+            if limits.linger_s and not any(verified.values()):
+                for more, found in _stay(context, names, to, limits, planned.started_at_s):
+                    batches += more
+                    verified |= found
+                    if any(found.values()):
+                        break
+            backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
+            dead = outbox.dead_by_reason()
+            context.add_output_metadata(
+                run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s)
+            )
+            _raise_if_wrong(verified)
+        context.log.info(
+            f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
+        )
+        to.heartbeat.success()
+
+    return finish_export
 
 
 def _stay(
-    context: dg.OpExecutionContext,
-    mysql: MySQLResource,
-    clickhouse: ClickHouseResource,
-    heartbeat: HeartbeatResource,
-    limits: Limits,
-    started_at_s: float,
+    context: dg.OpExecutionContext, names: Names, to: Connected, limits: Limits, started_at_s: float
 ) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
     """Drains what arrives until `linger_s` after the run's start, or until another drain waits in the queue."""
-    outbox, log = mysql.outbox(), clickhouse.audit_log()
+    outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
     pinged = looked = time.monotonic()
     context.log.info(f"staying until {limits.linger_s} s after the start, looking every {limits.linger_poll_ms} ms")
 
     def stays() -> bool:
         nonlocal pinged, looked
         if time.monotonic() - pinged >= HEARTBEAT_EVERY_S:
-            heartbeat.success()
+            to.heartbeat.success()
             pinged = time.monotonic()
         if time.monotonic() - looked >= LOOK_FOR_OTHERS_EVERY_S:
             looked = time.monotonic()
-            other = drain_in(context.instance, [dg.DagsterRunStatus.QUEUED])
+            other = drain_in(context.instance, names, [dg.DagsterRunStatus.QUEUED])
             if other:
                 context.log.info(f"leaving, because run {other[:8]} waits")
                 return False
@@ -258,29 +267,28 @@ def _raise_if_wrong(verified: Mapping[int, Discrepancy]) -> None:
         )
 
 
-@dg.graph
-def export_batch(claim: Claim) -> Any:
-    return mark_exported(write_clickhouse(claim, fetch_batch(claim)))
+def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any) -> dg.AssetsDefinition:
+    """The asset of one outbox: a graph of the five ops. `attributes` are `graph_asset`'s: group, owners, metadata, …"""
+    plan = _plan_batches(names).alias("plan_batches")
+    fetch = _fetch_batch(names).alias("fetch_batch")
+    write = _write_clickhouse(names).alias("write_clickhouse")
+    mark = _mark_exported(names).alias("mark_exported")
+    finish = _finish_export(names).alias("finish_export")
 
+    @dg.graph(name=names.of("export_batch"))
+    def export_batch(claim: Claim) -> Any:
+        return mark(write(claim, fetch(claim)))
 
-clickhouse_outbox = dg.AssetSpec(
-    "clickhouse_outbox",
-    description="The application's outbox in MySQL: one row per audit event, written in the transaction of the change it "
-    "describes. Observed here, never altered but for `deleted_at` of exported rows.",
-    kinds={"mysql"},
-    group_name="audit_logs",
-)
+    @dg.graph_asset(
+        key=names.asset,
+        config=drain_config,
+        ins={"clickhouse_outbox": dg.AssetIn(key=names.outbox, dagster_type=dg.Nothing)},
+        **attributes,
+    )
+    def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
+        claims, planned = plan(clickhouse_outbox)
+        return finish(claims.map(export_batch.alias("export_batch")).collect(), planned)
 
-
-@dg.graph_asset(
-    config=drain_config,
-    ins={"clickhouse_outbox": dg.AssetIn(dagster_type=dg.Nothing)},
-    group_name="audit_logs",
-    kinds={"clickhouse"},
-    description="Every audit event of the outbox, exactly once.\n\n"
-    "**Materialize** drains the outbox: it adopts what an interrupted run left open, exports pending rows until none is left "
-    "or `max_batches` is reached, marks them, and verifies them in ClickHouse. Running it again is always safe.",
-)
-def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
-    claims, planned = plan_batches(clickhouse_outbox)
-    return finish_export(claims.map(export_batch).collect(), planned)
+    # `graph_asset` takes no freshness policy.
+    (fresh,) = dg.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=freshness), [audit_logs_raw_v1])
+    return fresh

@@ -1,13 +1,14 @@
 """What starts a drain: the job, the sensor on the backlog, the schedule.
 
 What belongs here: asking Dagster and the ledger, and handing the answer to `core.backlog.decide`. What
-does not: the decision itself, or the counting.
+does not: the decision itself, or the counting. Each function makes a definition for the outbox of these `Names`.
 """
 
 import itertools
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -17,9 +18,9 @@ from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, Failures, Th
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.drains import ASSET, JOB, drain_in
+from auditexport_pipeline.defs.drains import drain_in
+from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
-from auditexport_pipeline.defs.resources import MySQLResource
 
 DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
@@ -37,44 +38,55 @@ _UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 
-export_job = dg.define_asset_job(
-    JOB,
-    # Checks look back over a day; a drain looks at its own batches.
-    selection=dg.AssetSelection.assets(ASSET).without_checks(),
-    description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
-    # From failure, Dagster would skip mapped steps that had not started and end green.
-    tags={"dagster/retry_strategy": "ALL_STEPS"},
-)
+
+def export_job(names: Names) -> Any:
+    """The job that drains, the asset and nothing else."""
+    return dg.define_asset_job(
+        names.job,
+        # Checks look back over a day; a drain looks at its own batches.
+        selection=dg.AssetSelection.assets(names.asset).without_checks(),
+        description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
+        # From failure, Dagster would skip mapped steps that had not started and end green.
+        tags={"dagster/retry_strategy": "ALL_STEPS"},
+    )
 
 
-def drain_settings() -> dict[str, Any]:
-    """The run configuration of drains that nobody launches by hand: AUDITEXPORT_DRAIN, the launchpad's form as JSON.
+def drain_settings(names: Names, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The run configuration of drains that nobody launches by hand: what was given to the definitions, or else
+    AUDITEXPORT_DRAIN, the launchpad's form as JSON.
 
     Read at every tick; raises `InvalidConfig`, naming the field, for what the launchpad would refuse.
     """
+    settings = dict(given) if given is not None else _drain_of_environment()
+    Limits.of(settings)
+    return {"ops": {names.node: {"config": settings}}} if settings else {}
+
+
+def _drain_of_environment() -> dict[str, Any]:
     text = os.environ.get("AUDITEXPORT_DRAIN", "")
     try:
-        settings = msgspec.json.decode(text or "{}", type=dict[str, Any])
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise InvalidConfig(
             f"AUDITEXPORT_DRAIN is no JSON object of a drain's settings ({error}); write it as "
             '{"linger_s": 900, "max_rows_per_second": 5000}'
         ) from None
-    Limits.of(settings)
-    return {"ops": {ASSET.to_user_string(): {"config": settings}}} if settings else {}
 
 
-@dg.schedule(
-    name="audit_log_export_schedule",
-    job=export_job,
-    cron_schedule="*/15 * * * *",
-    description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
-)
-def export_schedule() -> dg.RunRequest:
-    try:
-        return dg.RunRequest(run_config=drain_settings())
-    except InvalidConfig as error:
-        raise dg.Failure(description=str(error)) from None
+def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=names.of("audit_log_export_schedule"),
+        job=job,
+        cron_schedule="*/15 * * * *",
+        description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
+    )
+    def audit_log_export_schedule() -> dg.RunRequest:
+        try:
+            return dg.RunRequest(run_config=drain_settings(names, drain))
+        except InvalidConfig as error:
+            raise dg.Failure(description=str(error)) from None
+
+    return audit_log_export_schedule
 
 
 def thresholds() -> Thresholds:
@@ -96,8 +108,8 @@ def _positive(name: str, default: float) -> float:
     return value
 
 
-def _run_at_work(instance: dg.DagsterInstance) -> str | None:
-    run_id = drain_in(instance, _UNFINISHED)
+def _run_at_work(instance: dg.DagsterInstance, names: Names) -> str | None:
+    run_id = drain_in(instance, names, _UNFINISHED)
     return f"run {run_id[:8]}" if run_id else None
 
 
@@ -110,10 +122,10 @@ def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None
     return None
 
 
-def _failures(instance: dg.DagsterInstance) -> Failures:
+def _failures(instance: dg.DagsterInstance, names: Names) -> Failures:
     """How many drains in a row have failed; the page's own runs are left to whoever launched them."""
     records = instance.get_run_records(
-        dg.RunsFilter(job_name=JOB, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
+        dg.RunsFilter(job_name=names.job, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
         limit=FAILURES_LOOKED_AT,
     )
     failed = list(itertools.takewhile(lambda record: record.dagster_run.status == dg.DagsterRunStatus.FAILURE, records))
@@ -138,36 +150,46 @@ def _seen(cursor: str | None) -> _Seen | None:
         return None
 
 
-@dg.sensor(
-    name="outbox_backlog_sensor",
-    job=export_job,
-    minimum_interval_seconds=SENSOR_INTERVAL_S,
-    description="Starts a drain when enough rows are pending or the oldest is old enough, and none is running. "
-    "AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S set the thresholds.",
-)
-def outbox_backlog_sensor(context: dg.SensorEvaluationContext, mysql: MySQLResource) -> dg.SensorResult:
-    try:
-        limits = thresholds()
-        settings = drain_settings()
-        backlog = mysql.outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
-    except AuditExportError as error:
-        raise dg.Failure(description=str(error)) from None
-    decision = decide(
-        backlog,
-        limits,
-        at_work=_run_at_work(context.instance) or _owner_at_work(context.instance, backlog),
-        failures=_failures(context.instance),
+def backlog_sensor(
+    names: Names, job: Any, drain: Mapping[str, Any] | None, given: Thresholds | None
+) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=names.of("outbox_backlog_sensor"),
+        job=job,
+        minimum_interval_seconds=SENSOR_INTERVAL_S,
+        required_resource_keys={names.mysql},
+        description="Starts a drain when enough rows are pending or the oldest is old enough, and none is running. "
+        + (
+            f"It starts at {given.rows:,} rows or {given.lag_s:g} s of lag."
+            if given
+            else "AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S set the thresholds."
+        ),
     )
-    numbers = backlog_metadata(backlog)
-    steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
-    seen = _seen(context.cursor)
-    fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
-    return dg.SensorResult(
-        # No run_key: Dagster remembers one for ever, failed runs included.
-        run_requests=[dg.RunRequest(run_config=settings, tags={"auditexport/why": decision.reason[:250]})]
-        if decision.launch
-        else [],
-        skip_reason=None if decision.launch else dg.SkipReason(decision.reason),
-        cursor=msgspec.json.encode(_Seen(numbers=steady, at_s=time.time())).decode() if fresh else context.cursor,
-        asset_events=[dg.AssetObservation("clickhouse_outbox", metadata=numbers)] if fresh else [],
-    )
+    def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        try:
+            limits = given or thresholds()
+            settings = drain_settings(names, drain)
+            backlog = names.mysql_of(context).outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
+        except AuditExportError as error:
+            raise dg.Failure(description=str(error)) from None
+        decision = decide(
+            backlog,
+            limits,
+            at_work=_run_at_work(context.instance, names) or _owner_at_work(context.instance, backlog),
+            failures=_failures(context.instance, names),
+        )
+        numbers = backlog_metadata(backlog)
+        steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
+        seen = _seen(context.cursor)
+        fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
+        return dg.SensorResult(
+            # No run_key: Dagster remembers one for ever, failed runs included.
+            run_requests=[dg.RunRequest(run_config=settings, tags={"auditexport/why": decision.reason[:250]})]
+            if decision.launch
+            else [],
+            skip_reason=None if decision.launch else dg.SkipReason(decision.reason),
+            cursor=msgspec.json.encode(_Seen(numbers=steady, at_s=time.time())).decode() if fresh else context.cursor,
+            asset_events=[dg.AssetObservation(names.outbox, metadata=numbers)] if fresh else [],
+        )
+
+    return outbox_backlog_sensor

@@ -9,11 +9,9 @@ import dagster as dg
 from auditexport_pipeline.core.dead_letters import LetterCounts, Which
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata
-from auditexport_pipeline.defs.resources import ClickHouseResource, MySQLResource
 from auditexport_pipeline.stores import dead_letters
-
-ASSET = dg.AssetKey("audit_logs_raw_v1")
 
 
 def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
@@ -34,39 +32,53 @@ def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
     )
 
 
-@dg.asset_check(
-    asset=ASSET,
-    description="The exports of the last 24 hours are in ClickHouse as they were sent: nothing missing, duplicated, "
-    "unexpected or altered.",
-)
-def recent_exports_reconcile(mysql: MySQLResource, clickhouse: ClickHouseResource) -> dg.AssetCheckResult:
-    try:
-        upkeep = mysql.upkeep()
-        now_ms = upkeep.now_ms()
-        report = reconcile(
-            mysql.outbox(),
-            upkeep,
-            clickhouse.audit_log(),
-            from_ms=now_ms - DAY_MS,
-            to_ms=now_ms,
-            count_places=False,
-        )
-    except AuditExportError as error:
-        raise dg.Failure(description=str(error)) from None
-    return dg.AssetCheckResult(
-        passed=report.clean, severity=dg.AssetCheckSeverity.ERROR, metadata=reconcile_metadata(report)
+def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
+    """All checks of this outbox's asset."""
+    return [_recent_exports_reconcile(names), _no_dead_letters_standing(names)]
+
+
+def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        asset=names.asset,
+        required_resource_keys=names.databases,
+        description="The exports of the last 24 hours are in ClickHouse as they were sent: nothing missing, duplicated, "
+        "unexpected or altered.",
     )
+    def recent_exports_reconcile(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        mysql = names.mysql_of(context)
+        try:
+            upkeep = mysql.upkeep()
+            now_ms = upkeep.now_ms()
+            report = reconcile(
+                mysql.outbox(),
+                upkeep,
+                names.clickhouse_of(context).audit_log(),
+                from_ms=now_ms - DAY_MS,
+                to_ms=now_ms,
+                count_places=False,
+            )
+        except AuditExportError as error:
+            raise dg.Failure(description=str(error)) from None
+        return dg.AssetCheckResult(
+            passed=report.clean, severity=dg.AssetCheckSeverity.ERROR, metadata=reconcile_metadata(report)
+        )
+
+    return recent_exports_reconcile
 
 
-@dg.asset_check(
-    asset=ASSET,
-    description="No outbox row is set aside as an open dead letter. Discarded ones do not count; letters whose row "
-    "was deleted or marked by somebody are closed on the way.",
-)
-def no_dead_letters_standing(mysql: MySQLResource) -> dg.AssetCheckResult:
-    try:
-        outbox = mysql.outbox()
-        gone = dead_letters.upkeep(outbox)
-        return letters_standing(dead_letters.count(outbox, Which()), gone)
-    except AuditExportError as error:
-        raise dg.Failure(description=str(error)) from None
+def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        asset=names.asset,
+        required_resource_keys={names.mysql},
+        description="No outbox row is set aside as an open dead letter. Discarded ones do not count; letters whose row "
+        "was deleted or marked by somebody are closed on the way.",
+    )
+    def no_dead_letters_standing(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        try:
+            outbox = names.mysql_of(context).outbox()
+            gone = dead_letters.upkeep(outbox)
+            return letters_standing(dead_letters.count(outbox, Which()), gone)
+        except AuditExportError as error:
+            raise dg.Failure(description=str(error)) from None
+
+    return no_dead_letters_standing

@@ -1,11 +1,12 @@
-"""The launchpad: `core.limits.Limits` as a flat Dagster configuration.
+"""The launchpad: `core.limits.Limits` as a flat Dagster configuration, and forms whose values are checked at the launch.
 
-What belongs here: turning the one table of limits into a schema, and spreading its values over the ops.
-What does not: names, defaults, bounds and descriptions; those stand in `core.limits`.
+What belongs here: turning the one table of limits into a schema, spreading its values over the ops, and refusing a
+wrong value before a run starts. What does not: names, defaults, bounds and descriptions; those stand in `core.limits`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -34,13 +35,30 @@ DRAIN_SCHEMA = _schema()
 @dg.config_mapping(config_schema=DRAIN_SCHEMA)
 def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
     """One flat form for the whole graph; a value out of bounds is refused before anything runs, by name."""
-    try:
-        Limits.of(settings)
-    except InvalidConfig as error:
-        raise dg.DagsterInvalidConfigError(str(error), [], settings) from error
+    _refuse_unless(Limits.of, settings)
     op = {"config": settings}
     return {
         "plan_batches": op,
         "export_batch": {"ops": {"fetch_batch": op, "write_clickhouse": op, "mark_exported": op}},
         "finish_export": op,
     }
+
+
+def checked(
+    op: dg.OpDefinition, name: str, schema: Mapping[str, dg.Field], check: Callable[[Mapping[str, Any]], object]
+) -> dg.OpDefinition:
+    """The op under this name, with a form that `check` looks at when a run is launched: what it raises refuses the run."""
+
+    @dg.configured(op, config_schema=dict(schema), name=name)
+    def form(settings: dict[str, Any]) -> dict[str, Any]:
+        _refuse_unless(check, settings)
+        return settings
+
+    return form
+
+
+def _refuse_unless(check: Callable[[Mapping[str, Any]], object], settings: dict[str, Any]) -> None:
+    try:
+        check(settings)
+    except InvalidConfig as error:
+        raise dg.DagsterInvalidConfigError(str(error), [], settings) from error

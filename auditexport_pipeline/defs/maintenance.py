@@ -1,28 +1,33 @@
 """Upkeep as jobs: requeue, sweep, reconcile, and the schedules of the last two.
 
 What belongs here: a launchpad form for each, and saying what came of it. What does not: the work, which `core`
-does the same way for the prompt. Each may run beside a drain, and beside itself.
+does the same way for the prompt. Each may run beside a drain, and beside itself. Each function makes a definition for
+the outbox of these `Names`; a form's wrong value is refused at the launch, by name.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline.core.actions import By, RowFilter
-from auditexport_pipeline.core.errors import VerificationFailed
+from auditexport_pipeline.core.errors import InvalidConfig, VerificationFailed
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import told_to_dagster
+from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
-from auditexport_pipeline.defs.resources import ClickHouseResource, MySQLResource
 
-ASSET = "audit_logs_raw_v1"
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
 _DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")
+# A window of reconciliation beyond this is a mistake of units.
+LONGEST_WINDOW_DAYS = 3_650
 
 
-def _by(context: dg.OpExecutionContext, why: str) -> By:
+def by_of(context: dg.OpExecutionContext, why: str) -> By:
+    """Who and why, by a launchpad's form with these two fields."""
     who = context.op_config["who"] or f"Dagster run {context.run_id[:8]} of {context.job_name}"
     return By(who=who, why=context.op_config.get("why") or why)
 
@@ -33,192 +38,249 @@ def _optional(kind: Any, meaning: str) -> dg.Field:
 
 # ── requeue ──────────────────────────────────────────────────────────────────────────────────────
 
+REQUEUE = {
+    "event_ids": dg.Field([str], default_value=[], description="These events."),
+    "workspace_id": _optional(str, "Of this workspace."),
+    "from_event_ms": _optional(int, "Event time from, epoch milliseconds, inclusive."),
+    "to_event_ms": _optional(int, "Event time to, exclusive."),
+    "from_exported_ms": _optional(int, "Exported (`deleted_at`) from, epoch milliseconds, inclusive."),
+    "to_exported_ms": _optional(int, "Exported to, exclusive."),
+    "from_pk": _optional(int, "First pk of the outbox."),
+    "to_pk": _optional(int, "Last pk of the outbox."),
+    "batch_ids": dg.Field([int], default_value=[], description="Rows of these batches of the ledger."),
+    "missing_only": dg.Field(bool, default_value=False, description="Only what ClickHouse lacks."),
+    "dry_run": _DRY_RUN,
+    "who": _WHO,
+    "why": dg.Field(str, description="Why; it is kept with the action."),
+}
 
-@dg.op(
-    config_schema={
-        "event_ids": dg.Field([str], default_value=[], description="These events."),
-        "workspace_id": _optional(str, "Of this workspace."),
-        "from_event_ms": _optional(int, "Event time from, epoch milliseconds, inclusive."),
-        "to_event_ms": _optional(int, "Event time to, exclusive."),
-        "from_exported_ms": _optional(int, "Exported (`deleted_at`) from, epoch milliseconds, inclusive."),
-        "to_exported_ms": _optional(int, "Exported to, exclusive."),
-        "from_pk": _optional(int, "First pk of the outbox."),
-        "to_pk": _optional(int, "Last pk of the outbox."),
-        "batch_ids": dg.Field([int], default_value=[], description="Rows of these batches of the ledger."),
-        "missing_only": dg.Field(bool, default_value=False, description="Only what ClickHouse lacks."),
-        "dry_run": _DRY_RUN,
-        "who": _WHO,
-        "why": dg.Field(str, description="Why; it is kept with the action."),
-    },
-    out=dg.Out(dg.Nothing),
-    description="Clears the marks of exported rows, so that the next drain exports them again under their first "
-    "`inserted_at`. All conditions that are given hold together.",
-)
-def requeue_rows(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
-    settings = dict(context.op_config)
-    with told_to_dagster(context):
-        by = _by(context, "")
-        conditions = {name: settings[name] for name in RowFilter.__dataclass_fields__}
-        wanted = RowFilter(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in conditions.items()}
-        )
-        done = requeue(
-            mysql.outbox(),
-            mysql.upkeep(),
-            clickhouse.audit_log(),
-            wanted,
-            by,
-            missing_only=settings["missing_only"],
-            dry_run=settings["dry_run"],
-        )
-    context.log.info(
-        f"{'would requeue' if settings['dry_run'] else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
-        + (f", action {done.action_id}" if done.action_id else "")
+
+def _rows_of(settings: Mapping[str, Any]) -> RowFilter:
+    conditions = {name: settings[name] for name in RowFilter.__dataclass_fields__}
+    wanted = RowFilter(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in conditions.items()}
     )
-    context.add_output_metadata(requeue_metadata(done))
+    wanted.refuse_everything()
+    return wanted
 
 
-@dg.job(description="Exports rows again on purpose: by event, workspace, time, pk or batch.")
-def requeue_events() -> None:
-    requeue_rows()
+def _check_requeue(settings: Mapping[str, Any]) -> None:
+    _rows_of(settings)
+    By(who=settings["who"] or "the run", why=settings["why"])
+
+
+def requeue_job(names: Names) -> dg.JobDefinition:
+    """`requeue_events`."""
+
+    @dg.op(
+        config_schema=REQUEUE,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Clears the marks of exported rows, so that the next drain exports them again under their first "
+        "`inserted_at`. All conditions that are given hold together.",
+    )
+    def requeue_rows(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            done = requeue(
+                mysql.outbox(),
+                mysql.upkeep(),
+                names.clickhouse_of(context).audit_log(),
+                _rows_of(settings),
+                by_of(context, ""),
+                missing_only=settings["missing_only"],
+                dry_run=settings["dry_run"],
+            )
+        context.log.info(
+            f"{'would requeue' if settings['dry_run'] else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
+            + (f", action {done.action_id}" if done.action_id else "")
+        )
+        context.add_output_metadata(requeue_metadata(done))
+
+    form = checked(requeue_rows, names.of("requeue_rows"), REQUEUE, _check_requeue).alias("requeue_rows")
+
+    @dg.job(
+        name=names.of("requeue_events"),
+        description="Exports rows again on purpose: by event, workspace, time, pk or batch.",
+    )
+    def requeue_events() -> None:
+        form()
+
+    return requeue_events
 
 
 # ── sweep ────────────────────────────────────────────────────────────────────────────────────────
 
 _DEFAULTS = Retention()
+SWEEP = {
+    "outbox_days": dg.Field(
+        float,
+        default_value=_DEFAULTS.outbox_days,
+        description="Exported rows stay this many days. From 0 to 3,650.",
+    ),
+    "ledger_days": dg.Field(
+        float,
+        default_value=_DEFAULTS.ledger_days,
+        description="Batches keep their pks this many days; longer than ClickHouse's TTL. From 1 to 36,500.",
+    ),
+    "chunk_rows": dg.Field(
+        int, default_value=_DEFAULTS.chunk_rows, description="Rows deleted by one transaction. From 1 to 50,000."
+    ),
+    "pause_s": dg.Field(
+        float, default_value=_DEFAULTS.pause_s, description="Seconds between two of them. From 0 to 60."
+    ),
+    "max_rows": dg.Field(
+        int, default_value=_DEFAULTS.max_rows, description="Rows of one sweep at most; the rest waits for the next."
+    ),
+    "dry_run": _DRY_RUN,
+    "who": _WHO,
+}
 
 
-@dg.op(
-    config_schema={
-        "outbox_days": dg.Field(
-            float,
-            default_value=_DEFAULTS.outbox_days,
-            description="Exported rows stay this many days. From 0 to 3,650.",
-        ),
-        "ledger_days": dg.Field(
-            float,
-            default_value=_DEFAULTS.ledger_days,
-            description="Batches keep their pks this many days; longer than ClickHouse's TTL. From 1 to 36,500.",
-        ),
-        "chunk_rows": dg.Field(
-            int, default_value=_DEFAULTS.chunk_rows, description="Rows deleted by one transaction. From 1 to 50,000."
-        ),
-        "pause_s": dg.Field(
-            float, default_value=_DEFAULTS.pause_s, description="Seconds between two of them. From 0 to 60."
-        ),
-        "max_rows": dg.Field(
-            int, default_value=_DEFAULTS.max_rows, description="Rows of one sweep at most; the rest waits for the next."
-        ),
-        "dry_run": _DRY_RUN,
-        "who": _WHO,
-    },
-    out=dg.Out(dg.Nothing),
-    description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
-)
-def sweep_rows(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
-    settings = dict(context.op_config)
-    with told_to_dagster(context):
-        retention = Retention(**{name: settings[name] for name in Retention.__dataclass_fields__})
-        done = sweep(
-            mysql.outbox(),
-            mysql.upkeep(),
-            clickhouse.audit_log(),
-            retention,
-            _by(context, f"retention of {retention.outbox_days:g} days"),
-            dry_run=settings["dry_run"],
-        )
-        context.add_output_metadata(sweep_metadata(done))
-        context.log.info(
-            f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
-            f"{done.held_back} batches held back, {done.compacted} compacted"
-        )
-        if done.discrepant:
-            raise VerificationFailed(
-                "batches past retention that ClickHouse no longer holds as it did were not swept: "
-                + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.discrepant.items())[:10])
-                + ". Run reconcile_audit_logs with repair, then sweep again"
+def _retention_of(settings: Mapping[str, Any]) -> Retention:
+    return Retention(**{name: settings[name] for name in Retention.__dataclass_fields__})
+
+
+def sweep_job(names: Names) -> dg.JobDefinition:
+    """`sweep_exported_rows`."""
+
+    @dg.op(
+        config_schema=SWEEP,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
+    )
+    def sweep_rows(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            retention = _retention_of(settings)
+            done = sweep(
+                mysql.outbox(),
+                mysql.upkeep(),
+                names.clickhouse_of(context).audit_log(),
+                retention,
+                by_of(context, f"retention of {retention.outbox_days:g} days"),
+                dry_run=settings["dry_run"],
             )
+            context.add_output_metadata(sweep_metadata(done))
+            context.log.info(
+                f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
+                f"{done.held_back} batches held back, {done.compacted} compacted"
+            )
+            if done.discrepant:
+                raise VerificationFailed(
+                    "batches past retention that ClickHouse no longer holds as it did were not swept: "
+                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.discrepant.items())[:10])
+                    + f". Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
+                )
 
+    form = checked(sweep_rows, names.of("sweep_rows"), SWEEP, _retention_of).alias("sweep_rows")
 
-@dg.job(description="Retention: deletes exported and verified rows that are older than the window.")
-def sweep_exported_rows() -> None:
-    sweep_rows()
+    @dg.job(
+        name=names.of("sweep_exported_rows"),
+        description="Retention: deletes exported and verified rows that are older than the window.",
+    )
+    def sweep_exported_rows() -> None:
+        form()
+
+    return sweep_exported_rows
 
 
 # ── reconcile ────────────────────────────────────────────────────────────────────────────────────
 
+RECONCILE = {
+    "days": dg.Field(float, default_value=7.0, description="Exports of this many days up to now. Up to 3,650."),
+    "from_ms": _optional(int, "Instead of `days`: first export from, epoch milliseconds, inclusive."),
+    "to_ms": _optional(int, "First export to, exclusive; empty: up to now."),
+    "others_write": dg.Field(
+        bool,
+        default_value=False,
+        description="Somebody else fills audit_logs_raw_v1 as well: count and do not accuse.",
+    ),
+    "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
+    "dry_run": dg.Field(bool, default_value=False, description="Record nothing of what is seen, and requeue nothing."),
+    "who": _WHO,
+    "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
+}
 
-@dg.op(
-    config_schema={
-        "days": dg.Field(float, default_value=7.0, description="Exports of this many days up to now."),
-        "from_ms": _optional(int, "Instead of `days`: first export from, epoch milliseconds, inclusive."),
-        "to_ms": _optional(int, "First export to, exclusive; empty: up to now."),
-        "others_write": dg.Field(
-            bool,
-            default_value=False,
-            description="Somebody else fills audit_logs_raw_v1 as well: count and do not accuse.",
-        ),
-        "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
-        "dry_run": dg.Field(
-            bool, default_value=False, description="Record nothing of what is seen, and requeue nothing."
-        ),
-        "who": _WHO,
-        "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
-    },
-    out=dg.Out(dg.Nothing),
-    description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
-)
-def reconcile_window(context: dg.OpExecutionContext, mysql: MySQLResource, clickhouse: ClickHouseResource) -> None:
-    settings = dict(context.op_config)
-    with told_to_dagster(context):
-        upkeep = mysql.upkeep()
-        now_ms = upkeep.now_ms()
-        from_ms = settings["from_ms"]
-        report = reconcile(
-            mysql.outbox(),
-            upkeep,
-            clickhouse.audit_log(),
-            from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
-            to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
-            repair=_by(context, "reconciliation") if settings["repair"] else None,
-            others_write=settings["others_write"],
-            dry_run=settings["dry_run"],
-        )
-        metadata = reconcile_metadata(report)
-        context.log_event(dg.AssetObservation(ASSET, metadata=metadata))
-        context.add_output_metadata(metadata)
-        context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
-        if not report.clean:
-            repaired = (
-                f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
-                if report.repaired and report.repaired.action_id
-                else ""
+
+def _check_window(settings: Mapping[str, Any]) -> None:
+    first, last = settings["from_ms"], settings["to_ms"]
+    if not 0 < settings["days"] <= LONGEST_WINDOW_DAYS:
+        raise InvalidConfig(f"days is {settings['days']:g}; it must be above 0, and {LONGEST_WINDOW_DAYS:,} at most")
+    if first is not None and last is not None and first >= last:
+        raise InvalidConfig(f"from_ms is {first} and to_ms is {last}: the window is empty; swap them")
+    By(who=settings["who"] or "the run", why=settings["why"])
+
+
+def reconcile_job(names: Names) -> dg.JobDefinition:
+    """`reconcile_audit_logs`."""
+
+    @dg.op(
+        config_schema=RECONCILE,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
+    )
+    def reconcile_window(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            upkeep = mysql.upkeep()
+            now_ms = upkeep.now_ms()
+            from_ms = settings["from_ms"]
+            report = reconcile(
+                mysql.outbox(),
+                upkeep,
+                names.clickhouse_of(context).audit_log(),
+                from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
+                to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
+                repair=by_of(context, "reconciliation") if settings["repair"] else None,
+                others_write=settings["others_write"],
+                dry_run=settings["dry_run"],
             )
-            raise VerificationFailed(
-                f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. "
-                + (
-                    repaired
-                    or "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
+            metadata = reconcile_metadata(report)
+            context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
+            context.add_output_metadata(metadata)
+            context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
+            if not report.clean:
+                repaired = (
+                    f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
+                    if report.repaired and report.repaired.action_id
+                    else ""
                 )
-            )
+                raise VerificationFailed(
+                    f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. "
+                    + (
+                        repaired
+                        or "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
+                    )
+                )
+
+    form = checked(reconcile_window, names.of("reconcile_window"), RECONCILE, _check_window).alias("reconcile_window")
+
+    @dg.job(
+        name=names.of("reconcile_audit_logs"),
+        description="Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing.",
+    )
+    def reconcile_audit_logs() -> None:
+        form()
+
+    return reconcile_audit_logs
 
 
-@dg.job(
-    description="Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing."
-)
-def reconcile_audit_logs() -> None:
-    reconcile_window()
-
-
-sweep_schedule = dg.ScheduleDefinition(
-    name="sweep_schedule",
-    job=sweep_exported_rows,
-    cron_schedule="30 3 * * *",
-    description="Retention, once a day.",
-)
-reconcile_schedule = dg.ScheduleDefinition(
-    name="reconcile_schedule",
-    job=reconcile_audit_logs,
-    cron_schedule="30 4 * * *",
-    description="The last seven days against ClickHouse, once a day.",
-)
+def upkeep_schedules(names: Names, sweep: Any, reconcile: Any) -> list[dg.ScheduleDefinition]:
+    """Once a day each, in the small hours; off until somebody turns them on."""
+    return [
+        dg.ScheduleDefinition(
+            name=names.of("sweep_schedule"), job=sweep, cron_schedule="30 3 * * *", description="Retention, once a day."
+        ),
+        dg.ScheduleDefinition(
+            name=names.of("reconcile_schedule"),
+            job=reconcile,
+            cron_schedule="30 4 * * *",
+            description="The last seven days against ClickHouse, once a day.",
+        ),
+    ]

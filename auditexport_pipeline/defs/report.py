@@ -71,6 +71,24 @@ def run_metadata(
     return metadata
 
 
+def batch_metadata(batch: Batch, *, write_s: float, mark_s: float) -> dict[str, dg.MetadataValue | int | float | str]:
+    """One exported batch, for its observation; `batch_id` is the key of its row in the ledger."""
+    return {
+        "batch_id": batch.batch_id,
+        "generation": batch.generation,
+        "rows": batch.marked_rows,
+        "entries": batch.entries,
+        "blocks": len(batch.blocks),
+        "bytes": batch.bytes,
+        "dead_letters": batch.counts.dead,
+        "attempts": batch.attempts,
+        "write_s": round(write_s, 3),
+        "mark_s": round(mark_s, 3),
+        "digest": batch.digest,
+        "in_the_ledger": f"auditexport batches show {batch.batch_id}",
+    }
+
+
 def counts_table(what: str, counts: Mapping[str, int]) -> str:
     """One line a name, as markdown; names that an application chose stay in their cell."""
     if not counts:

@@ -39,7 +39,9 @@ STALL_S = 5.0
 SAMPLE_EVERY_S = 0.15
 CONTROL_S = 1.5
 # Far below what the servers can do, so that the machine has room for the application.
-THROTTLED_ROWS_PER_S = 4_000
+THROTTLED_ROWS_PER_S = (1_000, 4_000)
+# The writer's first commits open its connection and fill its caches, whoever stands beside it: not counted.
+WARM_UP_S = 1.0
 THIS = "auditexport_tests.benchmarks.latency"
 ANCESTOR = ["-m", "auditexport_tests.benchmarks.ancestor"]
 
@@ -89,8 +91,8 @@ def drain_for(mysql_url: str, clickhouse_url: str, seconds: float, rows_per_s: i
 
 
 def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[tuple[float, float]]:
-    """Milliseconds of each INSERT and of its COMMIT, at `PACE_PER_S`."""
-    events = Generator(bench.SEED, stream=time.time_ns()).events(int(seconds * PACE_PER_S))
+    """Milliseconds of each INSERT and of its COMMIT, at `PACE_PER_S`, after a warm-up."""
+    events = Generator(bench.SEED, stream=time.time_ns()).events(int((WARM_UP_S + seconds) * PACE_PER_S))
     engine = sa.create_engine(stack.outbox.url, pool_size=1)
     statement = sa.text(
         "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
@@ -115,7 +117,7 @@ def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[tup
             connection.commit()
             taken.append(((inserted - started) * 1000, (time.perf_counter() - inserted) * 1000))
     engine.dispose()
-    return taken
+    return taken[int(WARM_UP_S * PACE_PER_S) :]
 
 
 class Sampler(threading.Thread):
@@ -203,14 +205,20 @@ def _stall(pid: int, stop: threading.Event) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def main(seconds: float = 12.0, backlog: int = 300_000, rounds: int = 3) -> None:
+def main(seconds: float = 40.0, backlog: int = 300_000, rounds: int = 2) -> None:
     ours = ("-m", THIS, "--drain", "URLS", "0")
-    throttled = ("-m", THIS, "--drain", "URLS", str(THROTTLED_ROWS_PER_S))
     ancestor = (*ANCESTOR, "URLS")
     stands = (
         Beside(name="no exporter"),
         Beside(name="auditexport, large backlog", arguments=ours, backlog=True),
-        Beside(name=f"auditexport, large backlog, {THROTTLED_ROWS_PER_S:,} rows/s", arguments=throttled, backlog=True),
+        *(
+            Beside(
+                name=f"auditexport, large backlog, {rate:,} rows/s",
+                arguments=("-m", THIS, "--drain", "URLS", str(rate)),
+                backlog=True,
+            )
+            for rate in THROTTLED_ROWS_PER_S
+        ),
         Beside(name="auditexport, what the writer writes", arguments=ours),
         Beside(name="auditexport, ClickHouse stalled 5 s", arguments=ours, stalled=True),
         Beside(name="ancestor, large backlog", arguments=ancestor, backlog=True),

@@ -9,13 +9,18 @@ import pytest
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import automation
-from auditexport_pipeline.defs.automation import export_schedule, outbox_backlog_sensor
 from auditexport_pipeline.defs.resources import MySQLResource
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, event, events, everything_once, launchpad
 
 OUTBOX = dg.AssetKey("clickhouse_outbox")
+
+
+def evaluated(context: dg.SensorEvaluationContext) -> object:
+    """One evaluation. Calling the definition would pass resources by name, as it does to functions that ask for them so."""
+    return defs.resolve_sensor_def("outbox_backlog_sensor")._raw_fn(context)
 
 
 class Sensor:
@@ -30,7 +35,7 @@ class Sensor:
         with dg.build_sensor_context(
             instance=self._instance, cursor=self.cursor, resources={"mysql": self._mysql}
         ) as context:
-            result = outbox_backlog_sensor(context)
+            result = evaluated(context)
         assert isinstance(result, dg.SensorResult)
         self.cursor = result.cursor
         return result
@@ -51,6 +56,10 @@ def reason(result: dg.SensorResult) -> str:
         return requests(result)[0].tags["auditexport/why"]
     assert result.skip_reason is not None
     return str(result.skip_reason.skip_message)
+
+
+def schedule() -> dg.ScheduleDefinition:
+    return defs.resolve_schedule_def("audit_log_export_schedule")
 
 
 def age(stack: Stack, seconds: int) -> None:
@@ -136,7 +145,7 @@ def test_a_tick_without_mysql_fails_with_one_line(exporter: Exporter) -> None:
     mysql = MySQLResource(url="mysql+pymysql://nobody@127.0.0.1:1/none")
     with dg.build_sensor_context(instance=exporter.instance, resources={"mysql": mysql}) as context:
         with pytest.raises(dg.Failure) as failure:
-            outbox_backlog_sensor(context)
+            evaluated(context)
     assert str(failure.value.description).startswith("MySQL failed while probing the backlog")
 
 
@@ -192,8 +201,9 @@ def test_the_sensor_sees_a_drain_by_its_pool_whatever_job_it_is_part_of(
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export, "fetch", fetch_while_the_sensor_ticks)
-    monkeypatch.setattr(automation, "JOB", "a name of its own")
-    exporter.drain()
+    somebody_elses = dg.define_asset_job("somebody_elses", selection=dg.AssetSelection.assets(ASSET).without_checks())
+    everything = dg.Definitions.merge(defs, dg.Definitions(jobs=[somebody_elses]))
+    everything.resolve_job_def("somebody_elses").execute_in_process(instance=exporter.instance)
     (run,) = exporter.instance.get_runs()
     assert not run.asset_selection
     assert [reason(tick).startswith(f"run {run.run_id[:8]} is at work") for tick in ticks] == [True]
@@ -289,10 +299,10 @@ def test_the_schedule_requests_a_run_at_every_tick_also_of_an_empty_outbox(expor
     for minute in (0, 15):
         at = datetime(2026, 1, 1, 12, minute, tzinfo=timezone.utc)
         with dg.build_schedule_context(instance=exporter.instance, scheduled_execution_time=at) as context:
-            tick = export_schedule.evaluate_tick(context)
+            tick = schedule().evaluate_tick(context)
         assert tick.skip_message is None
         assert len(tick.run_requests or []) == 1
-    assert export_schedule.cron_schedule == "*/15 * * * *"
+    assert schedule().cron_schedule == "*/15 * * * *"
 
 
 @pytest.mark.parametrize("starter", ["sensor", "schedule"])
@@ -308,7 +318,7 @@ def test_runs_that_nobody_launches_by_hand_have_the_settings_of_their_own_variab
         if starter == "sensor":
             return sensor.tick()
         with dg.build_schedule_context(instance=exporter.instance) as context:
-            return export_schedule.evaluate_tick(context)
+            return schedule().evaluate_tick(context)
 
     (request,) = requested().run_requests  # type: ignore[attr-defined]
     assert request.run_config == launchpad({"linger_s": 900, "max_rows_per_second": 5000})

@@ -77,7 +77,7 @@ def test_letters_are_retried_from_the_launchpad_and_the_record_names_the_run(exp
             run_config={"ops": {"retry_letters": {"config": {"why": "the writer is fixed", **config}}}},
         )
 
-    with pytest.raises(dg.Failure, match="no filter is given"):
+    with pytest.raises(dg.DagsterInvalidConfigError, match="no filter is given"):
         retry(dry_run=False)
     retry(workspace_id="ws_a")
     assert stack.sql("SELECT action_id FROM clickhouse_outbox_action") == []
