@@ -18,6 +18,34 @@ Where things are, and the one direction of imports (a test reads it from the sou
     stores    the two databases, each in its own SQL          may import core
     defs      Dagster: ops, resources, sensor, schedule       may import core, stores
     definitions   the composition root                        may import core, stores, defs
+    component     the same as a Dagster component             may import core, stores, defs
     local     servers and events to try it with               may import core, stores
     cli       the prompt                                      may import anything
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from auditexport_pipeline.component import AuditExport
+    from auditexport_pipeline.defs.build import build_audit_export_defs
+
+__all__ = ["AuditExport", "build_audit_export_defs"]
+
+
+def __getattr__(name: str) -> object:
+    """The two names that other code locations use; importing Dagster waits until one of them is asked for."""
+    if name == "AuditExport":
+        from auditexport_pipeline.component import AuditExport
+
+        return AuditExport
+    if name == "build_audit_export_defs":
+        from auditexport_pipeline.defs.build import build_audit_export_defs
+
+        return build_audit_export_defs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,85 @@
+"""One outbox's definitions, put together: what any code location merges into its own.
+
+What belongs here: `build_audit_export_defs`. What does not: any definition, and the executor, of which a code location
+has one (`definitions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core.backlog import Thresholds
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.defs import automation, catalog, checks, dead_letters, maintenance
+from auditexport_pipeline.defs.assets import export_asset
+from auditexport_pipeline.defs.io import outbox_io_manager
+from auditexport_pipeline.defs.names import Names
+from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, ahead
+
+Url = str | dg.EnvVar
+
+
+def build_audit_export_defs(
+    name: str = "",
+    *,
+    mysql_url: Url | None = None,
+    clickhouse_url: Url | None = None,
+    heartbeat_url: Url | None = None,
+    drain: Mapping[str, Any] | None = None,
+    sensor_thresholds: Thresholds | None = None,
+    group_name: str = catalog.GROUP,
+    owners: Sequence[str] = (),
+    links: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+    executor: dg.ExecutorDefinition | None = None,
+    **resources: Any,
+) -> dg.Definitions:
+    """Everything that exports one outbox: assets, checks, jobs, sensor, schedules and resources.
+
+    Merge the result into your own `Definitions`, once for each outbox or shard. `name` begins every name but the
+    first one's and is the assets' prefix (`defs.names`); it raises `InvalidConfig` when Dagster would not take it.
+
+    The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL and
+    AUDITEXPORT_HEARTBEAT_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
+    of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
+    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise). `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
+    `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
+    `clickhouse`, `heartbeat`, `outbox_io_manager`, `ahead`, under those names.
+    """
+    names = Names(name=name)
+    given: dict[str, Any] = {
+        "mysql": MySQLResource(url=mysql_url or dg.EnvVar("AUDITEXPORT_MYSQL_URL")),
+        "clickhouse": ClickHouseResource(url=clickhouse_url or dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
+        "heartbeat": HeartbeatResource(url=heartbeat_url) if heartbeat_url else HeartbeatResource(),
+        "outbox_io_manager": outbox_io_manager,
+        "ahead": ahead,
+    }
+    if unknown := sorted(set(resources) - set(given)):
+        raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
+    about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
+    export_job = automation.export_job(names)
+    sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names)
+    return dg.Definitions(
+        assets=[
+            catalog.outbox_spec(names, **about),
+            export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
+        ],
+        asset_checks=checks.asset_checks(names),
+        jobs=[
+            export_job,
+            maintenance.requeue_job(names),
+            sweep_job,
+            reconcile_job,
+            dead_letters.retry_job(names),
+        ],
+        sensors=[automation.backlog_sensor(names, export_job, drain, sensor_thresholds)],
+        schedules=[
+            automation.export_schedule(names, export_job, drain),
+            *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),
+        ],
+        resources={names.of(key): resource for key, resource in {**given, **resources}.items()},
+        executor=executor,
+    )
