@@ -25,8 +25,12 @@ from auditexport_pipeline.defs.report import backlog_metadata
 DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
 SENSOR_INTERVAL_S = 15
-# Even when nothing changes, the page shows a fresh observation of the outbox this often.
+# How often the page gets a fresh observation of the outbox: when nothing changes, and when rows come and go, as they do at
+# every tick. Nothing but its asset ever deletes such an event: at every tick they would be two million a year.
 OBSERVE_EVERY_S = 600
+OBSERVE_CHANGES_EVERY_S = 120
+# What waits for a person is told at once.
+_TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
 # The wait after failures stops growing before this many.
 FAILURES_LOOKED_AT = 8
 
@@ -150,6 +154,12 @@ def _seen(cursor: str | None) -> _Seen | None:
         return None
 
 
+def _worth_telling(seen: _Seen | None, numbers: Mapping[str, str]) -> bool:
+    if seen is None or any(seen.numbers.get(name) != numbers[name] for name in _TOLD_AT_ONCE):
+        return True
+    return time.time() - seen.at_s >= (OBSERVE_EVERY_S if seen.numbers == numbers else OBSERVE_CHANGES_EVERY_S)
+
+
 def backlog_sensor(
     names: Names, job: Any, drain: Mapping[str, Any] | None, given: Thresholds | None
 ) -> dg.SensorDefinition:
@@ -180,8 +190,7 @@ def backlog_sensor(
         )
         numbers = backlog_metadata(backlog)
         steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
-        seen = _seen(context.cursor)
-        fresh = seen is None or seen.numbers != steady or time.time() - seen.at_s >= OBSERVE_EVERY_S
+        fresh = _worth_telling(_seen(context.cursor), steady)
         return dg.SensorResult(
             # No run_key: Dagster remembers one for ever, failed runs included.
             run_requests=[dg.RunRequest(run_config=settings, tags={"auditexport/why": decision.reason[:250]})]

@@ -13,7 +13,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.defs import automation, catalog, checks, dead_letters, maintenance
+from auditexport_pipeline.defs import automation, catalog, checks, dead_letters, instance, maintenance
 from auditexport_pipeline.defs.assets import export_asset
 from auditexport_pipeline.defs.io import outbox_io_manager
 from auditexport_pipeline.defs.names import Names
@@ -62,23 +62,20 @@ def build_audit_export_defs(
     about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
     export_job = automation.export_job(names)
     sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names)
+    upkeep = [maintenance.requeue_job(names), sweep_job, reconcile_job, dead_letters.retry_job(names)]
+    purge_job = instance.purge_job(names, [names.job, *(job.name for job in upkeep)])
     return dg.Definitions(
         assets=[
             catalog.outbox_spec(names, **about),
             export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
         ],
         asset_checks=checks.asset_checks(names),
-        jobs=[
-            export_job,
-            maintenance.requeue_job(names),
-            sweep_job,
-            reconcile_job,
-            dead_letters.retry_job(names),
-        ],
+        jobs=[export_job, *upkeep, purge_job],
         sensors=[automation.backlog_sensor(names, export_job, drain, sensor_thresholds)],
         schedules=[
             automation.export_schedule(names, export_job, drain),
             *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),
+            instance.purge_schedule(names, purge_job),
         ],
         resources={names.of(key): resource for key, resource in {**given, **resources}.items()},
         executor=executor,

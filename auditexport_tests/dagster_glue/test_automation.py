@@ -253,7 +253,7 @@ def test_rows_of_unknown_versions_and_dead_letters_are_in_the_reason(
     assert reason(result).endswith("2 rows of unknown versions audit_log.v9, 1 dead letters")
 
 
-def test_the_outbox_is_observed_when_its_numbers_change_and_every_ten_minutes(
+def test_the_outbox_is_observed_now_and_then_and_at_once_when_somebody_is_needed(
     sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event log grows without bound: an observation at every tick would be most of it."""
@@ -278,10 +278,15 @@ def test_the_outbox_is_observed_when_its_numbers_change_and_every_ten_minutes(
     age(stack, 10)
     assert observed() == []
     stack.put(event("evt_more"))
-    assert [each["backlog_rows"] for each in observed()] == [3]
+    assert observed() == []
+    stack.put(event("evt_unknown"), version="audit_log.v9")
+    assert [(each["backlog_rows"], each["unknown_rows"]) for each in observed()] == [(3, 1)]
+    stack.put(event("evt_yet_more"))
+    monkeypatch.setattr(automation, "OBSERVE_CHANGES_EVERY_S", 0)
+    assert [each["backlog_rows"] for each in observed()] == [4]
     assert observed() == []
     monkeypatch.setattr(automation, "OBSERVE_EVERY_S", 0)
-    assert [each["backlog_rows"] for each in observed()] == [3]
+    assert [each["backlog_rows"] for each in observed()] == [4]
 
 
 def test_a_cursor_that_somebody_set_by_hand_does_not_stop_the_sensor(sensor: Sensor) -> None:
