@@ -180,6 +180,7 @@ def reconcile_window(context: dg.OpExecutionContext, mysql: MySQLResource, click
             clickhouse.audit_log(),
             from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
             to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
+            by=_by(context, "reconciliation"),
             repair=_by(context, "reconciliation") if settings["repair"] else None,
             others_write=settings["others_write"],
             dry_run=settings["dry_run"],
