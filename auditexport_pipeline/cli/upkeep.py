@@ -224,6 +224,7 @@ def reconcile(
         audit_log(),
         from_ms=from_ms if from_ms is not None else now_ms - int(days * DAY_MS),
         to_ms=to_ms if to_ms is not None else now_ms,
+        by=None if dry_run else _by(who, why),
         repair=_by(who, why) if repair else None,
         others_write=others_write,
         dry_run=dry_run,

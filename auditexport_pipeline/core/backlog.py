@@ -6,7 +6,8 @@ counted (`stores.outbox`) and who launches the run (`defs.automation`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 # After a second failed run in a row the sensor waits this long, then twice as long, up to the longest, which is well below
 # what a lag alarm is set to.
@@ -27,6 +28,7 @@ class Backlog:
     open_batches: int
     waiting_batches: int  # stopped ones whose lease has not ended: nobody may take them up yet
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
+    unknown_by_version: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def shown_rows(self) -> str:

@@ -109,6 +109,7 @@ def reconcile(
     *,
     from_ms: int,
     to_ms: int,
+    by: By | None = None,
     repair: By | None = None,
     others_write: bool = False,
     count_places: bool = True,
@@ -120,7 +121,8 @@ def reconcile(
     and not called unexpected. Without `count_places`, workspaces and days are told of discrepancies only: counting all
     of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its
     state `verified` or `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says
-    so. With `dry_run` nothing of this is written, and a user that may only read can ask.
+    so; with `by`, an action says who looked, at which window, and what differed, which is how `core.status` knows when it
+    was done last. With `dry_run` nothing of this is written, and a user that may only read can ask.
     """
     now_ms = upkeep.now_ms()
     # What is claimed from here on lies after the window.
@@ -153,7 +155,23 @@ def reconcile(
             missing_only=False,
             dry_run=dry_run,
         )
+    if by is not None and not dry_run:
+        upkeep.record_action("reconcile", by, _record(report))
     return report
+
+
+def _record(report: Report) -> dict[str, int]:
+    """What the action of a reconciliation keeps: its window and its counts."""
+    return {
+        "from_ms": report.from_ms,
+        "to_ms": report.to_ms,
+        "batches": len(report.batches),
+        "open_batches": report.open_batches,
+        "missing": report.found.missing,
+        "duplicated": report.found.duplicated,
+        "unexpected": report.found.unexpected,
+        "altered": report.found.altered,
+    }
 
 
 def _pages(upkeep: Upkeep, from_ms: int, to_ms: int) -> Iterator[list[Batch]]:

@@ -6,6 +6,7 @@ drain would have to wait for: the export job leaves checks out, and each check r
 
 import dagster as dg
 
+from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import LetterCounts, Which
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
@@ -55,6 +56,7 @@ def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
                 names.clickhouse_of(context).audit_log(),
                 from_ms=now_ms - DAY_MS,
                 to_ms=now_ms,
+                by=By(who="check recent_exports_reconcile", why="the last 24 hours"),
                 count_places=False,
             )
         except AuditExportError as error:

@@ -237,6 +237,7 @@ def reconcile_job(names: Names) -> dg.JobDefinition:
                 names.clickhouse_of(context).audit_log(),
                 from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
                 to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
+                by=by_of(context, "reconciliation"),
                 repair=by_of(context, "reconciliation") if settings["repair"] else None,
                 others_write=settings["others_write"],
                 dry_run=settings["dry_run"],

@@ -51,6 +51,7 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
         open_batches=len(open_batches),
         waiting_batches=sum(1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired),
         leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),
+        unknown_by_version=unknown,
     )
 
 

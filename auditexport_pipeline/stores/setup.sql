@@ -73,7 +73,7 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
 CREATE TABLE IF NOT EXISTS clickhouse_outbox_action (
   action_id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT,
   at_ms BIGINT NOT NULL,
-  verb VARCHAR(32) NOT NULL COMMENT 'requeue, repair, retry, discard, sweep, compact, erasure',
+  verb VARCHAR(32) NOT NULL COMMENT 'requeue, repair, reconcile, retry, discard, sweep, compact, erasure',
   who VARCHAR(128) NOT NULL,
   why VARCHAR(1000) NOT NULL,
   selection TEXT NOT NULL COMMENT 'which: the filters as JSON; ids and times, never payload text',

@@ -1,0 +1,184 @@
+"""MySQL: how the export stands, in statements whose cost does not grow with the tables.
+
+What belongs here: reading a `core.status.Status`, and the targets from the environment. What does not: what the
+numbers mean (`core.status`), and the backlog's probe, which the sensor asks as well (`stores.backlog`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, TextClause, text
+
+from auditexport_pipeline.core.actions import Action, By
+from auditexport_pipeline.core.batch import OPEN, State
+from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.core.status import (
+    RATE_WINDOW_S,
+    BatchTimes,
+    LastReconcile,
+    LastSweep,
+    OpenBatchStatus,
+    Status,
+    Targets,
+    rate_of,
+    runs_of,
+)
+from auditexport_pipeline.stores import mysql
+from auditexport_pipeline.stores.backlog import probe
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.statements import load
+
+SQL: dict[str, TextClause] = {name: text(statement) for name, statement in load("status.sql").items()}
+# Counting stops here: beyond, nobody wants to know how many, and the count takes a quarter of a second.
+COUNT_BACKLOG_TO = 1_000_000
+# Batches looked back at for the last runs and the rate: more than one run of the default limits, some milliseconds.
+LAST_BATCHES = 1_000
+# Open, unverified or discrepant batches that are looked at; `auditexport batches list` pages through all of them.
+STANDING_BATCHES = 200
+# Runs that are told of.
+LAST_RUNS = 5
+
+
+def targets() -> Targets:
+    """AUDITEXPORT_TARGET_…, read when they are asked for; raises `InvalidConfig`, naming the variable."""
+    return Targets.of(os.environ)
+
+
+def read_status(
+    outbox: MySQLOutbox, versions: Sequence[str] = tuple(VERSIONS), *, count_to: int = COUNT_BACKLOG_TO
+) -> Status:
+    """How the export stands, by MySQL's clock. A user that may only read can ask; ClickHouse is not asked.
+
+    Source: `drainer_pending_idx` of the outbox, the ledger by its indexes, dead letters by reason, the last actions.
+    No lock. Raises `OutboxUnavailable` and `SetupIncomplete`.
+    """
+    with outbox.transaction("reading the status") as connection:
+        now_ms = int(connection.execute(SQL["now_ms"]).scalar_one())
+        backlog = probe(connection, versions, count_to)
+        open_batches = _open_batches(connection, now_ms)
+        last = _times(connection, "last_batches", {"row_limit": LAST_BATCHES}, now_ms)
+        exported = _times(
+            connection,
+            "exported_since",
+            {"from_ms": now_ms - RATE_WINDOW_S * 1000, "row_limit": LAST_BATCHES},
+            now_ms,
+        )
+        unverified = _not_swept(connection, State.EXPORTED, STANDING_BATCHES)
+        discrepant = {
+            row.batch_id: row.last_error
+            for row in connection.execute(SQL["discrepant"], {"row_limit": STANDING_BATCHES})
+        }
+        unswept = _not_swept(connection, State.VERIFIED, 1)
+        last_exported_at_ms = connection.execute(SQL["last_exported"]).scalar()
+        first_claimed_at_ms = connection.execute(SQL["first_claimed"]).scalar()
+        dead_by_reason = {row.reason: row.n for row in connection.execute(mysql.SQL["dead_by_reason"])}
+    swept, reconciled, actions_read = _last_actions(outbox)
+    recent_rows, rows_per_s = rate_of(
+        [batch for batch in exported if batch.state not in OPEN],
+        [batch for batch in last if batch.state in OPEN and batch.leased],
+        now_ms=now_ms,
+    )
+    return Status(
+        at_ms=now_ms,
+        backlog=backlog,
+        recent_rows=recent_rows,
+        rows_per_s=rows_per_s,
+        open_batches=open_batches,
+        runs=runs_of(last, now_ms=now_ms, complete=len(last) < LAST_BATCHES)[:LAST_RUNS],
+        dead_by_reason=dead_by_reason,
+        unverified_batches=len(unverified),
+        unverified_age_s=_age_s(unverified, now_ms),
+        discrepant=discrepant,
+        last_exported_at_ms=last_exported_at_ms,
+        first_claimed_at_ms=first_claimed_at_ms,
+        oldest_unswept_age_s=_age_s(unswept, now_ms),
+        last_sweep=LastSweep.of(swept) if swept is not None else None,
+        last_reconcile=LastReconcile.of(reconciled) if reconciled is not None else None,
+        actions_read=actions_read,
+    )
+
+
+def _open_batches(connection: Connection, now_ms: int) -> tuple[OpenBatchStatus, ...]:
+    return tuple(
+        OpenBatchStatus(
+            batch_id=row.batch_id,
+            state=State(row.state),
+            version=row.version,
+            rows=row.row_count,
+            owner=row.owner,
+            age_s=max(0.0, (now_ms - row.claimed_at_ms) / 1000),
+            lease_left_s=(row.lease_until_ms - now_ms) / 1000,
+            attempts=row.attempts,
+            last_error=row.last_error,
+        )
+        for row in connection.execute(SQL["open_batches"], {"row_limit": STANDING_BATCHES})
+    )
+
+
+def _times(connection: Connection, statement: str, values: dict[str, int], now_ms: int) -> list[BatchTimes]:
+    return [
+        BatchTimes(
+            batch_id=row.batch_id,
+            epoch=row.epoch,
+            owner=row.owner,
+            state=State(row.state),
+            rows=row.row_count - unmarked(row),
+            claimed_at_ms=row.claimed_at_ms,
+            last_at_ms=max(
+                at_ms
+                for at_ms in (
+                    row.claimed_at_ms,
+                    row.sealed_at_ms,
+                    row.written_at_ms,
+                    row.exported_at_ms,
+                    row.verified_at_ms,
+                )
+                if at_ms is not None
+            ),
+            leased=row.lease_until_ms > now_ms,
+        )
+        for row in connection.execute(SQL[statement], values)
+    ]
+
+
+def unmarked(row: Row[Any]) -> int:
+    """Rows that a batch sent and could not mark, because somebody else had deleted or marked them."""
+    return msgspec.json.decode(row.counts, type=dict[str, int]).get("unmarked", 0) if row.counts else 0
+
+
+def _not_swept(connection: Connection, state: State, row_limit: int) -> list[int]:
+    """When batches in this state, whose rows are still there, were exported; oldest first."""
+    rows = connection.execute(SQL["not_swept"], {"state": str(state), "row_limit": row_limit})
+    return [row.exported_at_ms for row in rows]
+
+
+def _age_s(exported_at_ms: list[int], now_ms: int) -> float:
+    return max(0.0, (now_ms - exported_at_ms[0]) / 1000) if exported_at_ms else 0.0
+
+
+def _last_actions(outbox: MySQLOutbox) -> tuple[Action | None, Action | None, bool]:
+    """The last sweep, the last reconciliation, and whether this user may read them: the exporter's need not."""
+    try:
+        with outbox.transaction("reading what was done") as connection:
+            return _last_action(connection, "sweep"), _last_action(connection, "reconcile"), True
+    except SetupIncomplete:
+        return None, None, False
+
+
+def _last_action(connection: Connection, verb: str) -> Action | None:
+    row = connection.execute(SQL["last_action"], {"verb": verb}).one_or_none()
+    if row is None:
+        return None
+    return Action(
+        action_id=row.action_id,
+        at_ms=row.at_ms,
+        verb=row.verb,
+        by=By(who=row.who, why=row.why),
+        selection=row.selection,
+        rows=row.row_count,
+    )
