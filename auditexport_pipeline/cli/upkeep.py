@@ -279,6 +279,8 @@ def _show_report(report: Report) -> None:
     )
     for what, count in report.explained.items():
         click.echo(f"  explained: {count:,} {what}")
+    if report.unrecorded:
+        click.echo(f"  not recorded that it was looked: {report.unrecorded}", err=True)
     if report.open_batches:
         click.echo(f"  {report.open_batches} batches are not closed yet: the next drain sees to them")
     if report.found.event_ids:

@@ -33,6 +33,7 @@ from auditexport_pipeline.core.compare import (
     keys_absent,
     slots_of,
 )
+from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.event import VERSIONS, Undecodable
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
@@ -96,6 +97,7 @@ class Report:
     explained: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     missing_pks: PkSet = field(default_factory=PkSet)
     repaired: Requeue | None = None
+    unrecorded: str = ""  # why no action tells of it, when one was asked for
 
     @property
     def clean(self) -> bool:
@@ -122,7 +124,7 @@ def reconcile(
     of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its
     state `verified` or `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says
     so; with `by`, an action says who looked, at which window, and what differed, which is how `core.status` knows when it
-    was done last. With `dry_run` nothing of this is written, and a user that may only read can ask.
+    was done last (a user without the grant is told so in the report). With `dry_run` nothing of this is written, and a user that may only read can ask.
     """
     now_ms = upkeep.now_ms()
     # What is claimed from here on lies after the window.
@@ -156,7 +158,10 @@ def reconcile(
             dry_run=dry_run,
         )
     if by is not None and not dry_run:
-        upkeep.record_action("reconcile", by, _record(report))
+        try:
+            upkeep.record_action("reconcile", by, _record(report))
+        except SetupIncomplete as error:  # what was found counts for more than the record of having looked
+            report.unrecorded = str(error)
     return report
 
 

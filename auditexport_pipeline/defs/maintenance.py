@@ -246,6 +246,8 @@ def reconcile_job(names: Names) -> dg.JobDefinition:
             context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
             context.add_output_metadata(metadata)
             context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
+            if report.unrecorded:
+                context.log.warning(f"that it was looked is not recorded: {report.unrecorded}")
             if not report.clean:
                 repaired = (
                     f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
