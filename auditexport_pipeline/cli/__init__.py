@@ -36,4 +36,14 @@ def main() -> None:
 
 
 # Each module adds its commands to the group when it is imported.
-from auditexport_pipeline.cli import dead_letters, doctor, init, local, upkeep  # noqa: E402, F401
+from auditexport_pipeline.cli import (  # noqa: E402, F401
+    batches,
+    completion,
+    dead_letters,
+    doctor,
+    drain,
+    init,
+    local,
+    status,
+    upkeep,
+)

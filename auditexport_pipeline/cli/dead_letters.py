@@ -6,19 +6,16 @@ is done to them (`stores.dead_letters`). A payload is shown by `show --payload` 
 
 from __future__ import annotations
 
-import getpass
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.shared import Age, Command, by, json_option, moment, print_json, print_table, table
 from auditexport_pipeline.cli.stores import outbox
-from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, LetterState, Which
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
@@ -26,23 +23,7 @@ from auditexport_pipeline.core.pks import PkSet
 if TYPE_CHECKING:
     from auditexport_pipeline.core.dead_letters import Letter, LetterCounts, LetterDetails
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-_AGE_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _ANY = "any"
-
-
-class _Age(click.ParamType):
-    """A number and its unit, in seconds."""
-
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        number, unit = str(value)[:-1], str(value)[-1:]
-        if not number.isdecimal() or unit not in _AGE_UNITS_S:
-            self.fail(f"{value!r} is no age; write a number and its unit: 90s, 15m, 6h, 30d", param, ctx)
-        return int(number) * _AGE_UNITS_S[unit]
 
 
 def _filters(*states: str) -> Callable[[Command], Command]:
@@ -51,7 +32,7 @@ def _filters(*states: str) -> Callable[[Command], Command]:
     def added(command: Command) -> Command:
         for option in (
             click.option("--pk", "pks", type=click.IntRange(min=1), multiple=True, help="Of the row; may be repeated."),
-            click.option("--older-than", "older_than_s", type=_Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
+            click.option("--older-than", "older_than_s", type=Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
             click.option("--version", help="The payload's version."),
             click.option("--reason", help="As `list` shows it, such as wrong_type."),
             click.option("--workspace", "workspace_id", help="Of one workspace."),
@@ -65,7 +46,7 @@ def _filters(*states: str) -> Callable[[Command], Command]:
 
 def _acting(command: Command) -> Command:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs."),
+        json_option,
         click.option("--dry-run", is_flag=True, help="Say how many and which; change nothing."),
         click.option("--all", "everything", is_flag=True, help="Every letter in that state: needed without a filter."),
         click.option("--at-most", type=click.IntRange(min=1), help="Stop after this many, oldest row first."),
@@ -85,9 +66,12 @@ def dead_letters() -> None:
 @click.option("--limit", "letters", type=click.IntRange(1, 10_000), default=PAGE_LETTERS, show_default=True)
 @click.option("--newest", is_flag=True, help="Newest row first; the oldest otherwise.")
 @click.option("--beyond", "beyond_pk", type=int, help="Begin beyond this pk: the last one of the page before.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+@json_option
 def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: bool, **filters: Any) -> None:
-    """List dead letters and count them by reason and workspace. Ids and reasons only, never a payload."""
+    """List dead letters and count them by reason and workspace. Ids and reasons only, never a payload.
+
+    Exit status: 0, or 2 when the call or the setup is wrong.
+    """
     from auditexport_pipeline.stores import dead_letters as store
 
     which = _which(**filters)
@@ -95,7 +79,7 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
     counts = store.count(mysql, which)
     found = store.page(mysql, which, letters=letters, newest_first=newest, beyond_pk=beyond_pk)
     if as_json:
-        _print_json({"counts": asdict(counts), "letters": [asdict(letter) for letter in found]})
+        print_json({"counts": asdict(counts), "letters": [asdict(letter) for letter in found]})
         return
     _print_letters(found, counts, which)
     if len(found) == letters and counts.letters > letters:
@@ -105,9 +89,12 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
 @dead_letters.command()
 @click.argument("pk", type=click.IntRange(min=1))
 @click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox holds it now.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+@json_option
 def show(pk: int, with_payload: bool, as_json: bool) -> None:
-    """Show the dead letter of one outbox row, what became of the row, and who did what; exit status 1 without one."""
+    """Show the dead letter of one outbox row, what became of the row, and who did what.
+
+    Exit status: 0, 1 when the row has no dead letter, 2 when the call or the setup is wrong.
+    """
     from auditexport_pipeline.stores import dead_letters as store
 
     details = store.show(outbox(), pk, with_payload=with_payload)
@@ -116,7 +103,7 @@ def show(pk: int, with_payload: bool, as_json: bool) -> None:
         sys.exit(BAD_OUTCOME)
     if as_json:
         payload = details.payload.decode(errors="replace") if details.payload is not None else None
-        _print_json({**asdict(details), "payload": payload})
+        print_json({**asdict(details), "payload": payload})
         return
     _print_details(details)
     if with_payload and details.payload is None:
@@ -131,7 +118,10 @@ def show(pk: int, with_payload: bool, as_json: bool) -> None:
 @_acting
 @click.option("--why", default="retry", show_default=True, help="What was fixed.")
 def retry(**options: Any) -> None:
-    """Let the rows of dead letters go back to pending; the next drain tries them again."""
+    """Let the rows of dead letters go back to pending; the next drain tries them again.
+
+    Exit status: 0 done, 2 the call or the setup is wrong.
+    """
     _act("retry", "retried", **options)
 
 
@@ -140,7 +130,10 @@ def retry(**options: Any) -> None:
 @_acting
 @click.option("--why", required=True, help="Why these events are given up; recorded.")
 def discard(**options: Any) -> None:
-    """Give dead letters up, with a reason. Their rows stay in the outbox, unmarked, and are not exported."""
+    """Give dead letters up, with a reason. Their rows stay in the outbox, unmarked, and are not exported.
+
+    Exit status: 0 done, 2 the call or the setup is wrong.
+    """
     _act("discard", "discarded", **options)
 
 
@@ -159,7 +152,7 @@ def _act(
     from auditexport_pipeline.stores import dead_letters as store
 
     which = _which(**filters)
-    by = By(who=who or _user(), why=why)
+    whose = by(who, why)
     if which.everything and not everything:
         raise InvalidConfig(
             f"no filter is given; name what to {verb}, or say --all for every {which.state} dead letter"
@@ -168,26 +161,19 @@ def _act(
     if dry_run:
         counts = store.count(mysql, which)
         if as_json:
-            _print_json({"dry_run": True, "counts": asdict(counts)})
+            print_json({"dry_run": True, "counts": asdict(counts)})
         else:
             _print_counts(counts)
             would = min(counts.letters, at_most) if at_most else counts.letters
             click.echo(f"would be {done}: {would:,} dead letters; nothing was changed")
         return
-    acted = (store.retry if verb == "retry" else store.discard)(mysql, which, by, at_most=at_most)
+    acted = (store.retry if verb == "retry" else store.discard)(mysql, which, whose, at_most=at_most)
     if as_json:
-        _print_json({"dry_run": False, **asdict(acted)})
+        print_json({"dry_run": False, **asdict(acted)})
         return
     gone = f"; {acted.gone:,} more are gone, their rows are no longer pending" if acted.gone else ""
     under = ", ".join(map(str, acted.action_ids[:3])) + (" …" if len(acted.action_ids) > 3 else "")
     click.echo(f"{done}: {acted.changed:,} dead letters{f' (action {under})' if under else ''}{gone}")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError) as error:
-        raise InvalidConfig("this user has no name; say who decides with --who") from error
 
 
 def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> Which:
@@ -199,64 +185,48 @@ def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> Which:
 # ── printing ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
-    click.echo(msgspec.json.encode(value))
-
-
-def _when(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-
-
 def _print_counts(counts: LetterCounts) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
-    for column in ("dead letters", "by", ""):
-        table.add_column(column, justify="right" if column == "dead letters" else "left")
-    for by, numbers in (
+    shown = table("dead letters", "by", "", left=("by", ""))
+    shown.columns[0].justify = "right"
+    for what, numbers in (
         ("reason", counts.by_reason),
         ("workspace", counts.by_workspace),
         ("version", counts.by_version),
     ):
         for name, number in numbers.items():
-            table.add_row(f"{number:,}", by, name)
+            shown.add_row(f"{number:,}", what, name)
     if counts.letters:
-        Console(markup=False, emoji=False).print(table)
+        print_table(shown)
 
 
 def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     _print_counts(counts)
     state = f"{which.state} " if which.state is not None else ""
     click.echo(f"{counts.letters:,} {state}dead letters")
     if not letters:
         return
-    table = Table(box=None)
-    for column in ("pk", "state", "set aside (UTC)", "workspace", "event", "reason", "where", "detail"):
-        table.add_column(column, justify="right" if column == "pk" else "left", overflow="fold")
+    columns = ("pk", "state", "set aside (UTC)", "workspace", "event", "reason", "where", "detail")
+    shown = table(*columns, left=columns)
     for letter in letters:
-        table.add_row(
+        shown.add_row(
             str(letter.pk),
             str(letter.state),
-            _when(letter.created_at_ms),
+            moment(letter.created_at_ms),
             letter.workspace_id,
             letter.event_id,
             letter.reason,
             letter.json_path,
             letter.detail,
         )
-    Console(markup=False, emoji=False).print(table)
+    print_table(shown)
 
 
 def _print_details(details: LetterDetails) -> None:
     letter = details.letter
-    exported = f" since {_when(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
+    exported = f" since {moment(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
     lines = {
         "row": f"{letter.pk}, {details.row}{exported}",
-        "state": f"{letter.state}, set aside {_when(letter.created_at_ms)}, changed {_when(letter.updated_at_ms)} UTC",
+        "state": f"{letter.state}, set aside {moment(letter.created_at_ms)}, changed {moment(letter.updated_at_ms)} UTC",
         "event": f"{letter.event_id} of workspace {letter.workspace_id}, {letter.version}",
         "reason": f"{letter.reason} at {letter.json_path}{f': {letter.detail}' if letter.detail else ''}",
         "batch": f"{letter.batch_id}",
@@ -264,7 +234,7 @@ def _print_details(details: LetterDetails) -> None:
     if details.action is not None:
         action = details.action
         lines["action"] = (
-            f"{action.action_id}: {action.verb} by {action.by.who}, {_when(action.at_ms)} UTC: {action.by.why}"
+            f"{action.action_id}: {action.verb} by {action.by.who}, {moment(action.at_ms)} UTC: {action.by.why}"
         )
     for name, text in lines.items():
         click.echo(f"{name:<8}{text}")

@@ -5,7 +5,6 @@ What belongs here: the command and its table. What does not: what is looked at (
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.shared import json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 
@@ -33,7 +33,7 @@ ROLES = ("exporter", "operator", "sweeper", "reader", "owner")
     show_default=True,
     help="How long exported rows stay in the outbox; ClickHouse's TTL must be longer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+@json_option
 def doctor(role: str, retention_days: int, as_json: bool) -> None:
     """Look at both databases and say what would break, and the statement that mends it. Changes nothing.
 
@@ -46,7 +46,7 @@ def doctor(role: str, retention_days: int, as_json: bool) -> None:
     looks = preflight.examine(outbox(), audit_log(), role=Role(role), retention_days=retention_days)
     fatal = sum(finding.fatal for finding in all_findings(looks))
     if as_json:
-        click.echo(json.dumps({"role": role, "fatal": fatal, "looks": [asdict(look) for look in looks]}, indent=2))
+        print_json({"role": role, "fatal": fatal, "looks": [asdict(look) for look in looks]})
     else:
         _show(looks, fatal)
     if fatal:

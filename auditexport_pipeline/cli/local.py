@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.cli.shared import json_option
 
 _directory = click.option(
     "--directory",
@@ -25,12 +26,16 @@ _directory = click.option(
 @main.command()
 @_directory
 @click.option("--events", type=click.IntRange(1_000, 10_000_000), default=100_000, show_default=True)
-def demo(directory: Path, events: int) -> None:
-    """Watch events move from MySQL to ClickHouse on this machine; exit status 0 only if the numbers add up."""
+@json_option
+def demo(directory: Path, events: int, as_json: bool) -> None:
+    """Watch events move from MySQL to ClickHouse on this machine.
+
+    Exit status: 0 only if every number adds up, 1 if not, 2 when the call is wrong or a server cannot be started.
+    """
     _stop_on_sigterm()
     from auditexport_pipeline.local import demo as local_demo
 
-    sys.exit(local_demo.run(directory, events))
+    sys.exit(local_demo.run(directory, events, as_json=as_json))
 
 
 @main.command()
@@ -44,7 +49,10 @@ def demo(directory: Path, events: int) -> None:
 )
 @click.option("--events-per-s", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True)
 def dev(directory: Path, port: int, events_per_s: float) -> None:
-    """Run the local stack with Dagster's page and a live trickle of events, until Ctrl-C."""
+    """Run the local stack with Dagster's page and a live trickle of events, until Ctrl-C.
+
+    Exit status: 0 stopped, 2 when the call is wrong or a server cannot be started.
+    """
     _stop_on_sigterm()
     from auditexport_pipeline.local import dev as local_dev
 

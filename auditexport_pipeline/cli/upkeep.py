@@ -5,77 +5,32 @@ What belongs here: options, tables and JSON. What does not: the work, which `cor
 
 from __future__ import annotations
 
-import getpass
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.shared import (
+    TABLE_ROWS,
+    Time,
+    by,
+    day,
+    dry_run_option,
+    json_option,
+    moment,
+    print_json,
+    print_table,
+    table,
+    who_option,
+)
 from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
-from auditexport_pipeline.core.actions import By, Erasure, RowFilter
+from auditexport_pipeline.core.actions import Erasure, RowFilter
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from auditexport_pipeline.core.reconcile import Report
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-# Lines of a table at the prompt; everything is in `--json`.
-TABLE_ROWS = 40
-
-
-class _Time(click.ParamType):
-    """A moment: epoch milliseconds, or ISO 8601 (UTC where it names no zone)."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        if str(value).isdecimal():
-            return int(value)
-        try:
-            moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
-        except ValueError:
-            self.fail(f"{value!r} is no time; write 2026-11-23, 2026-11-23T04:00 or epoch milliseconds", param, ctx)
-        return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
-
-
-def _who(command: Command) -> Command:
-    return click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")(command)
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
-
-
-def _by(who: str | None, why: str) -> By:
-    return By(who=who or getpass.getuser(), why=why)
-
-
-def _print_json(values: dict[str, object]) -> None:
-    click.echo(msgspec.json.encode(values).decode())
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console(markup=False, emoji=False).print(table)  # ids are chosen by whoever writes events
 
 
 # ── requeue ──────────────────────────────────────────────────────────────────────────────────────
@@ -84,22 +39,23 @@ def _print(table: Table) -> None:
 @main.command()
 @click.option("--event-id", "event_ids", multiple=True, help="This event; may be repeated.")
 @click.option("--workspace", "workspace_id", help="Of one workspace.")
-@click.option("--from-event", "from_event_ms", type=_Time(), help="Event time from, inclusive.")
-@click.option("--to-event", "to_event_ms", type=_Time(), help="Event time to, exclusive.")
-@click.option("--from-exported", "from_exported_ms", type=_Time(), help="Exported from, inclusive.")
-@click.option("--to-exported", "to_exported_ms", type=_Time(), help="Exported to, exclusive.")
+@click.option("--from-event", "from_event_ms", type=Time(), help="Event time from, inclusive.")
+@click.option("--to-event", "to_event_ms", type=Time(), help="Event time to, exclusive.")
+@click.option("--from-exported", "from_exported_ms", type=Time(), help="Exported from, inclusive.")
+@click.option("--to-exported", "to_exported_ms", type=Time(), help="Exported to, exclusive.")
 @click.option("--from-pk", type=click.IntRange(min=0), help="First pk of the outbox.")
 @click.option("--to-pk", type=click.IntRange(min=0), help="Last pk of the outbox.")
 @click.option("--batch", "batch_ids", type=click.IntRange(min=1), multiple=True, help="Of this batch; may be repeated.")
 @click.option("--missing-only", is_flag=True, help="Only what ClickHouse lacks.")
-@_dry_run
-@_who
+@dry_run_option
+@who_option
 @click.option("--why", required=True, help="Why; it is kept with the action.")
-@_json
+@json_option
 def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_json: bool, **conditions: Any) -> None:
     """Export rows again: the next drain sends them under their first `inserted_at`, and readers see each event once.
 
-    All conditions that are given hold together. Safe while a drain runs.
+    All conditions that are given hold together. Safe while a drain runs. Exit status: 0 done, 2 the call or the setup
+    is wrong.
     """
     from auditexport_pipeline.core.requeue import requeue
 
@@ -108,12 +64,12 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
         upkeep(),
         audit_log(),
         RowFilter(**conditions),
-        _by(who, why),
+        by(who, why),
         missing_only=missing_only,
         dry_run=dry_run,
     )
     if as_json:
-        _print_json({**asdict(done), "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()}})
+        print_json({**asdict(done), "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()}})
         return
     click.echo(f"{'would requeue' if dry_run else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches")
     left = {
@@ -126,10 +82,10 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
         if rows:
             click.echo(f"  {rows:,} {what}")
     if done.by_batch:
-        table = _table("batch", "rows")
+        shown = table("batch", "rows")
         for batch_id, rows in list(done.by_batch.items())[:TABLE_ROWS]:
-            table.add_row(str(batch_id), f"{rows:,}")
-        _print(table)
+            shown.add_row(str(batch_id), f"{rows:,}")
+        print_table(shown)
     if done.action_id:
         click.echo(f"recorded as action {done.action_id}; the next drain exports them")
 
@@ -145,21 +101,21 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 @click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
 @click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
 @click.option("--max-rows", type=int, default=10_000_000, show_default=True, help="The rest waits for the next sweep.")
-@_dry_run
-@_who
-@_json
+@dry_run_option
+@who_option
+@json_option
 def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> None:
     """Delete exported rows past retention, once ClickHouse is seen to hold them. May be ended at any moment.
 
-    Exit status 1 when a batch was left because ClickHouse no longer holds it.
+    Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, 2 the call or the setup is wrong.
     """
     from auditexport_pipeline.core.sweep import Retention, sweep
 
     wanted = Retention(**retention)
-    by = _by(who, f"retention of {wanted.outbox_days:g} days")
-    done = sweep(outbox(), upkeep(), audit_log(), wanted, by, dry_run=dry_run)
+    whose = by(who, f"retention of {wanted.outbox_days:g} days")
+    done = sweep(outbox(), upkeep(), audit_log(), wanted, whose, dry_run=dry_run)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "rows": done.rows,
                 "batches": done.batches,
@@ -189,16 +145,16 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
 
 @main.command()
 @click.option("--days", type=float, default=7.0, show_default=True, help="Exports of this many days up to now.")
-@click.option("--from", "from_ms", type=_Time(), help="Instead of --days: first export from, inclusive.")
-@click.option("--to", "to_ms", type=_Time(), help="First export to, exclusive.  [default: now]")
+@click.option("--from", "from_ms", type=Time(), help="Instead of --days: first export from, inclusive.")
+@click.option("--to", "to_ms", type=Time(), help="First export to, exclusive.  [default: now]")
 @click.option("--others-write", is_flag=True, help="Somebody else fills the table too: count, do not accuse.")
 @click.option("--repair", is_flag=True, help="Requeue exactly what is missing.")
 @click.option(
     "--dry-run", is_flag=True, help="Record nothing of what is seen and, with --repair, say what would be requeued."
 )
-@_who
+@who_option
 @click.option("--why", default="reconciliation", show_default=True, help="Kept with the repair.")
-@_json
+@json_option
 def reconcile(
     days: float,
     from_ms: int | None,
@@ -212,7 +168,8 @@ def reconcile(
 ) -> None:
     """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered.
 
-    Exit status 1 when they differ, also when it was repaired: run again after the next drain.
+    Exit status: 0 they agree, 1 they differ, also when it was repaired (run again after the next drain), 2 the call or
+    the setup is wrong.
     """
     from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 
@@ -224,13 +181,13 @@ def reconcile(
         audit_log(),
         from_ms=from_ms if from_ms is not None else now_ms - int(days * DAY_MS),
         to_ms=to_ms if to_ms is not None else now_ms,
-        by=None if dry_run else _by(who, why),
-        repair=_by(who, why) if repair else None,
+        by=None if dry_run else by(who, why),
+        repair=by(who, why) if repair else None,
         others_write=others_write,
         dry_run=dry_run,
     )
     if as_json:
-        _print_json(_report_values(report))
+        print_json(_report_values(report))
     else:
         _show_report(report)
     if not report.clean:
@@ -250,6 +207,7 @@ def _report_values(report: Report) -> dict[str, object]:
         "open_batches": report.open_batches,
         "marked_by_others": report.marked_by_others,
         "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
+        "unrecorded": report.unrecorded,
         "batches": [
             {
                 "batch_id": line.batch_id,
@@ -262,7 +220,7 @@ def _report_values(report: Report) -> dict[str, object]:
             for line in report.batches
         ],
         "places": [
-            {"workspace_id": workspace_id, "day": _day(day_ms), **asdict(place)}
+            {"workspace_id": workspace_id, "day": day(day_ms), **asdict(place)}
             for (workspace_id, day_ms), place in sorted(report.places.items())
         ],
     }
@@ -270,7 +228,7 @@ def _report_values(report: Report) -> dict[str, object]:
 
 def _show_report(report: Report) -> None:
     click.echo(
-        f"{_moment(report.from_ms)} to {_moment(report.to_ms)} UTC: {len(report.batches):,} batches, {report.slots:,} blocks "
+        f"{moment(report.from_ms)} to {moment(report.to_ms)} UTC: {len(report.batches):,} batches, {report.slots:,} blocks "
         f"({report.slots_read:,} compared entry by entry)"
     )
     click.secho(
@@ -287,13 +245,13 @@ def _show_report(report: Report) -> None:
         click.echo(f"  events: {', '.join(report.found.event_ids)}")
     wrong = [line for line in report.batches if line.found]
     if wrong:
-        table = _table("batch", "sent", "in ClickHouse", "differs")
+        shown = table("batch", "sent", "in ClickHouse", "differs", left=("differs",))
         for line in wrong[:TABLE_ROWS]:
-            table.add_row(str(line.batch_id), f"{line.entries:,}", f"{line.stored:,}", str(line.found))
-        _print(table)
+            shown.add_row(str(line.batch_id), f"{line.entries:,}", f"{line.stored:,}", str(line.found))
+        print_table(shown)
     places = [(place, numbers) for place, numbers in sorted(report.places.items()) if numbers.wrong]
     if places:
-        table = _table("workspace", "day", "rows", "entries", "missing", "duplicated", "unexpected", "altered")
+        shown = table("workspace", "day", "rows", "entries", "missing", "duplicated", "unexpected", "altered")
         for (workspace_id, day_ms), numbers in places[:TABLE_ROWS]:
             counts = (
                 numbers.rows,
@@ -303,8 +261,8 @@ def _show_report(report: Report) -> None:
                 numbers.unexpected,
                 numbers.altered,
             )
-            table.add_row(workspace_id or "(swept)", _day(day_ms), *(f"{count:,}" for count in counts))
-        _print(table)
+            shown.add_row(workspace_id or "(swept)", day(day_ms), *(f"{count:,}" for count in counts))
+        print_table(shown)
     if report.repaired and report.repaired.action_id is None:
         click.echo(f"would requeue {report.repaired.rows:,} rows; nothing was recorded or changed")
     elif report.repaired:
@@ -317,14 +275,6 @@ def _show_report(report: Report) -> None:
         click.echo(
             "to do: find out who altered them; `auditexport requeue --event-id …` exports the outbox's version again"
         )
-
-
-def _moment(at_ms: int) -> str:
-    return datetime.fromtimestamp(max(0, at_ms) / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _day(at_ms: int) -> str:
-    return _moment(at_ms)[:10]
 
 
 # ── erasures ─────────────────────────────────────────────────────────────────────────────────────
@@ -340,35 +290,49 @@ def erasures() -> None:
 @click.option(
     "--event-id", "event_ids", multiple=True, help="These events; without, all of the workspace in the range."
 )
-@click.option("--from-event", "from_ms", type=_Time(), help="Event time from, inclusive.")
-@click.option("--to-event", "to_ms", type=_Time(), help="Event time to, exclusive.")
-@_who
+@click.option("--from-event", "from_ms", type=Time(), help="Event time from, inclusive.")
+@click.option("--to-event", "to_ms", type=Time(), help="Event time to, exclusive.")
+@who_option
 @click.option("--why", required=True, help="Such as the request's number.")
+@json_option
 def add_erasure(
-    workspace_id: str, event_ids: tuple[str, ...], from_ms: int | None, to_ms: int | None, who: str | None, why: str
+    workspace_id: str,
+    event_ids: tuple[str, ...],
+    from_ms: int | None,
+    to_ms: int | None,
+    who: str | None,
+    why: str,
+    as_json: bool,
 ) -> None:
-    """Record an erasure: who, when, why, which. It erases nothing itself."""
+    """Record an erasure: who, when, why, which. It erases nothing itself.
+
+    Exit status: 0 recorded, 2 the call or the setup is wrong.
+    """
     wanted = [
         Erasure(workspace_id=workspace_id, event_id=event_id, from_ms=from_ms, to_ms=to_ms)
         for event_id in event_ids or ("",)
     ]
-    action_id = upkeep().add_erasures(_by(who, why), wanted)
+    action_id = upkeep().add_erasures(by(who, why), wanted)
+    if as_json:
+        print_json({"erasures": len(wanted), "action_id": action_id})
+        return
     click.echo(f"recorded {len(wanted)} erasures as action {action_id}")
 
 
 @erasures.command("list")
-@_json
+@json_option
 def list_erasures(as_json: bool) -> None:
-    """Every recorded erasure, oldest first."""
+    """Every recorded erasure, oldest first. Exit status: 0, or 2 when the setup is wrong."""
     found = upkeep().erasures()
     if as_json:
-        _print_json({"erasures": [{"at_ms": one.at_ms, **asdict(one.by), **asdict(one.erasure)} for one in found]})
+        print_json({"erasures": [{"at_ms": one.at_ms, **asdict(one.by), **asdict(one.erasure)} for one in found]})
         return
-    table = _table("when", "workspace", "event", "event time", "who", "why")
+    columns = ("when", "workspace", "event", "event time", "who", "why")
+    shown = table(*columns, left=columns)
     for one in found:
-        ends = [_moment(end) if end is not None else "" for end in (one.erasure.from_ms, one.erasure.to_ms)]
+        ends = [moment(end) if end is not None else "" for end in (one.erasure.from_ms, one.erasure.to_ms)]
         span = " – ".join(ends) if any(ends) else "any"
-        table.add_row(
-            _moment(one.at_ms), one.erasure.workspace_id, one.erasure.event_id or "all", span, one.by.who, one.by.why
+        shown.add_row(
+            moment(one.at_ms), one.erasure.workspace_id, one.erasure.event_id or "all", span, one.by.who, one.by.why
         )
-    _print(table)
+    print_table(shown)

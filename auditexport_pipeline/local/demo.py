@@ -9,6 +9,7 @@ and asks neither the ledger nor the fingerprints.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -62,9 +63,12 @@ class Tally:
         )
 
 
-def run(directory: Path, events: int) -> int:
-    """Runs the demo on a fresh stack under `directory`; returns 0 only if every number adds up."""
-    console = Console()
+def run(directory: Path, events: int, *, as_json: bool = False) -> int:
+    """Runs the demo on a fresh stack under `directory`; returns 0 only if every number adds up.
+
+    With `as_json` the numbers are one JSON object on standard output, and the story goes to the standard error.
+    """
+    console = Console(stderr=as_json)
     started = time.monotonic()
     console.print("[bold]auditexport demo[/bold]: a private MySQL and an embedded ClickHouse, on this machine only\n")
     with console.status("starting both servers and creating the tables"):
@@ -81,9 +85,29 @@ def run(directory: Path, events: int) -> int:
             return 1
         tally = _count(stack, seeded)
         _report(console, stack, tally, seconds, time.monotonic() - started)
+        if as_json:
+            print(json.dumps(_values(stack, tally)))
         return 0 if tally.adds_up else 1
     finally:
         stack.__exit__(None, None, None)
+
+
+def _values(stack: LocalStack, tally: Tally) -> dict[str, object]:
+    rows_per_s, drain_s = _run_numbers(stack)
+    return {
+        "adds_up": tally.adds_up,
+        "rows": tally.seeded.rows,
+        "expected": tally.expected,
+        "stored": tally.stored,
+        "duplicated": tally.duplicates,
+        "missing": tally.missing,
+        "unexpected": tally.unexpected,
+        "dead_letters_by_reason": tally.dead_by_reason,
+        "unknown_rows": tally.backlog.unknown_rows,
+        "backlog_rows": tally.backlog.rows,
+        "rows_per_s": rows_per_s,
+        "seconds": drain_s,
+    }
 
 
 def _progress(console: Console) -> Progress:

@@ -1,0 +1,292 @@
+"""`auditexport drain`: a run in the foreground, without Dagster.
+
+What belongs here: options made from `core.limits.Limits`, progress, signals, and the totals. What does not: the rounds
+(`core.drain`), the verbs, and working ahead (`defs.ahead`), which the run on Dagster's page does the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from auditexport_pipeline.cli import BAD_OUTCOME, main, owners
+from auditexport_pipeline.cli.shared import Command, console, interactive, json_option, print_json
+from auditexport_pipeline.cli.stores import audit_log, outbox
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.status import shown_s
+
+if TYPE_CHECKING:
+    from auditexport_pipeline.core.backlog import Backlog
+    from auditexport_pipeline.core.batch import Batch, Claim
+    from auditexport_pipeline.core.drain import Drained
+    from auditexport_pipeline.core.ports import Discrepancy
+
+# As a shell has it for what Ctrl-C ended.
+INTERRUPTED = 130
+COUNT_BACKLOG_TO = 1_000_000
+
+
+def _limit_options(command: Command) -> Command:
+    """One option for each field of `Limits`: name, default, bounds and meaning stand there and nowhere else."""
+    for limit in reversed(fields(Limits)):
+        assert limit.default is not MISSING
+        flag = f"--{limit.name.replace('_', '-')}"
+        if limit.name == "versions":
+            command = click.option(
+                flag,
+                type=click.Choice(limit.default),
+                multiple=True,
+                default=limit.default,
+                help=limit.metadata["meaning"],
+            )(command)
+        else:
+            bounds = click.IntRange(limit.metadata["low"], limit.metadata["high"])
+            command = click.option(
+                flag, type=bounds, default=limit.default, show_default=True, help=limit.metadata["meaning"]
+            )(command)
+    return command
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="One plan only: at most max_batches, and what is left waits.")
+@json_option
+@_limit_options
+def drain(once: bool, as_json: bool, **limits: Any) -> None:
+    """Export what is pending, here and now: claim, fetch, write, mark, verify, as a run on Dagster's page does.
+
+    Ends when everything that was pending at the start is exported, or with --linger-s after that time. A Dagster run or
+    another drain may be at work meanwhile: the ledger gives each batch to one of them, and both finish sooner. Ctrl-C
+    finishes the batch at hand and gives the others back; a second one leaves them to their lease. Whatever ends it, the
+    next drain picks up.
+
+    Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged or a batch was altered, 2 the call, the
+    setup or a database is wrong, 130 interrupted.
+    """
+    from auditexport_pipeline.core.drain import drain
+    from auditexport_pipeline.defs.ahead import Ahead
+    from auditexport_pipeline.stores.preflight import refuse_unless_ready
+
+    settings = Limits.of(limits)
+    mysql, clickhouse = outbox(), audit_log()
+    refuse_unless_ready(mysql, clickhouse)
+    owner = owners.this_process()
+    began = time.monotonic()
+    backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
+    screen = _Progress(owner, backlog, quiet=as_json)
+    with _stoppable(screen) as stopping, screen:
+        done = drain(
+            mysql,
+            clickhouse,
+            Ahead(),
+            owner=owner,
+            dead_owners=owners.dead,
+            backlog=lambda: mysql.backlog(settings.versions, count_to=1),
+            limits=settings,
+            once=once,
+            stopping=stopping,
+            listener=screen,
+        )
+        if settings.linger_s and not once and not done.discrepant:
+            _linger(mysql, clickhouse, owner, settings, began, stopping, done, screen)
+    seconds = time.monotonic() - began
+    left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
+    if as_json:
+        print_json(totals(done, left, owner=owner, seconds=seconds))
+    else:
+        _say(done, left, seconds)
+    if done.discrepant or done.altered:
+        sys.exit(BAD_OUTCOME)
+    if done.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def _linger(
+    mysql: Any,
+    clickhouse: Any,
+    owner: str,
+    limits: Limits,
+    began: float,
+    stopping: Callable[[], bool],
+    done: Drained,
+    screen: _Progress,
+) -> None:
+    from auditexport_pipeline.core.linger import linger
+
+    def stays() -> bool:
+        done.interrupted = done.interrupted or stopping()
+        return not done.interrupted and time.monotonic() - began < limits.linger_s
+
+    for batches, outcome in linger(mysql, clickhouse, owner=owner, limits=limits, stays=stays):
+        done.rounds += 1
+        for batch in batches:
+            done.add(batch)
+            screen.exported(batch)
+        done.verified |= outcome
+        screen.verified(outcome)
+        if any(outcome.values()):
+            return
+
+
+@contextmanager
+def _stoppable(screen: _Progress) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks to stop, the second one ends the process as it stands."""
+    asked = 0
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            screen.close()
+            click.echo(
+                "auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them",
+                err=True,
+            )
+            # Threads may be in an INSERT that takes a minute: what the ledger says is enough to go on from.
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+        screen.trouble(
+            "stopping after the batch at hand; once more to stop at once and leave the batches to their lease"
+        )
+
+    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked > 0
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+class _Progress:
+    """`core.drain.Listener`: a bar where somebody looks on, a line a batch otherwise, nothing with `quiet`."""
+
+    def __init__(self, owner: str, backlog: Backlog, *, quiet: bool) -> None:
+        self._owner = owner
+        self._backlog = backlog
+        self._quiet = quiet
+        self._began = time.monotonic()
+        self._rows = 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Progress:
+        others = self._backlog.leasing_owners
+        self._line(
+            f"{self._backlog.shown_rows} rows pending, lag {shown_s(self._backlog.lag_s)}; draining as {self._owner}"
+        )
+        if others:
+            self._line(f"{', '.join(others)} is at work as well: the ledger gives each batch to one of us")
+        if not self._quiet and interactive():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:,}/{task.total:,} rows"),
+                TextColumn("{task.fields[pace]}"),
+                TimeElapsedColumn(),
+                console=console(),
+                expand=True,
+            )
+            self._task = self._bar.add_task("claiming", total=self._backlog.rows, pace="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def claimed(self, claims: Sequence[Claim]) -> None:
+        adopted = sum(1 for claim in claims if claim.adopted)
+        rows = sum(claim.rows for claim in claims)
+        taken = f"; {adopted} of them adopted from owners that are dead" if adopted else ""
+        if claims and self._bar is None:
+            self._line(f"claimed {len(claims)} batches, {rows:,} rows{taken}")
+        elif claims:
+            total = max(self._backlog.rows, self._rows + rows)
+            self._bar.update(self._task, total=total, description="exporting")
+
+    def exported(self, batch: Batch) -> None:
+        self._rows += batch.marked_rows
+        rate = self._rows / max(0.001, time.monotonic() - self._began)
+        left = max(0, self._backlog.rows - self._rows)
+        pace = f"{rate:,.0f} rows/s" + (f", {shown_s(left / rate)} to go" if left and rate else "")
+        if self._bar is not None:
+            total = max(self._bar.tasks[0].total or 0, self._rows)
+            self._bar.update(self._task, completed=self._rows, total=total, pace=pace)
+            return
+        self._line(
+            f"exported batch {batch.batch_id}: {batch.marked_rows:,} rows, {batch.counts.dead:,} dead letters; "
+            f"{self._rows:,} in all, {pace}"
+        )
+
+    def verified(self, outcome: dict[int, Discrepancy]) -> None:
+        for batch_id, found in outcome.items():
+            if found:
+                self.trouble(f"batch {batch_id} is not in ClickHouse as it was sealed: {found}")
+
+    def trouble(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(what, style="yellow")
+        else:
+            click.echo(f"auditexport: {what}", err=True)
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            click.echo(text)
+
+
+def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[str, Any]:
+    """What a drain did, under the names of a run's metadata on Dagster's page."""
+    return {
+        "owner": owner,
+        "rounds": done.rounds,
+        "rows": done.rows,
+        "entries": done.entries,
+        "batches": done.batches,
+        "adopted_batches": done.adopted,
+        "dead_letters": done.dead_letters,
+        "folded_rows": done.folded_rows,
+        "vanished_rows": done.vanished_rows,
+        "elsewhere_rows": done.elsewhere_rows,
+        "bytes": done.bytes,
+        "seconds": round(seconds, 3),
+        "rows_per_s": round(done.rows / seconds, 1) if seconds else 0.0,
+        "verified_batches": len(done.verified) - len(done.discrepant),
+        "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
+        "altered": {str(batch_id): why for batch_id, why in done.altered.items()},
+        "lost_batches": done.lost,
+        "released_batches": done.released,
+        "interrupted": done.interrupted,
+        "backlog_rows": left.rows,
+        "lag_s": round(left.lag_s, 1),
+        "unknown_rows": left.unknown_rows,
+        "unknown_versions": ", ".join(left.unknown_versions) or "none",
+        "dead_letters_standing": left.dead_rows,
+        "open_batches": left.open_batches,
+    }
+
+
+def _say(done: Drained, left: Backlog, seconds: float) -> None:
+    rate = done.rows / seconds if seconds else 0.0
+    click.echo(
+        f"exported {done.rows:,} rows in {done.batches:,} batches, {shown_s(seconds)}, {rate:,.0f} rows/s; "
+        f"{done.dead_letters:,} dead letters; {len(done.verified) - len(done.discrepant):,} batches verified"
+    )
+    if done.interrupted:
+        given = f"{len(done.released):,} claimed batches were given back, " if done.released else ""
+        click.echo(f"interrupted: {given}the next drain goes on from here")
+    click.echo(f"{left.shown_rows} rows still pending, lag {shown_s(left.lag_s)}, {left.open_batches} open batches")
+    if done.discrepant:
+        click.echo("to do: `auditexport reconcile --repair`, then drain, then reconcile again", err=True)

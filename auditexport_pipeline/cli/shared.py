@@ -1,0 +1,117 @@
+"""What the commands share: options, the user's name, times, tables and JSON, each once.
+
+What belongs here: whatever two commands would otherwise say differently. What does not: a command, and the stores
+(`cli.stores`).
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import msgspec
+
+from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+# Lines of a table at the prompt; everything is in `--json`.
+TABLE_ROWS = 40
+_AGE_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+who_option = click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")
+
+
+class Time(click.ParamType):
+    """A moment: epoch milliseconds, or ISO 8601 (UTC where it names no zone)."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if str(value).isdecimal():
+            return int(value)
+        try:
+            moment = datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        except ValueError:
+            self.fail(f"{value!r} is no time; write 2026-11-23, 2026-11-23T04:00 or epoch milliseconds", param, ctx)
+        return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+
+
+class Age(click.ParamType):
+    """A number and its unit, in seconds."""
+
+    name = "age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if not number.isdecimal() or unit not in _AGE_UNITS_S:
+            self.fail(f"{value!r} is no age; write a number and its unit: 90s, 15m, 6h, 30d", param, ctx)
+        return int(number) * _AGE_UNITS_S[unit]
+
+
+def user() -> str:
+    """The user at this prompt; raises `InvalidConfig` for one without a name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InvalidConfig("this user has no name; say who decides with --who") from error
+
+
+def by(who: str | None, why: str) -> By:
+    """Who intervenes, and why."""
+    return By(who=who or user(), why=why)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on a line of its own."""
+    click.echo(msgspec.json.encode(values).decode())
+
+
+def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
+    """A table without lines; the first column and those in `left` are words, the others numbers."""
+    from rich.table import Table
+
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        words = index == 0 or column in left
+        made.add_column(column, justify="left" if words else "right", overflow="fold")
+    return made
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The screen. Ids are chosen by whoever writes events: nothing in them is markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, stderr=stderr)
+
+
+def print_table(made: Table) -> None:
+    console().print(made)
+
+
+def moment(at_ms: int) -> str:
+    """A time in UTC, to the second."""
+    return datetime.fromtimestamp(max(0, at_ms) / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def day(at_ms: int) -> str:
+    return moment(at_ms)[:10]
+
+
+def interactive() -> bool:
+    """Whether somebody looks at it, rather than a file or a program."""
+    return sys.stdout.isatty()

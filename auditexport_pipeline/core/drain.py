@@ -1,0 +1,212 @@
+"""Draining in the foreground: whole plans, one after the other, until what was pending is exported.
+
+What belongs here: rounds of claim, fetch, write, mark and verify, when they end, and what an interruption leaves. What
+does not: the verbs (`core.claiming`, `core.export`, `core.verify`), a run that stays (`core.linger`), and Dagster's graph
+of the same verbs (`defs.assets`).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Receipt, State
+from auditexport_pipeline.core.errors import BatchAltered, LeaseLost, TransientError
+from auditexport_pipeline.core.export import Bodies, FetchedBatch
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.verify import verify
+
+# As often as a step of Dagster's graph is tried again; after that the error is the operator's to see.
+RETRIES = 4
+FIRST_WAIT_S = 1.0
+# Batches of earlier runs that died before they verified; the rest waits for the next round.
+VERIFY_LEFTOVERS = 200
+
+
+class MarkedBatch(Protocol):
+    """What a stage of marking gives back."""
+
+    @property
+    def batch(self) -> Batch: ...
+
+
+class Stages(Protocol):
+    """The verbs of a batch, by this thread or ahead of it (`defs.ahead.Ahead`)."""
+
+    def plan(self, claims: Sequence[Claim]) -> None: ...
+
+    def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch: ...
+
+    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt: ...
+
+    def mark(self, outbox: Outbox, receipt: Receipt, limits: Limits) -> MarkedBatch: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Drained:
+    """What a drain did. Names and units are those of a run's metadata on Dagster's page."""
+
+    rounds: int = 0
+    batches: int = 0
+    adopted: int = 0  # of those, taken over from owners that are dead
+    rows: int = 0
+    entries: int = 0
+    bytes: int = 0
+    dead_letters: int = 0
+    folded_rows: int = 0
+    vanished_rows: int = 0
+    elsewhere_rows: int = 0
+    verified: dict[int, Discrepancy] = field(default_factory=dict)
+    altered: dict[int, str] = field(default_factory=dict)  # stopped batches, and why
+    lost: list[int] = field(default_factory=list)  # batches that another run took over
+    released: list[int] = field(default_factory=list)  # claimed and given back, because somebody interrupted
+    interrupted: bool = False
+
+    @property
+    def discrepant(self) -> dict[int, Discrepancy]:
+        return {batch_id: found for batch_id, found in self.verified.items() if found}
+
+    def add(self, batch: Batch) -> None:
+        self.batches += 1
+        self.rows += batch.marked_rows
+        self.entries += batch.entries
+        self.bytes += batch.bytes
+        self.dead_letters += batch.counts.dead
+        self.folded_rows += batch.counts.folded
+        self.vanished_rows += batch.counts.vanished
+        self.elsewhere_rows += batch.counts.elsewhere
+
+
+class Listener(Protocol):
+    """Who is told what happens, as it happens."""
+
+    def claimed(self, claims: Sequence[Claim]) -> None: ...
+
+    def exported(self, batch: Batch) -> None: ...
+
+    def verified(self, outcome: dict[int, Discrepancy]) -> None: ...
+
+    def trouble(self, what: str) -> None: ...
+
+
+def drain(
+    outbox: Outbox,
+    log: AuditLog,
+    stages: Stages,
+    *,
+    owner: str,
+    dead_owners: Callable[[list[str]], Collection[str]],
+    backlog: Callable[[], Backlog],
+    limits: Limits,
+    once: bool,
+    stopping: Callable[[], bool],
+    listener: Listener,
+) -> Drained:
+    """Drains plan after plan until what was pending at the beginning is exported; with `once` a single plan.
+
+    A plan that is not full has claimed everything there was, so rows that keep arriving do not keep it here. When
+    `stopping()`, the batch at hand is finished and the rest of the plan given back: its leases end at once. Transient errors are
+    tried again by a new plan, which adopts what this owner had claimed; `dead_owners` says which of the owners of open
+    batches are known to be dead. Durable effects: those of the verbs. Raises what they raise, but for a batch that another
+    run took over or whose rows were altered: the others go on, and the result tells of it.
+    """
+    done = Drained()
+    began = time.monotonic()
+    failures = 0
+    while True:
+        exported_before = done.batches
+        try:
+            claims = claiming.claim(outbox, owner=owner, dead_owners=dead_owners(outbox.open_owners()), limits=limits)
+            listener.claimed(claims)
+            done.rounds += 1
+            _round(outbox, log, stages, claims, limits, stopping, done, listener)
+            # Those of earlier runs too; and what was exported before an interruption is verified all the same.
+            outcome = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_LEFTOVERS))
+        except TransientError as error:
+            failures = 0 if done.batches > exported_before else failures + 1
+            if failures > RETRIES or stopping():
+                raise
+            wait_s = FIRST_WAIT_S * 2 ** max(0, failures - 1) * random.uniform(0.5, 1.5)
+            listener.trouble(f"{error} — trying again in {wait_s:.1f} s")
+            time.sleep(wait_s)
+            continue
+        failures = 0
+        done.verified |= outcome
+        listener.verified(outcome)
+        if done.interrupted or once or not claims:
+            return done
+        if len(claims) < limits.max_batches:
+            pending = backlog()
+            if not pending.rows or pending.lag_s <= time.monotonic() - began:
+                return done
+
+
+def _round(
+    outbox: Outbox,
+    log: AuditLog,
+    stages: Stages,
+    claims: Sequence[Claim],
+    limits: Limits,
+    stopping: Callable[[], bool],
+    done: Drained,
+    listener: Listener,
+) -> None:
+    stages.plan(claims)
+    left = list(claims)
+    try:
+        for claim in claims:
+            if stopping():
+                done.interrupted = True
+                break
+            left.remove(claim)
+            try:
+                fetched = stages.fetch(outbox, log, claim, limits)
+                receipt = stages.write(outbox, log, claim, fetched.bodies, limits)
+                batch = stages.mark(outbox, receipt, limits).batch
+            except LeaseLost as error:
+                done.lost.append(claim.batch_id)
+                listener.trouble(str(error))
+            except BatchAltered as error:
+                done.altered[claim.batch_id] = str(error)
+                listener.trouble(str(error))
+            else:
+                done.adopted += claim.adopted
+                done.add(batch)
+                listener.exported(batch)
+    finally:
+        stages.close()
+    done.interrupted = done.interrupted or stopping()
+    if left:
+        _give_up(outbox, log, left, limits, done, listener)
+
+
+def _give_up(
+    outbox: Outbox, log: AuditLog, left: Sequence[Claim], limits: Limits, done: Drained, listener: Listener
+) -> None:
+    """Finishes what a stage ahead has written already, and ends the leases of the rest."""
+    by_id = {claim.batch_id: claim for claim in left}
+    for batch in outbox.batches(by_id):
+        claim = by_id[batch.batch_id]
+        if batch.epoch != claim.epoch:
+            done.lost.append(claim.batch_id)
+        elif batch.state is State.WRITTEN:
+            marked = export.mark(outbox, export.write(outbox, log, claim, {}, limits), limits)
+            done.add(marked)
+            listener.exported(marked)
+        elif batch.state in OPEN:
+            done.released.append(claim.batch_id)
+        else:
+            done.add(batch)
+            listener.exported(batch)
+    if done.released:
+        with suppress(LeaseLost):
+            outbox.renew(by_id[done.released[0]], 0)  # one plan, one lease: of all that are open

@@ -1,0 +1,88 @@
+"""Batches as an operator looks at them: the ledger's rows, which ones are meant, and everything about one.
+
+What belongs here: the values that cross from the store to the prompt. What does not: the life of a batch
+(`core.batch`, `core.export`), and SQL (`stores.ledger`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from auditexport_pipeline.core.batch import Batch, State
+from auditexport_pipeline.core.errors import InvalidConfig
+
+# The page of a list: a screen.
+PAGE_BATCHES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhichBatches:
+    """Which batches are meant: all conditions that are given must hold. Raises `InvalidConfig` for nonsense."""
+
+    states: tuple[State, ...] = ()  # in any of these; none given: in whichever
+    owner: str = ""  # by its beginning, as a run is shown on Dagster's page
+    since_ms: int | None = None  # claimed at this time or later, by MySQL's clock
+    before_id: int | None = None  # the last one of the page before
+
+    def __post_init__(self) -> None:
+        if self.before_id is not None and self.before_id < 1:
+            raise InvalidConfig(f"before_id is {self.before_id}; batches are counted from 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerBatch:
+    """One row of the ledger without its pks and blocks. Times in epoch milliseconds, by MySQL's clock.
+
+    `written_at_ms` is when ClickHouse had acknowledged all of it; the stamp that its rows carry, `exported_at_ms`, is
+    fixed then as well, and how long the marking took is not kept.
+    """
+
+    batch_id: int
+    epoch: int
+    generation: int
+    version: str
+    state: State
+    owner: str
+    claimed_rows: int
+    rows: int
+    unmarked_rows: int
+    entries: int
+    bytes: int
+    attempts: int  # of writing
+    digest: str
+    first_pk: int | None
+    last_pk: int | None
+    claimed_at_ms: int
+    sealed_at_ms: int | None
+    written_at_ms: int | None
+    exported_at_ms: int | None
+    verified_at_ms: int | None
+    swept_at_ms: int | None
+    swept_rows: int
+    lease_left_s: float  # 0 or less: ended, or closed
+    last_error: str
+
+    @property
+    def steps(self) -> list[tuple[str, int]]:
+        """The states it went through, each with its time, in order."""
+        times = {
+            "claimed": self.claimed_at_ms,
+            "sealed": self.sealed_at_ms,
+            "written": self.written_at_ms,
+            "verified": self.verified_at_ms,
+            "swept": self.swept_at_ms,
+        }
+        return [(name, at_ms) for name, at_ms in times.items() if at_ms is not None]
+
+    @property
+    def seconds(self) -> float:
+        """From its claim to the last of its states but the sweep."""
+        return (max(at_ms for name, at_ms in self.steps if name != "swept") - self.claimed_at_ms) / 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchDetails:
+    """One batch: its row, its pks, blocks, counts, and what was observed of it in ClickHouse."""
+
+    line: LedgerBatch
+    batch: Batch
