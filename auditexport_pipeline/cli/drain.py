@@ -285,7 +285,7 @@ def _say(done: Drained, left: Backlog, seconds: float) -> None:
         f"{done.dead_letters:,} dead letters; {len(done.verified) - len(done.discrepant):,} batches verified"
     )
     if done.interrupted:
-        given = f"{len(done.released):,} claimed batches were given back, " if done.released else ""
+        given = f"{len(done.released):,} batches were given back, " if done.released else ""
         click.echo(f"interrupted: {given}the next drain goes on from here")
     click.echo(f"{left.shown_rows} rows still pending, lag {shown_s(left.lag_s)}, {left.open_batches} open batches")
     if done.discrepant:

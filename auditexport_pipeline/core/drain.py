@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Receipt, State
+from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Receipt
 from auditexport_pipeline.core.errors import BatchAltered, LeaseLost, TransientError
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
@@ -186,24 +186,20 @@ def _round(
         stages.close()
     done.interrupted = done.interrupted or stopping()
     if left:
-        _give_up(outbox, log, left, limits, done, listener)
+        _give_up(outbox, left, done, listener)
 
 
-def _give_up(
-    outbox: Outbox, log: AuditLog, left: Sequence[Claim], limits: Limits, done: Drained, listener: Listener
-) -> None:
-    """Finishes what a stage ahead has written already, and ends the leases of the rest."""
+def _give_up(outbox: Outbox, left: Sequence[Claim], done: Drained, listener: Listener) -> None:
+    """Ends the leases of a plan's batches that are open still, so that the next drain need not wait for them.
+
+    What a stage ahead has done for one of them stands in the ledger, and is gone on from there; nothing of it is lost.
+    """
     by_id = {claim.batch_id: claim for claim in left}
     for batch in outbox.batches(by_id):
-        claim = by_id[batch.batch_id]
-        if batch.epoch != claim.epoch:
-            done.lost.append(claim.batch_id)
-        elif batch.state is State.WRITTEN:
-            marked = export.mark(outbox, export.write(outbox, log, claim, {}, limits), limits)
-            done.add(marked)
-            listener.exported(marked)
+        if batch.epoch != by_id[batch.batch_id].epoch:
+            done.lost.append(batch.batch_id)
         elif batch.state in OPEN:
-            done.released.append(claim.batch_id)
+            done.released.append(batch.batch_id)
         else:
             done.add(batch)
             listener.exported(batch)

@@ -1,0 +1,81 @@
+"""The prompt as a whole: every command can be used by a script and completed by a shell."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from auditexport_pipeline.cli import main
+
+# What has nothing to say to a program: the page in the foreground, and a shell's script.
+WITHOUT_JSON = {"dev", "completion"}
+
+
+def commands(group: click.Group, *above: str) -> Iterator[tuple[str, click.Command]]:
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands(command, *above, name)
+        else:
+            yield " ".join((*above, name)), command
+
+
+COMMANDS = dict(commands(main))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_and_says_its_exit_statuses(name: str) -> None:
+    """Whoever writes a script reads the help, and must not have to read the source."""
+    shown = CliRunner().invoke(main, [*name.split(), "--help"])
+    assert shown.exit_code == 0
+    assert "exit status" in " ".join(shown.output.lower().split())
+    flags = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+    assert ("--json" in flags) is (name not in WITHOUT_JSON)
+
+
+def test_the_verbs_of_the_issue_are_there() -> None:
+    """The same words at the prompt as on the page."""
+    verbs = {name.split()[0] for name in COMMANDS}
+    assert verbs >= {
+        "status",
+        "batches",
+        "drain",
+        "requeue",
+        "dead-letters",
+        "sweep",
+        "reconcile",
+        "doctor",
+        "init",
+        "demo",
+        "dev",
+    }
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_printed_for_each_shell(shell: str) -> None:
+    """It is what a package installs; it has to name this program and its variable."""
+    script = CliRunner().invoke(main, ["completion", shell]).output
+    assert "_AUDITEXPORT_COMPLETE" in script
+    assert f"{shell}_complete" in script
+    refused = CliRunner().invoke(main, ["completion", "csh"])
+    assert refused.exit_code == 2
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    """The script is only half of it: what it asks the program for has to come back."""
+    asked = {"_AUDITEXPORT_COMPLETE": "bash_complete", "COMP_WORDS": "auditexport batches ", "COMP_CWORD": "2"}
+    told = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
+    assert {line.partition(",")[2] for line in told.split()} == {"list", "show"}
+    asked |= {"COMP_WORDS": "auditexport drain --batch", "COMP_CWORD": "2"}
+    told = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
+    assert {line.partition(",")[2] for line in told.split()} == {"--batch-rows", "--batch-bytes"}
+
+
+def test_bash_takes_the_script() -> None:
+    """A syntax error would show at every prompt of everybody."""
+    script = CliRunner().invoke(main, ["completion", "bash"]).output
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
