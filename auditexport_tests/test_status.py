@@ -236,6 +236,16 @@ def test_the_worst_comes_first_and_a_note_calls_nobody() -> None:
     assert not needs_operator([note])
 
 
+def test_a_name_that_an_application_chose_stays_on_its_line() -> None:
+    """A version can hold whatever its writer likes, and a terminal obeys what it is sent."""
+    hostile = replace(
+        QUIET,
+        backlog=replace(QUIET.backlog, unknown_rows=1, unknown_versions=("a",), unknown_by_version={"\x1b[2J\nv": 1}),
+    )
+    (one,) = advice(hostile, Targets())
+    assert one.what.endswith("no drain takes: ?[2J?v 1")
+
+
 def test_targets_are_read_from_the_environment_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target with a typing error in it would silence an alarm; the message has to name the variable."""
     assert Targets.of({"PATH": "/bin", "AUDITEXPORT_TARGET_LAG_S": ""}) == Targets()

@@ -24,6 +24,7 @@ from auditexport_pipeline.core.status import (
     Status,
     advice,
     needs_operator,
+    shown_counts,
     shown_s,
     verdict,
 )
@@ -254,8 +255,7 @@ def _lines(now: Status) -> list[tuple[str, str]]:
 
 
 def _by(counts: Any) -> str:
-    named = [f"{name or '(empty)'} {count:,}" for name, count in counts.items()]
-    return f" ({', '.join(named)})" if named else ""
+    return f" ({shown_counts(counts)})" if counts else ""
 
 
 def _ago(now: Status, at_ms: int) -> str:

@@ -523,7 +523,7 @@ def _dead_letters(status: Status, targets: Targets) -> list[Advice]:
     dead = status.backlog.dead_rows
     if dead <= targets.dead_letters:
         return []
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in status.dead_by_reason.items())
+    reasons = shown_counts(status.dead_by_reason)
     return [
         Advice(
             severity=Severity.WARNING,
@@ -538,9 +538,7 @@ def _unknown_versions(status: Status, targets: Targets) -> list[Advice]:
     backlog = status.backlog
     if backlog.unknown_rows <= targets.unknown_rows:
         return []
-    versions = ", ".join(
-        f"{version or '(empty)'} {rows:,}" for version, rows in backlog.unknown_by_version.items()
-    ) or ", ".join(backlog.unknown_versions)
+    versions = shown_counts(backlog.unknown_by_version) or ", ".join(map(shown_name, backlog.unknown_versions))
     return [
         Advice(
             severity=Severity.WARNING,
@@ -563,6 +561,16 @@ def _sweep(status: Status, targets: Targets) -> list[Advice]:
             todo="auditexport sweep --dry-run; then sweep, and turn sweep_schedule on",
         )
     ]
+
+
+def shown_name(name: str) -> str:
+    """A name that an application chose, on one line and without anything that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name) or "(empty)"
+
+
+def shown_counts(counts: Mapping[str, int]) -> str:
+    """Names with their counts, in their order."""
+    return ", ".join(f"{shown_name(name)} {count:,}" for name, count in counts.items())
 
 
 def shown_s(seconds: float) -> str:

@@ -28,7 +28,6 @@ from auditexport_pipeline.core.status import (
     rate_of,
     runs_of,
 )
-from auditexport_pipeline.stores import mysql
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
@@ -76,7 +75,6 @@ def read_status(
         unswept = _not_swept(connection, State.VERIFIED, 1)
         last_exported_at_ms = connection.execute(SQL["last_exported"]).scalar()
         first_claimed_at_ms = connection.execute(SQL["first_claimed"]).scalar()
-        dead_by_reason = {row.reason: row.n for row in connection.execute(mysql.SQL["dead_by_reason"])}
     swept, reconciled, actions_read = _last_actions(outbox)
     recent_rows, rows_per_s = rate_of(
         [batch for batch in exported if batch.state not in OPEN],
@@ -90,7 +88,7 @@ def read_status(
         rows_per_s=rows_per_s,
         open_batches=open_batches,
         runs=runs_of(last, now_ms=now_ms, complete=len(last) < LAST_BATCHES)[:LAST_RUNS],
-        dead_by_reason=dead_by_reason,
+        dead_by_reason=outbox.dead_by_reason(),
         unverified_batches=len(unverified),
         unverified_age_s=_age_s(unverified, now_ms),
         discrepant=discrepant,

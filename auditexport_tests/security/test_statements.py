@@ -35,6 +35,8 @@ ALLOWED = {
     ("stores/actions.py", "_LAST"): "a constant of the module",
     ("stores/upkeep.py", "_NOW"): "a constant of the module",
     ("stores/mysql.py", "statement"): "from outbox.sql, when the module is imported",
+    ("stores/status.py", "statement"): "from status.sql, when the module is imported",
+    ("stores/ledger.py", "statement"): "from ledger.sql, when the module is imported",
     ("stores/marking.py", "f'SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}'"): (
         "from outbox.sql, when the module is imported"
     ),
