@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -79,3 +80,25 @@ def test_an_error_is_one_line_and_no_secret(stack: Stack) -> None:
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     assert "hunter2" not in refused.stderr
+
+
+def test_what_init_and_doctor_found_is_there_for_programs(stack: Stack) -> None:
+    """A deployment script reads a field and not a sentence."""
+    urls = {"AUDITEXPORT_MYSQL_URL": stack.mysql_url, "AUDITEXPORT_CLICKHOUSE_URL": stack.clickhouse_url}
+    stack.sql("DROP TABLE clickhouse_outbox_dead_letter")
+    stack.sql("ALTER TABLE clickhouse_outbox DROP INDEX drainer_pending_idx")
+    made = _auditexport("init", "--json", **urls)
+    told = json.loads(made.stdout)
+    assert (made.returncode, told["created"]) == (1, ["clickhouse_outbox_dead_letter"])
+    assert any("ADD INDEX drainer_pending_idx" in finding["fix"] for finding in told["findings"])
+    looked = _auditexport("doctor", "--json", **urls)
+    assert (looked.returncode, json.loads(looked.stdout)["fatal"] > 0) == (1, True)
+
+
+def test_the_demo_tells_programs_what_it_shows_people(tmp_path: Path) -> None:
+    """A smoke test in CI takes the numbers from here."""
+    done = _auditexport("demo", "--events", "1000", "--json", "--directory", str(tmp_path / "stack"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert (told["adds_up"], told["stored"], told["duplicated"], told["missing"]) == (True, 1000, 0, 0)
+    assert "every event is in ClickHouse exactly once" in done.stderr

@@ -94,6 +94,23 @@ def test_an_erasure_is_recorded_and_listed(prompt: Prompt, stack: Stack) -> None
         "erasures", "add", "--workspace", workspace_id, "--event-id", event_id, "--why", "request 7", "--who", "me"
     )
     assert added.exit_code == 0
+    told = json.loads(
+        prompt(
+            "erasures",
+            "add",
+            "--workspace",
+            workspace_id,
+            "--event-id",
+            "none",
+            "--why",
+            "request 7",
+            "--who",
+            "me",
+            "--json",
+        ).output
+    )
+    assert told == {"erasures": 1, "action_id": 2}
+    stack.sql("DELETE FROM clickhouse_outbox_erasure WHERE action_id = 2")
     listed = json.loads(prompt("erasures", "list", "--json").output)["erasures"]
     assert [(one["who"], one["why"], one["event_id"]) for one in listed] == [("me", "request 7", event_id)]
     assert "request 7" in prompt("erasures", "list").output

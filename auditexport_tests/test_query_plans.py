@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.stores import status, upkeep
+from auditexport_pipeline.stores import ledger, status, upkeep
 from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
@@ -225,5 +225,22 @@ def test_a_status_goes_by_indexes_and_sorts_no_history(busy: MySQLOutbox) -> Non
         # In the order of the index and by a limit: what EXPLAIN estimates of the rest is never read.
         in_order = "LIMIT" in status.SQL[name].text and "ORDER BY" in status.SQL[name].text
         if step.key != key or step.access == "ALL" or sorts or not in_order:
+            wrong.append(f"{name}: {step}")
+    assert not wrong, "\n".join(wrong)
+
+
+BATCHES: dict[str, tuple[str, dict[str, object]]] = {
+    "page": ("PRIMARY", {"before_id": 900, "row_limit": 20}),
+    "page_in_state": ("state_idx", {"state": "verified", "before_id": 900, "row_limit": 20}),
+    "one": ("PRIMARY", {"batch_id": 700}),
+}
+
+
+def test_a_page_of_the_ledger_is_read_in_the_order_of_its_index(busy: MySQLOutbox) -> None:
+    """Whoever looks for one batch among a year's must not have all of them sorted."""
+    wrong = []
+    for name, (key, values) in BATCHES.items():
+        (step,) = explain(busy, name, values, ledger.SQL)
+        if step.key != key or step.access == "ALL" or "filesort" in step.extra:
             wrong.append(f"{name}: {step}")
     assert not wrong, "\n".join(wrong)

@@ -158,7 +158,8 @@ def test_the_exporter_drains_requeues_included_and_may_do_nothing_else(ground: G
         prompt("doctor")
         preflight.forget()
         preflight.refuse_unless_ready(prompt.outbox, prompt.log)
-        drain(prompt.outbox, prompt.log, Limits(), owner="exporter")
+        assert json.loads(prompt("drain", "--json").output)["dead_letters"] == 2
+        assert "may not read clickhouse_outbox_action" in prompt("status", status=1).output
         assert prompt.outbox.backlog(tuple(VERSIONS), count_to=100).rows == 0
         assert "lacks DELETE on clickhouse_outbox" in prompt("doctor", "--role", "sweeper", status=1).output
         prompt.refused("SELECT command denied .*clickhouse_outbox_", "sweep", "--outbox-days", "0")
@@ -242,6 +243,9 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
     with ground.as_role(Role.READER) as prompt:
         prompt("doctor", "--role", "reader")
         assert prompt.outbox.backlog(tuple(VERSIONS), count_to=100).rows == 7
+        prompt("status", status=1)
+        prompt("batches", "list")
+        prompt("batches", "show", "1")
         prompt("dead-letters", "list")
         prompt("dead-letters", "show", letter)
         prompt("erasures", "list")

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # As a shell has it for what Ctrl-C ended.
 INTERRUPTED = 130
+# A bar hides it.
+SHOW_CURSOR = b"\x1b[?25h\n"
 COUNT_BACKLOG_TO = 1_000_000
 
 
@@ -81,7 +83,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     began = time.monotonic()
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
     screen = _Progress(owner, backlog, quiet=as_json)
-    with _stoppable(screen) as stopping, screen:
+    with _stoppable() as stopping, screen:
         done = drain(
             mysql,
             clickhouse,
@@ -136,24 +138,28 @@ def _linger(
 
 
 @contextmanager
-def _stoppable(screen: _Progress) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks to stop, the second one ends the process as it stands."""
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks to stop, the second one ends the process as it stands.
+
+    A handler runs in the middle of whatever the main thread does, which may be printing, or holding the bar's lock: so it
+    speaks to the file descriptors, and waits for nobody.
+    """
     asked = 0
 
     def ask(*_: object) -> None:
         nonlocal asked
         asked += 1
         if asked > 1:
-            screen.close()
-            click.echo(
-                "auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them",
-                err=True,
+            if interactive():
+                os.write(1, SHOW_CURSOR)
+            os.write(
+                2,
+                b"auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them\n",
             )
             # Threads may be in an INSERT that takes a minute: what the ledger says is enough to go on from.
-            sys.stdout.flush()
             os._exit(INTERRUPTED)
-        screen.trouble(
-            "stopping after the batch at hand; once more to stop at once and leave the batches to their lease"
+        os.write(
+            2, b"auditexport: stopping after the batch at hand; once more to stop at once, and leave it to its lease\n"
         )
 
     before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -200,9 +206,6 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

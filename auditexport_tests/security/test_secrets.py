@@ -43,6 +43,12 @@ CLI = (
     ("requeue", "--workspace", "ws_1", "--why", "a look", "--dry-run"),
     ("requeue", "--workspace", "ws_1", "--why", "a look", "--dry-run", "--missing-only", "--json"),
     ("sweep", "--outbox-days", "0", "--dry-run"),
+    ("status",),
+    ("status", "--json"),
+    ("batches", "list"),
+    ("batches", "show", "1"),
+    ("batches", "show", "1", "--json"),
+    ("drain",),
 )
 
 
