@@ -171,7 +171,7 @@ def test_a_second_ctrl_c_leaves_it_to_the_lease_and_says_so(stack: Stack, prompt
 def test_two_drains_at_once_share_the_work(stack: Stack) -> None:
     """A Dagster run may be at work when somebody drains by hand; the ledger gives each batch to one of them."""
     seed_outbox(stack.mysql_url, seed=8, events=600, writers=1)
-    small = ("--batch-rows", "50", "--max-batches", "2", "--max-rows-per-second", "1000", "--json")
+    small = ("--batch-rows", "50", "--max-batches", "2", "--max-rows-per-second", "100", "--json")
     with started(stack, "drain", *small) as one, started(stack, "drain", *small) as other:
         told = [json.loads(process.communicate(timeout=120)[0]) for process in (one, other)]
     assert sum(drained["rows"] for drained in told) == 600
@@ -193,10 +193,12 @@ def test_what_clickhouse_lost_meanwhile_is_exit_status_1(stack: Stack) -> None:
     seed_outbox(stack.mysql_url, seed=10, events=200, writers=1)
     with started(stack, "drain", *SLOWLY, "--json") as process:
         wait_until(lambda: exported(stack) >= 1, what="a batch")
+        process.send_signal(signal.SIGSTOP)  # it verifies at the end of its plan, and that must come after
         ((event_id,),) = stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1 ORDER BY inserted_at LIMIT 1")
         stack.log.client().command(
             f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{event_id}'", settings={"mutations_sync": 2}
         )
+        process.send_signal(signal.SIGCONT)
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 1, output + errors
     assert json.loads(output)["discrepant"] == {"1": "1 missing"}

@@ -10,6 +10,10 @@ from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.reconcile import Report
+from auditexport_pipeline.core.requeue import Requeue
+from auditexport_pipeline.core.sweep import Sweep
+from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
@@ -117,3 +121,15 @@ def test_an_erasure_is_recorded_and_listed(prompt: Prompt, stack: Stack) -> None
     clean = prompt("reconcile")
     assert clean.exit_code == 0
     assert "1 erased on record" in clean.output
+
+
+def test_programs_find_the_names_of_the_page(prompt: Prompt) -> None:
+    """Whoever reads a run's metadata in one place and the prompt's JSON in another must not have to translate."""
+    told = json.loads(prompt("requeue", "--batch", "1", "--why", "look", "--dry-run", "--json").output)
+    assert set(requeue_metadata(Requeue())) - {"per_batch"} <= set(told)
+    assert (told["rows"], told["dry_run"], told["action_id"]) == (30, True, None)
+    told = json.loads(prompt("sweep", "--outbox-days", "0", "--dry-run", "--json").output)
+    assert set(sweep_metadata(Sweep())) <= set(told)
+    told = json.loads(prompt("reconcile", "--json").output)
+    assert set(reconcile_metadata(Report(from_ms=0, to_ms=1))) - {"report"} <= set(told)
+    assert (told["entries_expected"], told["entries_stored"], told["blocks"]) == (30, 30, 1)

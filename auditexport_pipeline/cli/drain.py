@@ -67,7 +67,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     Ends when everything that was pending at the start is exported, or with --linger-s after that time. A Dagster run or
     another drain may be at work meanwhile: the ledger gives each batch to one of them, and both finish sooner. Ctrl-C
     finishes the batch at hand and gives the others back; a second one leaves them to their lease. Whatever ends it, the
-    next drain picks up.
+    next drain picks up. No heartbeat is sent: that is the business of what runs by itself.
 
     Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged or a batch was altered, 2 the call, the
     setup or a database is wrong, 130 interrupted.

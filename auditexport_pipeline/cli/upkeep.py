@@ -69,7 +69,18 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
         dry_run=dry_run,
     )
     if as_json:
-        print_json({**asdict(done), "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()}})
+        print_json(
+            {
+                "rows": done.rows,
+                "no_batch_rows": done.no_batch,
+                "open_rows": done.open_rows,
+                "expired_rows": done.expired_rows,
+                "present_rows": done.present_rows,
+                "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()},
+                "action_id": done.action_id,
+                "dry_run": dry_run,
+            }
+        )
         return
     click.echo(f"{'would requeue' if dry_run else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches")
     left = {
@@ -120,6 +131,7 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
                 "rows": done.rows,
                 "batches": done.batches,
                 "held_back_batches": done.held_back,
+                "discrepant_batches": len(done.discrepant),
                 "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
                 "dead_letters_closed": done.letters_closed,
                 "compacted_batches": done.compacted,
@@ -202,6 +214,10 @@ def _report_values(report: Report) -> dict[str, object]:
         "duplicated": report.found.duplicated,
         "unexpected": report.found.unexpected,
         "altered": report.found.altered,
+        "blocks": report.slots,
+        "blocks_compared_by_entry": report.slots_read,
+        "entries_expected": sum(line.entries for line in report.batches),
+        "entries_stored": sum(line.stored for line in report.batches),
         "event_ids": list(report.found.event_ids),
         "explained": dict(report.explained),
         "open_batches": report.open_batches,
