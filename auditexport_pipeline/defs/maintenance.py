@@ -56,10 +56,11 @@ REQUEUE = {
 
 
 def _rows_of(settings: Mapping[str, Any]) -> RowFilter:
-    conditions = {name: settings[name] for name in RowFilter.__dataclass_fields__}
-    wanted = RowFilter(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in conditions.items()}
-    )
+    values = {name: settings[name] for name in RowFilter.__dataclass_fields__}
+    conditions: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    wanted = RowFilter(**conditions)
     wanted.refuse_everything()
     return wanted
 

@@ -122,6 +122,17 @@ FROM $table
 WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
 GROUP BY workspace_id, day_ms
 
+-- name: surplus
+-- As slots_between; groups by the sort key, so memory grows with the window's events. `same_slot` are copies under one
+-- inserted_at, which only a requeue or a second INSERT makes; the others an event that the outbox holds twice.
+SELECT sum(n) AS entries, sum(n - 1) AS copies, sum(n - slots) AS same_slot
+FROM (
+  SELECT count() AS n, uniqExact(inserted_at) AS slots
+  FROM $table
+  WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
+  GROUP BY workspace_id, bucket, time, event_id
+)
+
 -- name: ttl
 -- The table's definition: the server has no column for its TTL alone.
 SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {table:String}
