@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.status import TARGET_VARIABLES, Targets
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import event, events
@@ -259,6 +260,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py"]
     used = {found for path in sources for found in name.findall(path.read_text())}
+    used |= {f"{TARGET_VARIABLES}{target.name.upper()}" for target in fields(Targets)}
     documented = {found for page in PAGES for found in name.findall(page.read_text())}
     assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
     assert used == documented
@@ -269,6 +271,31 @@ def test_every_setting_of_a_drain_is_in_the_table_of_knobs() -> None:
     table = (DOCS / "operations.md").read_text().split("\n## Scaling\n")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in _SPAN.findall(row)}
     assert named == {limit.name for limit in fields(Limits)}
+
+
+def test_the_table_of_targets_has_their_defaults() -> None:
+    """A number that an operator is called by is looked up there."""
+    text = (DOCS / "operations.md").read_text()
+    for target in fields(Targets):
+        assert f"| `{TARGET_VARIABLES}{target.name.upper()}` | {target.default:g} |" in text
+
+
+def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
+    """A job that no page mentions is found by accident."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    jobs = {job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")}
+    automation = {found.name for found in (*(defs.sensors or ()), *(defs.schedules or ()))}
+    assert "audit_log_export" in jobs
+    assert "sweep_schedule" in automation
+    assert not {name for name in jobs | automation if f"`{name}`" not in text}
+
+
+def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
+    """The name that status gives a finding leads to its section."""
+    about = set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "status.py").read_text()))
+    assert "lag" in about
+    first_table = RUNBOOK.read_text().split("\n## ")[0]
+    assert not {name for name in about if f"`{name}`" not in first_table}
 
 
 def _raised() -> list[str]:

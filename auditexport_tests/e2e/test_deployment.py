@@ -153,7 +153,9 @@ class Deployment:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.page_port}/server_info", timeout=5):
                     pass
-                found = self.ask("{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }")
+                found = self.ask(
+                    "{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }"
+                )
             except (OSError, httpx.TransportError):
                 return False
             nodes = found["repositoriesOrError"].get("nodes", [])
