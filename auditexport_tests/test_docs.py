@@ -23,6 +23,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.status import TARGET_VARIABLES, Targets
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
+from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event, events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,8 +239,6 @@ def test_every_statement_of_the_pages_runs(stack: Stack, page: str, statement: s
 
 def _export_something(stack: Stack) -> None:
     """Ten events exported and verified, and row 4711 set aside."""
-    from auditexport_tests.crashes import drain
-
     stack.put(*events(10))
     workspace_id, event_id, payload = event("evt_4711")
     stack.sql(
@@ -249,7 +248,7 @@ def _export_something(stack: Stack) -> None:
         event_id=event_id,
         payload=payload.replace('"key.create"', "17"),
     )
-    drain(stack)
+    drain(stack.outbox, stack.log, Limits(), owner="run_1")
 
 
 # ── variables, settings, errors, checks, tests ───────────────────────────────────────────────────
