@@ -146,7 +146,7 @@ def browser_page(dev: Dev, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             headless=True,
             args=FLAGS,
             base_url=dev.url,
-            viewport={"width": 1440, "height": 900},
+            viewport={"width": 1440, "height": 1080},
         )
         try:
             context.set_default_timeout(SEEN_WITHIN_MS)
