@@ -194,9 +194,10 @@ def test_every_make_target_of_a_page_exists() -> None:
 
 
 def _runnable() -> list[str]:
-    """The runbook's own commands, as printed, but for those that set up or serve something."""
+    """The runbook's own commands, as printed: those with options, and those that need none. `--watch` would never end."""
     lines = [line.split("  #")[0].strip() for line in dict.fromkeys(_code(RUNBOOK)) if line.startswith("auditexport ")]
-    return [line for line in lines if "--" in line or line.split()[1] == "erasures"]
+    alone = ("status", "doctor", "drain", "batches", "erasures")
+    return [line for line in lines if "--watch" not in line and ("--" in line or line.split()[1] in alone)]
 
 
 def test_every_command_of_the_runbook_runs(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
