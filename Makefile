@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test lint format bench bench-quick chaos server lock clean
+.PHONY: help demo dev test test-e2e lint format bench bench-quick chaos server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
 	@echo "make dev     the stack, Dagster's page and a live trickle of events"
 	@echo "make test    the tests, on real servers"
+	@echo "make test-e2e   Dagster's page in a headless browser; its pictures are in $(STATE)/e2e"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed beside other exporters, latency and memory, on this machine (bench-quick: 5 minutes)"
 	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
@@ -24,6 +25,12 @@ dev: $(READY) server
 
 test: $(READY) server
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# The browser's tests, with what only they need; `make test` leaves them out.
+test-e2e: $(READY) server
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[e2e]'
+	@$(BIN)/python -m auditexport_tests.e2e.install
+	@$(BIN)/python -m pytest auditexport_tests/e2e $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,7 +63,7 @@ server: $(READY)
 
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-header pyproject.toml -o constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --extra e2e --no-header pyproject.toml -o constraints.txt
 
 clean:
 	rm -rf $(STATE) $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -47,8 +47,17 @@ def demo(directory: Path, events: int, as_json: bool) -> None:
     show_default=True,
     help="Of Dagster's page; a free one if taken.",
 )
-@click.option("--events-per-s", type=click.FloatRange(0.1, 10_000), default=50.0, show_default=True)
-def dev(directory: Path, port: int, events_per_s: float) -> None:
+@click.option(
+    "--events-per-s",
+    type=click.FloatRange(0, 10_000),
+    default=50.0,
+    show_default=True,
+    help="What the application commits; 0: nothing.",
+)
+@click.option(
+    "--no-automation", is_flag=True, help="Leave the sensor and the schedule as they are: off, on a fresh stack."
+)
+def dev(directory: Path, port: int, events_per_s: float, no_automation: bool) -> None:
     """Run the local stack with Dagster's page and a live trickle of events, until Ctrl-C.
 
     Exit status: 0 stopped, 2 when the call is wrong or a server cannot be started.
@@ -57,7 +66,7 @@ def dev(directory: Path, port: int, events_per_s: float) -> None:
     from auditexport_pipeline.local import dev as local_dev
 
     try:
-        sys.exit(local_dev.run(directory, port=port, events_per_s=events_per_s))
+        sys.exit(local_dev.run(directory, port=port, events_per_s=events_per_s, automation=not no_automation))
     except KeyboardInterrupt:
         click.echo("stopped")
 

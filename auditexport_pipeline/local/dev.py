@@ -29,8 +29,12 @@ SENSOR_LAG_S = 20
 PAGE_WITHIN_S = 90.0
 
 
-def run(directory: Path, *, port: int, events_per_s: float) -> int:
-    """Runs until Ctrl-C; the stack keeps what a demo or an earlier dev left in it."""
+def run(directory: Path, *, port: int, events_per_s: float, automation: bool = True) -> int:
+    """Runs until Ctrl-C; the stack keeps what a demo or an earlier dev left in it.
+
+    `events_per_s` 0 is an application that is silent. Without `automation` the sensor and the schedule stay as
+    they are: off, on a fresh stack.
+    """
     console = Console()
     with console.status("starting MySQL and ClickHouse"):
         stack = LocalStack(directory)
@@ -53,16 +57,20 @@ def run(directory: Path, *, port: int, events_per_s: float) -> int:
                 kwargs={"seed": int(time.time()), "events_per_s": events_per_s, "stop": stop},
                 daemon=True,
             )
-            writer.start()
-            with console.status("switching the sensor and the schedule on"):
-                switch_on(environment)
+            if events_per_s:
+                writer.start()
+            with console.status(
+                "setting the pool of drains" + (", switching the sensor and the schedule on" * automation)
+            ):
+                switch_on(environment, automation=automation)
             console.print(
                 f"\n  Dagster       [bold]{url}[/bold]\n"
                 f"  the asset     {url}/assets/audit_logs_raw_v1\n"
                 f"  the sensor    {url}/locations/auditexport/sensors/outbox_backlog_sensor\n"
                 f"  MySQL         {stack.outbox.url}\n"
                 f"  ClickHouse    {stack.log.url}\n\n"
-                f"  An application commits about {events_per_s:g} events a second; the sensor starts a drain at "
+                f"  An application commits about {events_per_s:g} events a second; the sensor"
+                f"{'' if automation else ', once you turn it on,'} starts a drain at "
                 f"{environment['AUDITEXPORT_SENSOR_ROWS']} rows or {environment['AUDITEXPORT_SENSOR_LAG_S']} s of lag.\n"
                 "  Ctrl-C stops everything.\n"
             )
@@ -88,14 +96,16 @@ def start_dagster(stack: LocalStack, environment: dict[str, str], port: int) -> 
     )
 
 
-def switch_on(environment: dict[str, str]) -> None:
-    """Starts the sensor and the schedule, with the pool that admits one drain; raises `LocalServerFailed`."""
+def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
+    """Sets the pool that admits one drain; starts the sensor and the schedule. Raises `LocalServerFailed`."""
     workspace = ["-w", str(PROJECT / "workspace.yaml")]
-    for what in (
-        ["instance", "concurrency", "set", "audit_log_export", "1"],  # before the first runs are queued: see the README
-        ["sensor", "start", "outbox_backlog_sensor", *workspace],
-        ["schedule", "start", "audit_log_export_schedule", *workspace],
-    ):
+    commands = [["instance", "concurrency", "set", "audit_log_export", "1"]]  # before the first runs are queued: README
+    if automation:
+        commands += [
+            ["sensor", "start", "outbox_backlog_sensor", *workspace],
+            ["schedule", "start", "audit_log_export_schedule", *workspace],
+        ]
+    for what in commands:
         done = subprocess.run([sys.executable, "-m", "dagster", *what], env=environment, capture_output=True, text=True)
         # One that an earlier dev switched on stays on.
         if done.returncode != 0 and "already running" not in done.stdout + done.stderr:

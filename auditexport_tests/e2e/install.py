@@ -1,0 +1,65 @@
+"""Makes sure that this machine has a Chromium and a PostgreSQL, for `make test-e2e`.
+
+What belongs here: finding both, and installing Debian's when we are root. What does not: starting them (`conftest`,
+`test_deployment`). No browser of Playwright's own is downloaded: its wheel drives the one that is there. Debian's
+package makes a PostgreSQL cluster of its own, which is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# Debian's and Ubuntu's names, then the vendors'.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PACKAGES = {"chromium": "a Chromium", "postgresql": "a PostgreSQL server"}
+
+
+def find_browser() -> str | None:
+    """The path of a Chromium on PATH."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def find_postgres() -> Path | None:
+    """The directory with `initdb` and `postgres`: on PATH, or where Debian keeps them, the newest."""
+    on_path = shutil.which("initdb")
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    found = Path(on_path) if on_path else debian[-1] if debian else None
+    return found.resolve().parent if found else None
+
+
+def missing() -> list[str]:
+    """Debian's packages of what is not there."""
+    there = {"chromium": find_browser(), "postgresql": find_postgres()}
+    return [package for package in PACKAGES if not there[package]]
+
+
+def main() -> int:
+    lacking = missing()
+    if not lacking:
+        return 0
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        print(
+            f"auditexport: no {' and no '.join(PACKAGES[package][2:] for package in lacking)} on this machine: "
+            f"Debian/Ubuntu `apt-get install {' '.join(lacking)}`",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"installing {' and '.join(lacking)} (once)", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *lacking]):
+        done = subprocess.run(["apt-get", *arguments], env=quiet, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"auditexport: apt-get {arguments[0]} failed: {done.stderr.strip()}", file=sys.stderr)
+            return 2
+    if missing():
+        print(f"auditexport: {', '.join(missing())} is installed and still not found", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
