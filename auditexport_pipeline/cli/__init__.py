@@ -36,4 +36,4 @@ def main() -> None:
 
 
 # Each module adds its commands to the group when it is imported.
-from auditexport_pipeline.cli import dead_letters, doctor, init, local, upkeep  # noqa: E402, F401
+from auditexport_pipeline.cli import dead_letters, doctor, init, local, metrics, upkeep  # noqa: E402, F401
