@@ -40,6 +40,12 @@ class AuditExport(dg.Component, dg.Model, dg.Resolvable):
             description="Environment variable with the heartbeat's URL; empty: AUDITEXPORT_HEARTBEAT_URL, if it is set."
         ),
     ] = ""
+    alert_webhook_url_env: Annotated[
+        str,
+        Field(
+            description="Environment variable with the webhook for alerts; empty: AUDITEXPORT_ALERT_WEBHOOK_URL, if it is set."
+        ),
+    ] = ""
     drain: Annotated[
         Mapping[str, Any],
         Field(description="Settings of drains that the sensor and the schedule start, as in the launchpad."),
@@ -68,6 +74,7 @@ class AuditExport(dg.Component, dg.Model, dg.Resolvable):
             mysql_url=dg.EnvVar(self.mysql_url_env),
             clickhouse_url=dg.EnvVar(self.clickhouse_url_env),
             heartbeat_url=dg.EnvVar(self.heartbeat_url_env) if self.heartbeat_url_env else None,
+            alert_webhook_url=dg.EnvVar(self.alert_webhook_url_env) if self.alert_webhook_url_env else None,
             drain=self.drain,
             sensor_thresholds=Thresholds(rows=self.sensor_rows, lag_s=self.sensor_lag_s),
             group_name=self.group_name,

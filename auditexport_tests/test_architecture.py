@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "local": {"core", "stores", "local"},
 }
 NOT_IN_CORE = {"dagster", "sqlalchemy", "pymysql", "clickhouse_connect", "os", "datetime", "pandas"}
-NEEDLESS_AT_START = {"pandas", "chdb", "clickhouse_connect", "httpx", "rich"}
+NEEDLESS_AT_START = {"pandas", "chdb", "clickhouse_connect", "httpx", "prometheus_client", "rich"}
 
 
 def _part(path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.stores import ledger, status, upkeep
+from auditexport_pipeline.stores import ledger, status, totals, upkeep
 from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
@@ -244,3 +244,24 @@ def test_a_page_of_the_ledger_is_read_in_the_order_of_its_index(busy: MySQLOutbo
         if step.key != key or step.access == "ALL" or "filesort" in step.extra:
             wrong.append(f"{name}: {step}")
     assert not wrong, "\n".join(wrong)
+
+
+TOTALS: dict[str, tuple[str, dict[str, object]]] = {
+    "first_open": ("state_idx", {}),
+    "totals": ("PRIMARY", {"after_id": 500, "to_id": 600, "row_limit": 50}),
+    "last_verified": ("exported_idx", {"row_limit": 50}),
+}
+
+
+def test_the_totals_read_a_range_of_the_ledger_and_sort_nothing(busy: MySQLOutbox) -> None:
+    """Metrics are asked for every few seconds, and remember what they have added up."""
+    with busy.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = batch_id WHERE batch_id > 0")
+    with busy.engine.connect() as connection:
+        list(connection.exec_driver_sql("ANALYZE TABLE clickhouse_outbox_batch"))
+    for name, (key, values) in TOTALS.items():
+        steps = explain(busy, name, values, totals.SQL)
+        (step,) = [step for step in steps if step.table == "clickhouse_outbox_batch"]
+        assert (step.key, step.access) in ((key, "range"), (key, "index")), steps
+        assert step.access == "range" or name == "last_verified", steps
+        assert "filesort" not in step.extra, steps

@@ -249,6 +249,7 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
         prompt("dead-letters", "list")
         prompt("dead-letters", "show", letter)
         prompt("erasures", "list")
+        assert "auditexport_up 1.0" in prompt("metrics").output
         report = json.loads(prompt("reconcile", "--dry-run", "--json", status=1).output)
         assert (report["missing"], report["event_ids"]) == (1, [lost])
         assert "would requeue 1 rows" in prompt("reconcile", "--dry-run", "--repair", status=1).output

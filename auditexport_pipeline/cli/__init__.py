@@ -44,6 +44,7 @@ from auditexport_pipeline.cli import (  # noqa: E402, F401
     drain,
     init,
     local,
+    metrics,
     status,
     upkeep,
 )

@@ -13,11 +13,17 @@ import dagster as dg
 
 from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.defs import automation, catalog, checks, dead_letters, instance, maintenance
+from auditexport_pipeline.defs import alerts, automation, catalog, checks, dead_letters, instance, maintenance
 from auditexport_pipeline.defs.assets import export_asset
 from auditexport_pipeline.defs.io import outbox_io_manager
 from auditexport_pipeline.defs.names import Names
-from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource, ahead
+from auditexport_pipeline.defs.resources import (
+    AlertsResource,
+    ClickHouseResource,
+    HeartbeatResource,
+    MySQLResource,
+    ahead,
+)
 
 Url = str | dg.EnvVar
 
@@ -28,6 +34,7 @@ def build_audit_export_defs(
     mysql_url: Url | None = None,
     clickhouse_url: Url | None = None,
     heartbeat_url: Url | None = None,
+    alert_webhook_url: Url | None = None,
     drain: Mapping[str, Any] | None = None,
     sensor_thresholds: Thresholds | None = None,
     group_name: str = catalog.GROUP,
@@ -42,18 +49,19 @@ def build_audit_export_defs(
     Merge the result into your own `Definitions`, once for each outbox or shard. `name` begins every name but the
     first one's and is the assets' prefix (`defs.names`); it raises `InvalidConfig` when Dagster would not take it.
 
-    The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL and
-    AUDITEXPORT_HEARTBEAT_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
+    The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL, AUDITEXPORT_HEARTBEAT_URL
+    and AUDITEXPORT_ALERT_WEBHOOK_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
     of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
     (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise). `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
-    `clickhouse`, `heartbeat`, `outbox_io_manager`, `ahead`, under those names.
+    `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names.
     """
     names = Names(name=name)
     given: dict[str, Any] = {
         "mysql": MySQLResource(url=mysql_url or dg.EnvVar("AUDITEXPORT_MYSQL_URL")),
         "clickhouse": ClickHouseResource(url=clickhouse_url or dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
         "heartbeat": HeartbeatResource(url=heartbeat_url) if heartbeat_url else HeartbeatResource(),
+        "alerts": AlertsResource(url=alert_webhook_url) if alert_webhook_url else AlertsResource(),
         "outbox_io_manager": outbox_io_manager,
         "ahead": ahead,
     }
@@ -71,7 +79,10 @@ def build_audit_export_defs(
         ],
         asset_checks=checks.asset_checks(names),
         jobs=[export_job, *upkeep, purge_job],
-        sensors=[automation.backlog_sensor(names, export_job, drain, sensor_thresholds)],
+        sensors=[
+            automation.backlog_sensor(names, export_job, drain, sensor_thresholds),
+            *alerts.alert_sensors(names, [*(job.name for job in upkeep), purge_job.name]),
+        ],
         schedules=[
             automation.export_schedule(names, export_job, drain),
             *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),

@@ -87,6 +87,10 @@ class Names:
         return self.of("heartbeat")
 
     @property
+    def alerts(self) -> str:
+        return self.of("alerts")
+
+    @property
     def ahead(self) -> str:
         return self.of("ahead")
 

@@ -6,10 +6,13 @@ does not: anything the stores or the core do. Nothing here reads the environment
 
 import http.client
 import os
+import threading
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
+import msgspec
 from pydantic import Field
 
 from auditexport_pipeline.defs.ahead import Ahead
@@ -19,6 +22,8 @@ from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 # A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
 HEARTBEAT_TIMEOUT_S = 5.0
+# A notice is sent by a sensor, whose tick Dagster gives up after a minute.
+NOTICE_TIMEOUT_S = 5.0
 
 
 class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -63,22 +68,88 @@ class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def fail(self) -> bool:
         return self._ping("/fail")
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is anybody to ping."""
+        return bool(self._base)
+
+    @property
+    def _base(self) -> str:
+        return self.url or os.environ.get("AUDITEXPORT_HEARTBEAT_URL", "")
+
     def _ping(self, path: str) -> bool:
-        url = self.url or os.environ.get("AUDITEXPORT_HEARTBEAT_URL", "")
-        if not url:
+        if not self._base:
             return False
-        # The URL is a secret of its own: whoever knows it can silence the alarm. So nothing that logs it may
-        # carry it: urllib logs nothing, and of an error only the type is told.
+        trouble = _request(self._base.rstrip("/") + path, within_s=HEARTBEAT_TIMEOUT_S)
+        if trouble:
+            dg.get_dagster_logger("auditexport").warning(
+                f"the heartbeat{path} could not be sent ({trouble}); the export itself is not affected"
+            )
+        return not trouble
+
+
+class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Where notices go: a webhook that takes what Slack's take, in JSON.
+
+    Put another object with these three in its place, under the key `alerts`, to send them elsewhere.
+    """
+
+    url: str = Field(
+        default="", description="The webhook; empty means AUDITEXPORT_ALERT_WEBHOOK_URL, or nobody is told."
+    )
+    page_url: str = Field(
+        default="", description="Dagster's page, for links to runs; empty means AUDITEXPORT_PAGE_URL, or no links."
+    )
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is anybody to tell."""
+        return bool(self._webhook)
+
+    def link(self, run_id: str) -> str:
+        """The run on Dagster's page; empty when it is not known where that is."""
+        page = (self.page_url or os.environ.get("AUDITEXPORT_PAGE_URL", "")).rstrip("/")
+        return f"{page}/runs/{run_id}" if page else ""
+
+    def send(self, body: Mapping[str, object]) -> str:
+        """Posts it; returns what went wrong, without the URL, or an empty text."""
+        return _request(self._webhook, within_s=NOTICE_TIMEOUT_S, body=msgspec.json.encode(body))
+
+    @property
+    def _webhook(self) -> str:
+        return self.url or os.environ.get("AUDITEXPORT_ALERT_WEBHOOK_URL", "")
+
+
+def _request(url: str, *, within_s: float, body: bytes | None = None) -> str:
+    """Asks for a URL, or posts JSON to it; returns an empty text, or what went wrong.
+
+    The URL is a secret of its own: whoever knows it can silence the alarm, or raise one. So nothing that logs it may
+    carry it: urllib logs nothing, and of an error only the type is told.
+
+    A time-out of a socket's is one for each byte: a server that sends them one by one would hold us for ever. So the
+    whole is left to a thread, which may end by itself.
+    """
+    trouble = ["TimeoutError"]
+
+    def ask() -> None:
         try:
             if not url.startswith(("http://", "https://")):
                 raise ValueError
-            with urllib.request.urlopen(url.rstrip("/") + path, timeout=HEARTBEAT_TIMEOUT_S):
-                return True
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            dg.get_dagster_logger("auditexport").warning(
-                f"the heartbeat{path} could not be sent ({type(error).__name__}); the export itself is not affected"
+            request = urllib.request.Request(
+                url, data=body, headers={"Content-Type": "application/json"} if body else {}
             )
-            return False
+            with urllib.request.urlopen(request, timeout=within_s):
+                trouble[0] = ""
+        except urllib.error.HTTPError as error:
+            error.close()
+            trouble[0] = f"HTTP {error.code}"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            trouble[0] = type(error).__name__
+
+    thread = threading.Thread(target=ask, name="auditexport-request", daemon=True)
+    thread.start()
+    thread.join(2 * within_s)
+    return trouble[0]
 
 
 @dg.resource(description="Fetches and writes the next batches while this one is marked; for one run in one process.")

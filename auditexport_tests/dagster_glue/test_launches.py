@@ -27,6 +27,7 @@ from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
 from auditexport_tests.waiting import wait_until
+from auditexport_tests.webhook import Webhook, webhook
 
 LOCATION = {"repositoryLocationName": "auditexport", "repositoryName": "__repository__"}
 # A worker starts in two seconds alone and in twenty beside a benchmark; a launch that needs this long is lost.
@@ -130,7 +131,14 @@ def stack(databases: Stack) -> Stack:
 
 
 @pytest.fixture(scope="module")
-def dev(databases: Stack, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def hook() -> Iterator[Webhook]:
+    """Where the page's alerts go."""
+    with webhook() as listening:
+        yield listening
+
+
+@pytest.fixture(scope="module")
+def dev(databases: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page and the daemon on the repository's dagster.yaml, its slow look for dead workers made quick."""
     home = tmp_path_factory.mktemp("launches") / "dagster_home"
     shutil.copytree(empty_home, home)
@@ -143,6 +151,7 @@ def dev(databases: Stack, empty_home: Path, tmp_path_factory: pytest.TempPathFac
         "AUDITEXPORT_MYSQL_URL": databases.mysql_url,
         "AUDITEXPORT_CLICKHOUSE_URL": databases.clickhouse_url,
         "AUDITEXPORT_SENSOR_ROWS": "1",
+        "AUDITEXPORT_ALERT_WEBHOOK_URL": hook.url,
     }
     # As the README says: else the limit begins with the second look at the queue, and a test could be the first.
     pool = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", "audit_log_export", "1"]
@@ -257,6 +266,42 @@ def test_a_run_whose_worker_is_killed_is_noticed_and_launched_again_and_complete
     assert retry.tags["dagster/retry_strategy"] == "ALL_STEPS"
     everything_once(stack, everything)
     assert {str(batch.state) for batch in ledger(stack)} == {"verified"}
+
+
+def test_the_daemon_tells_a_webhook_of_what_fails_and_not_of_what_it_launches_again(
+    page: Page, stack: Stack, hook: Webhook
+) -> None:
+    """The whole way: a worker killed and retried wakes nobody, a launch from the page that fails is told, and its recovery."""
+    killed = _killed_while_it_marks(page, stack, stack.put(*events(8))[2])
+    wait_until(lambda: _tag(page, killed, "dagster/will_retry"), what="Dagster's word on a retry")
+    assert _tag(page, killed, "dagster/will_retry") == "true"
+    retry = _retry_of(page, killed)
+    if retry is not None:  # the daemon can lose it; see above
+        assert page.wait_for(retry.run_id).is_success
+    assert page.wait_for(page.launch()["run"]["runId"]).is_success
+
+    stack.sql("ALTER TABLE clickhouse_outbox RENAME INDEX drainer_pending_idx TO elsewhere_idx")
+    try:
+        failed = page.launch()["run"]["runId"]
+        assert page.wait_for(failed).status is dg.DagsterRunStatus.FAILURE
+    finally:
+        stack.sql("ALTER TABLE clickhouse_outbox RENAME INDEX elsewhere_idx TO drainer_pending_idx")
+    wait_until(lambda: hook.bodies, what="the alert", within_s=WITHIN_S)
+    (body,) = hook.bodies
+    assert body["text"].startswith("*[ERROR] auditexport: audit_log_export failed*\nSetupIncomplete at plan_batches: ")
+    assert failed in body["text"]
+    assert killed not in body["text"]
+    assert page.wait_for(page.launch()["run"]["runId"]).is_success
+    wait_until(lambda: len(hook.bodies) > 1, what="the recovery", within_s=WITHIN_S)
+    assert hook.titles() == [
+        "[ERROR] auditexport: audit_log_export failed",
+        "[RECOVERED] auditexport: audit_log_export failed",
+    ]
+
+
+def _tag(page: Page, run_id: str, name: str) -> str | None:
+    run = page.exporter.instance.get_run_by_id(run_id)
+    return run.tags.get(name) if run is not None else None
 
 
 def _killed_while_it_marks(page: Page, stack: Stack, held_pk: int) -> str:
