@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
 
-# What has nothing to say to a program: the page in the foreground, and a shell's script.
-WITHOUT_JSON = {"dev", "completion"}
+# The page in the foreground has nothing to say to a program; a shell's script and Prometheus' text are for programs already.
+WITHOUT_JSON = {"dev", "completion", "metrics"}
 
 
 def commands(group: click.Group, *above: str) -> Iterator[tuple[str, click.Command]]:

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
+from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.status import TARGET_VARIABLES, Targets
 from auditexport_pipeline.definitions import defs
@@ -261,6 +262,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py"]
     used = {found for path in sources for found in name.findall(path.read_text())}
     used |= {f"{TARGET_VARIABLES}{target.name.upper()}" for target in fields(Targets)}
+    used |= {f"{POLICY_VARIABLES}{setting.name.upper()}" for setting in fields(Policy)}
     documented = {found for page in PAGES for found in name.findall(page.read_text())}
     assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
     assert used == documented
@@ -278,6 +280,8 @@ def test_the_table_of_targets_has_their_defaults() -> None:
     text = (DOCS / "operations.md").read_text()
     for target in fields(Targets):
         assert f"| `{TARGET_VARIABLES}{target.name.upper()}` | {target.default:g} |" in text
+    for setting in fields(Policy):
+        assert f"| `{POLICY_VARIABLES}{setting.name.upper()}` | {setting.default:g} |" in text
 
 
 def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
