@@ -49,11 +49,11 @@ SQL: dict[str, TextClause] = {name: expanding(name, text(statement)) for name, s
 _SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698, 3159}
 _TLS_NOT_OFFERED = 2026
 
-# What a URL may say about TLS. PyMySQL knows more, and none of it is safe: beside ssl_verify_cert or
-# ssl_verify_identity it drops the ssl_ca and the host name's check with it.
 # Ours, beside the driver's: which images of changed rows our sessions leave in the binary log.
 ROW_IMAGE = "binlog_row_image"
 _ROW_IMAGES = ("FULL", "MINIMAL", "NOBLOB")
+# What a URL may say about TLS. PyMySQL knows more, and none of it is safe: beside ssl_verify_cert or
+# ssl_verify_identity it drops the ssl_ca and the host name's check with it.
 _TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ssl_check_hostname", "ssl_disabled"}
 
 
