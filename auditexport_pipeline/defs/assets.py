@@ -147,7 +147,7 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
                 to.mysql.outbox(), to.clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config)
             )
         context.log.info(
-            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} blocks, {receipt.bytes:,} "
+            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
             f"bytes, {receipt.seconds:.2f} s"
             + (f"; {receipt.found} blocks were there already" if receipt.found else "")
         )
