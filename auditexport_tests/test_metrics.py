@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import os
@@ -27,6 +28,7 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.cli import metrics as cli_metrics
 from auditexport_pipeline.cli.metrics import Reader, server_for
 from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.metrics import NAMES, Totals
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
@@ -38,6 +40,7 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event, events
 from auditexport_tests.test_architecture import PACKAGE
+from auditexport_tests.test_docs import RUNBOOK, _anchors
 from auditexport_tests.waiting import wait_until
 
 DEAD_MYSQL = "mysql+pymysql://nobody:very-secret@127.0.0.1:1/app"
@@ -524,13 +527,17 @@ def test_labels_in_rules_and_dashboard_exist(stack: Stack) -> None:
 def test_every_rule_says_how_bad_what_and_where_to_read_on() -> None:
     """Whoever is called at night has the alert's text and nothing else."""
     names = [rule["alert"] for rule in rules()]
+    anchors = _anchors(RUNBOOK)
+    assert "no-such-heading" not in anchors
     assert len(names) == len(set(names))
     for rule in rules():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert rule["for"]
         assert len(rule["annotations"]["summary"]) > 20
         assert rule["annotations"]["description"].endswith((".", "?"))
-        assert re.fullmatch(r"auditexport_pipeline/docs/runbook\.md#[a-z-]+", rule["annotations"]["runbook"])
+        page, _, heading = rule["annotations"]["runbook"].partition("#")
+        assert page == "auditexport_pipeline/docs/runbook.md"
+        assert heading in anchors
 
 
 def test_the_dashboard_can_be_imported_into_any_grafana() -> None:
@@ -557,9 +564,22 @@ def test_the_dashboard_can_be_imported_into_any_grafana() -> None:
     assert set(re.findall(r"\$\{?(\w+)\}?", json.dumps(board))) <= {*variables, "__rate_interval", "__all"}
 
 
+def test_the_page_documents_every_metric_and_every_setting_as_it_is() -> None:
+    """The names are a contract, and the page is where it is read."""
+    page = (PACKAGE / "docs" / "alerts.md").read_text()
+    for name, meaning, labels in NAMES:
+        assert f"| `{name}` | {', '.join(f'`{label}`' for label in labels)} | {meaning} |" in page
+    assert set(re.findall(r"\bauditexport_(?!pipeline)\w+", page)) == KNOWN
+    for setting in dataclasses.fields(Policy):
+        assert f"| `{POLICY_VARIABLES}{setting.name.upper()}` | {setting.default:g} |" in page
+        assert f"{POLICY_VARIABLES}{setting.name.upper()}" in str(Policy.__doc__)
+
+
 def test_both_are_in_the_package() -> None:
     """`pip install` has to bring what the operations page tells people to copy."""
-    data = re.search(r"^auditexport_pipeline = \[([^]]*)\]", (PACKAGE.parent / "pyproject.toml").read_text(), re.M)
+    data = re.search(
+        r"^auditexport_pipeline = \[([^]]*)\]", (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE
+    )
     assert data
     patterns = re.findall(r'"([^"]+)"', data[1])
     for name in ("deploy/grafana-dashboard.json", "deploy/prometheus-rules.yml", "stores/totals.sql"):

@@ -45,7 +45,11 @@ def _setting(default: float, low: float, high: float, meaning: str) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """When somebody is told; what is wrong is said by `Targets`. Raises `InvalidConfig`, naming the field."""
+    """When somebody is told; what is wrong is said by `Targets`. Raises `InvalidConfig`, naming the field.
+
+    By the environment: AUDITEXPORT_ALERT_REPEAT_HOURS, AUDITEXPORT_ALERT_REPEAT_WARNING_HOURS,
+    AUDITEXPORT_ALERT_NOT_SHRINKING_MINUTES, AUDITEXPORT_ALERT_UNREACHABLE_MINUTES, AUDITEXPORT_ALERT_RETRY_MINUTES.
+    """
 
     repeat_hours: float = _setting(6, 0.1, 8_760, "What still fails is told again after this long.")
     repeat_warning_hours: float = _setting(24, 0.1, 8_760, "A warning that still stands is told again after this long.")

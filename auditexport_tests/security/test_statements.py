@@ -37,6 +37,7 @@ ALLOWED = {
     ("stores/mysql.py", "statement"): "from outbox.sql, when the module is imported",
     ("stores/status.py", "statement"): "from status.sql, when the module is imported",
     ("stores/ledger.py", "statement"): "from ledger.sql, when the module is imported",
+    ("stores/totals.py", "statement"): "from totals.sql, when the module is imported",
     ("stores/marking.py", "f'SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}'"): (
         "from outbox.sql, when the module is imported"
     ),
