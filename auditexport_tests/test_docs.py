@@ -197,7 +197,7 @@ def test_every_make_target_of_a_page_exists() -> None:
 def _runnable() -> list[str]:
     """The runbook's own commands, as printed: those with options, and those that need none. `--watch` would never end."""
     lines = [line.split("  #")[0].strip() for line in dict.fromkeys(_code(RUNBOOK)) if line.startswith("auditexport ")]
-    alone = ("status", "doctor", "drain", "batches", "erasures")
+    alone = ("status", "doctor", "drain", "batches", "erasures", "metrics")
     return [line for line in lines if "--watch" not in line and ("--" in line or line.split()[1] in alone)]
 
 
@@ -300,6 +300,14 @@ def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
     assert "lag" in about
     first_table = RUNBOOK.read_text().split("\n## ")[0]
     assert not {name for name in about if f"`{name}`" not in first_table}
+
+
+def test_every_alert_rule_leads_to_a_section_of_the_runbook() -> None:
+    """Whoever is called at night has a link in the notice."""
+    rules = (PACKAGE / "deploy" / "prometheus-rules.yml").read_text()
+    anchors = re.findall(r"runbook: auditexport_pipeline/docs/runbook\.md#(\S+)", rules)
+    assert len(anchors) == len(re.findall(r"- alert: ", rules)) > 5
+    assert set(anchors) <= _anchors(RUNBOOK)
 
 
 def _raised() -> list[str]:
