@@ -280,6 +280,7 @@ def test_the_table_of_targets_has_their_defaults() -> None:
     text = (DOCS / "operations.md").read_text()
     for target in fields(Targets):
         assert f"| `{TARGET_VARIABLES}{target.name.upper()}` | {target.default:g} |" in text
+    text = (DOCS / "alerts.md").read_text()
     for setting in fields(Policy):
         assert f"| `{POLICY_VARIABLES}{setting.name.upper()}` | {setting.default:g} |" in text
 
