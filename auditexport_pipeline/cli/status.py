@@ -9,14 +9,17 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from auditexport_pipeline.cli import BAD_CALL, BAD_OUTCOME, main
+from auditexport_pipeline.cli.pages import report_option, typed
 from auditexport_pipeline.cli.shared import console, interactive, json_option, moment, print_json, table
-from auditexport_pipeline.cli.stores import outbox
+from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
 from auditexport_pipeline.core.errors import TransientError
+from auditexport_pipeline.core.series import DAY_MS
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     Advice,
@@ -54,26 +57,47 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
     metavar="[SECONDS]",
     help=f"Look again every so many seconds (without a number {REFRESH_S:g}), until Ctrl-C.",
 )
+@report_option
+@click.option(
+    "--days", type=click.FloatRange(0.01, 3_650), default=7.0, show_default=True, help="Of the page: how far back."
+)
 @json_option
-def status(watch_s: float | None, as_json: bool) -> None:
+def status(watch_s: float | None, report_path: Path | None, days: float, as_json: bool) -> None:
     """How the export stands: backlog, lag, rate, ETA, open batches, runs, dead letters, upkeep, and what to do.
 
-    Reads MySQL only, and needs no more than SELECT. Targets: AUDITEXPORT_TARGET_LAG_S and so on; the README lists them.
+    Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. Targets: AUDITEXPORT_TARGET_LAG_S and so on; the README lists them.
 
     Exit status: 0 healthy, 1 something needs an operator, 2 the call or the setup is wrong, or MySQL is down. With --watch,
     of what was seen last.
     """
     if watch_s is not None:
+        if report_path is not None:
+            raise click.UsageError("--report writes one page; leave --watch away")
         _watch(watch_s, as_json)
         return
+    if report_path is not None:
+        _write_page(report_path, days)
     now, found = look()
     if as_json:
         print_json(status_values(now, found))
     else:
         screen = console()
         screen.print(layout(now, found, width=screen.width, height=screen.height if interactive() else None))
+        if report_path is not None:
+            click.echo(f"the page is {report_path}")
     if needs_operator(found):
         sys.exit(BAD_OUTCOME)
+
+
+def _write_page(path: Path, days: float) -> None:
+    from auditexport_pipeline.report import page
+    from auditexport_pipeline.report.gather import gather
+
+    page.check_path(path)
+    mysql = outbox()
+    now_ms = upkeep().now_ms()
+    figures = gather(mysql, audit_log(), now_ms - int(days * DAY_MS), now_ms)
+    page.write(path, page.of_status(figures, typed(click.get_current_context())))
 
 
 def look() -> tuple[Status, list[Advice]]:

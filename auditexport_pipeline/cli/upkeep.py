@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.pages import report_option, typed
 from auditexport_pipeline.cli.shared import (
     TABLE_ROWS,
     Time,
@@ -166,6 +168,7 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
 )
 @who_option
 @click.option("--why", default="reconciliation", show_default=True, help="Kept with the repair.")
+@report_option
 @json_option
 def reconcile(
     days: float,
@@ -176,15 +179,20 @@ def reconcile(
     dry_run: bool,
     who: str | None,
     why: str,
+    report_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered.
+    """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered. With --report as a page, too.
 
     Exit status: 0 they agree, 1 they differ, also when it was repaired (run again after the next drain), 2 the call or
     the setup is wrong.
     """
     from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 
+    if report_path is not None:
+        from auditexport_pipeline.report import page
+
+        page.check_path(report_path)
     ledger = upkeep()
     now_ms = ledger.now_ms()
     report = reconcile(
@@ -198,10 +206,17 @@ def reconcile(
         others_write=others_write,
         dry_run=dry_run,
     )
+    if report_path is not None:
+        from auditexport_pipeline.report.gather import gather
+
+        figures = gather(outbox(), audit_log(), report.from_ms, report.to_ms)
+        page.write(report_path, page.of_reconciliation(report, figures, typed(click.get_current_context())))
     if as_json:
-        print_json(_report_values(report))
+        print_json({**_report_values(report), "report_path": str(report_path) if report_path else None})
     else:
         _show_report(report)
+        if report_path is not None:
+            click.echo(f"the page is {report_path}")
     if not report.clean:
         sys.exit(BAD_OUTCOME)
 

@@ -6,6 +6,7 @@ the outbox of these `Names`; a form's wrong value is refused at the launch, by n
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -19,6 +20,8 @@ from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
+from auditexport_pipeline.report import page
+from auditexport_pipeline.report.gather import gather
 
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
 _DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")
@@ -202,6 +205,11 @@ RECONCILE = {
     ),
     "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
     "dry_run": dg.Field(bool, default_value=False, description="Record nothing of what is seen, and requeue nothing."),
+    "report_path": _optional(
+        str,
+        "Also write the page for people to this file (.html), on the machine that runs the job; one page, replaced by the "
+        "next run.",
+    ),
     "who": _WHO,
     "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
 }
@@ -213,6 +221,8 @@ def _check_window(settings: Mapping[str, Any]) -> None:
         raise InvalidConfig(f"days is {settings['days']:g}; it must be above 0, and {LONGEST_WINDOW_DAYS:,} at most")
     if first is not None and last is not None and first >= last:
         raise InvalidConfig(f"from_ms is {first} and to_ms is {last}: the window is empty; swap them")
+    if settings["report_path"]:
+        page.check_path(Path(settings["report_path"]))
     By(who=settings["who"] or "the run", why=settings["why"])
 
 
@@ -244,6 +254,13 @@ def reconcile_job(names: Names) -> dg.JobDefinition:
                 dry_run=settings["dry_run"],
             )
             metadata = reconcile_metadata(report)
+            if settings["report_path"]:
+                path = Path(settings["report_path"]).resolve()
+                figures = gather(mysql.outbox(), names.clickhouse_of(context).audit_log(), report.from_ms, report.to_ms)
+                made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
+                page.write(path, page.of_reconciliation(report, figures, made_by))
+                metadata["page"] = dg.MetadataValue.path(path)
+                context.log.info(f"the page is {path}")
             context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
             context.add_output_metadata(metadata)
             context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")

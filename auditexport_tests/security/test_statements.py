@@ -20,7 +20,7 @@ from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event
 from auditexport_tests.test_architecture import PACKAGE
 
-PARTS = ("core", "stores", "cli", "defs")
+PARTS = ("core", "stores", "report", "cli", "defs")
 # The methods and functions by which SQL reaches a driver, and the keywords that they take it under.
 SINKS = {
     *("text", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
@@ -43,6 +43,8 @@ ALLOWED = {
     ),
     ("stores/marking.py", "statements[part]"): "SQL, or the same statements in MariaDB's SET STATEMENT",
     ("stores/upkeep.py", "statement"): "from upkeep.sql, when the module is imported",
+    ("stores/report.py", "statement"): "from report.sql, when the module is imported",
+    ("report/charts.py", "place"): "a place of matplotlib's, where its `text` writes",
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
     ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
     ("stores/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
