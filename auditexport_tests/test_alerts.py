@@ -170,7 +170,7 @@ class Watch:
         """(kind, about) of the notices that these looks bring."""
         before = len(self.memory.board.unsent)
         for status in statuses:
-            self.memory.looked(status, Targets(), self.policy, self.around, outbox="", now_ms=self.now_ms)
+            self.memory.looked(status, Targets(), self.policy, lambda: self.around, outbox="", now_ms=self.now_ms)
             self.now_ms += MINUTE_MS
         return [(notice.kind, notice.about) for notice in self.memory.board.unsent[before:]]
 

@@ -42,23 +42,28 @@ def webhook() -> Iterator[Webhook]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer()
+            if not self._misbehaved():
+                self._answer()
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             assert self.headers["Content-Type"] == "application/json"
+            if self._misbehaved():
+                return
+            if seen.answer < 300:
+                seen.bodies.append(json.loads(body))
+            self._answer()
+
+        def _misbehaved(self) -> bool:
+            misbehaves = seen.holds or seen.drips
             if seen.holds:
                 seen.released.wait(60)
-                return
             if seen.drips:
                 # A byte of the header now and then: each read of the client's succeeds.
                 while not seen.released.wait(0.05):
                     self.wfile.write(b"H")
                     self.wfile.flush()
-                return
-            if seen.answer < 300:
-                seen.bodies.append(json.loads(body))
-            self._answer()
+            return misbehaves
 
         def _answer(self) -> None:
             seen.paths.append(self.path)

@@ -11,7 +11,7 @@ one, or after `repeat_hours`. A notice that could not be sent waits in the memor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
@@ -495,15 +495,22 @@ class NumberAlerts(msgspec.Struct, kw_only=True):
     away_since_ms: int | None = None
 
     def looked(
-        self, status: Status, targets: Targets, policy: Policy, around: Around, *, outbox: str, now_ms: int
+        self,
+        status: Status,
+        targets: Targets,
+        policy: Policy,
+        around: Callable[[], Around],
+        *,
+        outbox: str,
+        now_ms: int,
     ) -> None:
-        """MySQL has answered: what is wrong is raised, what no longer is is settled."""
+        """MySQL has answered: what is wrong is raised, what no longer is is settled. `around` is asked only for reasons."""
         self.away_since_ms = None
         self._sample(status, policy, now_ms)
         wrong = [one for one in advice(status, targets) if one.severity is not Severity.NOTE and one.about != "lag"]
         conditions = {one.about: _advised(one, now_ms) for one in wrong}
         if self.stuck(targets, policy):
-            conditions["lag"] = _not_shrinking(status, targets, policy, around, self.samples, now_ms)
+            conditions["lag"] = _not_shrinking(status, targets, around(), self.samples, now_ms)
         for condition in conditions.values():
             self.board.raised(condition, policy, outbox=outbox, now_ms=now_ms)
         backlog = status.backlog
@@ -569,7 +576,7 @@ def _advised(one: Advice, now_ms: int) -> Condition:
 
 
 def _not_shrinking(
-    status: Status, targets: Targets, policy: Policy, around: Around, samples: Sequence[Sample], now_ms: int
+    status: Status, targets: Targets, around: Around, samples: Sequence[Sample], now_ms: int
 ) -> Condition:
     backlog = status.backlog
     first = samples[0]

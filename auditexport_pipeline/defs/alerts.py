@@ -151,8 +151,7 @@ def _number_alerts(names: Names, given_targets: Targets | None, given: Policy | 
             memory.unanswered(str(error), policy, permanent=permanent, outbox=names.name, now_ms=now_ms)
             numbers = str(error)
         else:
-            around = _around(context, names)
-            memory.looked(status, targets, policy, around, outbox=names.name, now_ms=now_ms)
+            memory.looked(status, targets, policy, lambda: _around(context, names), outbox=names.name, now_ms=now_ms)
             numbers = f"{status.backlog.shown_rows} pending rows, lag {status.backlog.lag_s:.0f} s"
         said = _send(memory.board, to)
         return _said(f"{said}: {numbers}", cursor=msgspec.json.encode(memory).decode())
@@ -337,7 +336,9 @@ def _ended(
     to: AlertsResource,
 ) -> list[Ended]:
     """Runs of ours that ended since the last look, in the order of their ends."""
-    after = datetime.fromtimestamp(memory.looked_ms / 1000 - OVERLAP_S, tz=timezone.utc)
+    # A clock that was set back must not leave a time out.
+    looked_s = min(memory.looked_ms / 1000, time.time())
+    after = datetime.fromtimestamp(looked_s - OVERLAP_S, tz=timezone.utc)
     ended = []
     for job in (names.job, *upkeep_jobs, IMPLICIT_JOB):
         for record in _updated(context.instance, job, after):

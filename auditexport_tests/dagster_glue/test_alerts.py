@@ -578,6 +578,20 @@ def test_a_failure_that_a_step_has_told_is_not_told_to_the_heartbeat_again(
     assert heart.paths == []
 
 
+@pytest.mark.parametrize("trouble", ["silent", "dripping"])
+def test_a_heartbeat_that_does_not_answer_holds_no_drain_up(
+    exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A time-out of a socket is one for each byte; a run that waits for the last one exports nothing meanwhile."""
+    monkeypatch.setattr(resources, "HEARTBEAT_TIMEOUT_S", 0.2)
+    heart.holds, heart.drips = trouble == "silent", trouble == "dripping"
+    stack.put(*events(2))
+    run_id = exporter.drain().run_id
+    lines = [entry.user_message for entry in exporter.instance.all_logs(run_id)]
+    assert sum("could not be sent (TimeoutError)" in line for line in lines) == 2
+    assert stack.counts() == (2, 2)
+
+
 def test_a_drain_that_cannot_even_begin_is_told_to_the_heartbeat(
     exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
