@@ -102,6 +102,7 @@ def test_a_launch_with_a_config_exports_and_its_numbers_appear(dev: Dev, page: P
     page.goto(f"{page.url.split('?')[0]}?levels=info")
     for line in ("claimed 2 batches, 700 rows", "fetched batch", "wrote batch", "marked batch", "verified 2 batches"):
         expect(page.get_by_text(line).first).to_be_visible()
+    expect(page.locator("[data-tooltip*='mark_exported[batch_']").first).to_be_visible()  # a bar for each batch's step
     picture(page, "run")
 
     page.goto(f"{ASSET}?view=events")
@@ -145,6 +146,7 @@ def test_the_sensor_turned_on_starts_a_run_by_itself(dev: Dev, page: Page) -> No
 
     page.goto(f"{LOCATION}/sensors/outbox_backlog_sensor")
     expect(page.get_by_text("1 run requested").first).to_be_visible()
+    expect(page.get_by_role("button", name="View logs").first).to_be_visible()  # the ticks, which load after the rest
     picture(page, "sensor")
 
 
