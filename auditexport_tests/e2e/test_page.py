@@ -23,6 +23,14 @@ LOCATION = "/locations/auditexport"
 # Numbers that a run has to leave on the page; `defs/report.py` has them all.
 NUMBERS = ("rows", "entries", "batches", "bytes", "seconds", "rows_per_s", "verified_batches", "backlog_rows", "lag_s")
 
+# A run's chart draws dotted boxes beside the window first, and moves them in as it learns when each step ran.
+CHART_IS_DRAWN = """() => {
+    const boxes = [...document.querySelectorAll('.chart-element.box')];
+    return boxes.some(box => box.dataset.tooltip.includes('mark_exported[batch_'))
+        && boxes.every(box => getComputedStyle(box).borderTopStyle !== 'dotted')
+        && !document.getAnimations().some(animation => animation instanceof CSSTransition);
+}"""
+
 _seeds = itertools.count(1)
 
 
@@ -102,6 +110,7 @@ def test_a_launch_with_a_config_exports_and_its_numbers_appear(dev: Dev, page: P
     page.goto(f"{page.url.split('?')[0]}?levels=info")
     for line in ("claimed 2 batches, 700 rows", "fetched batch", "wrote batch", "marked batch", "verified 2 batches"):
         expect(page.get_by_text(line).first).to_be_visible()
+    page.wait_for_function(CHART_IS_DRAWN)
     picture(page, "run")
 
     page.goto(f"{ASSET}?view=events")
@@ -145,6 +154,7 @@ def test_the_sensor_turned_on_starts_a_run_by_itself(dev: Dev, page: Page) -> No
 
     page.goto(f"{LOCATION}/sensors/outbox_backlog_sensor")
     expect(page.get_by_text("1 run requested").first).to_be_visible()
+    expect(page.get_by_role("button", name="View logs").first).to_be_visible()  # the ticks, which load after the rest
     picture(page, "sensor")
 
 
