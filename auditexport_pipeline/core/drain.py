@@ -63,8 +63,8 @@ class Drained:
     bytes: int = 0
     dead_letters: int = 0
     folded_rows: int = 0
-    vanished_rows: int = 0
-    elsewhere_rows: int = 0
+    deleted_by_others_rows: int = 0
+    marked_by_others_rows: int = 0
     verified: dict[int, Discrepancy] = field(default_factory=dict)
     altered: dict[int, str] = field(default_factory=dict)  # stopped batches, and why
     lost: list[int] = field(default_factory=list)  # batches that another run took over
@@ -82,8 +82,8 @@ class Drained:
         self.bytes += batch.bytes
         self.dead_letters += batch.counts.dead
         self.folded_rows += batch.counts.folded
-        self.vanished_rows += batch.counts.vanished
-        self.elsewhere_rows += batch.counts.elsewhere
+        self.deleted_by_others_rows += batch.counts.vanished
+        self.marked_by_others_rows += batch.counts.elsewhere
 
 
 class Listener(Protocol):

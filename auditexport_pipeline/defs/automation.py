@@ -160,6 +160,25 @@ def _worth_telling(seen: _Seen | None, numbers: Mapping[str, str]) -> bool:
     return time.time() - seen.at_s >= (OBSERVE_EVERY_S if seen.numbers == numbers else OBSERVE_CHANGES_EVERY_S)
 
 
+def checks_job(names: Names) -> Any:
+    """The job that executes every asset check, the drain left out."""
+    return dg.define_asset_job(
+        names.of("audit_log_checks"),
+        selection=dg.AssetSelection.checks_for_assets(names.asset),
+        description="Executes every check of the asset. A drain leaves them out, and after it Dagster calls them not evaluated.",
+    )
+
+
+def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
+    """Between two runs of the export's schedule; off until somebody turns it on."""
+    return dg.ScheduleDefinition(
+        name=names.of("checks_schedule"),
+        job=job,
+        cron_schedule="8-59/15 * * * *",
+        description="The lights on the page, every quarter of an hour.",
+    )
+
+
 def backlog_sensor(
     names: Names, job: Any, drain: Mapping[str, Any] | None, given: Thresholds | None
 ) -> dg.SensorDefinition:

@@ -68,23 +68,24 @@ def build_audit_export_defs(
     if unknown := sorted(set(resources) - set(given)):
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
     about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
-    export_job = automation.export_job(names)
+    export_job, checks_job = automation.export_job(names), automation.checks_job(names)
     sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names)
     upkeep = [maintenance.requeue_job(names), sweep_job, reconcile_job, dead_letters.retry_job(names)]
-    purge_job = instance.purge_job(names, [names.job, *(job.name for job in upkeep)])
+    purge_job = instance.purge_job(names, [names.job, checks_job.name, *(job.name for job in upkeep)])
     return dg.Definitions(
         assets=[
             catalog.outbox_spec(names, **about),
             export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
         ],
         asset_checks=checks.asset_checks(names),
-        jobs=[export_job, *upkeep, purge_job],
+        jobs=[export_job, checks_job, *upkeep, purge_job],
         sensors=[
             automation.backlog_sensor(names, export_job, drain, sensor_thresholds),
-            *alerts.alert_sensors(names, [*(job.name for job in upkeep), purge_job.name]),
+            *alerts.alert_sensors(names, [checks_job.name, *(job.name for job in upkeep), purge_job.name]),
         ],
         schedules=[
             automation.export_schedule(names, export_job, drain),
+            automation.checks_schedule(names, checks_job),
             *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),
             instance.purge_schedule(names, purge_job),
         ],

@@ -104,6 +104,7 @@ def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
         commands += [
             ["sensor", "start", "outbox_backlog_sensor", *workspace],
             ["schedule", "start", "audit_log_export_schedule", *workspace],
+            ["schedule", "start", "checks_schedule", *workspace],
         ]
     for what in commands:
         done = subprocess.run([sys.executable, "-m", "dagster", *what], env=environment, capture_output=True, text=True)
