@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.stores import ledger, status, totals, upkeep
+from auditexport_pipeline.stores import ledger, report, status, totals, upkeep
 from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
@@ -265,3 +265,25 @@ def test_the_totals_read_a_range_of_the_ledger_and_sort_nothing(busy: MySQLOutbo
         assert (step.key, step.access) in ((key, "range"), (key, "index")), steps
         assert step.access == "range" or name == "last_verified", steps
         assert "filesort" not in step.extra, steps
+
+
+REPORT: dict[str, tuple[str, dict[str, object]]] = {
+    "blocks": ("inserted_idx", {"from_ms": 900, "before_ms": 950, "row_limit": 20}),
+    "batches": ("inserted_idx", {"from_ms": 900, "to_ms": 950, "row_limit": 20}),
+    "hours_between": ("PRIMARY", {"first_pk": 100, "last_pk": 200, "low_ms": 0, "high_ms": 9, "step_ms": 1}),
+    "hours_in": ("PRIMARY", {"pks": [5, 9, 300], "low_ms": 0, "high_ms": 9, "step_ms": 1}),
+    "discrepant": ("state_idx", {"row_limit": 20}),
+}
+
+
+def test_a_page_reads_the_window_that_it_shows_and_not_the_outbox(busy: MySQLOutbox) -> None:
+    """The outbox has no index on a time: a page of one hour must not read a year of rows for it."""
+    wrong = []
+    for name, (key, values) in REPORT.items():
+        (step,) = explain(busy, name, values, report.SQL)
+        if step.key != key or step.access not in ("range", "ref"):
+            wrong.append(f"{name}: {step}")
+    assert not wrong, "\n".join(wrong)
+    pending = explain(busy, "pending", {"version": "audit_log.v1", "row_limit": 50}, report.SQL)
+    assert [step.key for step in pending] == ["drainer_pending_idx", "PRIMARY"], pending
+    assert not any("filesort" in step.extra or step.access == "ALL" for step in pending), pending
