@@ -187,12 +187,13 @@ def backlog_sensor(
         job=job,
         minimum_interval_seconds=SENSOR_INTERVAL_S,
         required_resource_keys={names.mysql},
-        description="Starts a drain when enough rows are pending or the oldest is old enough, and none is running. "
-        + (
-            f"It starts at {given.rows:,} rows or {given.lag_s:g} s of lag."
+        description=(
+            f"Starts a drain at {given.rows:,} pending rows or {given.lag_s:g} s of lag"
             if given
-            else "AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S set the thresholds."
-        ),
+            else f"Starts a drain at {DEFAULT_THRESHOLDS.rows:,} pending rows (AUDITEXPORT_SENSOR_ROWS) or {DEFAULT_THRESHOLDS.lag_s:g} s "
+            "of lag (AUDITEXPORT_SENSOR_LAG_S)"
+        )
+        + ", when none is running.",
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         try:
