@@ -90,9 +90,7 @@ def test_the_component_is_found_and_both_outboxes_load(project: Path) -> None:
     ("wrong", "told"),
     [
         ("  batch_rows: 5", "batch_rows"),
-        ("  sensor_rows: 0", "sensor_rows"),
         ("  drain: {batch_rows: 0}", "batch_rows is 0"),
-        ("  name: EU", "the outbox's name is 'EU'"),
     ],
 )
 def test_a_wrong_attribute_is_refused_by_its_name(project: Path, wrong: str, told: str) -> None:
