@@ -16,9 +16,10 @@ Where things are, and the one direction of imports (a test reads it from the sou
 
     core      what exporting means: no Dagster, no driver, no clock, no environment
     stores    the two databases, each in its own SQL          may import core
-    defs      Dagster: ops, resources, sensor, schedule       may import core, stores
-    definitions   the composition root                        may import core, stores, defs
-    component     the same as a Dagster component             may import core, stores, defs
+    outboxes  which outboxes there are                        may import core
+    defs      Dagster: ops, resources, sensor, schedule       may import core, stores, outboxes
+    definitions   the composition root                        may import core, stores, outboxes, defs
+    component     the same as a Dagster component             may import core, stores, outboxes, defs
     local     servers and events to try it with               may import core, stores
     cli       the prompt                                      may import anything
 """

@@ -12,7 +12,8 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.defs.build import build_audit_export_defs
+from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
+from auditexport_pipeline.outboxes import Outboxes, OutboxSettings, read_outboxes
 
 
 def _executor(name: str) -> dg.ExecutorDefinition:
@@ -37,13 +38,27 @@ def _executor(name: str) -> dg.ExecutorDefinition:
 
 
 def build_defs(**arguments: Any) -> dg.Definitions:
-    """Our code location: `build_audit_export_defs` for the one outbox of the environment, with an executor.
+    """Our code location: `build_audit_export_defs` for every outbox of AUDITEXPORT_OUTBOXES, or for the one outbox of the
+    environment, with an executor.
 
-    AUDITEXPORT_EXECUTOR is read here, because Dagster wants the executor with the definitions.
+    AUDITEXPORT_EXECUTOR and AUDITEXPORT_OUTBOXES are read here, because Dagster wants executor and names with the
+    definitions. `arguments` are for the one outbox. Raises `InvalidConfig`, naming file, entry and key.
     """
-    return build_audit_export_defs(
-        executor=_executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process"), **arguments
+    executor = _executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process")
+    outboxes = read_outboxes()
+    if outboxes is None:
+        return build_audit_export_defs(executor=executor, **arguments)
+    outboxes.check_variables()
+    return dg.Definitions.merge(
+        dg.Definitions(executor=executor), *(_defs_of(outboxes, entry) for entry in outboxes.entries)
     )
+
+
+def _defs_of(outboxes: Outboxes, entry: OutboxSettings) -> dg.Definitions:
+    try:
+        return defs_of(entry)
+    except (dg.DagsterError, dg.DagsterInvariantViolationError) as error:  # an owner, a tag or a group of no such form
+        raise InvalidConfig(f"{outboxes.path}: outbox {entry.name}: {error}") from None
 
 
 defs = build_defs()

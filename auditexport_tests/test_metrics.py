@@ -78,7 +78,7 @@ def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def reader(stack: Stack, **labels: str) -> Reader:
-    return Reader(stack.outbox, Targets(), labels)
+    return Reader(lambda: stack.outbox, Targets(), labels)
 
 
 # ── what they say ────────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,14 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="auditexport-pipeline")
-def main() -> None:
+@click.option(
+    "--outbox",
+    "outbox_name",
+    envvar="AUDITEXPORT_OUTBOX",
+    metavar="NAME",
+    help="Which outbox of the file AUDITEXPORT_OUTBOXES a command is about; AUDITEXPORT_OUTBOX says the same.",
+)
+def main(outbox_name: str | None) -> None:
     """Every audit event of a MySQL outbox in ClickHouse, exactly once."""
 
 

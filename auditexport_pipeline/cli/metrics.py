@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
-from auditexport_pipeline.cli.stores import outbox
+from auditexport_pipeline.cli.stores import Chosen, chosen, every
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.metrics import Metric, Read, Totals, metrics_of
 
@@ -54,13 +55,20 @@ _LABEL_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
     help="With --file: again every so many seconds, until stopped.",
 )
 @click.option("--listen", help="Serve /metrics and /healthz at HOST:PORT, such as 127.0.0.1:9469, until stopped.")
+@click.option(
+    "--all", "of_all", is_flag=True, help='Every outbox of AUDITEXPORT_OUTBOXES, each under a label outbox="…".'
+)
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="On every sample; may be given again.")
-def metrics(path: Path | None, every_s: float | None, listen: str | None, labels: tuple[str, ...]) -> None:
+def metrics(
+    path: Path | None, every_s: float | None, listen: str | None, of_all: bool, labels: tuple[str, ...]
+) -> None:
     """Metrics in Prometheus' text format: printed once, kept in a file for the node exporter, or served.
 
-    Reads AUDITEXPORT_MYSQL_URL as a user that may only read, and AUDITEXPORT_TARGET_…; ClickHouse is not asked.
+    Reads AUDITEXPORT_MYSQL_URL as a user that may only read, and AUDITEXPORT_TARGET_…; ClickHouse is not asked. An
+    outbox of the file AUDITEXPORT_OUTBOXES has its name as the label outbox.
 
-    Exit status: 0 MySQL answered, or it was stopped; 1 MySQL did not answer (auditexport_up is 0); 2 the call is wrong.
+    Exit status: 0 MySQL answered, or it was stopped; 1 MySQL did not answer, of one outbox at least (its auditexport_up is
+    0); 2 the call is wrong.
     """
     if path is not None and listen is not None:
         raise click.UsageError("--file and --listen are two ways to do the same; give one of them")
@@ -68,7 +76,13 @@ def metrics(path: Path | None, every_s: float | None, listen: str | None, labels
         raise click.UsageError("--every needs --file")
     if path is not None and path.suffix != ".prom":
         raise click.UsageError("--file must end in .prom: the node exporter reads no other")
-    reader = Reader(outbox(), _targets(), _labels(labels))
+    given = _labels(labels)
+    if not of_all:
+        chosen().outbox()  # a wrong setup of the only outbox ends here
+    if "outbox" in given and (of_all or chosen().name):
+        raise click.UsageError("--label outbox=… is the outbox's own name here; take another label")
+    readers = [_reader(which, given) for which in (every() if of_all else [chosen()])]
+    reader = readers[0] if len(readers) == 1 else Readers(readers)
     if listen is not None:
         _serve(reader, *_address(listen))
     elif path is not None:
@@ -78,10 +92,8 @@ def metrics(path: Path | None, every_s: float | None, listen: str | None, labels
         _leave(reader)
 
 
-def _targets() -> Targets:
-    from auditexport_pipeline.stores.status import targets
-
-    return targets()
+def _reader(which: Chosen, labels: Mapping[str, str]) -> Reader:
+    return Reader(which.outbox, which.targets(), {**labels, **({"outbox": which.name} if which.name else {})})
 
 
 def _labels(given: tuple[str, ...]) -> dict[str, str]:
@@ -104,7 +116,7 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _leave(reader: Reader) -> None:
+def _leave(reader: Reader | Readers) -> None:
     if reader.trouble:
         click.echo(f"auditexport: {reader.trouble}", err=True)
         sys.exit(BAD_OUTCOME)
@@ -116,10 +128,12 @@ def _leave(reader: Reader) -> None:
 class Reader:
     """One look at a time, however many ask: whoever comes while one is under way waits for it and shares it."""
 
-    def __init__(self, mysql: MySQLOutbox, targets: Targets, labels: Mapping[str, str]) -> None:
+    def __init__(self, mysql: Callable[[], MySQLOutbox], targets: Targets, labels: Mapping[str, str]) -> None:
+        # Opened at each look: an outbox whose variable or URL is wrong is one that does not answer.
         self._mysql = mysql
         self._targets = targets
         self._labels = labels
+        self.outbox_name = labels.get("outbox", "")
         self._known: Totals | None = None
         self._lock = threading.Lock()
         self._look: threading.Thread | None = None
@@ -129,7 +143,14 @@ class Reader:
 
     def exposition(self, accept: str = "", *, within_s: float | None = None) -> bytes:
         """The metrics in the format that is asked for; `auditexport_up 0` when MySQL does not answer in time."""
-        return _encoder(accept)[0](_Registry(self._read(within_s), self._labels))  # type: ignore[no-any-return]
+        return _encoder(accept)[0](_Registry(self.labelled(within_s)))  # type: ignore[no-any-return]
+
+    def labelled(self, within_s: float | None) -> list[Metric]:
+        """The metrics of one look, each sample with this reader's labels."""
+        return [
+            replace(metric, samples=tuple(({**self._labels, **labels}, value) for labels, value in metric.samples))
+            for metric in self._read(within_s)
+        ]
 
     def _read(self, within_s: float | None) -> list[Metric]:
         with self._lock:
@@ -151,9 +172,10 @@ class Reader:
 
         began_s = time.monotonic()
         try:
-            status = read_status(self._mysql)
-            known, totals = read_totals(self._mysql, self._known)
-            verified_at_ms = last_verified_at_ms(self._mysql)
+            mysql = self._mysql()
+            status = read_status(mysql)
+            known, totals = read_totals(mysql, self._known)
+            verified_at_ms = last_verified_at_ms(mysql)
             self._known = known
             read = Read(
                 status=status,
@@ -173,12 +195,33 @@ class Reader:
         self._at_s = time.monotonic()
 
 
+class Readers:
+    """Several outboxes as one: they are asked at the same time, and each metric has the samples of all of them."""
+
+    def __init__(self, readers: list[Reader]) -> None:
+        self._readers = readers
+
+    @property
+    def trouble(self) -> str:
+        return "; ".join(f"outbox {reader.outbox_name}: {reader.trouble}" for reader in self._readers if reader.trouble)
+
+    def exposition(self, accept: str = "", *, within_s: float | None = None) -> bytes:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=len(self._readers)) as threads:
+            found = list(threads.map(lambda reader: reader.labelled(within_s), self._readers))
+        together = [
+            replace(first, samples=tuple(sample for metric in (first, *others) for sample in metric.samples))
+            for first, *others in zip(*found, strict=True)
+        ]
+        return _encoder(accept)[0](_Registry(together))  # type: ignore[no-any-return]
+
+
 class _Registry:
     """What prometheus-client collects from."""
 
-    def __init__(self, metrics: list[Metric], labels: Mapping[str, str]) -> None:
+    def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics
-        self._labels = labels
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -191,7 +234,7 @@ class _Registry:
             else:
                 family = GaugeMetricFamily(metric.name, metric.meaning)
             for labels, value in metric.samples:
-                family.add_sample(metric.name, {**self._labels, **labels}, value)
+                family.add_sample(metric.name, dict(labels), value)
             yield family
 
 
@@ -204,7 +247,7 @@ def _encoder(accept: str) -> Any:
 # ── handing out ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _keep(reader: Reader, path: Path, every_s: float | None) -> None:
+def _keep(reader: Reader | Readers, path: Path, every_s: float | None) -> None:
     if not path.parent.is_dir():
         raise InvalidConfig(
             f"{path.parent} is no directory; --file names a file in the node exporter's textfile directory"
@@ -251,7 +294,7 @@ def _stopped() -> threading.Event:
     return stopped
 
 
-def _serve(reader: Reader, host: str, port: int) -> None:
+def _serve(reader: Reader | Readers, host: str, port: int) -> None:
     stopped = _stopped()
     server = server_for(reader, host, port)
     thread = threading.Thread(target=server.serve_forever, name="auditexport-metrics-server", daemon=True)
@@ -267,7 +310,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
-def server_for(reader: Reader, host: str, port: int) -> ThreadingHTTPServer:
+def server_for(reader: Reader | Readers, host: str, port: int) -> ThreadingHTTPServer:
     """A server of /metrics and /healthz, bound and not yet serving. Raises `InvalidConfig` where it cannot be bound."""
     import socket
 

@@ -35,7 +35,8 @@ def typed(context: click.Context) -> str:
     while above is not None and above.parent is not None:
         words.insert(0, above.info_name or "")
         above = above.parent
-    words.insert(0, "auditexport")
+    outbox_name = context.find_root().params.get("outbox_name")
+    words[:0] = ["auditexport", *(("--outbox", outbox_name) if outbox_name else ())]
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE

@@ -6,9 +6,11 @@ they ask for (`core.status`). MySQL alone is asked: ClickHouse may be down, whic
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,8 @@ import click
 from auditexport_pipeline.cli import BAD_CALL, BAD_OUTCOME, main
 from auditexport_pipeline.cli.pages import report_option, typed
 from auditexport_pipeline.cli.shared import console, interactive, json_option, moment, print_json, table
-from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
-from auditexport_pipeline.core.errors import TransientError
+from auditexport_pipeline.cli.stores import Chosen, audit_log, chosen, every, outbox, upkeep
+from auditexport_pipeline.core.errors import AuditExportError, TransientError
 from auditexport_pipeline.core.series import DAY_MS
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REFRESH_S = 5.0
+# Looks that wait for a server at the same time.
+OUTBOXES_AT_ONCE = 16
 # Lines of each table where the screen's height does not say (a file, a pager).
 LISTED = 20
 # What a table takes beside its rows: a blank line, and its header.
@@ -57,36 +61,37 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
     metavar="[SECONDS]",
     help=f"Look again every so many seconds (without a number {REFRESH_S:g}), until Ctrl-C.",
 )
+@click.option("--all", "of_all", is_flag=True, help="Every outbox of AUDITEXPORT_OUTBOXES on one screen, a line each.")
 @report_option
 @click.option(
     "--days", type=click.FloatRange(0.01, 3_650), default=7.0, show_default=True, help="Of the page: how far back."
 )
 @json_option
-def status(watch_s: float | None, report_path: Path | None, days: float, as_json: bool) -> None:
+def status(watch_s: float | None, of_all: bool, report_path: Path | None, days: float, as_json: bool) -> None:
     """How the export stands: backlog, lag, rate, ETA, open batches, runs, dead letters, upkeep, and what to do.
 
     Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. Targets: AUDITEXPORT_TARGET_LAG_S and so on; the README lists them.
 
     Exit status: 0 healthy, 1 something needs an operator, 2 the call or the setup is wrong, or MySQL is down. With --watch,
-    of what was seen last.
+    of what was seen last; with --all, the worst of them.
     """
+    if report_path is not None and (of_all or watch_s is not None):
+        raise click.UsageError("--report writes one page of one outbox; leave --watch and --all away")
+    view = _all_outboxes if of_all else _one_outbox
     if watch_s is not None:
-        if report_path is not None:
-            raise click.UsageError("--report writes one page; leave --watch away")
-        _watch(watch_s, as_json)
+        _watch(watch_s, as_json, view)
         return
     if report_path is not None:
         _write_page(report_path, days)
-    now, found = look()
+    seen = view()
     if as_json:
-        print_json(status_values(now, found))
+        print_json(seen.values())
     else:
         screen = console()
-        screen.print(layout(now, found, width=screen.width, height=screen.height if interactive() else None))
+        screen.print(seen.show(screen.width, screen.height if interactive() else None))
         if report_path is not None:
             click.echo(f"the page is {report_path}")
-    if needs_operator(found):
-        sys.exit(BAD_OUTCOME)
+    sys.exit(seen.status)
 
 
 def _write_page(path: Path, days: float) -> None:
@@ -96,26 +101,131 @@ def _write_page(path: Path, days: float) -> None:
     page.check_path(path)
     mysql = outbox()
     now_ms = upkeep().now_ms()
-    figures = gather(mysql, audit_log(), now_ms - int(days * DAY_MS), now_ms)
+    figures = gather(mysql, audit_log(), now_ms - int(days * DAY_MS), now_ms, chosen().targets())
     page.write(path, page.of_status(figures, typed(click.get_current_context())))
 
 
-def look() -> tuple[Status, list[Advice]]:
-    """How the export stands at this moment, held against the targets of the environment."""
-    from auditexport_pipeline.stores.status import read_status, targets
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One look: the exit status it comes to, its JSON, and its screen of a width and, where there is one, a height."""
 
-    limits = targets()
-    now = read_status(outbox())
-    return now, advice(now, limits)
+    status: int
+    values: Callable[[], dict[str, Any]]
+    show: Callable[[int, int | None], RenderableType]
 
 
-def _watch(every_s: float, as_json: bool) -> None:
+def look(at: Chosen | None = None) -> tuple[Status, list[Advice]]:
+    """How the export of the chosen outbox stands at this moment, held against its targets."""
+    from auditexport_pipeline.stores.status import read_status
+
+    at = at or chosen()
+    limits = at.targets()
+    now = read_status(at.outbox())
+    return now, [replace(one, todo=_for_outbox(one.todo, at.name)) for one in advice(now, limits)]
+
+
+def _one_outbox() -> Seen:
+    now, found = look()
+    return Seen(
+        status=BAD_OUTCOME if needs_operator(found) else 0,
+        values=lambda: status_values(now, found),
+        show=lambda width, height: layout(now, found, width=width, height=height),
+    )
+
+
+def _all_outboxes() -> Seen:
+    """Each outbox by a thread of its own: one whose server does not answer delays no other."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    which = every()
+    with ThreadPoolExecutor(max_workers=min(len(which), OUTBOXES_AT_ONCE)) as threads:
+        lines = list(threads.map(_line_of, which))
+    return Seen(
+        status=max(line.status for line in lines),
+        values=lambda: {
+            "healthy": not any(line.status for line in lines),
+            "outboxes": [{"outbox": line.name, **line.values} for line in lines],
+        },
+        show=lambda width, _: _overview(lines, width),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One outbox among others. Without a status, `trouble` says why there is none."""
+
+    name: str
+    now: Status | None
+    found: list[Advice]
+    trouble: str = ""
+
+    @property
+    def status(self) -> int:
+        return BAD_CALL if self.now is None else BAD_OUTCOME if needs_operator(self.found) else 0
+
+    @property
+    def values(self) -> dict[str, Any]:
+        if self.now is None:
+            return {"verdict": "not known", "healthy": False, "error": self.trouble, "todo": []}
+        return status_values(self.now, self.found)
+
+
+def _line_of(which: Chosen) -> Line:
+    try:
+        now, found = look(which)
+    except AuditExportError as error:
+        return Line(name=which.name, now=None, found=[], trouble=str(error))
+    return Line(name=which.name, now=now, found=found)
+
+
+def _overview(lines: list[Line], width: int) -> RenderableType:
+    """A line each, and below what to do about those that need somebody."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = table("outbox", "stands", "pending", "lag", "rows/s", "open", "dead letters", left=("stands",))
+    for line in lines:
+        name = line.name or "the outbox"
+        if line.now is None:
+            shown.add_row(name, Text("not known", "bold red"), *["–"] * 5)
+            continue
+        said = "needs an operator" if line.status else "draining" if line.now.at_work else "healthy"
+        shown.add_row(
+            name,
+            Text(said, "yellow" if line.status else "green"),
+            line.now.backlog.shown_rows,
+            shown_s(line.now.backlog.lag_s),
+            f"{line.now.rows_per_s:,.0f}",
+            f"{line.now.backlog.open_batches:,}",
+            f"{line.now.backlog.dead_rows:,}",
+        )
+    todo = Table.grid(padding=(0, 1))
+    todo.add_column()
+    todo.add_column(overflow="fold")
+    for line in lines:
+        if line.now is None:
+            todo.add_row(Text(line.name or "the outbox", "bold red"), Text(line.trouble))
+        for one in line.found:
+            if one.severity is not Severity.NOTE:
+                todo.add_row(Text(line.name or "the outbox", _STYLES[one.severity]), Text(one.what))
+                todo.add_row("", Text(f"→ {one.todo}", "cyan"))
+    return Group(shown, "", todo) if todo.row_count else shown
+
+
+def _for_outbox(todo: str, name: str) -> str:
+    """The commands in this advice, as they are typed for this outbox."""
+    commands = "|".join(main.commands)
+    return re.sub(rf"\bauditexport (?=(?:{commands})\b)", f"auditexport --outbox {name} ", todo) if name else todo
+
+
+def _watch(every_s: float, as_json: bool, view: Callable[[], Seen]) -> None:
     """Shows it again and again; ends with the exit status of what was seen last. MySQL may be away meanwhile."""
     from rich.live import Live
     from rich.text import Text
 
     came_to = 0
-    look()  # a wrong call or setup ends here, and does not flicker
+    view()  # a wrong call or setup ends here, and does not flicker
     screen = console()
     live = Live(console=screen, screen=True, auto_refresh=False) if interactive() and not as_json else None
     try:
@@ -123,7 +233,7 @@ def _watch(every_s: float, as_json: bool) -> None:
             live.start()
         while True:
             try:
-                now, found = look()
+                seen = view()
             except TransientError as error:
                 came_to = BAD_CALL
                 if live is not None:
@@ -133,13 +243,13 @@ def _watch(every_s: float, as_json: bool) -> None:
                 else:
                     click.echo(f"auditexport: {error}", err=True)
             else:
-                came_to = BAD_OUTCOME if needs_operator(found) else 0
+                came_to = seen.status
                 if as_json:
-                    print_json(status_values(now, found))
+                    print_json(seen.values())
                 elif live is not None:
-                    live.update(layout(now, found, width=screen.width, height=screen.height), refresh=True)
+                    live.update(seen.show(screen.width, screen.height), refresh=True)
                 else:
-                    screen.print(layout(now, found, width=screen.width, height=None))
+                    screen.print(seen.show(screen.width, None))
             time.sleep(every_s)
     except KeyboardInterrupt:
         pass

@@ -43,6 +43,9 @@ class Thresholds:
     lag_s: float
 
 
+DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
     """Drains that failed one after the other, up to now: how many, and how long ago the last one ended."""

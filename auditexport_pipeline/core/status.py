@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 import msgspec
@@ -291,6 +291,14 @@ class Targets:
             low, high = target.metadata["low"], target.metadata["high"]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InvalidConfig(f"{target.name} is {value!r}; it must be a number from {low:,} to {high:,}")
+
+    def but(self, given: Mapping[str, float]) -> Targets:
+        """These, with those that are given in their place; raises `InvalidConfig`, naming the target."""
+        names = [target.name for target in fields(self)]
+        for name in given:
+            if name not in names:
+                raise InvalidConfig(f"{name} is no target; there are {', '.join(names)}")
+        return replace(self, **given)
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Targets:

@@ -26,7 +26,7 @@ To tell by other ways:
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TypeVar
 
@@ -45,10 +45,11 @@ from auditexport_pipeline.core.alerts import (
     RunAlerts,
 )
 from auditexport_pipeline.core.errors import AuditExportError, OutboxUnavailable, TransientError
-from auditexport_pipeline.core.status import Status, Targets
+from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
 from auditexport_pipeline.stores.status import read_status
+from auditexport_pipeline.stores.status import targets as targets_of
 
 RUNS_INTERVAL_S = 30
 NUMBERS_INTERVAL_S = 60
@@ -80,12 +81,12 @@ def alert_sensors(
     names: Names,
     upkeep_jobs: Sequence[str],
     *,
-    targets: Targets | None = None,
+    targets: Mapping[str, float] | None = None,
     policy: Policy | None = None,
 ) -> list[dg.SensorDefinition]:
     """`run_alerts` and `number_alerts` of this outbox. `upkeep_jobs` are the names of its jobs beside the drain's.
 
-    `targets` say what is wrong (AUDITEXPORT_TARGET_… otherwise), `policy` when somebody is told (AUDITEXPORT_ALERT_…
+    `targets` say what is wrong (AUDITEXPORT_TARGET_… for those that are not given), `policy` when somebody is told (AUDITEXPORT_ALERT_…
     otherwise); both are read at every tick.
     """
     return [_run_alerts(names, upkeep_jobs, policy), _number_alerts(names, targets, policy)]
@@ -124,7 +125,9 @@ def _run_alerts(names: Names, upkeep_jobs: Sequence[str], given: Policy | None) 
     return run_alerts
 
 
-def _number_alerts(names: Names, given_targets: Targets | None, given: Policy | None) -> dg.SensorDefinition:
+def _number_alerts(
+    names: Names, given_targets: Mapping[str, float] | None, given: Policy | None
+) -> dg.SensorDefinition:
     @dg.sensor(
         name=names.of("number_alerts"),
         minimum_interval_seconds=NUMBERS_INTERVAL_S,
@@ -139,7 +142,7 @@ def _number_alerts(names: Names, given_targets: Targets | None, given: Policy | 
             return _said(HOW.format(or_else=""), cursor="")
         policy = _policy(given)
         try:
-            targets = given_targets or Targets.of(os.environ)
+            targets = targets_of(given_targets)
         except AuditExportError as error:
             raise dg.Failure(description=str(error)) from None
         memory = _remembered(context.cursor, NumberAlerts) or NumberAlerts()

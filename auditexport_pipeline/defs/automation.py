@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 import msgspec
 
-from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, Failures, Thresholds, decide
+from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
@@ -22,7 +22,6 @@ from auditexport_pipeline.defs.drains import drain_in
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
 
-DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
 SENSOR_INTERVAL_S = 15
 # How often the page gets a fresh observation of the outbox: when nothing changes, and when rows come and go, as they do at
@@ -51,7 +50,7 @@ def export_job(names: Names) -> Any:
         selection=dg.AssetSelection.assets(names.asset).without_checks(),
         description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
         # From failure, Dagster would skip mapped steps that had not started and end green.
-        tags={"dagster/retry_strategy": "ALL_STEPS"},
+        tags={"dagster/retry_strategy": "ALL_STEPS", **names.drain_tags},
     )
 
 

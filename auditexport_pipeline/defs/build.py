@@ -24,6 +24,7 @@ from auditexport_pipeline.defs.resources import (
     MySQLResource,
     ahead,
 )
+from auditexport_pipeline.outboxes import OutboxSettings
 
 Url = str | dg.EnvVar
 
@@ -37,6 +38,7 @@ def build_audit_export_defs(
     alert_webhook_url: Url | None = None,
     drain: Mapping[str, Any] | None = None,
     sensor_thresholds: Thresholds | None = None,
+    targets: Mapping[str, float] | None = None,
     group_name: str = catalog.GROUP,
     owners: Sequence[str] = (),
     links: Mapping[str, str] | None = None,
@@ -52,7 +54,8 @@ def build_audit_export_defs(
     The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL, AUDITEXPORT_HEARTBEAT_URL
     and AUDITEXPORT_ALERT_WEBHOOK_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
     of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
-    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise). `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
+    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise), `targets` what an operator is called for (fields of `core.status.Targets`;
+    AUDITEXPORT_TARGET_… for the others). `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
     `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names.
     """
@@ -69,7 +72,7 @@ def build_audit_export_defs(
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
     about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
     export_job, checks_job = automation.export_job(names), automation.checks_job(names)
-    sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names)
+    sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names, targets)
     upkeep = [maintenance.requeue_job(names), sweep_job, reconcile_job, dead_letters.retry_job(names)]
     purge_job = instance.purge_job(names, [names.job, checks_job.name, *(job.name for job in upkeep)])
     return dg.Definitions(
@@ -77,11 +80,13 @@ def build_audit_export_defs(
             catalog.outbox_spec(names, **about),
             export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
         ],
-        asset_checks=checks.asset_checks(names),
+        asset_checks=checks.asset_checks(names, targets),
         jobs=[export_job, checks_job, *upkeep, purge_job],
         sensors=[
             automation.backlog_sensor(names, export_job, drain, sensor_thresholds),
-            *alerts.alert_sensors(names, [checks_job.name, *(job.name for job in upkeep), purge_job.name]),
+            *alerts.alert_sensors(
+                names, [checks_job.name, *(job.name for job in upkeep), purge_job.name], targets=targets
+            ),
         ],
         schedules=[
             automation.export_schedule(names, export_job, drain),
@@ -91,4 +96,22 @@ def build_audit_export_defs(
         ],
         resources={names.of(key): resource for key, resource in {**given, **resources}.items()},
         executor=executor,
+    )
+
+
+def defs_of(outbox: OutboxSettings) -> dg.Definitions:
+    """`build_audit_export_defs` for one entry of a file of outboxes, or one component."""
+    return build_audit_export_defs(
+        outbox.name,
+        mysql_url=dg.EnvVar(outbox.mysql_url_env),
+        clickhouse_url=dg.EnvVar(outbox.clickhouse_url_env),
+        heartbeat_url=dg.EnvVar(outbox.heartbeat_url_env) if outbox.heartbeat_url_env else None,
+        alert_webhook_url=dg.EnvVar(outbox.alert_webhook_url_env) if outbox.alert_webhook_url_env else None,
+        drain=outbox.drain,
+        sensor_thresholds=Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s),
+        targets=outbox.targets,
+        group_name=outbox.group_name,
+        owners=outbox.owners,
+        links=outbox.links,
+        tags=outbox.tags,
     )

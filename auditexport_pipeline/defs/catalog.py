@@ -13,8 +13,8 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.defs.names import Names
+from auditexport_pipeline.outboxes import GROUP as GROUP
 
-GROUP = "audit_logs"
 # The schedule runs every fifteen minutes, backlog or not: two missed runs are worth a look, four are an outage.
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(minutes=35), fail_window=timedelta(minutes=65))
 

@@ -4,6 +4,8 @@ What belongs here: turning counts into a check's result. What does not: counting
 drain would have to wait for: the export job leaves checks out, and each check runs by itself, in seconds.
 """
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from auditexport_pipeline.core.actions import By
@@ -35,11 +37,12 @@ def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
     )
 
 
-def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
-    """All checks of this outbox's asset."""
+def asset_checks(names: Names, given: Mapping[str, float] | None = None) -> list[dg.AssetChecksDefinition]:
+    """All checks of this outbox's asset; `given` are targets of its own."""
     return [
         _of_status(
             names,
+            given,
             "lag_within_target",
             ("lag",),
             ("lag_s", "backlog_rows", "rows_per_s", "eta_s"),
@@ -48,6 +51,7 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
         ),
         _of_status(
             names,
+            given,
             "no_unknown_versions",
             ("unknown_versions",),
             ("unknown_rows", "unknown_versions"),
@@ -55,6 +59,7 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
         ),
         _of_status(
             names,
+            given,
             "no_batch_open_too_long",
             ("open_batches",),
             ("open_batches", "oldest_open_batch_s"),
@@ -62,6 +67,7 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
         ),
         _of_status(
             names,
+            given,
             "recent_batches_verified",
             ("unverified", "discrepant"),
             ("unverified_batches", "discrepant_batches"),
@@ -69,6 +75,7 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
         ),
         _of_status(
             names,
+            given,
             "retention_keeping_up",
             ("sweep",),
             ("oldest_unswept_s",),
@@ -76,6 +83,7 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
         ),
         _of_status(
             names,
+            given,
             "reconciled_recently",
             ("reconcile", "actions"),
             ("reconciled_s_ago",),
@@ -89,7 +97,12 @@ def asset_checks(names: Names) -> list[dg.AssetChecksDefinition]:
 
 
 def _of_status(
-    names: Names, name: str, about: tuple[str, ...], numbers: tuple[str, ...], description: str
+    names: Names,
+    given: Mapping[str, float] | None,
+    name: str,
+    about: tuple[str, ...],
+    numbers: tuple[str, ...],
+    description: str,
 ) -> dg.AssetChecksDefinition:
     """A check that passes while `core.status.advice` calls nobody about these things."""
 
@@ -97,7 +110,7 @@ def _of_status(
     def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         try:
             status = read_status(names.mysql_of(context).outbox())
-            found = [one for one in advice(status, targets()) if one.about in about]
+            found = [one for one in advice(status, targets(given)) if one.about in about]
         except AuditExportError as error:
             raise dg.Failure(description=str(error)) from None
         severe = any(one.severity is Severity.ERROR for one in found)

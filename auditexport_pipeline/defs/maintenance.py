@@ -22,6 +22,7 @@ from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.report import page
 from auditexport_pipeline.report.gather import gather
+from auditexport_pipeline.stores.status import targets
 
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
 _DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")
@@ -226,8 +227,8 @@ def _check_window(settings: Mapping[str, Any]) -> None:
     By(who=settings["who"] or "the run", why=settings["why"])
 
 
-def reconcile_job(names: Names) -> dg.JobDefinition:
-    """`reconcile_audit_logs`."""
+def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None) -> dg.JobDefinition:
+    """`reconcile_audit_logs`; its page holds the numbers against these targets, over those of the environment."""
 
     @dg.op(
         config_schema=RECONCILE,
@@ -256,7 +257,13 @@ def reconcile_job(names: Names) -> dg.JobDefinition:
             metadata = reconcile_metadata(report)
             if settings["report_path"]:
                 path = Path(settings["report_path"]).resolve()
-                figures = gather(mysql.outbox(), names.clickhouse_of(context).audit_log(), report.from_ms, report.to_ms)
+                figures = gather(
+                    mysql.outbox(),
+                    names.clickhouse_of(context).audit_log(),
+                    report.from_ms,
+                    report.to_ms,
+                    targets(given_targets),
+                )
                 made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
                 page.write(path, page.of_reconciliation(report, figures, made_by))
                 metadata["page"] = dg.MetadataValue.path(path)

@@ -6,20 +6,16 @@ one, every name begins with it and the assets stand under it: `eu_audit_log_expo
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
+from auditexport_pipeline.outboxes import check_name
 
 if TYPE_CHECKING:
     from auditexport_pipeline.defs.ahead import Ahead
-
-# Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +35,7 @@ class Names:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.name and not _NAME.fullmatch(self.name):
-            raise InvalidConfig(
-                f"the outbox's name is {self.name!r}; it must begin with a letter and hold small letters, digits and _, "
-                "31 at most"
-            )
+        check_name(self.name)
 
     def of(self, what: str) -> str:
         """The name of the contract, as this outbox has it."""
@@ -73,6 +65,11 @@ class Names:
     def pool(self) -> str:
         """One drain of this outbox at a time, however it is launched: the queue admits one run holding this pool."""
         return self.of("audit_log_export")
+
+    @property
+    def drain_tags(self) -> dict[str, str]:
+        """By which the queue can tell drains from everything else, and one outbox's runs from another's."""
+        return {"auditexport/kind": "drain", "auditexport/outbox": self.name or "default"}
 
     @property
     def mysql(self) -> str:

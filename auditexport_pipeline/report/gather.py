@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from auditexport_pipeline.core.series import DAY_MS, Grid, Hour, LagBin
-from auditexport_pipeline.core.status import Severity, advice, verdict
+from auditexport_pipeline.core.status import Severity, Targets, advice, verdict
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.stores import report as counting
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
@@ -24,10 +24,13 @@ BATCHES = 1_000
 HOURS_BEFORE_MS = DAY_MS
 
 
-def gather(outbox: MySQLOutbox, log: ClickHouseAuditLog, from_ms: int, to_ms: int) -> Figures:
+def gather(
+    outbox: MySQLOutbox, log: ClickHouseAuditLog, from_ms: int, to_ms: int, held_against: Targets | None = None
+) -> Figures:
     """The numbers of the exports in [from_ms, to_ms), and of now. Reads only; a user that may only read can ask.
 
-    The window is cut to what there can be: from the first export, or the table's TTL, up to now. Raises as the stores do.
+    The window is cut to what there can be: from the first export, or the table's TTL, up to now. The advice is held
+    against the targets of the environment unless others are given. Raises as the stores do.
     """
     upkeep = MySQLUpkeep(outbox)
     now_ms = upkeep.now_ms()
@@ -37,7 +40,7 @@ def gather(outbox: MySQLOutbox, log: ClickHouseAuditLog, from_ms: int, to_ms: in
     from_ms = max(from_ms, first_ms if first_ms is not None else to_ms, 0 if kept_ms is None else now_ms - kept_ms)
     from_ms = min(from_ms, to_ms)
     status = read_status(outbox)
-    found = advice(status, targets())
+    found = advice(status, held_against or targets())
     compared = counting.compared(outbox, from_ms, to_ms)
     grid = Grid.over(compared.from_ms - HOURS_BEFORE_MS, to_ms)
     rows = counting.rows_by_hour(outbox, compared.pks, grid)

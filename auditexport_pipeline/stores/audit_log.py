@@ -232,7 +232,7 @@ def connection_arguments(url: str) -> dict[str, Any]:
     return arguments
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)  # several of each of many outboxes
 def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
 

@@ -125,7 +125,7 @@ def default_tls(url: str) -> dict[str, ssl.SSLContext]:
     return {"ssl": ssl.create_default_context()} if silent and travels else {}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)  # several of each of many outboxes
 def engine_for(url: str, pid: int) -> Engine:
     """One pool per server and process: a forked child must not share its parent's connections."""
     from auditexport_pipeline.stores.rows import RowsConnection  # the driver, which only a run needs

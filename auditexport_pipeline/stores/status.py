@@ -7,7 +7,7 @@ numbers mean (`core.status`), and the backlog's probe, which the sensor asks as 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -43,9 +43,12 @@ STANDING_BATCHES = 200
 LAST_RUNS = 5
 
 
-def targets() -> Targets:
-    """AUDITEXPORT_TARGET_…, read when they are asked for; raises `InvalidConfig`, naming the variable."""
-    return Targets.of(os.environ)
+def targets(given: Mapping[str, float] | None = None) -> Targets:
+    """AUDITEXPORT_TARGET_…, read when they are asked for, under those that are `given` for one outbox.
+
+    Raises `InvalidConfig`, naming the variable.
+    """
+    return Targets.of(os.environ).but(given or {})
 
 
 def read_status(

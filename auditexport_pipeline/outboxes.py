@@ -1,0 +1,252 @@
+"""Which outboxes there are: the settings of one, and the file that lists several.
+
+What belongs here: the attributes of an outbox, each described and checked, once for the file, the component and the
+prompt; reading AUDITEXPORT_OUTBOXES, and the variables that its entries name. What does not: definitions (`defs.build`)
+and stores (`cli.stores`). URLs are named by the environment variable that holds them: neither a file nor a definition
+holds a password.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.status import Targets
+
+OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
+GROUP = "audit_logs"
+# Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check_name(name: str) -> str:
+    """The name; raises `InvalidConfig` for one that Dagster would not take. Empty is the one outbox without a name."""
+    if name and not _NAME.fullmatch(name):
+        raise InvalidConfig(
+            f"the outbox's name is {name!r}; it must begin with a letter and hold small letters, digits and _, "
+            "31 at most"
+        )
+    return name
+
+
+def _in_pydantic(check: Callable[[Any], object], value: Any) -> Any:
+    """Pydantic adds the attribute's name to a `ValueError`, and to nothing else."""
+    try:
+        check(value)
+    except InvalidConfig as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+class OutboxSettings(BaseModel):
+    """What can be said of one outbox, in a file of outboxes and as attributes of the component alike."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[
+        str,
+        Field(description="Begins every name but the contract's, such as eu_audit_log_export; empty for one outbox."),
+    ] = ""
+    mysql_url_env: Annotated[str, Field(description="Environment variable with the outbox's SQLAlchemy URL.")] = (
+        "AUDITEXPORT_MYSQL_URL"
+    )
+    clickhouse_url_env: Annotated[str, Field(description="Environment variable with ClickHouse's URL.")] = (
+        "AUDITEXPORT_CLICKHOUSE_URL"
+    )
+    heartbeat_url_env: Annotated[
+        str,
+        Field(
+            description="Environment variable with the heartbeat's URL; empty: AUDITEXPORT_HEARTBEAT_URL, if it is set."
+        ),
+    ] = ""
+    alert_webhook_url_env: Annotated[
+        str,
+        Field(
+            description="Environment variable with the webhook for alerts; empty: AUDITEXPORT_ALERT_WEBHOOK_URL, if it is set."
+        ),
+    ] = ""
+    drain: Annotated[
+        Mapping[str, Any],
+        Field(description="Settings of drains that the sensor and the schedule start, as in the launchpad."),
+    ] = {}
+    sensor_rows: Annotated[int, Field(ge=1, description="The sensor starts a drain at this many pending rows.")] = (
+        DEFAULT_THRESHOLDS.rows
+    )
+    sensor_lag_s: Annotated[
+        float, Field(gt=0, description="The sensor starts a drain when the oldest pending row is this old, in seconds.")
+    ] = DEFAULT_THRESHOLDS.lag_s
+    targets: Annotated[
+        Mapping[str, float],
+        Field(description="What an operator is called for, such as lag_s; what is not given: AUDITEXPORT_TARGET_…"),
+    ] = {}
+    group_name: Annotated[str, Field(description="Group of both assets.")] = GROUP
+    owners: Annotated[Sequence[str], Field(description="Owners of both assets: e-mail addresses or team:…")] = ()
+    links: Annotated[
+        Mapping[str, str], Field(description="Text to URL, shown with both assets: a runbook, a dashboard.")
+    ] = {}
+    tags: Annotated[Mapping[str, str], Field(description="Tags of both assets.")] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> Any:
+        return _in_pydantic(check_name, value)
+
+    @field_validator("drain")
+    @classmethod
+    def _check_drain(cls, value: Mapping[str, Any]) -> Any:
+        return _in_pydantic(Limits.of, value)
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, value: Mapping[str, float]) -> Any:
+        return _in_pydantic(Targets().but, value)
+
+    @field_validator("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
+    @classmethod
+    def _check_variable(cls, value: str) -> str:
+        # The value is not repeated: somebody may have put a URL there, password and all.
+        if value and not _ENVIRONMENT_NAME.fullmatch(value):
+            raise ValueError("this is no name of an environment variable; the URL itself belongs into the variable")
+        return value
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Key of this entry to the environment variable that it names."""
+        keys = ("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
+        return {key: getattr(self, key) for key in keys if getattr(self, key)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outboxes:
+    """Every outbox of a file, in its order."""
+
+    path: Path
+    entries: tuple[OutboxSettings, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.entries)
+
+    def named(self, name: str) -> OutboxSettings:
+        """The entry of this name; raises `InvalidConfig`, with the names that there are."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise InvalidConfig(f"{self.path} has no outbox {name!r}; choose from {', '.join(self.names)}")
+
+    def url(self, entry: OutboxSettings, key: str) -> str:
+        """What the variable under this key holds; raises `InvalidConfig` naming file, entry, key and variable."""
+        variable = getattr(entry, key)
+        value = os.environ.get(variable, "")
+        if not value:
+            raise InvalidConfig(f"{self.path}: outbox {entry.name}: {key}: {variable} is not set")
+        return value
+
+    def check_variables(self) -> None:
+        """Raises `InvalidConfig` for a variable that is not set, and for two outboxes with one database.
+
+        Two ledgers on one outbox would each take its rows. Two outboxes in one ClickHouse database would stamp entries with
+        the same `inserted_at`, by which each finds its own blocks.
+        """
+        for key in ("mysql_url_env", "clickhouse_url_env"):
+            owners: dict[str, str] = {}
+            for entry in self.entries:
+                url = self.url(entry, key)
+                if url in owners:
+                    raise InvalidConfig(
+                        f"{self.path}: outbox {entry.name}: {key}: {getattr(entry, key)} names the database of outbox "
+                        f"{owners[url]}; each outbox has its own"
+                    )
+                owners[url] = entry.name
+        for entry in self.entries:
+            for key in entry.variables:
+                self.url(entry, key)
+
+
+def read_outboxes() -> Outboxes | None:
+    """The file that AUDITEXPORT_OUTBOXES names; None when it is not set: then there is the one outbox of the environment.
+
+    Raises `InvalidConfig`, naming file, entry and key, for what is not as it should be. Variables are not looked up.
+    """
+    path = os.environ.get(OUTBOXES_VARIABLE)
+    return parse(Path(path)) if path else None
+
+
+def parse(path: Path) -> Outboxes:
+    """The outboxes of this file; raises as `read_outboxes` does."""
+    entries: list[OutboxSettings] = []
+    for number, given in enumerate(_entries(path), 1):
+        name = given.get("name") if isinstance(given, dict) else None
+        which = f"{path}: outbox {name}" if isinstance(name, str) and name else f"{path}: entry {number}"
+        if not isinstance(given, dict):
+            raise InvalidConfig(f"{which} is no mapping of keys to values")
+        if not name:
+            raise InvalidConfig(f"{which}: name: every outbox of a file has one")
+        try:
+            entry = OutboxSettings(**given)
+        except (ValidationError, TypeError) as error:
+            raise InvalidConfig(f"{which}: {_wrong(error)}") from None
+        for other in entries:
+            if entry.name == other.name:
+                raise InvalidConfig(f"{which}: name: there are two outboxes of this name")
+            for key in ("mysql_url_env", "clickhouse_url_env"):
+                if getattr(entry, key) == getattr(other, key):
+                    raise InvalidConfig(
+                        f"{which}: {key}: {getattr(entry, key)} is outbox {other.name}'s; each outbox has its own databases"
+                    )
+        entries.append(entry)
+    return Outboxes(path=path, entries=tuple(entries))
+
+
+def _wrong(error: ValidationError | TypeError) -> str:
+    """Key and cause of each thing that is wrong; what was given is not repeated."""
+    if isinstance(error, TypeError):
+        return "a key is no text"
+    said = []
+    for one in error.errors(include_url=False, include_input=False, include_context=False):
+        key = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            said.append(f"{key}: no such key; there are {', '.join(OutboxSettings.model_fields)}")
+        else:
+            said.append(f"{key}: {one['msg'].removeprefix('Value error, ')}")
+    return "; ".join(said)
+
+
+def _entries(path: Path) -> list[Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """As safe, and a key that is given twice is an error rather than its last value."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise InvalidConfig(f"{path}, line {node.start_mark.line + 1}: the key {key} is given twice")
+            return dict(super().construct_mapping(node, deep))
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = yaml.load(file, Loader)  # a SafeLoader
+    except OSError as error:
+        raise InvalidConfig(f"{path}, which {OUTBOXES_VARIABLE} names, cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise InvalidConfig(f"{path}{where}: this is no YAML ({getattr(error, 'problem', 'not UTF-8')})") from None
+    if not isinstance(found, dict) or set(found) != {"outboxes"}:
+        raise InvalidConfig(f"{path} must hold one key, outboxes, with a list of them")
+    entries = found["outboxes"]
+    if not isinstance(entries, list) or not entries:
+        raise InvalidConfig(f"{path}: outboxes: it must be a list of at least one outbox")
+    return entries
