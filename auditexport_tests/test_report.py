@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.report import page
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.report.gather import gather
@@ -125,6 +126,126 @@ def test_a_lost_entry_is_a_difference_at_its_hour_and_a_discrepancy_by_name(stac
     figures = figures_of(stack)
     assert (figures.rows, figures.entries) == (10, 9)
     assert sum(hour.difference for hour in figures.everywhen) == 1
+
+
+def now_hour_ms() -> int:
+    return int(datetime.now(timezone.utc).timestamp() * 1000) // HOUR_MS * HOUR_MS
+
+
+def test_the_difference_stands_at_the_hour_of_the_lost_event_and_nowhere_else(stack: Stack) -> None:
+    """Which deployment, which outage: an hour is what an operator can look for in his own records."""
+    first_ms = now_hour_ms() - 5 * HOUR_MS
+    stack.put(*(event(f"evt_{n}", time=first_ms + n * HOUR_MS // 3) for n in range(15)))
+    export(stack)
+    assert not any(hour.difference for hour in figures_of(stack).everywhen)
+    lose(stack, "event_id IN ('evt_4', 'evt_5', 'evt_9')")
+    differing = {hour.at_ms: (hour.rows, hour.entries) for hour in figures_of(stack).hours if hour.difference}
+    assert differing == {first_ms + HOUR_MS: (3, 1), first_ms + 3 * HOUR_MS: (3, 2)}
+    told = status_page(stack).text
+    for at_ms, numbers in ((first_ms + HOUR_MS, "3 1 +2"), (first_ms + 3 * HOUR_MS, "3 2 +1")):
+        assert f"{datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc):%Y-%m-%d %H:%M} {numbers}" in told
+
+
+def test_entries_that_no_row_has_are_a_difference_too(stack: Stack) -> None:
+    """What somebody else wrote must not make up for what was lost."""
+    first_ms = now_hour_ms() - 2 * HOUR_MS
+    stack.put(*(event(f"evt_{n}", time=first_ms + n) for n in range(4)))
+    export(stack)
+    stack.log.client().command(
+        "INSERT INTO audit_logs_raw_v1 (event_id, time, inserted_at, workspace_id) "
+        f"SELECT concat('evt_stray_', toString(number)), {first_ms + HOUR_MS}, (SELECT max(inserted_at) FROM audit_logs_raw_v1), "
+        "'ws' FROM numbers(2)"
+    )
+    lose(stack, "event_id = 'evt_1'")
+    found = figures_of(stack)
+    assert [hour.difference for hour in found.hours if hour.rows or hour.entries] == [1, -2]
+    assert (found.rows, found.entries) == (4, 5)
+
+
+def test_copies_that_have_not_merged_count_once(stack: Stack) -> None:
+    """After a requeue, both copies are there until a merge; the picture must not show more entries than events."""
+    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    put(stack, hour=0, count=5, prefix="evt")
+    export(stack)
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk <= 3")
+    export(stack)
+    assert stack.counts() == (8, 5)
+    found = figures_of(stack)
+    assert (found.rows, found.entries) == (5, 5)
+    assert not any(hour.difference for hour in found.everywhen)
+
+
+def test_every_number_on_the_page_is_one_that_both_databases_count(stack: Stack, tmp_path: Path) -> None:
+    """Counted here in other ways than the page counts: by mark, by table, by state."""
+    seed_outbox(stack.mysql_url, seed=8, events=1_500, malformed=12, unknown=4, writers=2)
+    export(stack, batch_rows=400)
+    seed_outbox(stack.mysql_url, seed=9, events=60, writers=1)
+    path = tmp_path / "page.html"
+    assert auditexport(stack, "reconcile", "--report", str(path)).returncode == 0
+    told = Page(path.read_text()).text
+
+    def one(statement: str) -> int:
+        return int(str(stack.sql(statement)[0][0]))
+
+    marked = one("SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")
+    ((shown,),) = stack.clickhouse("SELECT count() FROM audit_logs")
+    letters = one("SELECT COUNT(*) FROM clickhouse_outbox_dead_letter WHERE state = 'open'")
+    batches = one("SELECT COUNT(*) FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    assert (marked, shown, letters) == (1_500, 1_500, 12)
+    for tile in (
+        f"{marked:,} exported rows counted in the outbox",
+        f"{shown:,} their entries in ClickHouse",
+        "0 difference, hour by hour",
+        "60 rows pending",
+        f"{letters} dead letters open",
+        "4 rows of unknown versions",
+        "0 batches open",
+    ):
+        assert tile in told
+    for reason, count in stack.outbox.dead_by_reason().items():
+        assert f"{reason} {count} 0 0 0" in told
+    assert f"{batches} first exports in the window" in told
+    newest = stack.sql(
+        "SELECT batch_id, row_count, entry_count FROM clickhouse_outbox_batch ORDER BY claimed_at_ms DESC, batch_id DESC LIMIT 1"
+    )[0]
+    assert re.search(
+        rf"{newest.batch_id} verified \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d {newest.row_count} {newest.entry_count} ", told
+    )
+
+
+def test_the_lag_of_a_batch_is_the_age_of_its_first_row_at_its_stamp(stack: Stack) -> None:
+    """Also where an application wrote nonsense into created_at: the page says of how many it does not know."""
+    put(stack, hour=0, count=3, prefix="evt")
+    stack.sql("UPDATE clickhouse_outbox SET created_at = created_at - 90000 + 1000 * pk")
+    export(stack)
+    first = stack.sql(
+        "SELECT exported_at_ms - created_at AS lag_ms FROM clickhouse_outbox_batch JOIN clickhouse_outbox ON pk = first_pk"
+    )[0]
+    (point,) = figures_of(stack).lag
+    assert (point.batches, point.rows, point.worst_s) == (1, 3, float(str(first.lag_ms)) / 1000)
+    for absurd in (2**63 - 1, -(2**63), 0):
+        stack.sql("UPDATE clickhouse_outbox SET created_at = :absurd", absurd=absurd)
+        (point,) = figures_of(stack).lag
+        assert (point.worst_s, point.undated) == (None, 1)
+    assert "Of 1 batch that time is years off" in status_page(stack).text
+
+
+def test_counting_entries_reads_the_parts_of_the_window_only(stack: Stack) -> None:
+    """The table holds ninety days of everybody's events; a page about yesterday must not read them all."""
+    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    for n in range(4):
+        put(stack, hour=n, count=3, prefix=f"evt_{n}")
+        export(stack)
+    last_ms = max(stack.log.slots_between(0, 2**62))
+    parameters = {"low_ms": 0, "high_ms": 2**60, "step_ms": HOUR_MS, "from_ms": last_ms, "to_ms": last_ms + 1}
+    statement = counting._PIECES["entries_by_hour"]
+
+    def parts_read(query: str) -> set[str]:
+        explained = stack.clickhouse(f"EXPLAIN indexes = 1 {query}", **parameters, excluded=[-1])
+        return set(re.findall(r"Parts: (\d+/4)", "\n".join(str(line) for (line,) in explained)))
+
+    assert "1/4" in parts_read(statement)
+    assert parts_read(statement.replace("inserted_at >= {from_ms:Int64}", "inserted_at >= 0")) == {"4/4"}
 
 
 def test_a_page_loads_nothing_runs_nothing_and_shows_no_secret(stack: Stack, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_the_sweeper_deletes_what_is_due_and_compacts_and_cannot_requeue(ground:
         )
 
 
-def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
+def test_the_reader_sees_everything_and_changes_nothing(ground: Ground, tmp_path: Path) -> None:
     """An auditor or a dashboard must be able to ask without being trusted."""
     stack = ground.stack
     lost = ground.lose()
@@ -253,6 +253,10 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground) -> None:
         report = json.loads(prompt("reconcile", "--dry-run", "--json", status=1).output)
         assert (report["missing"], report["event_ids"]) == (1, [lost])
         assert "would requeue 1 rows" in prompt("reconcile", "--dry-run", "--repair", status=1).output
+        for words in (("status",), ("reconcile", "--dry-run")):
+            page = tmp_path / f"{words[0]}.html"
+            prompt(*words, "--report", str(page), status=1)
+            assert "<svg" in page.read_text()
         assert json.loads(prompt("requeue", "--batch", "1", "--why", "x", "--dry-run", "--json").output)["rows"] == 40
         prompt("requeue", "--batch", "1", "--why", "x", "--dry-run", "--missing-only")
         prompt("sweep", "--outbox-days", "0", "--dry-run", status=1)

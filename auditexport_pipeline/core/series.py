@@ -12,8 +12,8 @@ from auditexport_pipeline.core.pks import PkSet
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
-# A window longer than this is counted by day: more columns than a page has pixels for tell nothing.
-MOST_STEPS = 31 * 24
+# A window longer than this is counted by day: columns of less than three pixels tell nothing.
+MOST_STEPS = 14 * 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

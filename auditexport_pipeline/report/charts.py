@@ -26,16 +26,17 @@ from auditexport_pipeline.report.look import (
     PENDING,
     WRONG,
 )
-from auditexport_pipeline.report.words import moment, span
+from auditexport_pipeline.report.words import even, moment, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH_IN = 10.4
-MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
+SECOND_MS, MINUTE_MS, HOUR_MS, DAY_MS = 1_000, 60_000, 3_600_000, 86_400_000
 # What may lie between two labels of a time axis, and of an axis of durations.
 _TICKS_MS = [
+    *(SECOND_MS * n for n in (1, 2, 5, 10, 15, 30)),
     *(MINUTE_MS * n for n in (1, 2, 5, 10, 15, 30)),
     *(HOUR_MS * n for n in (1, 2, 3, 6, 12)),
     *(DAY_MS * n for n in (1, 2, 7, 14, 28, 91, 182, 364)),
@@ -46,7 +47,10 @@ _TICKS_S = [
     *(3_600.0 * n for n in (1, 2, 3, 6, 12)),
     *(86_400.0 * n for n in (1, 2, 5, 10, 30, 90, 365)),
 ]
+_DECADES_S = (0, 1, 10, 60, 600, 3_600, 6 * 3_600, 86_400, 7 * 86_400, 30 * 86_400, 365 * 86_400)
 MOST_TIME_TICKS = 9
+# All labels of a row of batches together.
+MOST_ID_LETTERS = 75
 # A chart of hours shows where something is, and at least this many.
 FEWEST_HOURS = 12
 BATCHES_DRAWN = 60
@@ -68,6 +72,7 @@ _SETTINGS = {
     "axes.axisbelow": True,
     "text.color": INK,
     "xtick.color": LINE,
+    "xtick.major.pad": 6,
     "ytick.color": LINE,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
@@ -126,19 +131,22 @@ def _durations(axis: Any, most_s: float) -> None:
 
     step_s = next((step for step in _TICKS_S if most_s / step <= 5), most_s / 4)
     axis.set_major_locator(MultipleLocator(step_s))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: span(round(value, 3))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: even(round(value, 6))))
 
 
 def _times(axes: Axes, from_ms: int, to_ms: int) -> None:
-    """A time axis in UTC: at each label the hour, and the day where it begins (and at the first)."""
+    """A time axis in UTC: at each label the hour, and the day where it begins; or the day, and the year."""
     step_ms = next((step for step in _TICKS_MS if (to_ms - from_ms) / step <= MOST_TIME_TICKS), _TICKS_MS[-1])
     ticks = list(range(-(-from_ms // step_ms) * step_ms, to_ms + 1, step_ms))
+    small, large = "%-d %b", "%Y"
+    if step_ms < DAY_MS:
+        small, large = "%H:%M" if step_ms >= MINUTE_MS else "%H:%M:%S", "%-d %b"
     labels = []
-    day = None
+    before = None
     for tick in ticks:
-        date = moment(tick, "%-d %b")
-        labels.append(date if step_ms >= DAY_MS else moment(tick, "%H:%M") + (f"\n{date}" if date != day else ""))
-        day = date
+        whole = moment(tick, large)
+        labels.append(moment(tick, small) + (f"\n{whole}" if whole != before else ""))
+        before = whole
     axes.set_xticks(ticks, labels)
     axes.set_xlim(from_ms, to_ms)
 
@@ -182,7 +190,11 @@ def hours(lines: Sequence[Hour], step_ms: int) -> str:
                 pending, edges, baseline=rows, fill=True, color=PENDING, alpha=0.5, label="outbox, pending rows"
             )
         above.stairs(
-            [hour.entries for hour in shown], edges, color=CLICKHOUSE, linewidth=2.2, label="ClickHouse, entries"
+            [hour.entries for hour in shown],
+            edges,
+            color=CLICKHOUSE,
+            linewidth=2.2 if len(shown) <= 60 else 1.2,
+            label="ClickHouse, entries",
         )
         above.set_ylim(0, max(1, *pending, *(hour.entries for hour in shown)) * 1.06)
         above.set_title(f"Events per {unit}")
@@ -191,10 +203,9 @@ def hours(lines: Sequence[Hour], step_ms: int) -> str:
         _legend(above, 3)
         differences = [hour.difference for hour in shown]
         below.stairs(differences, edges, fill=True, color=WRONG)
-        most = max(1, *map(abs, differences))
-        below.set_ylim(
-            -most * 1.15 if min(differences) < 0 else -most * 0.05, most * 1.15 if max(differences) > 0 else most * 0.25
-        )
+        low, high = min(0, *differences), max(0, *differences)
+        room = max(1, high - low) * 0.12
+        below.set_ylim(low - room, high + room)
         below.axhline(0, color=MUTED, linewidth=0.8)
         below.set_title(f"Difference: exported rows without an entry, per {unit}")
         if not any(differences):
@@ -214,6 +225,12 @@ def hours(lines: Sequence[Hour], step_ms: int) -> str:
     return _drawn("hours", described, 4.6, draw)
 
 
+def lag_is_apart(points: Sequence[LagBin], now_s: float) -> bool:
+    """Whether the worst lag would flatten all others into the axis: then the scale is logarithmic from a second on."""
+    worst = sorted(point.worst_s for point in points if point.worst_s is not None)
+    return bool(worst) and max(worst[-1], now_s) > max(60.0, 20 * worst[len(worst) // 2])
+
+
 def lag(points: Sequence[LagBin], now_s: float) -> str:
     """The lag of batches over time, the worst and the mean of each part of the window, and the lag of now."""
     dated = [point for point in points if point.worst_s is not None]
@@ -222,18 +239,25 @@ def lag(points: Sequence[LagBin], now_s: float) -> str:
     times = [point.at_ms for point in dated]
     worst = [point.worst_s or 0.0 for point in dated]
     mean = [point.mean_s or 0.0 for point in dated]
-    margin = max(30_000, (times[-1] - times[0]) // 50)
+    margin = max(1_000, (times[-1] - times[0]) // 50)
+    apart = lag_is_apart(points, now_s)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         marker = "o" if len(times) <= 60 else None
         axes.plot(times, worst, color=OUTBOX, linewidth=1.8, marker=marker, markersize=4, label="worst batch")
         axes.plot(times, mean, color=FETCH, linewidth=1.4, linestyle=(0, (4, 2)), label="mean of batches")
-        most = max(*worst, now_s, 0.001)
+        most = max(*worst, now_s, 1.0)
         axes.axhline(now_s, color=CLICKHOUSE, linewidth=1.6, linestyle=(0, (1, 1.5)), label=f"now: {span(now_s)}")
-        axes.set_ylim(0, most * 1.1)
-        axes.set_title("Lag: age of a batch's oldest row when it was exported")
-        _durations(axes.yaxis, most * 1.1)
+        axes.set_ylim(0, most * (1.8 if apart else 1.1))
+        axes.set_title("Lag: age of a batch's first row when it was exported")
+        if apart:
+            axes.set_yscale("symlog", linthresh=1.0)
+            labelled = [mark for mark in _DECADES_S if mark <= most * 1.1]
+            axes.set_yticks(labelled, [even(mark) for mark in labelled])
+            axes.set_yticks([], minor=True)
+        else:
+            _durations(axes.yaxis, most * 1.1)
         _grid(axes)
         _legend(axes, 3)
         _times(axes, times[0] - margin, times[-1] + margin)
@@ -259,6 +283,7 @@ def batches(lines: Sequence[BatchLine]) -> str:
     usual = totals[int(0.9 * (len(totals) - 1))]
     most = max(totals[-1], 0.001)
     cut = usual * 1.6 if usual and most > usual * 4 else most * 1.08
+    higher = sum(total > cut for total in totals)
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
@@ -272,14 +297,11 @@ def batches(lines: Sequence[BatchLine]) -> str:
             below.bar(places, seconds, bottom=floor, width=0.8, color=colour, label=name)
             floor = [low + high for low, high in zip(floor, seconds, strict=True)]
         below.set_ylim(0, cut)
-        for place, total in zip(places, floor, strict=True):
-            if total > cut:
-                below.text(place, cut, f"↑ {span(total)}", ha="center", va="top", fontsize=9, clip_on=False)
-        below.set_title("Time per batch")
+        below.set_title("Time per batch" + (f" ({higher} taller than shown, up to {span(most)})" if higher else ""))
         _durations(below.yaxis, cut)
         _grid(below)
         _legend(below, 3)
-        step = -(-len(shown) // 15)
+        step = -(-len(shown) * len(str(shown[-1].batch_id)) // MOST_ID_LETTERS)
         below.set_xticks(list(places)[::step], [str(line.batch_id) for line in shown[::step]])
         below.set_xlim(-0.8 if len(shown) > 8 else -3, len(shown) - 0.2 if len(shown) > 8 else max(len(shown) + 2, 8))
         below.set_xlabel("batch, by its number in the ledger; oldest claim first")
@@ -319,7 +341,7 @@ def letters(counts: Sequence[LetterCount]) -> str:
             label="retried, discarded or gone",
         )
         left.set_yticks(places, names)
-        left.set_ylim(-0.6, max(len(reasons), 4) - 0.4)
+        left.set_ylim(len(reasons) - max(len(reasons), 4) - 0.6, len(reasons) - 0.4)
         left.set_title("By reason")
         left.set_xlim(0, max(1, *(sum(pair) for _, pair in reasons)) * 1.06)
         _counts(left.xaxis)
@@ -339,7 +361,7 @@ def letters(counts: Sequence[LetterCount]) -> str:
         right.set_ylim(0, max(1, *(sum(pair) for _, pair in days)) * 1.06)
         _counts(right.yaxis)
         _grid(right)
-        _legend(right, 2, fontsize=10)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, handlelength=1.4)
         step = -(-len(days) // 6)
         right.set_xticks(at[::step], [moment(day, "%-d %b") for day in at[::step]])
         right.set_xlim(at[0] - (0.7 if len(at) > 4 else 2) * DAY_MS, at[-1] + (0.7 if len(at) > 4 else 2) * DAY_MS)

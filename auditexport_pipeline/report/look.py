@@ -62,7 +62,7 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 .verdict.waiting { border-color: var(--clickhouse); } .verdict.bad { border-color: var(--wrong); }
 .verdict strong { display: block; font-size: 24px; line-height: 1.25; margin-bottom: 6px; }
 .verdict ul { margin: 6px 0 0; padding-left: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 16px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 16px 0; }
 .tile { background: var(--card); border-radius: 4px; padding: 10px 14px; }
 .tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 13px; }
@@ -74,13 +74,17 @@ figcaption { color: var(--muted); font-size: 13px; max-width: 100ch; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 8px 0; }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+.last td:last-child, .last2 td:nth-last-child(-n+2) { white-space: normal; overflow-wrap: break-word; }
 .t1 td:first-child, .t1 th:first-child, .t2 td:nth-child(-n+2), .t2 th:nth-child(-n+2), .t3 td:nth-child(-n+3),
-.t3 th:nth-child(-n+3), .last td:last-child, .last th:last-child { text-align: left; }
+.t3 th:nth-child(-n+3), .last td:last-child, .last th:last-child,
+.last2 td:nth-last-child(-n+2), .last2 th:nth-last-child(-n+2) { text-align: left; }
 footer { color: var(--muted); font-size: 13px; padding-top: 24px; padding-bottom: 40px; }
 @media print {
   @page { margin: 14mm; }
-  main, header, footer { max-width: none; padding: 0; }
+  body { font-size: 12px; } table { font-size: 11px; } th, td { padding: 2px 7px; } h2 { margin-top: 24px; }
+  .verdict strong { font-size: 19px; } .tiles { grid-template-columns: repeat(4, 1fr); } .tile b { font-size: 17px; }
+  main, header, footer { max-width: none; padding: 0; } .wide { overflow: visible; }
   figure, tr, .verdict, .tiles { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .verdict, .tile, svg { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }

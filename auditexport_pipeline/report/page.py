@@ -68,7 +68,7 @@ def of_status(figures: Figures, made_by: str) -> str:
 def _page(title: str, figures: Figures, said: Verdict, made_by: str, differences: str) -> str:
     sections = [
         _said(said),
-        _tiles(figures),
+        _tiles(figures, said),
         _section("Events per hour, outbox against ClickHouse", _hours(figures)),
         _section("Discrepancies", differences),
         _section("Lag", _lag(figures)),
@@ -116,13 +116,13 @@ def _sentence(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _tiles(figures: Figures) -> str:
+def _tiles(figures: Figures, said: Verdict) -> str:
     backlog = figures.backlog
     differing = sum(abs(hour.difference) for hour in figures.everywhen)
     tiles = [
         (count(figures.rows), "exported rows counted in the outbox", False),
         (count(figures.entries), "their entries in ClickHouse", False),
-        (count(differing), "difference, hour by hour", differing > 0),
+        (count(differing), "difference, hour by hour", differing > 0 and said.mood != "good"),
         (backlog.shown_rows, "rows pending", False),
         (span(max(0.0, backlog.lag_s)), "lag now", False),
         (count(backlog.dead_rows), "dead letters open", backlog.dead_rows > 0),
@@ -143,7 +143,7 @@ def _hours(figures: Figures) -> str:
     compared = figures.compared
     said = [
         "Both sides counted now: rows of the outbox that the window's batches sent, by primary key from the ledger, and "
-        "entries of the view <code>audit_logs</code>, where each event counts once."
+        "their entries in ClickHouse, where copies of an event count once, as in the view <code>audit_logs</code>."
     ]
     if compared.cut_short:
         said.append(
@@ -166,7 +166,7 @@ def _hours(figures: Figures) -> str:
     picture = _picture(charts.hours(figures.hours, figures.grid.step_ms), " ".join(said))
     if not picture:
         return f'<p class="said">{" ".join(said)}</p><p>No event of this window has its time in these hours.</p>'
-    differing = tables.wrong_hours(figures.hours)
+    differing = tables.wrong_hours(figures)
     return picture + (
         f"<h3>Hours that differ</h3>{differing}"
         '<p class="said">A positive number is rows without an entry, as a loss or an erasure leaves them, or the same event in '
@@ -205,6 +205,8 @@ def _lag(figures: Figures) -> str:
     )
     if worst is not None:
         said += f" The worst was {span(worst)}; now it is {span(max(0.0, figures.backlog.lag_s))}."
+        if charts.lag_is_apart(figures.lag, figures.backlog.lag_s):
+            said += " The scale is logarithmic from a second on."
     if undated:
         said += f" Of {some(undated, 'batch', 'batches')} that time is years off and is left out."
     return _picture(charts.lag(figures.lag, max(0.0, figures.backlog.lag_s)), said) or f'<p class="said">{said}</p>'

@@ -9,26 +9,38 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from auditexport_pipeline.core.reconcile import Report
-from auditexport_pipeline.core.series import BatchLine, Hour, LetterCount
+from auditexport_pipeline.core.series import BatchLine, LetterCount
+from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.report.words import count, moment, size, some_of, span
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Lines of a table; the prompt's `--json` has everything.
+# Lines of a table; of a reconciliation, the prompt's `--json` has everything.
 MOST_LINES = 50
+_IN_JSON = "in <code>auditexport reconcile --json</code>"
 
 Form = Callable[[Any], str]
 
 
-def table(lines: Sequence[Mapping[str, Any]], forms: Mapping[str, Form], look: str, *, most: int = MOST_LINES) -> str:
-    """Some lines as an HTML table, each column by its form; every cell is escaped. Empty for no lines."""
+def table(
+    lines: Sequence[Mapping[str, Any]],
+    forms: Mapping[str, Form],
+    look: str,
+    *,
+    most: int = MOST_LINES,
+    rest: str = "of them",
+) -> str:
+    """Some lines as an HTML table, each column by its form; every cell is escaped. Empty for no lines.
+
+    `rest` says of those beyond `most` what they are, or where to find them; it is HTML.
+    """
     import pandas as pd
 
     if not lines:
         return ""
     frame = pd.DataFrame(list(lines)[:most], columns=list(forms), dtype=object)
-    return _html(frame, forms, look) + _more(len(lines) - most)
+    return _html(frame, forms, look) + _more(len(lines) - most, rest)
 
 
 def _html(frame: pd.DataFrame, forms: Mapping[str, Form], look: str) -> str:
@@ -40,8 +52,13 @@ def _html(frame: pd.DataFrame, forms: Mapping[str, Form], look: str) -> str:
     return f'<div class="wide">{html}</div>'
 
 
-def _more(lines: int) -> str:
-    return f'<p class="said">…and {lines:,} more; <code>--json</code> has all of them.</p>' if lines > 0 else ""
+def _more(lines: int, rest: str) -> str:
+    return f'<p class="said">…and {lines:,} more {rest}.</p>' if lines > 0 else ""
+
+
+def _some(number: int) -> str:
+    """A count among which the zeros should not catch the eye."""
+    return f"{number:,}" if number else "·"
 
 
 def seen(text: str) -> str:
@@ -75,7 +92,7 @@ def places(report: Report) -> str:
         "rows": count,
         "entries": count,
     }
-    return table(lines, {**forms, **dict.fromkeys(_FOUND, count)}, "t2")
+    return table(lines, {**forms, **dict.fromkeys(_FOUND, _some)}, "t2", rest=_IN_JSON)
 
 
 _FOUND = ("missing", "duplicated", "unexpected", "altered")
@@ -90,7 +107,7 @@ def wrong_batches(report: Report) -> str:
             "sent": line.entries,
             "in ClickHouse": line.stored,
             "differs": str(line.found) if line.found else "no",
-            "explained": some_of(line.explained),
+            "explained": some_of(line.explained) or "·",
         }
         for line in report.batches
         if line.found or line.explained
@@ -104,7 +121,7 @@ def wrong_batches(report: Report) -> str:
         "differs": str,
         "explained": str,
     }
-    return table(lines, forms, "last")
+    return table(lines, forms, "last2", rest=_IN_JSON)
 
 
 def discrepant(found: Mapping[int, str]) -> str:
@@ -112,30 +129,22 @@ def discrepant(found: Mapping[int, str]) -> str:
     return table(lines, {"batch": str, "in ClickHouse": seen}, "last")
 
 
-def wrong_hours(lines: Sequence[Hour]) -> str:
+def wrong_hours(figures: Figures) -> str:
     """The hours in which the two sides differ, the widest difference first."""
-    differing = sorted(
-        (hour for hour in lines if hour.difference), key=lambda hour: (-abs(hour.difference), hour.at_ms)
-    )
-    return table(
-        [
-            {
-                "hour (UTC)": hour.at_ms,
-                "exported rows": hour.rows,
-                "entries": hour.entries,
-                "difference": hour.difference,
-            }
-            for hour in differing
-        ],
-        {
-            "hour (UTC)": lambda at_ms: moment(at_ms, "%Y-%m-%d %H:%M"),
-            "exported rows": count,
-            "entries": count,
-            "difference": lambda number: f"{number:+,}",
-        },
-        "t1",
-        most=20,
-    )
+    grid = figures.grid
+    named = [
+        *((moment(hour.at_ms, "%Y-%m-%d %H:%M"), hour) for hour in figures.hours),
+        (f"before {moment(grid.starts_ms, '%Y-%m-%d %H:%M')}", figures.before),
+        (f"{moment(grid.high_ms, '%Y-%m-%d %H:%M')} and after", figures.after),
+    ]
+    lines = [
+        {"hour (UTC)": name, "exported rows": hour.rows, "entries": hour.entries, "difference": hour.difference}
+        for name, hour in named
+        if hour.difference
+    ]
+    lines.sort(key=lambda line: (-abs(int(str(line["difference"]))), str(line["hour (UTC)"])))
+    forms: dict[str, Form] = {"hour (UTC)": str, "exported rows": count, "entries": count}
+    return table(lines, {**forms, "difference": lambda number: f"{number:+,}"}, "t1", most=20, rest="hours")
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────

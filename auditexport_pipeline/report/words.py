@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
+from auditexport_pipeline.core.status import shown_s
+
 # Years 1 to 9999 are dates to Python; an event's time is any 64-bit integer.
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_800_000
 _SPANS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))
@@ -31,13 +33,20 @@ def moment(at_ms: int | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 
 
 def span(seconds: float | None) -> str:
-    """`0.35 s`, `12 s`, `3.5 min`, `2 h`, `4.1 d`."""
+    """As the prompt says it from a second on, `12 s`, `62 min`; below it `0.35 s`, `85 ms`. Empty for what is not over yet."""
     if seconds is None:
         return ""
-    for size, unit in _SPANS:
-        if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}" if abs(seconds / size) < 1000 else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.3g} s" if seconds else "0 s"
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.2f} s" if 0 < seconds < 0.995 else shown_s(seconds)
+
+
+def even(seconds: float) -> str:
+    """A span that comes out even, as a label of an axis: `0.5 s`, `5 min`, `12 h`, `2 d`."""
+    for length_s, unit in _SPANS:
+        if seconds >= length_s and not round(seconds % length_s, 6):
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{seconds:,.4g} s"
 
 
 def size(number: int) -> str:

@@ -145,7 +145,7 @@ def pending(outbox: MySQLOutbox) -> PkSet:
 
 
 def entries_by_hour(log: ClickHouseAuditLog, these: Compared, grid: Grid) -> Counter[int]:
-    """How many events the view `audit_logs` shows of these exports in each bin of the grid, each once."""
+    """How many events ClickHouse holds of these exports in each bin of the grid; copies count once, as in `audit_logs`."""
     with audit_log.translated("counting entries by hour"):
         found = log.client().query(
             _PIECES["entries_by_hour"],

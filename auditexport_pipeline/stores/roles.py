@@ -60,7 +60,7 @@ MYSQL_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
 _FUNCTIONS = {"*.*": ("CREATE TEMPORARY TABLE",)}
 CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), **_FUNCTIONS},
-    Role.OPERATOR: {"audit_logs_raw_v1": ("SELECT",), "audit_logs": ("SELECT",), **_FUNCTIONS},
+    Role.OPERATOR: {"audit_logs_raw_v1": ("SELECT",), **_FUNCTIONS},
     Role.SWEEPER: {"audit_logs_raw_v1": ("SELECT",), **_FUNCTIONS},
     Role.READER: {"audit_logs_raw_v1": ("SELECT",), "audit_logs": ("SELECT",), **_FUNCTIONS},
     Role.OWNER: {"audit_logs_raw_v1": ("SELECT", "CREATE TABLE"), "audit_logs": ("CREATE VIEW",)},

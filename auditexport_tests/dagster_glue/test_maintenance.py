@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
@@ -55,6 +57,33 @@ def test_a_loss_is_found_repaired_and_gone_by_jobs_alone(exporter: Exporter, sta
     actions = stack.upkeep.actions(10)
     assert [action.verb for action in actions] == ["reconcile", "reconcile", "repair", "reconcile"]
     assert (actions[2].by.why, actions[2].rows) == ("lost", 1)
+
+
+def test_a_reconciliation_writes_its_page_also_when_it_fails(exporter: Exporter, stack: Stack, tmp_path: Path) -> None:
+    """Somebody looks at the page because the run is red, and finds it by the run's metadata."""
+    stack.put(*events(20))
+    exporter.drain()
+    path = tmp_path / "page.html"
+    config = {"report_path": str(path)}
+    assert numbers(launch(exporter, "reconcile_audit_logs", "reconcile_window", **config), "reconcile_window")[
+        "page"
+    ] == str(path)
+    assert "Reconciled clean: outbox and ClickHouse agree on all 20 entries." in path.read_text()
+    stack.log.client().command(
+        "ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = 'evt_3'", settings={"mutations_sync": 2}
+    )
+    failed = launch(exporter, "reconcile_audit_logs", "reconcile_window", **config)
+    assert not failed.success
+    html = path.read_text()
+    assert "differ: 1 missing" in html
+    assert f"Dagster run {failed.run_id[:8]} of reconcile_audit_logs" in html
+    observation = exporter.instance.fetch_observations(dg.AssetKey("audit_logs_raw_v1"), limit=1).records[0]
+    assert observation.asset_observation is not None
+    assert observation.asset_observation.metadata["page"].value == str(path)
+
+    with pytest.raises(dg.DagsterInvalidConfigError, match="cannot be written"):
+        launch(exporter, "reconcile_audit_logs", "reconcile_window", report_path=str(tmp_path / "none" / "page.html"))
+    assert len(stack.upkeep.actions(10)) == 2
 
 
 def test_a_requeue_says_how_many_before_it_does_it(exporter: Exporter, stack: Stack) -> None:

@@ -44,7 +44,6 @@ ALLOWED = {
     ("stores/marking.py", "statements[part]"): "SQL, or the same statements in MariaDB's SET STATEMENT",
     ("stores/upkeep.py", "statement"): "from upkeep.sql, when the module is imported",
     ("stores/report.py", "statement"): "from report.sql, when the module is imported",
-    ("report/charts.py", "place"): "a place of matplotlib's, where its `text` writes",
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
     ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
     ("stores/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
