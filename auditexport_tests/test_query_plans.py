@@ -284,6 +284,22 @@ def test_a_page_reads_the_window_that_it_shows_and_not_the_outbox(busy: MySQLOut
         if step.key != key or step.access not in ("range", "ref"):
             wrong.append(f"{name}: {step}")
     assert not wrong, "\n".join(wrong)
+    for name in ("blocks", "batches", "discrepant"):  # the newest first, by the index's own order
+        (step,) = explain(busy, name, REPORT[name][1], report.SQL)
+        assert "filesort" not in step.extra, step
+    with busy.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = batch_id WHERE batch_id > 0")
+        list(connection.exec_driver_sql("ANALYZE TABLE clickhouse_outbox_batch"))
+    values = {"from_ms": 900, "to_ms": 950, "step_ms": 1, "longest_ms": 1, "ahead_ms": 1}
+    lag = [step for step in explain(busy, "lag", values, report.SQL) if not step.table.startswith("<")]
+    assert [(step.table, step.key, step.access) for step in lag] == [
+        ("batch", "exported_idx", "range"),
+        ("outbox", "PRIMARY", "eq_ref"),
+    ], lag
+    letters = explain(busy, "letters", {"row_limit": 20}, report.SQL)
+    (step,) = [step for step in letters if step.table == "clickhouse_outbox_dead_letter"]
+    assert (step.key, step.access) == ("PRIMARY", "index"), step  # backwards, until the limit
+    assert "filesort" not in step.extra, step
     pending = explain(busy, "pending", {"version": "audit_log.v1", "row_limit": 50}, report.SQL)
     assert [step.key for step in pending] == ["drainer_pending_idx", "PRIMARY"], pending
     assert not any("filesort" in step.extra or step.access == "ALL" for step in pending), pending
