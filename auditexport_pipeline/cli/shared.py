@@ -7,8 +7,12 @@ What belongs here: whatever two commands would otherwise say differently. What d
 from __future__ import annotations
 
 import getpass
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,3 +119,25 @@ def day(at_ms: int) -> str:
 def interactive() -> bool:
     """Whether somebody looks at it, rather than a file or a program."""
     return sys.stdout.isatty()
+
+
+@contextmanager
+def until_ctrl_c() -> Iterator[Callable[[float], bool]]:
+    """A wait for some seconds that tells whether to go on: no more once Ctrl-C was pressed, also between two waits.
+
+    An exception out of the signal could be raised in the middle of a destructor or a callback, which swallow it. So the
+    handler only writes into a pipe that the wait looks at; a second Ctrl-C does what it always does.
+    """
+    reader, writer = os.pipe()
+
+    def ask(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        os.write(writer, b"^C")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda seconds: not select.select([reader], [], [], seconds)[0]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.close(reader)
+        os.close(writer)

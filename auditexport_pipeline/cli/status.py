@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,15 @@ import click
 
 from auditexport_pipeline.cli import BAD_CALL, BAD_OUTCOME, main
 from auditexport_pipeline.cli.pages import report_option, typed
-from auditexport_pipeline.cli.shared import console, interactive, json_option, moment, print_json, table
+from auditexport_pipeline.cli.shared import (
+    console,
+    interactive,
+    json_option,
+    moment,
+    print_json,
+    table,
+    until_ctrl_c,
+)
 from auditexport_pipeline.cli.stores import Chosen, audit_log, chosen, every, outbox, upkeep
 from auditexport_pipeline.core.errors import AuditExportError, TransientError
 from auditexport_pipeline.core.series import DAY_MS
@@ -228,34 +235,34 @@ def _watch(every_s: float, as_json: bool, view: Callable[[], Seen]) -> None:
     view()  # a wrong call or setup ends here, and does not flicker
     screen = console()
     live = Live(console=screen, screen=True, auto_refresh=False) if interactive() and not as_json else None
-    try:
-        if live is not None:
-            live.start()
-        while True:
-            try:
-                seen = view()
-            except TransientError as error:
-                came_to = BAD_CALL
-                if live is not None:
-                    live.update(
-                        Text(f"{error}\nlooking again every {every_s:g} s; Ctrl-C ends", "bold red"), refresh=True
-                    )
+    with until_ctrl_c() as waited:
+        try:
+            if live is not None:
+                live.start()
+            while True:
+                try:
+                    seen = view()
+                except TransientError as error:
+                    came_to = BAD_CALL
+                    if live is not None:
+                        live.update(
+                            Text(f"{error}\nlooking again every {every_s:g} s; Ctrl-C ends", "bold red"), refresh=True
+                        )
+                    else:
+                        click.echo(f"auditexport: {error}", err=True)
                 else:
-                    click.echo(f"auditexport: {error}", err=True)
-            else:
-                came_to = seen.status
-                if as_json:
-                    print_json(seen.values())
-                elif live is not None:
-                    live.update(seen.show(screen.width, screen.height), refresh=True)
-                else:
-                    screen.print(seen.show(screen.width, None))
-            time.sleep(every_s)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        if live is not None:
-            live.stop()
+                    came_to = seen.status
+                    if as_json:
+                        print_json(seen.values())
+                    elif live is not None:
+                        live.update(seen.show(screen.width, screen.height), refresh=True)
+                    else:
+                        screen.print(seen.show(screen.width, None))
+                if not waited(every_s):
+                    break
+        finally:
+            if live is not None:
+                live.stop()
     sys.exit(came_to)
 
 
