@@ -7,6 +7,7 @@ it. Heavy imports wait until a command needs them.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import click
@@ -40,6 +41,8 @@ class _Group(click.Group):
 )
 def main(outbox_name: str | None) -> None:
     """Every audit event of a MySQL outbox in ClickHouse, exactly once."""
+    # The driver's warnings say in other words, and without what to do, what our one line says.
+    logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
 
 
 # Each module adds its commands to the group when it is imported.

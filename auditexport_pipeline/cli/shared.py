@@ -104,7 +104,11 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_table(made: Table) -> None:
-    console().print(made)
+    """On a screen as wide as it is; in a pipe or a file as wide as the table, so that ids stay whole."""
+    screen = console()
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen.width = max(screen.width, screen.measure(made, options=screen.options.update(max_width=1_000)).maximum)
+    screen.print(made)
 
 
 def moment(at_ms: int) -> str:

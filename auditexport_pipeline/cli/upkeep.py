@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_json: bool, **conditions: Any) -> None:
     """Export rows again: the next drain sends them under their first `inserted_at`, and readers see each event once.
 
-    All conditions that are given hold together. Safe while a drain runs. Exit status: 0 done, 2 the call or the setup
-    is wrong.
+    All conditions that are given hold together. A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds. Safe
+    while a drain runs. Exit status: 0 done, 2 the call or the setup is wrong.
     """
     from auditexport_pipeline.core.requeue import requeue
 
@@ -183,6 +183,8 @@ def reconcile(
     as_json: bool,
 ) -> None:
     """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered. With --report as a page, too.
+
+    A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds.
 
     Exit status: 0 they agree, 1 they differ, also when it was repaired (run again after the next drain), 2 the call or
     the setup is wrong.
@@ -336,6 +338,8 @@ def add_erasure(
     as_json: bool,
 ) -> None:
     """Record an erasure: who, when, why, which. It erases nothing itself.
+
+    A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds.
 
     Exit status: 0 recorded, 2 the call or the setup is wrong.
     """
