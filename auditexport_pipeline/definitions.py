@@ -37,6 +37,10 @@ def _executor(name: str) -> dg.ExecutorDefinition:
     raise InvalidConfig(f"AUDITEXPORT_EXECUTOR is {name!r}; it must be in_process or multiprocess")
 
 
+# Whom the page names for the one outbox of the environment; a file of outboxes and a component say their own.
+OWNERS = ("team:data-platform",)
+
+
 def build_defs(**arguments: Any) -> dg.Definitions:
     """Our code location: `build_audit_export_defs` for every outbox of AUDITEXPORT_OUTBOXES, or for the one outbox of the
     environment, with an executor.
@@ -47,7 +51,7 @@ def build_defs(**arguments: Any) -> dg.Definitions:
     executor = _executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process")
     outboxes = read_outboxes()
     if outboxes is None:
-        return build_audit_export_defs(executor=executor, **arguments)
+        return build_audit_export_defs(executor=executor, **{"owners": OWNERS, **arguments})
     outboxes.check_variables()
     return dg.Definitions.merge(
         dg.Definitions(executor=executor), *(_defs_of(outboxes, entry) for entry in outboxes.entries)

@@ -62,6 +62,19 @@ def test_the_code_location_offers_the_names_of_the_contract() -> None:
     assert {"mysql", "clickhouse", "heartbeat"} <= set(defs.resources or {})
 
 
+def test_the_page_knows_whose_the_assets_are_what_they_hold_and_when_they_are_stale() -> None:
+    """Whoever finds a red asset at night looks for an owner, a description and a meaning for each column."""
+    for key in (ASSET, dg.AssetKey("clickhouse_outbox")):
+        node = defs.resolve_asset_graph().get(key)
+        assert node.owners
+        assert node.kinds
+        assert node.description
+        columns = node.metadata["dagster/column_schema"].columns
+        assert columns
+        assert all(column.description for column in columns)
+    assert defs.resolve_asset_graph().get(ASSET).freshness_policy is not None
+
+
 def test_the_workspace_file_loads_as_a_person_would_load_it(exporter: Exporter) -> None:
     """The repository's workspace.yaml is what `dagster dev` and a deployment read."""
     answer = exporter.command("definitions", "validate", "-w", "workspace.yaml")
