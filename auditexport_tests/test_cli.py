@@ -73,7 +73,7 @@ def test_an_error_is_one_line_and_no_secret(stack: Stack) -> None:
     missing = _auditexport("init", AUDITEXPORT_MYSQL_URL="", AUDITEXPORT_CLICKHOUSE_URL=stack.clickhouse_url)
     assert missing.returncode == 2
     assert missing.stderr.strip().splitlines() == [
-        "auditexport: AUDITEXPORT_MYSQL_URL is not set; the README says what it looks like"
+        "auditexport: AUDITEXPORT_MYSQL_URL is not set; write mysql+pymysql://user:password@host:port/database"
     ]
     wrong = stack.mysql_url.replace("root@", "root:hunter2@").replace("root:", "nobody:", 1)
     refused = _auditexport("init", AUDITEXPORT_MYSQL_URL=wrong, AUDITEXPORT_CLICKHOUSE_URL=stack.clickhouse_url)

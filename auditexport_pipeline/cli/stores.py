@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 
+# What each of them looks like, for whoever has not set it.
+FORMS = {
+    "AUDITEXPORT_MYSQL_URL": "mysql+pymysql://user:password@host:port/database",
+    "AUDITEXPORT_CLICKHOUSE_URL": "http[s]://user:password@host:port/database",
+}
+
+
 def required(name: str) -> str:
     """The value of an environment variable; raises `InvalidConfig` when it is not set."""
     value = os.environ.get(name)
     if not value:
-        raise InvalidConfig(f"{name} is not set; the README says what it looks like")
+        raise InvalidConfig(f"{name} is not set; write {FORMS.get(name, 'a URL')}")
     return value
 
 
