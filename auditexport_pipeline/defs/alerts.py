@@ -46,6 +46,7 @@ from auditexport_pipeline.core.alerts import (
 )
 from auditexport_pipeline.core.errors import AuditExportError, OutboxUnavailable, TransientError
 from auditexport_pipeline.core.status import Status
+from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
 from auditexport_pipeline.stores.status import read_status
@@ -141,10 +142,8 @@ def _number_alerts(
         if not to.is_set:
             return _said(HOW.format(or_else=""), cursor="")
         policy = _policy(given)
-        try:
+        with in_one_line():
             targets = targets_of(given_targets)
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
         memory = _remembered(context.cursor, NumberAlerts) or NumberAlerts()
         now_ms = int(time.time() * 1000)
         try:
@@ -163,10 +162,8 @@ def _number_alerts(
 
 
 def _policy(given: Policy | None) -> Policy:
-    try:
+    with in_one_line():
         return given or Policy.of(os.environ)
-    except AuditExportError as error:
-        raise dg.Failure(description=str(error)) from None
 
 
 def _said(reason: str, *, cursor: str) -> dg.SensorResult:

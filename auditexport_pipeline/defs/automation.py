@@ -15,10 +15,11 @@ import dagster as dg
 import msgspec
 
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
-from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
+from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs.drains import drain_in
+from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
 
@@ -84,10 +85,8 @@ def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> 
         description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
     )
     def audit_log_export_schedule() -> dg.RunRequest:
-        try:
+        with in_one_line():
             return dg.RunRequest(run_config=drain_settings(names, drain))
-        except InvalidConfig as error:
-            raise dg.Failure(description=str(error)) from None
 
     return audit_log_export_schedule
 
@@ -195,12 +194,10 @@ def backlog_sensor(
         + ", when none is running.",
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        try:
+        with in_one_line():
             limits = given or thresholds()
             settings = drain_settings(names, drain)
             backlog = names.mysql_of(context).outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
         decision = decide(
             backlog,
             limits,

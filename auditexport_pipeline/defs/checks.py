@@ -4,15 +4,16 @@ What belongs here: turning counts into a check's result. What does not: counting
 drain would have to wait for: the export job leaves checks out, and each check runs by itself, in seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import dagster as dg
 
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import LetterCounts, Which
-from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.status import Severity, advice, needs_operator
+from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata
 from auditexport_pipeline.stores import dead_letters
@@ -37,91 +38,96 @@ def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfStatus:
+    """A check that passes while `core.status.advice` calls nobody about these things; `numbers` are those it shows."""
+
+    name: str
+    about: tuple[str, ...]
+    numbers: tuple[str, ...]
+    description: str
+
+
+_OF_STATUS = (
+    _OfStatus(
+        name="lag_within_target",
+        about=("lag",),
+        numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s"),
+        description="The oldest pending row is younger than the target (AUDITEXPORT_TARGET_LAG_S, 300 s). A warning while a drain is "
+        "at work on it, an error when none is.",
+    ),
+    _OfStatus(
+        name="no_unknown_versions",
+        about=("unknown_versions",),
+        numbers=("unknown_rows", "unknown_versions"),
+        description="No pending row has a version that this release does not know: nothing takes such rows, and nothing loses them.",
+    ),
+    _OfStatus(
+        name="no_batch_open_too_long",
+        about=("open_batches",),
+        numbers=("open_batches", "oldest_open_batch_s"),
+        description="No batch holds its rows for longer than AUDITEXPORT_TARGET_BATCH_OPEN_MINUTES (15).",
+    ),
+    _OfStatus(
+        name="recent_batches_verified",
+        about=("unverified", "discrepant"),
+        numbers=("unverified_batches", "discrepant_batches"),
+        description="Every exported batch was read back from ClickHouse soon after, and ClickHouse holds what was sent.",
+    ),
+    _OfStatus(
+        name="retention_keeping_up",
+        about=("sweep",),
+        numbers=("oldest_unswept_s",),
+        description="Exported rows leave the outbox when retention says so (AUDITEXPORT_TARGET_RETENTION_DAYS, 30): `sweep_schedule`.",
+    ),
+    _OfStatus(
+        name="reconciled_recently",
+        about=("reconcile", "actions"),
+        numbers=("reconciled_s_ago",),
+        description="Both stores were held against each other within AUDITEXPORT_TARGET_RECONCILE_HOURS (36), and agreed: "
+        "`reconcile_schedule`.",
+    ),
+)
+
+
 def asset_checks(names: Names, given: Mapping[str, float] | None = None) -> list[dg.AssetChecksDefinition]:
     """All checks of this outbox's asset; `given` are targets of its own."""
     return [
-        _of_status(
-            names,
-            given,
-            "lag_within_target",
-            ("lag",),
-            ("lag_s", "backlog_rows", "rows_per_s", "eta_s"),
-            "The oldest pending row is younger than the target (AUDITEXPORT_TARGET_LAG_S, 300 s). A warning while a drain is "
-            "at work on it, an error when none is.",
-        ),
-        _of_status(
-            names,
-            given,
-            "no_unknown_versions",
-            ("unknown_versions",),
-            ("unknown_rows", "unknown_versions"),
-            "No pending row has a version that this release does not know: nothing takes such rows, and nothing loses them.",
-        ),
-        _of_status(
-            names,
-            given,
-            "no_batch_open_too_long",
-            ("open_batches",),
-            ("open_batches", "oldest_open_batch_s"),
-            "No batch holds its rows for longer than AUDITEXPORT_TARGET_BATCH_OPEN_MINUTES (15).",
-        ),
-        _of_status(
-            names,
-            given,
-            "recent_batches_verified",
-            ("unverified", "discrepant"),
-            ("unverified_batches", "discrepant_batches"),
-            "Every exported batch was read back from ClickHouse soon after, and ClickHouse holds what was sent.",
-        ),
-        _of_status(
-            names,
-            given,
-            "retention_keeping_up",
-            ("sweep",),
-            ("oldest_unswept_s",),
-            "Exported rows leave the outbox when retention says so (AUDITEXPORT_TARGET_RETENTION_DAYS, 30): `sweep_schedule`.",
-        ),
-        _of_status(
-            names,
-            given,
-            "reconciled_recently",
-            ("reconcile", "actions"),
-            ("reconciled_s_ago",),
-            "Both stores were held against each other within AUDITEXPORT_TARGET_RECONCILE_HOURS (36), and agreed: "
-            "`reconcile_schedule`.",
-        ),
+        _of_status(names, given),
         _no_duplicates_recently(names),
         _recent_exports_reconcile(names),
         _no_dead_letters_standing(names),
     ]
 
 
-def _of_status(
-    names: Names,
-    given: Mapping[str, float] | None,
-    name: str,
-    about: tuple[str, ...],
-    numbers: tuple[str, ...],
-    description: str,
-) -> dg.AssetChecksDefinition:
-    """A check that passes while `core.status.advice` calls nobody about these things."""
+def _of_status(names: Names, given: Mapping[str, float] | None) -> dg.AssetChecksDefinition:
+    """Those of `_OF_STATUS`, by one look at MySQL for all that are asked for."""
 
-    @dg.asset_check(asset=names.asset, name=name, required_resource_keys={names.mysql}, description=description)
-    def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        try:
+    @dg.multi_asset_check(
+        name=names.of("status_checks"),
+        specs=[dg.AssetCheckSpec(check.name, asset=names.asset, description=check.description) for check in _OF_STATUS],
+        can_subset=True,
+        required_resource_keys={names.mysql},
+    )
+    def status_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        with in_one_line():
             status = read_status(names.mysql_of(context).outbox())
-            found = [one for one in advice(status, targets(given)) if one.about in about]
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
-        severe = any(one.severity is Severity.ERROR for one in found)
-        return dg.AssetCheckResult(
-            passed=not needs_operator(found),
-            severity=dg.AssetCheckSeverity.ERROR if severe else dg.AssetCheckSeverity.WARN,
-            description="; ".join(f"{one.what}. To do: {one.todo}" for one in found) or "as it should be",
-            metadata={key: value for key in numbers if (value := status.numbers[key]) is not None},
-        )
+            advised = advice(status, targets(given))
+        asked_for = {key.name for key in context.selected_asset_check_keys}
+        for check in _OF_STATUS:
+            if check.name not in asked_for:
+                continue
+            found = [one for one in advised if one.about in check.about]
+            severe = any(one.severity is Severity.ERROR for one in found)
+            yield dg.AssetCheckResult(
+                check_name=check.name,
+                passed=not needs_operator(found),
+                severity=dg.AssetCheckSeverity.ERROR if severe else dg.AssetCheckSeverity.WARN,
+                description="; ".join(f"{one.what}. To do: {one.todo}" for one in found) or "as it should be",
+                metadata={key: value for key in check.numbers if (value := status.numbers[key]) is not None},
+            )
 
-    return check
+    return status_checks
 
 
 def _no_duplicates_recently(names: Names) -> dg.AssetChecksDefinition:
@@ -132,11 +138,9 @@ def _no_duplicates_recently(names: Names) -> dg.AssetChecksDefinition:
         "outbox holds twice, puts a second entry there until ClickHouse merges; the view `audit_logs` shows one at all times.",
     )
     def no_duplicates_recently(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        try:
+        with in_one_line():
             now_ms = names.mysql_of(context).upkeep().now_ms()
             entries, copies, same_slot = names.clickhouse_of(context).audit_log().surplus(now_ms - DAY_MS, now_ms)
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
         return dg.AssetCheckResult(
             passed=copies == 0,
             severity=dg.AssetCheckSeverity.WARN,
@@ -159,7 +163,7 @@ def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
     )
     def recent_exports_reconcile(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         mysql = names.mysql_of(context)
-        try:
+        with in_one_line():
             upkeep = mysql.upkeep()
             now_ms = upkeep.now_ms()
             report = reconcile(
@@ -171,8 +175,6 @@ def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
                 by=By(who="check recent_exports_reconcile", why="the last 24 hours"),
                 count_places=False,
             )
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
         return dg.AssetCheckResult(
             passed=report.clean, severity=dg.AssetCheckSeverity.ERROR, metadata=reconcile_metadata(report)
         )
@@ -188,11 +190,9 @@ def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
         "was deleted or marked by somebody are closed on the way.",
     )
     def no_dead_letters_standing(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        try:
+        with in_one_line():
             outbox = names.mysql_of(context).outbox()
             gone = dead_letters.upkeep(outbox)
             return letters_standing(dead_letters.count(outbox, Which()), gone)
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
 
     return no_dead_letters_standing

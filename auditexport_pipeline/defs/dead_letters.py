@@ -11,9 +11,10 @@ import dagster as dg
 
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import LetterState, Which
-from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
+from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.defs.config import checked
+from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.stores import dead_letters
 
@@ -69,7 +70,7 @@ def retry_job(names: Names) -> dg.JobDefinition:
     )
     def retry_letters(context: dg.OpExecutionContext) -> None:
         settings = context.op_config
-        try:
+        with in_one_line():
             which = _which(settings)
             by = By(who=settings["who"] or f"Dagster run {context.run_id}", why=settings["why"])
             outbox = names.mysql_of(context).outbox()
@@ -82,8 +83,6 @@ def retry_job(names: Names) -> dg.JobDefinition:
                 context.log.info(
                     f"retried: {letters:,} dead letters; {gone:,} are gone, their rows are no longer pending"
                 )
-        except AuditExportError as error:
-            raise dg.Failure(description=str(error)) from None
         context.add_output_metadata({"dead_letters": letters, "gone": gone, "dry_run": settings["dry_run"]})
 
     form = checked(retry_letters, names.of("retry_letters"), RETRY, _check).alias("retry_letters")
