@@ -46,6 +46,7 @@ from auditexport_pipeline.core.alerts import (
 )
 from auditexport_pipeline.core.errors import AuditExportError, OutboxUnavailable, TransientError
 from auditexport_pipeline.core.status import Status
+from auditexport_pipeline.defs.drains import IMPLICIT_JOB, failed_in_a_row
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
@@ -62,7 +63,6 @@ PAGE_RUNS = 100
 # Dagster gives a tick up after 60 s, and with it the news that MySQL does not answer.
 READ_WITHIN_S = 20.0
 SEND_WITHIN_S = 25.0
-IMPLICIT_JOB = "__ASSET_JOB"
 
 HOW = (
     "nobody is told: set AUDITEXPORT_ALERT_WEBHOOK_URL to an incoming webhook (Slack's, Mattermost's, or anything that takes "
@@ -416,19 +416,15 @@ def _around(context: dg.SensorEvaluationContext, names: Names) -> Around:
     for run in instance.get_runs(dg.RunsFilter(statuses=[*_BEFORE_THE_END, dg.DagsterRunStatus.QUEUED]), limit=200):
         if _here(context, run) and _subject(names, (), run) == names.job:
             (queued if run.status is dg.DagsterRunStatus.QUEUED else running).append(run)
-    failed, last = 0, None
-    for record in instance.get_run_records(dg.RunsFilter(job_name=names.job, statuses=_ENDED), limit=8):
-        if record.dagster_run.status is not dg.DagsterRunStatus.FAILURE:
-            break
-        failed, last = failed + 1, last or record.dagster_run.run_id
+    failed = failed_in_a_row(instance, names)
     throttles = [_throttle(run, names) for run in running]
-    failure = failure_of(instance, last) if last else None
+    failure = failure_of(instance, failed[0].dagster_run.run_id) if failed else None
     return Around(
         starters_on=on,
         starters_off=off,
         running=[run.run_id for run in running],
         queued=[run.run_id for run in queued],
-        failed_in_a_row=failed,
+        failed_in_a_row=len(failed),
         last_failure=f"{failure.error}: {failure.line}" if failure else "",
         throttled_rows_per_s=max(throttles, default=0.0),
     )

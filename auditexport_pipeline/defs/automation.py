@@ -4,7 +4,6 @@ What belongs here: asking Dagster and the ledger, and handing the answer to `cor
 does not: the decision itself, or the counting. Each function makes a definition for the outbox of these `Names`.
 """
 
-import itertools
 import math
 import os
 import time
@@ -18,7 +17,7 @@ from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, B
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.drains import drain_in
+from auditexport_pipeline.defs.drains import drain_in, failed_in_a_row
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
@@ -31,8 +30,6 @@ OBSERVE_EVERY_S = 600
 OBSERVE_CHANGES_EVERY_S = 120
 # What waits for a person is told at once.
 _TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
-# The wait after failures stops growing before this many.
-FAILURES_LOOKED_AT = 8
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -125,12 +122,8 @@ def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None
 
 
 def _failures(instance: dg.DagsterInstance, names: Names) -> Failures:
-    """How many drains in a row have failed; the page's own runs are left to whoever launched them."""
-    records = instance.get_run_records(
-        dg.RunsFilter(job_name=names.job, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
-        limit=FAILURES_LOOKED_AT,
-    )
-    failed = list(itertools.takewhile(lambda record: record.dagster_run.status == dg.DagsterRunStatus.FAILURE, records))
+    """How many drains in a row have failed, and how long ago."""
+    failed = failed_in_a_row(instance, names)
     if not failed:
         return NO_FAILURES
     return Failures(

@@ -20,8 +20,6 @@ from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
-from auditexport_pipeline.report import page
-from auditexport_pipeline.report.gather import gather
 from auditexport_pipeline.stores.status import targets
 
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
@@ -223,6 +221,8 @@ def _check_window(settings: Mapping[str, Any]) -> None:
     if first is not None and last is not None and first >= last:
         raise InvalidConfig(f"from_ms is {first} and to_ms is {last}: the window is empty; swap them")
     if settings["report_path"]:
+        from auditexport_pipeline.report import page  # only for who wants one: a run's start-up is part of its latency
+
         page.check_path(Path(settings["report_path"]))
     By(who=settings["who"] or "the run", why=settings["why"])
 
@@ -256,6 +256,9 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
             )
             metadata = reconcile_metadata(report)
             if settings["report_path"]:
+                from auditexport_pipeline.report import page
+                from auditexport_pipeline.report.gather import gather
+
                 path = Path(settings["report_path"]).resolve()
                 figures = gather(
                     mysql.outbox(),
