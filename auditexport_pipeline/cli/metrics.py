@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.shared import until_stopped
 from auditexport_pipeline.cli.stores import Chosen, chosen, every
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.metrics import Metric, Read, Totals, metrics_of
@@ -256,12 +257,13 @@ def _keep(reader: Reader | Readers, path: Path, every_s: float | None) -> None:
         _write(path, reader.exposition())
         _leave(reader)
         return
-    stopped = _stopped()
     said = ""
-    while not stopped.is_set():
-        _write(path, reader.exposition(within_s=ANSWER_WITHIN_S))
-        said = _say(reader.trouble, said)
-        stopped.wait(every_s)
+    with until_stopped(signal.SIGTERM, signal.SIGINT) as waited:
+        while True:
+            _write(path, reader.exposition(within_s=ANSWER_WITHIN_S))
+            said = _say(reader.trouble, said)
+            if not waited(every_s):
+                return
 
 
 def _write(path: Path, text: bytes) -> None:
@@ -287,21 +289,14 @@ def _say(trouble: str, said: str) -> str:
     return trouble
 
 
-def _stopped() -> threading.Event:
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    return stopped
-
-
 def _serve(reader: Reader | Readers, host: str, port: int) -> None:
-    stopped = _stopped()
     server = server_for(reader, host, port)
     thread = threading.Thread(target=server.serve_forever, name="auditexport-metrics-server", daemon=True)
-    thread.start()
-    shown = f"[{host}]" if ":" in host else host
-    click.echo(f"serving http://{shown}:{server.server_port}/metrics", err=True)
-    stopped.wait()
+    with until_stopped(signal.SIGTERM, signal.SIGINT) as waited:
+        thread.start()
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"serving http://{shown}:{server.server_port}/metrics", err=True)
+        waited(None)
     server.shutdown()
     server.server_close()
 

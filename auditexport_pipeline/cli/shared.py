@@ -126,22 +126,24 @@ def interactive() -> bool:
 
 
 @contextmanager
-def until_ctrl_c() -> Iterator[Callable[[float], bool]]:
-    """A wait for some seconds that tells whether to go on: no more once Ctrl-C was pressed, also between two waits.
+def until_stopped(*signals: signal.Signals) -> Iterator[Callable[[float | None], bool]]:
+    """A wait for some seconds, or for ever, that tells whether to go on: no more once one of these signals came, also
+    between two waits. The next one does what it always does.
 
-    An exception out of the signal could be raised in the middle of a destructor or a callback, which swallow it. So the
-    handler only writes into a pipe that the wait looks at; a second Ctrl-C does what it always does.
+    An exception out of a handler could be raised in the middle of a destructor or a callback, which swallow it, and a lock
+    may be held by what it interrupts. So it only writes into a pipe that the wait looks at.
     """
     reader, writer = os.pipe()
 
-    def ask(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        os.write(writer, b"^C")
+    def ask(number: int, _: object) -> None:
+        signal.signal(number, before[number])
+        os.write(writer, b"!")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in signals}
     try:
         yield lambda seconds: not select.select([reader], [], [], seconds)[0]
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(reader)
         os.close(writer)

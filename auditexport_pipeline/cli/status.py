@@ -7,6 +7,7 @@ they ask for (`core.status`). MySQL alone is asked: ClickHouse may be down, whic
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from auditexport_pipeline.cli.shared import (
     moment,
     print_json,
     table,
-    until_ctrl_c,
+    until_stopped,
 )
 from auditexport_pipeline.cli.stores import Chosen, audit_log, chosen, every, outbox, upkeep
 from auditexport_pipeline.core.errors import AuditExportError, TransientError
@@ -235,7 +236,7 @@ def _watch(every_s: float, as_json: bool, view: Callable[[], Seen]) -> None:
     view()  # a wrong call or setup ends here, and does not flicker
     screen = console()
     live = Live(console=screen, screen=True, auto_refresh=False) if interactive() and not as_json else None
-    with until_ctrl_c() as waited:
+    with until_stopped(signal.SIGINT) as waited:
         try:
             if live is not None:
                 live.start()

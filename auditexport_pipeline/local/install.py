@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from auditexport_pipeline.core.errors import LocalServerMissing
 from auditexport_pipeline.local.mysql import find_server
@@ -29,6 +30,18 @@ def _check() -> None:
             )
 
 
+def apt_install(packages: Sequence[str]) -> bool:
+    """Installs Debian's packages as root; says on standard error what failed, if it did."""
+    print(f"installing {' and '.join(packages)} (once)", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
+        done = subprocess.run(["apt-get", *arguments], env=quiet, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"auditexport: apt-get {arguments[0]} failed: {done.stderr.strip()}", file=sys.stderr)
+            return False
+    return True
+
+
 def main() -> int:
     try:
         _check()
@@ -36,13 +49,8 @@ def main() -> int:
         if not shutil.which("apt-get") or os.geteuid() != 0 or os.environ.get("AUDITEXPORT_MYSQLD"):
             print(f"auditexport: {error}", file=sys.stderr)
             return 2
-        print(f"installing {' and '.join(PACKAGES)} (once)", flush=True)
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-            done = subprocess.run(["apt-get", *arguments], env=quiet, capture_output=True, text=True)
-            if done.returncode != 0:
-                print(f"auditexport: apt-get {arguments[0]} failed: {done.stderr.strip()}", file=sys.stderr)
-                return 2
+        if not apt_install(PACKAGES):
+            return 2
         _check()
     return 0
 

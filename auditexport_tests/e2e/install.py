@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from auditexport_pipeline.local.install import apt_install
 
 # Debian's and Ubuntu's names, then the vendors'.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -48,13 +49,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    print(f"installing {' and '.join(lacking)} (once)", flush=True)
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *lacking]):
-        done = subprocess.run(["apt-get", *arguments], env=quiet, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(f"auditexport: apt-get {arguments[0]} failed: {done.stderr.strip()}", file=sys.stderr)
-            return 2
+    if not apt_install(lacking):
+        return 2
     if missing():
         print(f"auditexport: {', '.join(missing())} is installed and still not found", file=sys.stderr)
         return 2
