@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.status import Targets
+from auditexport_pipeline.core.targets import Targets
 
 OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"

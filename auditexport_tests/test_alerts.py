@@ -7,24 +7,13 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from auditexport_pipeline.core.alerts import (
-    LINE,
-    SEEN,
-    UNSENT,
-    Around,
-    Board,
-    Condition,
-    Ended,
-    Failure,
-    Notice,
-    NumberAlerts,
-    Policy,
-    Retry,
-    RunAlerts,
-    reasons,
-)
+from auditexport_pipeline.core.advice import Severity
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.status import Severity, Status, Targets
+from auditexport_pipeline.core.notices import LINE, UNSENT, Board, Condition, Notice, Policy
+from auditexport_pipeline.core.number_alerts import Around, NumberAlerts, reasons
+from auditexport_pipeline.core.run_alerts import SEEN, Ended, Failure, Retry, RunAlerts
+from auditexport_pipeline.core.status import Status
+from auditexport_pipeline.core.targets import Targets
 from auditexport_tests.test_status import QUIET
 
 NOW_MS = 1_800_000_000_000

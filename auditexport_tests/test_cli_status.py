@@ -15,9 +15,11 @@ import sqlalchemy as sa
 from auditexport_pipeline.cli.shared import console
 from auditexport_pipeline.cli.status import layout
 from auditexport_pipeline.core import claiming
+from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.status import RunStatus, Targets, advice
+from auditexport_pipeline.core.status import RunStatus
+from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.mysql import LocalMySQL
@@ -59,7 +61,9 @@ def test_an_idle_export_is_healthy_and_the_status_of_a_script_is_0(prompt: Promp
     seed_outbox(stack.mysql_url, seed=1, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(batch_rows=20), owner="run-1")
     shown = prompt("status").output
-    assert all(text in shown for text in ("healthy", "40 rows in 15 min", "run-1", "all exported batches verified"))
+    assert all(
+        text in shown for text in ("healthy", "40 rows in 15 min", "run-1", "all exported batches were read back")
+    )
 
 
 def test_trouble_is_shown_with_its_remedy_and_the_status_is_1(prompt: Prompt, stack: Stack) -> None:

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
-from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.status import TARGET_VARIABLES, Targets
+from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
+from auditexport_pipeline.core.targets import TARGET_VARIABLES, Targets
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
@@ -297,7 +297,7 @@ def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
 
 def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
     """The name that status gives a finding leads to its section."""
-    about = set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "status.py").read_text()))
+    about = set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "advice.py").read_text()))
     assert "lag" in about
     first_table = RUNBOOK.read_text().split("\n## ")[0]
     assert not {name for name in about if f"`{name}`" not in first_table}

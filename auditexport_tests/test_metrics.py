@@ -28,12 +28,12 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.cli import metrics as cli_metrics
 from auditexport_pipeline.cli.metrics import Reader, server_for
 from auditexport_pipeline.core.actions import By
-from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.metrics import NAMES, Totals
+from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
-from auditexport_pipeline.core.status import Targets
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.stores import totals
 from auditexport_pipeline.stores.totals import read_totals
 from auditexport_tests.conftest import Stack

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.advice import Advice, Severity, advice, needs_operator, verdict
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
@@ -18,21 +19,16 @@ from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
-    Advice,
     BatchTimes,
     LastReconcile,
     OpenBatchStatus,
-    Severity,
     Status,
-    Targets,
-    advice,
-    needs_operator,
     rate_of,
     runs_of,
     shown_s,
-    verdict,
 )
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role

@@ -29,7 +29,7 @@ from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.metrics import Metric, Read, Totals, metrics_of
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.core.status import Targets
+    from auditexport_pipeline.core.targets import Targets
     from auditexport_pipeline.stores.outbox import MySQLOutbox
 
 # Several Prometheus servers, and a person with curl, share one look.

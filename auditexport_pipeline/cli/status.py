@@ -1,7 +1,7 @@
 """`auditexport status`: how the export stands, on one screen, and what to do about it.
 
 What belongs here: laying the numbers out, refreshing them, JSON. What does not: the numbers (`stores.status`) and what
-they ask for (`core.status`). MySQL alone is asked: ClickHouse may be down, which `doctor` tells.
+they ask for (`core.advice`). MySQL alone is asked: ClickHouse may be down, which `doctor` tells.
 """
 
 from __future__ import annotations
@@ -28,19 +28,10 @@ from auditexport_pipeline.cli.shared import (
     until_stopped,
 )
 from auditexport_pipeline.cli.stores import Chosen, audit_log, chosen, every, outbox, upkeep
+from auditexport_pipeline.core.advice import Advice, Severity, advice, needs_operator, verdict
 from auditexport_pipeline.core.errors import AuditExportError, TransientError
 from auditexport_pipeline.core.series import DAY_MS
-from auditexport_pipeline.core.status import (
-    RATE_WINDOW_S,
-    Advice,
-    Severity,
-    Status,
-    advice,
-    needs_operator,
-    shown_counts,
-    shown_s,
-    verdict,
-)
+from auditexport_pipeline.core.status import RATE_WINDOW_S, Status, shown_counts, shown_s
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -78,7 +69,8 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE
 def status(watch_s: float | None, of_all: bool, report_path: Path | None, days: float, as_json: bool) -> None:
     """How the export stands: backlog, lag, rate, ETA, open batches, runs, dead letters, upkeep, and what to do.
 
-    Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. Targets: AUDITEXPORT_TARGET_LAG_S and so on; operations.md lists them.
+    Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. Targets: AUDITEXPORT_TARGET_LAG_S and
+    so on; operations.md lists them.
 
     Exit status: 0 healthy, 1 something needs an operator, 2 the call or the setup is wrong, or MySQL is down. With --watch,
     of what was seen last; with --all, the worst of them.
@@ -372,7 +364,7 @@ def _lines(now: Status) -> list[tuple[str, str]]:
     checked = [
         f"{now.unverified_batches:,} batches not verified yet"
         if now.unverified_batches
-        else "all exported batches verified",
+        else "all exported batches were read back",
         f"{now.discrepant_batches:,} discrepant",
     ]
     if now.last_reconcile is not None:

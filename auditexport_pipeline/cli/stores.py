@@ -15,7 +15,7 @@ import click
 from auditexport_pipeline.core.errors import InvalidConfig
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.core.status import Targets
+    from auditexport_pipeline.core.targets import Targets
     from auditexport_pipeline.outboxes import Outboxes, OutboxSettings
     from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
     from auditexport_pipeline.stores.outbox import MySQLOutbox

@@ -51,8 +51,8 @@ Dead letters. An open or a discarded one holds its row: no batch takes it. Retri
 `core.dead_letters` has the states. What an attempt does about rows that ClickHouse refuses is bounded
 (`core.culprits`), so that one workspace's flood costs the others nothing but that.
 
-Looking on. `core.status` says how it all stands at a moment and what an operator should do; page, prompt and alerts
-show the same value. Without Dagster, `core.drain` does the rounds; a process of the same machine that is known to be dead
+Looking on. `core.status` says how it all stands at a moment and `core.advice` what an operator should do; page, prompt and
+alerts show the same. Without Dagster, `core.drain` does the rounds; a process of the same machine that is known to be dead
 counts as a dead owner there.
 
 The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds

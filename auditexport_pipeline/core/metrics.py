@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from auditexport_pipeline.core.advice import Severity, advice
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.core.status import Severity, Status, Targets, advice
+from auditexport_pipeline.core.status import Status
+from auditexport_pipeline.core.targets import Targets
 
 # States in which a batch waits for something. Of the others there are as many as the ledger is old; a counter has them.
 STANDING = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED, State.EXPORTED, State.DISCREPANT)

@@ -124,7 +124,8 @@ def reconcile(
     of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its
     state `verified` or `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says
     so; with `by`, an action says who looked, at which window, and what differed, which is how `core.status` knows when it
-    was done last (a user without the grant is told so in the report). With `dry_run` nothing of this is written, and a user that may only read can ask.
+    was done last (a user without the grant is told so in the report). With `dry_run` nothing of this is written, and a user
+    that may only read can ask.
     """
     now_ms = upkeep.now_ms()
     # What is claimed from here on lies after the window.

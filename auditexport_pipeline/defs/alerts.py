@@ -1,7 +1,8 @@
 """Who tells somebody: two sensors that start nothing, one on runs and one on the numbers.
 
 What belongs here: reading Dagster's runs and the outbox's numbers, sending what is due, and keeping the memory in the
-sensor's cursor. What does not: what is worth telling and how it reads (`core.alerts`), and the webhook (`defs.resources`).
+sensor's cursor. What does not: what is worth telling (`core.run_alerts`, `core.number_alerts`), how it reads
+(`core.notices`), and the webhook (`defs.resources`).
 
 `run_alerts` follows every run of this outbox's jobs and, because a drain launched from the page runs Dagster's implicit
 asset job, every run of that job with our asset or a check of it. Dagster's own run status sensors would miss those when
@@ -33,18 +34,10 @@ from typing import TypeVar
 import dagster as dg
 import msgspec
 
-from auditexport_pipeline.core.alerts import (
-    Around,
-    Board,
-    Ended,
-    Failure,
-    Notice,
-    NumberAlerts,
-    Policy,
-    Retry,
-    RunAlerts,
-)
 from auditexport_pipeline.core.errors import AuditExportError, OutboxUnavailable, TransientError
+from auditexport_pipeline.core.notices import Board, Notice, Policy
+from auditexport_pipeline.core.number_alerts import Around, NumberAlerts
+from auditexport_pipeline.core.run_alerts import Ended, Failure, Retry, RunAlerts
 from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB, failed_in_a_row
 from auditexport_pipeline.defs.failures import in_one_line

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import dagster as dg
 
 from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.advice import Severity, advice, needs_operator
 from auditexport_pipeline.core.dead_letters import LetterCounts, Which
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
-from auditexport_pipeline.core.status import Severity, advice, needs_operator
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata
@@ -40,7 +40,7 @@ def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OfStatus:
-    """A check that passes while `core.status.advice` calls nobody about these things; `numbers` are those it shows."""
+    """A check that passes while `core.advice` calls nobody about these things; `numbers` are those it shows."""
 
     name: str
     about: tuple[str, ...]

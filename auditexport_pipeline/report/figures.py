@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from auditexport_pipeline.core.advice import Advice
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.series import BatchLine, Compared, Grid, Hour, LagBin, LetterCount, Servers
-from auditexport_pipeline.core.status import Advice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from auditexport_pipeline.core.advice import Severity, advice, verdict
 from auditexport_pipeline.core.series import DAY_MS, Grid, Hour, LagBin
-from auditexport_pipeline.core.status import Severity, Targets, advice, verdict
+from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.stores import report as counting
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog

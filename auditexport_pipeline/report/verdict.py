@@ -5,8 +5,8 @@ What belongs here: sentences. What does not: HTML, and deciding what is a discre
 
 from __future__ import annotations
 
+from auditexport_pipeline.core.advice import Severity
 from auditexport_pipeline.core.reconcile import Report
-from auditexport_pipeline.core.status import Severity
 from auditexport_pipeline.report.figures import Figures, Verdict
 from auditexport_pipeline.report.words import some, span
 

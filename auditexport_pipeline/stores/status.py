@@ -24,10 +24,10 @@ from auditexport_pipeline.core.status import (
     LastSweep,
     OpenBatchStatus,
     Status,
-    Targets,
     rate_of,
     runs_of,
 )
+from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load

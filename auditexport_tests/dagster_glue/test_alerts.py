@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.alerts import Policy, RunAlerts
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.notices import Policy
+from auditexport_pipeline.core.run_alerts import RunAlerts
 from auditexport_pipeline.definitions import build_audit_export_defs, defs
 from auditexport_pipeline.defs import alerts, failures, resources
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource, MySQLResource
