@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline.cli.screen import layout
 from auditexport_pipeline.cli.shared import console
-from auditexport_pipeline.cli.status import layout
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
