@@ -332,3 +332,26 @@ def test_runs_that_nobody_launches_by_hand_have_the_settings_of_their_own_variab
         with pytest.raises(Exception) as refused:  # noqa: PT011 - Dagster wraps it
             requested()
         assert told in str(refused.value) + str(refused.value.__cause__)
+
+
+# ── the schedule of the checks ───────────────────────────────────────────────────────────────────
+
+
+def checked_at(hour: int, minute: int) -> set[str]:
+    """The checks that the tick of this time asks for by name; none means all."""
+    context = dg.build_schedule_context(
+        scheduled_execution_time=datetime(2026, 1, 2, hour, minute, tzinfo=timezone.utc)
+    )
+    request = defs.resolve_schedule_def("checks_schedule")(context)
+    assert isinstance(request, dg.RunRequest)
+    return {key.name for key in request.asset_check_keys or ()}
+
+
+def test_a_days_entries_are_read_four_times_a_day_and_mysql_is_asked_every_quarter_of_an_hour() -> None:
+    every = {key.name for key in defs.resolve_job_def("audit_log_checks").asset_layer.asset_graph.asset_check_keys}
+    ticks = {(hour, minute): checked_at(hour, minute) for hour in range(24) for minute in (8, 23, 38, 53)}
+
+    assert {at for at, names in ticks.items() if not names} == {(0, 8), (6, 8), (12, 8), (18, 8)}
+    assert {frozenset(names) for names in ticks.values() if names} == {
+        frozenset(every - {"no_duplicates_recently", "recent_exports_reconcile"})
+    }
