@@ -134,5 +134,6 @@ FROM (
 )
 
 -- name: ttl
--- The table's definition: the server has no column for its TTL alone.
-SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {table:String}
+-- The table's definition: the server has no column for its TTL alone. A Distributed one has none; that under it has.
+SELECT engine_full FROM system.tables
+WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local'))

@@ -114,7 +114,7 @@ SELECT LOWER(table_name) AS table_name FROM information_schema.tables WHERE tabl
 -- name: audit_logs_raw_v1
 -- A block arrives as a compact part: with some ninety subcolumns, a wide part costs a file pair for each and
 -- 25,000 rows took 69 µs a row instead of 50. Merges make parts wide once they are large.
-CREATE TABLE IF NOT EXISTS audit_logs_raw_v1 (
+CREATE TABLE IF NOT EXISTS $table$on_cluster (
   event_id String,
   time Int64,
   inserted_at Int64,
@@ -151,10 +151,17 @@ ORDER BY (workspace_id, bucket, time, event_id)
 TTL toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC')) + INTERVAL 90 DAY
 SETTINGS $table_settings, min_bytes_for_wide_part = 134217728
 
+-- name: audit_logs_raw_v1_distributed
+-- Over the tables of the shards. The sharding key is inserted_at, which all rows of a block share and no other block has:
+-- a block goes to one shard, whole, as one part under one token, a replay goes to the same one, and so does a requeue,
+-- whose copies can collapse only there.
+CREATE TABLE IF NOT EXISTS audit_logs_raw_v1$on_cluster AS audit_logs_raw_v1_local
+ENGINE = Distributed('$cluster', '$database', 'audit_logs_raw_v1_local', inserted_at)
+
 -- name: audit_logs
 -- The read side: each event once, also while two copies of it have not merged yet.
-CREATE VIEW IF NOT EXISTS audit_logs AS
+CREATE VIEW IF NOT EXISTS audit_logs$on_cluster AS
 SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL
 
 -- name: clickhouse_tables
-SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs')
+SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs_raw_v1_local', 'audit_logs')
