@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export, verify
@@ -94,6 +95,31 @@ def round_trips(stack: LocalStack, rows: int, batches: int = 3) -> pd.DataFrame:
         claiming.FIRST_BATCH_ROWS = first
     table = pd.DataFrame({verb: dict(counts) for verb, counts in found.items()}).T.fillna(0) / len(claims)
     return table.rename_axis(f"{rows:,} rows").round(1)
+
+
+def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[str, float]:
+    """Milliseconds that a batch takes however small it is: wall, and CPU of exporter, MySQL and ClickHouse."""
+    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
+    bench.seed(stack, rows * batches)
+    bench.settle(stack)
+    servers = [psutil.Process(pid) for pid in (stack.mysql.pid, stack.clickhouse.pid)]
+
+    def now() -> list[float]:
+        return [time.perf_counter(), time.process_time(), *(sum(server.cpu_times()[:2]) for server in servers)]
+
+    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
+    limits = Limits(batch_rows=rows, max_batches=batches)
+    began = now()
+    try:
+        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
+    finally:
+        claiming.FIRST_BATCH_ROWS = first
+    for claim in claims:
+        fetched = export.fetch(stack.outbox, claim, limits)
+        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+    spent = [(ended - before) / len(claims) * 1000 for ended, before in zip(now(), began, strict=True)]
+    return dict(zip(("wall", "exporter", "MySQL", "ClickHouse"), (round(ms, 1) for ms in spent), strict=True))
 
 
 def ledger_bytes(stack: LocalStack) -> dict[str, float]:
@@ -235,6 +261,7 @@ def main(runs: int = 6) -> None:
         bench.print_machine(stack)
         for rows in TRIP_ROWS:
             print(f"round trips a batch of\n{round_trips(stack, rows).to_string()}", flush=True)
+        print("milliseconds a batch of 50 rows: ", fixed_costs(stack), flush=True)
         print("bytes a batch in the ledger, indexes included: ", ledger_bytes(stack), flush=True)
         bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
         bench.seed(stack, 1_000)
