@@ -125,6 +125,7 @@ def test_printing_needs_no_server_and_says_all_that_init_does(stack: Stack) -> N
         (("--engine", "distributed", "--cluster", "a", "--keeper-path", "/one/for/all"), "has no {shard}"),
         (("--engine", "shared", "--cluster", "a"), "has no --cluster"),
         (("--replicated", "--engine", "shared"), "contradict"),
+        (("--with-outbox",), "needs a server to ask"),
         (("--cluster", "a' ENGINE = Memory --"), "is no name of a cluster"),
         (("--replicated", "--keeper-path", "/k', 'r') --"), "is no path"),
         (("--replicated", "--replica", "r')"), "is no name of a replica"),

@@ -62,6 +62,8 @@ def init(
 
     if replicated and engine not in (None, "replicated"):
         raise click.UsageError(f"--replicated and --engine {engine} contradict each other")
+    if print_ddl and with_outbox:
+        raise click.UsageError("--with-outbox needs a server to ask for its collation; leave --print-ddl out")
     layout = Layout(
         engine=Engine(engine or ("replicated" if replicated else "merge_tree")),
         cluster=cluster,
