@@ -70,3 +70,10 @@ WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs
 
 -- name: clickhouse_columns
 SELECT name, type, default_kind FROM system.columns WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1'
+
+-- name: version_tables
+SELECT name, engine, engine_full, sorting_key FROM system.tables
+WHERE database = currentDatabase() AND name IN {tables:Array(String)}
+
+-- name: version_columns
+SELECT table, name, type FROM system.columns WHERE database = currentDatabase() AND table IN {tables:Array(String)}

@@ -1,7 +1,7 @@
 """Looking at ClickHouse before anything is claimed: version, grants, the table, its keys, window and TTL.
 
 What belongs here: what is asked of ClickHouse, and what each answer breaks and how it is mended. What does not:
-the statements (`preflight.sql`), what the table should be (`setup.sql`), and when to look (`stores.preflight`).
+the statements (`preflight.sql`), what the table should be (`audit_log_v1.sql`), and when to look (`stores.preflight`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.declared import columns_of
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.mysql import is_local
-from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, Role
+from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
+from auditexport_pipeline.stores.roles import Role, clickhouse_grants
 from auditexport_pipeline.stores.setup import DEDUPLICATION_WINDOW
 from auditexport_pipeline.stores.statements import load
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
 
 _SQL = load("preflight.sql")
-_DECLARED = columns_of(load("setup.sql")["audit_logs_raw_v1"])
-TABLE = "audit_logs_raw_v1"
+_OURS = next(iter(VERSIONS.values()))
+_DECLARED = columns_of(_OURS.pieces["ddl"])
+TABLE = _OURS.table
 OLDEST = (25, 8)
 # Fewer tokens than a run can have INSERTs on their way at once, several times over.
 SMALLEST_WINDOW = 100
@@ -79,6 +82,7 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
     else:
         yield _grants(client, str(user), str(database), role)
     yield from look_at_the_table(client, role, retention_days, fully=True)
+    yield from look_at_other_versions(client, role)
 
 
 def look_at_the_table(client: Client, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:
@@ -146,7 +150,7 @@ def _transport(url: str) -> Look:
 def _grants(client: Client, user: str, database: str, role: Role) -> Look:
     about = f"ClickHouse grants of the {role.value}"
     findings = []
-    for table, privileges in CLICKHOUSE_GRANTS[role].items():
+    for table, privileges in clickhouse_grants(role).items():
         lacking = []
         for privilege in privileges:
             try:

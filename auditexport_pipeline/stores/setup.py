@@ -10,6 +10,7 @@ from string import Template
 
 from sqlalchemy import text
 
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.audit_log import READ_SETTINGS, ClickHouseAuditLog
 from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -33,8 +34,8 @@ def create(
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
-    with `with_outbox` also the application's `clickhouse_outbox`; `audit_logs_raw_v1` and `audit_logs` in
-    ClickHouse, on ReplicatedReplacingMergeTree when `replicated`.
+    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
+    `audit_logs_raw_v1`, and the view `audit_logs`, on ReplicatedReplacingMergeTree when `replicated`.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
@@ -53,9 +54,10 @@ def create(
     with clickhouse_errors("creating tables"):
         client = log.client()
         there = {row[0] for row in client.query(_SQL["clickhouse_tables"]).result_rows}
-        for table in ("audit_logs_raw_v1", "audit_logs"):
+        statements = {version.table: version.pieces["ddl"] for version in VERSIONS.values()}
+        for table, declared in {**statements, "audit_logs": _SQL["audit_logs"]}.items():
             if table not in there:
-                statement = Template(_SQL[table]).substitute(
+                statement = Template(declared).substitute(
                     engine="ReplicatedReplacingMergeTree" if replicated else "ReplacingMergeTree",
                     table_settings=f"replicated_deduplication_window = {DEDUPLICATION_WINDOW}"
                     if replicated
