@@ -16,8 +16,8 @@ import msgspec
 
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.drains import drain_in
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata

@@ -1,4 +1,4 @@
-"""ClickHouse: the table `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
+"""ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
 What belongs here: putting a version's SQL together, the settings every INSERT carries, and the one place
 where ClickHouse's errors become ours. What does not: the statements (`audit_log.sql`), creating and
@@ -28,8 +28,8 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
 )
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.ports import Refusal, StoredEntry
+from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ INSERT_SETTINGS: dict[str, Any] = {
     "input_format_allow_errors_num": 0,
     "input_format_allow_errors_ratio": 0,
     "input_format_skip_unknown_fields": 1,
-    "input_format_null_as_default": 0,  # explained at `audit_log.v1.input`
+    "input_format_null_as_default": 0,  # explained at `input` in audit_log_v1.sql
     # Strings stay strings and booleans booleans: by default "2024-01-01T10:00:00Z" inside a meta becomes
     # another text, [true, 1] becomes [1, 1] and [1, "a"] becomes ["1", "a"].
     "input_format_try_infer_dates": 0,
@@ -147,23 +147,21 @@ def _sql(name: str, version: str) -> str:
     """A statement for one payload version; both come from the program, never from data."""
     if version not in VERSIONS:
         raise InvalidConfig(f"{version} is not a known payload version")
-    columns = _PIECES[f"{version}.columns"]
-    names = [part.split()[0] for part in _top_level_parts(columns)]
-    types = [part.strip().split(maxsplit=1)[1] for part in _top_level_parts(columns)]
-    select = _PIECES[f"{version}.select"]
-    content = Template(_PIECES[f"{version}.content"])
+    pieces, columns = VERSIONS[version].pieces, VERSIONS[version].columns
+    select = pieces["select"]
+    content = Template(pieces["content"])
     return Template(_PIECES[name]).substitute(
-        table=_PIECES[f"{version}.table"],
-        columns=columns,
-        column_names=", ".join(names),
-        input=_PIECES[f"{version}.input"],
+        table=pieces["table"],
+        columns=pieces["columns"],
+        column_names=", ".join(f"`{column}`" for column in columns),
+        input=pieces["input"],
         select=select,
-        fingerprint=_PIECES[f"{version}.fingerprint"],
+        fingerprint=pieces["fingerprint"],
         content=content.substitute(_STORED_MIRRORS),
         content_of_columns=content.substitute(_COMPUTED_MIRRORS),
         typed_select=", ".join(
-            f"CAST({expression.strip()}, '{type_}') AS {name}"
-            for expression, type_, name in zip(_top_level_parts(select), types, names, strict=True)
+            f"CAST({expression.strip()}, '{type_}') AS `{column}`"
+            for expression, (column, type_) in zip(top_level_parts(select), columns.items(), strict=True)
         ),
     )
 
@@ -198,19 +196,6 @@ def _portions(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         size += len(payload)
     if start < len(payloads):
         yield payloads[start:]
-
-
-def _top_level_parts(columns: str) -> Iterator[str]:
-    """The comma-separated parts of a column list, commas inside parentheses not counted."""
-    part, depth = "", 0
-    for letter in columns:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += letter
-    yield part
 
 
 def connection_arguments(url: str) -> dict[str, Any]:
@@ -558,6 +543,6 @@ class ClickHouseAuditLog:
 
     def kept_ms(self) -> int | None:
         with translated("reading the table's TTL"):
-            found = self.client().query(_PIECES["ttl"], parameters={"table": _PIECES[f"{next(iter(VERSIONS))}.table"]})
+            found = self.client().query(_PIECES["ttl"], parameters={"table": next(iter(VERSIONS.values())).table})
         days = re.search(r"TTL .*toIntervalDay\((\d+)\)", " ".join(row[0] for row in found.result_rows))
         return int(days.group(1)) * 86_400_000 if days else None

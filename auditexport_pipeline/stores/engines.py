@@ -13,11 +13,14 @@ from enum import Enum
 from string import Template
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.statements import load
 
 _SQL = load("setup.sql")
-TABLE = "audit_logs_raw_v1"
-LOCAL_TABLE = "audit_logs_raw_v1_local"
+TABLE = next(iter(VERSIONS.values())).table
+# Of the table that a shard holds, under the Distributed one of a version's own name.
+LOCAL = "_local"
+LOCAL_TABLE = f"{TABLE}{LOCAL}"
 VIEW = "audit_logs"
 # Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs, and
 # it only has to cover an INSERT that is still running when its replay begins.
@@ -71,17 +74,17 @@ class Layout:
         if not _NAME.fullmatch(database):
             raise InvalidConfig(f"the database's name is {database!r}; one of letters, digits, _ and - is needed")
         on_cluster = f" ON CLUSTER '{self.cluster}'" if self.cluster else ""
-        distributed = self.engine is Engine.DISTRIBUTED
-        holding = LOCAL_TABLE if distributed else TABLE
-        made = {
-            holding: Template(_SQL["audit_logs_raw_v1"]).substitute(
-                table=holding, on_cluster=on_cluster, engine=self._engine, table_settings=self._settings
-            )
-        }
-        if distributed:
-            made[TABLE] = Template(_SQL["audit_logs_raw_v1_distributed"]).substitute(
-                cluster=self.cluster, on_cluster=on_cluster, database=database
-            )
+        made = {}
+        for version in VERSIONS.values():
+            distributed = self.engine is Engine.DISTRIBUTED
+            holding = f"{version.table}{LOCAL}" if distributed else version.table
+            created = f"CREATE TABLE IF NOT EXISTS {version.table}"  # so each version's statement begins
+            declared = version.pieces["ddl"].replace(created, f"CREATE TABLE IF NOT EXISTS {holding}{on_cluster}", 1)
+            made[holding] = Template(declared).substitute(engine=self._engine, table_settings=self._settings)
+            if distributed:
+                made[version.table] = Template(_SQL["distributed"]).substitute(
+                    table=version.table, local=holding, cluster=self.cluster, on_cluster=on_cluster, database=database
+                )
         made[VIEW] = Template(_SQL["audit_logs"]).substitute(on_cluster=on_cluster)
         return made
 

@@ -94,3 +94,10 @@ FROM system.clusters WHERE cluster = {cluster:String}
 -- Settings that this user cannot change, and that are not as an INSERT of ours needs them.
 SELECT name, value FROM system.settings
 WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('async_insert', '1'), ('insert_deduplicate', '0'))
+
+-- name: version_tables
+SELECT name, engine, engine_full, sorting_key FROM system.tables
+WHERE database = currentDatabase() AND name IN {tables:Array(String)}
+
+-- name: version_columns
+SELECT table, name, type FROM system.columns WHERE database = currentDatabase() AND table IN {tables:Array(String)}

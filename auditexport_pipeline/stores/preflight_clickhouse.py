@@ -1,7 +1,7 @@
 """Looking at ClickHouse before anything is claimed: version, grants, the table, its keys, window and TTL.
 
 What belongs here: what is asked of ClickHouse, and what each answer breaks and how it is mended. What does not:
-the statements (`preflight.sql`), what the table should be (`setup.sql`), and when to look (`stores.preflight`).
+the statements (`preflight.sql`), what the table should be (`audit_log_v1.sql`), and when to look (`stores.preflight`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.declared import columns_of
 from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW, DEDUPLICATION_WINDOW_S, TABLE
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.mysql import is_local
-from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, Role
+from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
+from auditexport_pipeline.stores.roles import Role, clickhouse_grants
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
 
 _SQL = load("preflight.sql")
-_DECLARED = columns_of(load("setup.sql")["audit_logs_raw_v1"])
+_OURS = next(iter(VERSIONS.values()))
+_DECLARED = columns_of(_OURS.pieces["ddl"])
 OLDEST = (25, 8)
 # Fewer tokens than a run can have INSERTs on their way at once, several times over.
 SMALLEST_WINDOW = 100
@@ -91,7 +94,7 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
         # Under it CHECK GRANT denies what was granted, and no GRANT would mend that.
     else:
         yield _profile(client, str(user), role)
-        tables = CLICKHOUSE_GRANTS[role]
+        tables = dict(clickhouse_grants(role))
         for table in map(_table, client.query(_SQL["clickhouse_tables"]).result_rows):
             # A server that is a shard itself asks its own table as the same user.
             if (under := _under(table)) is not None:
@@ -99,6 +102,7 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
                 tables = {**tables, name: tables[TABLE]}
         yield _grants(client, str(user), str(database), role, tables)
     yield from look_at_the_table(client, url, role, retention_days, fully=True)
+    yield from look_at_other_versions(client, role)
 
 
 def look_at_the_table(client: Client, url: str, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:

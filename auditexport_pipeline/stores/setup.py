@@ -34,8 +34,9 @@ def create(
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
-    with `with_outbox` also the application's `clickhouse_outbox`; `audit_logs_raw_v1` and `audit_logs` in
-    ClickHouse, and `audit_logs_raw_v1_local` under it where `layout` is distributed, on every server of its cluster.
+    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
+    `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
+    server of its cluster.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
