@@ -30,21 +30,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from auditexport_pipeline.component import AuditExport
+    from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable
+    from auditexport_pipeline.core.versions import PayloadVersion, decoder, register_version
     from auditexport_pipeline.defs.build import build_audit_export_defs
 
-__all__ = ["AuditExport", "build_audit_export_defs"]
+_FROM = {
+    "AuditExport": "auditexport_pipeline.component",
+    "build_audit_export_defs": "auditexport_pipeline.defs.build",
+    "Event": "auditexport_pipeline.core.event",
+    "OutboxRow": "auditexport_pipeline.core.event",
+    "Undecodable": "auditexport_pipeline.core.event",
+    "PayloadVersion": "auditexport_pipeline.core.versions",
+    "decoder": "auditexport_pipeline.core.versions",
+    "register_version": "auditexport_pipeline.core.versions",
+}
+__all__ = [
+    "AuditExport",
+    "Event",
+    "OutboxRow",
+    "PayloadVersion",
+    "Undecodable",
+    "build_audit_export_defs",
+    "decoder",
+    "register_version",
+]
 
 
 def __getattr__(name: str) -> object:
-    """The two names that other code locations use; importing Dagster waits until one of them is asked for."""
-    if name == "AuditExport":
-        from auditexport_pipeline.component import AuditExport
+    """The names that other packages use; importing Dagster waits until one that needs it is asked for."""
+    if name in _FROM:
+        from importlib import import_module
 
-        return AuditExport
-    if name == "build_audit_export_defs":
-        from auditexport_pipeline.defs.build import build_audit_export_defs
-
-        return build_audit_export_defs
+        return getattr(import_module(_FROM[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

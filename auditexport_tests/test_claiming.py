@@ -16,8 +16,8 @@ import pytest
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch, Claim, State
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingOutbox, CrashPoint, drain
 

@@ -20,9 +20,9 @@ from auditexport_pipeline.core import drain as core_drain
 from auditexport_pipeline.core.batch import Batch, Claim
 from auditexport_pipeline.core.drain import Drained
 from auditexport_pipeline.core.errors import OutboxUnavailable
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.defs.report import run_metadata
 from auditexport_pipeline.local.generator import seed_outbox

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import HELD, LetterState, RowState, Which
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores import actions, dead_letters
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain

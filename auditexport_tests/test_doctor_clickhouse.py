@@ -7,11 +7,11 @@ import re
 import pytest
 
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.stores import preflight, preflight_clickhouse, setup
 from auditexport_pipeline.stores.declared import columns_of
 from auditexport_pipeline.stores.roles import Role
-from auditexport_pipeline.stores.statements import load
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.faults import claims_nothing, findings
@@ -94,7 +94,7 @@ def test_the_printed_statement_brings_back_any_column(stack: Stack) -> None:
     for index in indexes:
         client.command(f"ALTER TABLE {TABLE} DROP INDEX {index}")
     mirrors = {"meta": "meta_text", "targets.meta": "targets_meta_text"}
-    for column in columns_of(load("setup.sql")[TABLE]):
+    for column in columns_of(VERSIONS["audit_log.v1"].pieces["ddl"]):
         if column not in KEY:
             for dropped in (mirrors.get(column), column):
                 if dropped:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.report import page
 from auditexport_pipeline.report.figures import Figures
@@ -238,7 +239,7 @@ def test_counting_entries_reads_the_parts_of_the_window_only(stack: Stack) -> No
         export(stack)
     last_ms = max(stack.log.slots_between(0, 2**62))
     parameters = {"low_ms": 0, "high_ms": 2**60, "step_ms": HOUR_MS, "from_ms": last_ms, "to_ms": last_ms + 1}
-    statement = counting._PIECES["entries_by_hour"]
+    statement = counting._by_hour(VERSIONS["audit_log.v1"])
 
     def parts_read(query: str) -> set[str]:
         explained = stack.clickhouse(f"EXPLAIN indexes = 1 {query}", **parameters, excluded=[-1])

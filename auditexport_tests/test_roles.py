@@ -21,9 +21,9 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.stores import preflight

@@ -22,6 +22,7 @@ from auditexport_pipeline.cli.shared import Command, console, interactive, json_
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.status import shown_s
+from auditexport_pipeline.core.versions import VERSIONS
 
 if TYPE_CHECKING:
     from auditexport_pipeline.core.backlog import Backlog
@@ -36,20 +37,29 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 COUNT_BACKLOG_TO = 1_000_000
 
 
+def _known_versions(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Looked up when a drain is asked for: installed packages register theirs at the first look."""
+    for version in given:
+        if version not in VERSIONS:
+            raise click.BadParameter(f"{version!r} is not one of {', '.join(VERSIONS)}", context, parameter)
+    return given
+
+
 def _limit_options(command: Command) -> Command:
     """One option for each field of `Limits`: name, default, bounds and meaning stand there and nowhere else."""
     for limit in reversed(fields(Limits)):
-        assert limit.default is not MISSING
         flag = f"--{limit.name.replace('_', '-')}"
         if limit.name == "versions":
             command = click.option(
                 flag,
-                type=click.Choice(limit.default),
                 multiple=True,
-                default=limit.default,
-                help=limit.metadata["meaning"],
+                metavar="VERSION",
+                callback=_known_versions,
+                shell_complete=lambda *_: list(VERSIONS),
+                help=f"{limit.metadata['meaning']}  [default: all that are known]",
             )(command)
         else:
+            assert limit.default is not MISSING
             bounds = click.IntRange(limit.metadata["low"], limit.metadata["high"])
             command = click.option(
                 flag, type=bounds, default=limit.default, show_default=True, help=limit.metadata["meaning"]
@@ -76,7 +86,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     from auditexport_pipeline.defs.ahead import Ahead
     from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
-    settings = Limits.of(limits)
+    settings = Limits.of({name: value for name, value in limits.items() if value != ()})
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
     owner = owners.this_process()

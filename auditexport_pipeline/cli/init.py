@@ -13,26 +13,78 @@ import click
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
+from auditexport_pipeline.core.errors import InvalidConfig
 
 
 @main.command()
 @click.option(
     "--with-outbox", is_flag=True, help="Also create clickhouse_outbox, which the application owns (trials only)."
 )
-@click.option("--replicated", is_flag=True, help="Create audit_logs_raw_v1 on ReplicatedReplacingMergeTree.")
+@click.option(
+    "--engine",
+    type=click.Choice(["merge_tree", "replicated", "shared", "distributed"]),
+    help="What audit_logs_raw_v1 stands on: one server, replicas, ClickHouse Cloud, or shards.  [default: merge_tree]",
+)
+@click.option("--replicated", is_flag=True, help="The same as --engine replicated.")
+@click.option("--cluster", default="", metavar="NAME", help="Create everything in ClickHouse ON CLUSTER this one.")
+@click.option(
+    "--keeper-path",
+    default=None,
+    metavar="PATH",
+    help="Where Keeper has the replicated table; empty leaves it to the server.  "
+    "[default: /clickhouse/tables/{shard}/{database}/{table}]",
+)
+@click.option(
+    "--replica", default="{replica}", show_default=True, metavar="NAME", help="This replica's name in Keeper."
+)
+@click.option("--print-ddl", is_flag=True, help="Print the statements and end; connects to nothing.")
 @json_option
-def init(with_outbox: bool, replicated: bool, as_json: bool) -> None:
+def init(
+    with_outbox: bool,
+    engine: str | None,
+    replicated: bool,
+    cluster: str,
+    keeper_path: str | None,
+    replica: str,
+    print_ddl: bool,
+    as_json: bool,
+) -> None:
     """Create the ledger, the dead letters, audit_logs_raw_v1 and audit_logs where they do not exist.
 
     Changes nothing that exists; what is there and not as it should be is reported with the statement that
     mends it. Exit status: 0 all is there, 1 something is not as it should be, 2 the call or a URL is wrong.
     """
     from auditexport_pipeline.stores import preflight, setup
+    from auditexport_pipeline.stores.audit_log import connection_arguments
+    from auditexport_pipeline.stores.engines import KEEPER_PATH, Engine, Layout
     from auditexport_pipeline.stores.findings import all_findings
     from auditexport_pipeline.stores.roles import Role
 
+    if replicated and engine not in (None, "replicated"):
+        raise click.UsageError(f"--replicated and --engine {engine} contradict each other")
+    if print_ddl and with_outbox:
+        raise click.UsageError("--with-outbox needs a server to ask for its collation; leave --print-ddl out")
+    layout = Layout(
+        engine=Engine(engine or ("replicated" if replicated else "merge_tree")),
+        cluster=cluster,
+        keeper_path=KEEPER_PATH if keeper_path is None else keeper_path,
+        replica=replica,
+    )
+    if print_ddl:
+        try:
+            database = connection_arguments(audit_log().url)["database"]
+        except InvalidConfig:  # no URL is needed to look at statements; the database is in that of a Distributed table
+            database = "default"
+        statements = setup.printed(layout, database)
+        if as_json:
+            print_json(statements)
+        for server, texts in statements.items() if not as_json else ():
+            click.echo(f"-- {server}")
+            for statement in texts:
+                click.echo(f"{statement};\n")
+        return
     mysql, clickhouse = outbox(), audit_log()
-    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, replicated=replicated)
+    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=layout)
     if not as_json:
         click.echo(f"created {', '.join(created)}" if created else "nothing to create")
     looks = preflight.examine(mysql, clickhouse, role=Role.OWNER)

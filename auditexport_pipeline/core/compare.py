@@ -21,9 +21,10 @@ from itertools import islice
 
 from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
-from auditexport_pipeline.core.event import VERSIONS, Undecodable, normal_form
+from auditexport_pipeline.core.event import Undecodable, normal_form
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import NAMED_EVENTS, AuditLog, Discrepancy, Outbox, StoredEntry, StoredRow
+from auditexport_pipeline.core.versions import VERSIONS
 
 Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
 

@@ -1,11 +1,8 @@
-"""Payload versions: an outbox row's JSON text becomes an event, or a named reason why it cannot.
+"""Payloads: an outbox row's JSON text becomes an event, or a named reason why it cannot.
 
-What belongs here: the registry of versions, each version's typed shape, its fingerprint, and the
-explanation of payloads that no event can be made of. What does not: SQL and drivers; the ClickHouse
-half of a version (its `input()` structure and columns) stands in `stores/audit_log.sql`.
-
-Adding a version takes two places: an entry in `VERSIONS` below, and the three statements named after
-it in `stores/audit_log.sql`.
+What belongs here: what an event is, the typed shape of `audit_log.v1`, its fingerprint, and the explanation of payloads
+that no event can be made of. What does not: SQL and drivers; the ClickHouse half of a version stands in its own `.sql`
+file (`stores/audit_log_v1.sql`), and the registry of versions in `core.versions`.
 
 What must never happen is that Python takes an event one way and ClickHouse another: both read the same
 text, so every difference between the two readers is settled here or refused there (see `explain`).
@@ -16,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -71,10 +68,14 @@ class OutboxRow(msgspec.Struct, gc=False, frozen=True):
     payload: bytes
 
 
+# workspace_id, bucket, time, event_id: the sort key of every version's table.
+Key = tuple[str, str, int, str]
+
+
 class Event(msgspec.Struct, gc=False, frozen=True):
     """What is kept of a decoded payload: its place in ClickHouse, its time and its fingerprint."""
 
-    key: tuple[str, str, int, str]  # workspace_id, bucket, time, event_id: the sort key of the table
+    key: Key
     fingerprint: int
 
 
@@ -87,20 +88,15 @@ class Undecodable:
     detail: str = ""
 
 
-def _decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
+def decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
+    """A row of version `audit_log.v1`."""
     payload = row.payload
     try:
         event = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        if not payload:  # no JSON column holds this: it is how a server gives what it may not send
-            return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
-        return _undecodable(payload, error)
-    if event.event_id != row.event_id:
-        return Undecodable(reason="identity_mismatch", json_path="$.event_id", detail="differs from the row's event_id")
-    if event.workspace_id != row.workspace_id:
-        return Undecodable(
-            reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
-        )
+        return undecodable(payload, error)
+    if event.event_id != row.event_id or event.workspace_id != row.workspace_id:
+        return other_identity(row, event_id=event.event_id, workspace_id=event.workspace_id)  # type: ignore[return-value]
     shape = payload.translate(_NUMBER_SHAPES, _BETWEEN_NUMBERS)
     if (
         # Each test but the first of its line is for the few payloads that pass the first, which is much cheaper.
@@ -154,21 +150,21 @@ _PERCENT, _BACKSLASH = b"%\\"
 _HIDDEN_DOT = re.compile(rb"\\u00(?:25|32|45)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
-    """One payload version: its name in the outbox and how a row of it becomes an event."""
-
-    name: str
-    decode: Callable[[OutboxRow], Event | Undecodable]
-
-
-VERSIONS: dict[str, Version] = {
-    version.name: version for version in (Version(name="audit_log.v1", decode=_decode_audit_log_v1),)
-}
+def other_identity(row: OutboxRow, *, event_id: str, workspace_id: str) -> Undecodable | None:
+    """Which of a payload's two ids is not the row's; None when both are."""
+    if event_id != row.event_id:
+        return Undecodable(reason="identity_mismatch", json_path="$.event_id", detail="differs from the row's event_id")
+    if workspace_id != row.workspace_id:
+        return Undecodable(
+            reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
+        )
+    return None
 
 
-def _undecodable(payload: bytes, error: Exception) -> Undecodable:
+def undecodable(payload: bytes, error: Exception) -> Undecodable:
     """The reason behind a decoder's error, from its message's shape; the message holds paths and types only."""
+    if not payload:  # no JSON column holds this: it is how a server gives what it may not send
+        return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
     if isinstance(error, RecursionError):
         return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
     message, _, path = str(error).partition(" - at `")

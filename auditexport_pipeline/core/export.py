@@ -28,11 +28,12 @@ from auditexport_pipeline.core.batch import (
     sealed_block,
 )
 from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
-from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecodable
+from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, Refusal, StoredRow
 from auditexport_pipeline.core.recut import Recutter, give_back, read_payloads
+from auditexport_pipeline.core.versions import VERSIONS
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
 BYTES_TOLERANCE = 1.5

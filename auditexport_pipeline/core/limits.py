@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.core.versions import VERSIONS
 
 # How long exported rows stay in the outbox, and so how old an entry can be that is requeued: a month, in which a loss
 # in ClickHouse is noticed. ClickHouse's TTL has to be longer.
@@ -69,7 +69,7 @@ class Limits:
         500, 20, 60_000, "How often a run that stays looks for new rows, in milliseconds: each look is one short query."
     )
     versions: tuple[str, ...] = field(
-        default=tuple(VERSIONS),
+        default_factory=lambda: tuple(VERSIONS),
         metadata={"meaning": "Payload versions to export; any other stays untouched and is counted."},
     )
 

@@ -278,7 +278,7 @@ class Upkeep(Protocol):
 
 
 class AuditLog(Protocol):
-    """ClickHouse: the table `audit_logs_raw_v1`."""
+    """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`."""
 
     def deadline_ms(self, within_s: float) -> int:
         """ClickHouse's own clock, `within_s` from now: an INSERT that starts later is refused by ClickHouse."""
@@ -317,5 +317,5 @@ class AuditLog(Protocol):
         ...
 
     def kept_ms(self) -> int | None:
-        """How long the table's TTL keeps an entry after its `inserted_at`; None for ever."""
+        """How long the tables' TTL, which is the first version's, keeps an entry after its `inserted_at`; None for ever."""
         ...

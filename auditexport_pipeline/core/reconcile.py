@@ -34,11 +34,12 @@ from auditexport_pipeline.core.compare import (
     slots_of,
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.event import VERSIONS, Undecodable
+from auditexport_pipeline.core.event import Undecodable
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 from auditexport_pipeline.core.requeue import Requeue, clear
 from auditexport_pipeline.core.verify import verify
+from auditexport_pipeline.core.versions import VERSIONS
 
 DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 100

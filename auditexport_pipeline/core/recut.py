@@ -22,10 +22,11 @@ from auditexport_pipeline.core.batch import (
 )
 from auditexport_pipeline.core.culprits import Group, Questions, search, take_next
 from auditexport_pipeline.core.errors import BatchAltered, InsertRefused
-from auditexport_pipeline.core.event import VERSIONS, Event, OutboxRow, Undecodable, explain, normal_form
+from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, normal_form
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Outbox, Refusal, StoredRow
+from auditexport_pipeline.core.versions import VERSIONS
 
 # Rows explained between two signs of life: half a second at 25 µs a row.
 EXPLAINED_AT_ONCE = 20_000

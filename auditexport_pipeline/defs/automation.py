@@ -15,8 +15,8 @@ import msgspec
 
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.checks import LIGHT
 from auditexport_pipeline.defs.drains import drain_in, failed_in_a_row
 from auditexport_pipeline.defs.failures import in_one_line

@@ -14,16 +14,17 @@ import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
 
 
 def _schema() -> dict[str, dg.Field]:
     schema: dict[str, dg.Field] = {}
     for limit in fields(Limits):
-        assert limit.default is not MISSING
         meaning = limit.metadata["meaning"]
         if limit.name == "versions":
-            schema[limit.name] = dg.Field([str], default_value=list(limit.default), description=meaning)
+            schema[limit.name] = dg.Field([str], default_value=list(VERSIONS), description=meaning)
         else:
+            assert limit.default is not MISSING
             bounds = f" From {limit.metadata['low']:,} to {limit.metadata['high']:,}."
             schema[limit.name] = dg.Field(int, default_value=limit.default, description=meaning + bounds)
     return schema

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.event import VERSIONS
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import Seeded, seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 

@@ -1,4 +1,4 @@
-"""ClickHouse: the table `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
+"""ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
 What belongs here: putting a version's SQL together, the settings every INSERT carries, and the one place
 where ClickHouse's errors become ours. What does not: the statements (`audit_log.sql`), creating and
@@ -28,8 +28,8 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
 )
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.ports import Refusal, StoredEntry
+from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ ANSWER_GRACE_S = 15
 LOOK_UP_TIMEOUT_S = 60
 # What the URL may name beside the server: files, as the driver calls them.
 TLS_FILES = ("ca_cert", "client_cert", "client_cert_key")
+# And settings of ClickHouse's for replicas, with the values that make sense here; every request carries them. Which to
+# choose, and why, is in docs/clickhouse.md.
+REPLICA_SETTINGS = {
+    "insert_quorum": r"auto|[2-9]|[1-9]\d",
+    "insert_quorum_parallel": r"[01]",
+    "select_sequential_consistency": r"[01]",
+    "load_balancing": r"random|nearest_hostname|hostname_levenshtein_distance|in_order|first_or_random|round_robin",
+}
+
+# Every request's: over a Distributed table, all shards answer or nobody does. Which shard a block is on is never worked
+# out, for it stays where it is when shards are added.
+SHARD_SETTINGS: dict[str, Any] = {"skip_unavailable_shards": 0, "optimize_skip_unused_shards": 0}
 
 # How ClickHouse reads JSON wherever we read or write it: keys keep their dots (stored as %2E), or
 # {"a.b": 1} would silently become {"a": {"b": 1}}.
@@ -52,6 +64,9 @@ INSERT_SETTINGS: dict[str, Any] = {
     "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
     "wait_end_of_query": 1,
     "insert_deduplicate": 1,
+    # Into a Distributed table: acknowledged when a shard has the block, not when it is queued on the way there. Any other
+    # table takes no notice of it.
+    "distributed_foreground_insert": 1,
     # One block and one part: squash until the end, never split.
     "max_insert_block_size": 10_000_000,
     "min_insert_block_size_rows": 10_000_000,
@@ -64,7 +79,7 @@ INSERT_SETTINGS: dict[str, Any] = {
     "input_format_allow_errors_num": 0,
     "input_format_allow_errors_ratio": 0,
     "input_format_skip_unknown_fields": 1,
-    "input_format_null_as_default": 0,  # explained at `audit_log.v1.input`
+    "input_format_null_as_default": 0,  # explained at `input` in audit_log_v1.sql
     # Strings stay strings and booleans booleans: by default "2024-01-01T10:00:00Z" inside a meta becomes
     # another text, [true, 1] becomes [1, 1] and [1, "a"] becomes ["1", "a"].
     "input_format_try_infer_dates": 0,
@@ -81,6 +96,10 @@ INSERT_SETTINGS: dict[str, Any] = {
 # The same, for settings that older servers do not know (26.1 brought the first two; before, the first case
 # was refused anyway).
 NEWER_INSERT_SETTINGS: dict[str, Any] = {
+    # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
+    # unless the SELECT was sorted (ClickHouse pull request 99206).
+    "deduplicate_insert": "enable",
+    "deduplicate_insert_select": "enable_even_for_bad_queries",
     # Allowed by default since 26.3: {"a": 1, "a": {"b": 2}} would be stored with both, a null after it with none.
     "type_json_allow_duplicated_key_with_literal_and_nested_object": 0,
     # Each path of a JSON column beyond it shares one subcolumn, with the same meaning. A wide part opens some
@@ -108,6 +127,8 @@ _ROW_ERRORS = {
 _SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
 _LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
 _TIMEOUT_EXCEEDED = 159
+# Answers that say that rows may be stored all the same: a quorum that was not seen, a shard or Keeper that was not heard.
+_UNKNOWN_OUTCOMES = {_TIMEOUT_EXCEEDED, 209, 210, 279, 319, 999}
 _ACCESS_DENIED = 497
 
 _PIECES = load("audit_log.sql")
@@ -126,23 +147,21 @@ def _sql(name: str, version: str) -> str:
     """A statement for one payload version; both come from the program, never from data."""
     if version not in VERSIONS:
         raise InvalidConfig(f"{version} is not a known payload version")
-    columns = _PIECES[f"{version}.columns"]
-    names = [part.split()[0] for part in _top_level_parts(columns)]
-    types = [part.strip().split(maxsplit=1)[1] for part in _top_level_parts(columns)]
-    select = _PIECES[f"{version}.select"]
-    content = Template(_PIECES[f"{version}.content"])
+    pieces, columns = VERSIONS[version].pieces, VERSIONS[version].columns
+    select = pieces["select"]
+    content = Template(pieces["content"])
     return Template(_PIECES[name]).substitute(
-        table=_PIECES[f"{version}.table"],
-        columns=columns,
-        column_names=", ".join(names),
-        input=_PIECES[f"{version}.input"],
+        table=pieces["table"],
+        columns=pieces["columns"],
+        column_names=", ".join(f"`{column}`" for column in columns),
+        input=pieces["input"],
         select=select,
-        fingerprint=_PIECES[f"{version}.fingerprint"],
+        fingerprint=pieces["fingerprint"],
         content=content.substitute(_STORED_MIRRORS),
         content_of_columns=content.substitute(_COMPUTED_MIRRORS),
         typed_select=", ".join(
-            f"CAST({expression.strip()}, '{type_}') AS {name}"
-            for expression, type_, name in zip(_top_level_parts(select), types, names, strict=True)
+            f"CAST({expression.strip()}, '{type_}') AS `{column}`"
+            for expression, (column, type_) in zip(top_level_parts(select), columns.items(), strict=True)
         ),
     )
 
@@ -179,24 +198,12 @@ def _portions(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         yield payloads[start:]
 
 
-def _top_level_parts(columns: str) -> Iterator[str]:
-    """The comma-separated parts of a column list, commas inside parentheses not counted."""
-    part, depth = "", 0
-    for letter in columns:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += letter
-    yield part
-
-
 def connection_arguments(url: str) -> dict[str, Any]:
     """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
 
     Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
-    are verified by default. A client's certificate stands in for a password; with one, both are shown. Raises
+    are verified by default. A client's certificate stands in for a password; with one, both are shown. Those of
+    `REPLICA_SETTINGS` go along with every request. Raises
     `InvalidConfig`, which repeats nothing of the URL, for anything else: of a password that is not percent-encoded,
     any part can look like a port, a database or an option.
     """
@@ -224,10 +231,20 @@ def connection_arguments(url: str) -> dict[str, Any]:
             arguments[name] = options.pop(name)
     if "client_cert" in arguments and arguments["password"]:
         arguments["tls_mode"] = "strict"  # or the driver would keep the password to itself
+    settings: dict[str, Any] = {name: options.pop(name) for name in REPLICA_SETTINGS if name in options}
+    for name, value in settings.items():
+        if not re.fullmatch(REPLICA_SETTINGS[name], value):
+            raise InvalidConfig(f"AUDITEXPORT_CLICKHOUSE_URL has a {name} that is not one of {REPLICA_SETTINGS[name]}")
+    if "insert_quorum" in settings:
+        settings.setdefault("insert_quorum_parallel", "0")  # or no look-up could be promised to see the last INSERT
+    if settings.get("load_balancing") == "in_order":
+        settings["prefer_localhost_replica"] = "0"  # or each server that a balancer chooses would begin with itself
+    if settings:
+        arguments["settings"] = settings
     if options:
         raise InvalidConfig(
-            f"AUDITEXPORT_CLICKHOUSE_URL has an option beside {', '.join(TLS_FILES)} and verify; a ? in its password "
-            "is written %3F"
+            f"AUDITEXPORT_CLICKHOUSE_URL has an option beside {', '.join((*TLS_FILES, 'verify', *REPLICA_SETTINGS))}; "
+            "a ? in its password is written %3F"
         )
     return arguments
 
@@ -237,9 +254,11 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
 
     arguments = connection_arguments(url)
+    settings = {**SHARD_SETTINGS, **arguments.pop("settings", {})}
     _check_certificates(arguments)
     return clickhouse_connect.get_client(
         **arguments,
+        settings=settings,
         autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
@@ -268,7 +287,7 @@ def _check_certificates(arguments: Mapping[str, Any]) -> None:
 def translated(what: str, *, sending: bool = False) -> Iterator[None]:
     """The one place where ClickHouse's and HTTP's errors become this project's.
 
-    With `sending`, an error without a code means that rows were sent and no answer came.
+    With `sending`, an error without a code means that rows were sent and no answer came; some codes say as much.
     """
     from clickhouse_connect.driver.exceptions import ClickHouseError
 
@@ -296,7 +315,7 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
                 f"ClickHouse refuses {what} (code {code}, {name}{lacks}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
                 "or run `auditexport init`"
             ) from error
-        if sending and (code is None or code == _TIMEOUT_EXCEEDED):
+        if sending and (code is None or code in _UNKNOWN_OUTCOMES):
             raise InsertOutcomeUnknown(
                 f"no answer from ClickHouse to {what} ({name}); it may or may not be written, the next attempt looks first"
             ) from error
@@ -364,7 +383,12 @@ class ClickHouseAuditLog:
             payloads,
             what,
             parameters={"inserted_at_ms": block.inserted_at_ms, "deadline_ms": deadline_ms},
-            settings={"insert_deduplication_token": batch.token(block), "max_execution_time": timeout_s},
+            settings={
+                "insert_deduplication_token": batch.token(block),
+                "max_execution_time": timeout_s,
+                # Ten minutes by default, twice a lease; where there is no quorum it says nothing.
+                "insert_quorum_timeout": timeout_s * 1000,
+            },
             timeout_s=timeout_s,
             sending=True,
         )
@@ -519,6 +543,6 @@ class ClickHouseAuditLog:
 
     def kept_ms(self) -> int | None:
         with translated("reading the table's TTL"):
-            found = self.client().query(_PIECES["ttl"], parameters={"table": _PIECES[f"{next(iter(VERSIONS))}.table"]})
-        days = re.search(r"TTL .*toIntervalDay\((\d+)\)", found.result_rows[0][0] if found.result_rows else "")
+            found = self.client().query(_PIECES["ttl"], parameters={"table": next(iter(VERSIONS.values())).table})
+        days = re.search(r"TTL .*toIntervalDay\((\d+)\)", " ".join(row[0] for row in found.result_rows))
         return int(days.group(1)) * 86_400_000 if days else None

@@ -1,4 +1,4 @@
-"""Our tables as `setup.sql` declares them: columns, types and indexes, read from the statements themselves.
+"""Our tables as `setup.sql` and the versions' files declare them: columns, types and indexes, read from the statements themselves.
 
 What belongs here: reading a CREATE TABLE statement of ours, so that what is created and what is checked cannot
 differ. What does not: SQL in general, and tables as a server describes them.

@@ -97,7 +97,7 @@ def _what_changes(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Iterator[Look
     with outbox.transaction("checking MySQL's settings") as connection:
         yield from look_at_what_changes(connection, Role.EXPORTER)
     with clickhouse_errors("checking the table"):
-        yield from look_at_the_table(log.client(), Role.EXPORTER, RETENTION_DAYS, fully=False)
+        yield from look_at_the_table(log.client(), log.url, Role.EXPORTER, RETENTION_DAYS, fully=False)
 
 
 def _mysql(outbox: MySQLOutbox, role: Role) -> list[Look]:

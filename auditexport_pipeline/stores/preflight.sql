@@ -65,8 +65,39 @@ SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS d
 SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 
 -- name: clickhouse_tables
-SELECT name, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
+SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs')
 
+-- name: clickhouse_table
+-- The one under a Distributed table, where this server has it.
+SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
+WHERE database = {database:String} AND name = {table:String}
+
 -- name: clickhouse_columns
-SELECT name, type, default_kind FROM system.columns WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1'
+SELECT name, type, default_kind FROM system.columns WHERE database = {database:String} AND table = {table:String}
+
+-- name: clickhouse_table_defaults
+-- What a table has that does not say otherwise: the server's configuration may differ from ClickHouse's own.
+SELECT name, toInt64(value) AS value FROM system.replicated_merge_tree_settings
+WHERE name IN ('replicated_deduplication_window', 'replicated_deduplication_window_seconds')
+
+-- name: clickhouse_replicas
+-- Asks Keeper for the two counts.
+SELECT is_readonly, total_replicas, active_replicas FROM system.replicas
+WHERE database = {database:String} AND table = {table:String}
+
+-- name: clickhouse_cluster
+SELECT count(DISTINCT shard_num) AS shards, max(replica_num) AS replicas, min(internal_replication) AS internally
+FROM system.clusters WHERE cluster = {cluster:String}
+
+-- name: clickhouse_pinned
+-- Settings that this user cannot change, and that are not as an INSERT of ours needs them.
+SELECT name, value FROM system.settings
+WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('async_insert', '1'), ('insert_deduplicate', '0'))
+
+-- name: version_tables
+SELECT name, engine, engine_full, sorting_key FROM system.tables
+WHERE database = currentDatabase() AND name IN {tables:Array(String)}
+
+-- name: version_columns
+SELECT table, name, type FROM system.columns WHERE database = currentDatabase() AND table IN {tables:Array(String)}

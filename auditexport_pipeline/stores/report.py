@@ -7,15 +7,16 @@ does not: what a difference means (`core.reconcile`), and how anything looks (`r
 from __future__ import annotations
 
 from collections import Counter
+from string import Template
 from typing import Any
 
 from sqlalchemy import TextClause, bindparam, text
 
 from auditexport_pipeline.core.batch import OPEN, State, blocks_from_text
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
 from auditexport_pipeline.core.series import DAY_MS, BatchLine, Compared, Grid, LagBin, LetterCount, Servers
+from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
 from auditexport_pipeline.stores import audit_log
 from auditexport_pipeline.stores.audit_log import LOOK_UP_TIMEOUT_S, ClickHouseAuditLog
 from auditexport_pipeline.stores.marking import by_shape
@@ -146,20 +147,28 @@ def pending(outbox: MySQLOutbox) -> PkSet:
 
 def entries_by_hour(log: ClickHouseAuditLog, these: Compared, grid: Grid) -> Counter[int]:
     """How many events ClickHouse holds of these exports in each bin of the grid; copies count once, as in `audit_logs`."""
-    with audit_log.translated("counting entries by hour"):
-        found = log.client().query(
-            _PIECES["entries_by_hour"],
-            parameters={
-                "low_ms": grid.low_ms,
-                "high_ms": grid.high_ms,
-                "step_ms": grid.step_ms,
-                "from_ms": these.from_ms,
-                "to_ms": these.to_ms,
-                "excluded": list(these.excluded) or [-1],  # no inserted_at is negative; an empty list is no list to it
-            },
-            settings={"max_execution_time": LOOK_UP_TIMEOUT_S},
-        )
-    return Counter({int(number): int(entries) for number, entries in found.result_rows})
+    counts: Counter[int] = Counter()
+    for version in VERSIONS.values():
+        with audit_log.translated("counting entries by hour"):
+            found = log.client().query(
+                _by_hour(version),
+                parameters={
+                    "low_ms": grid.low_ms,
+                    "high_ms": grid.high_ms,
+                    "step_ms": grid.step_ms,
+                    "from_ms": these.from_ms,
+                    "to_ms": these.to_ms,
+                    "excluded": list(these.excluded)
+                    or [-1],  # no inserted_at is negative; an empty list is no list to it
+                },
+                settings={"max_execution_time": LOOK_UP_TIMEOUT_S},
+            )
+        counts.update({int(number): int(entries) for number, entries in found.result_rows})
+    return counts
+
+
+def _by_hour(version: PayloadVersion) -> str:
+    return Template(_PIECES["entries_by_hour"]).substitute(table=version.table)
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────

@@ -85,6 +85,6 @@ SELECT version() AS version, currentDatabase() AS database_name
 -- table, whatever the window. Here the copies of the window are compared by key.
 SELECT intDiv(least(greatest(time, {low_ms:Int64}), {high_ms:Int64}) - {low_ms:Int64}, {step_ms:Int64}) AS bin,
        uniqExact(workspace_id, bucket, time, event_id) AS n
-FROM audit_logs_raw_v1
+FROM $table
 WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64} AND inserted_at NOT IN {excluded:Array(Int64)}
 GROUP BY bin

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from auditexport_pipeline.core.versions import VERSIONS
+
 
 class Role(str, Enum):
     """A user of its own for each of these can do its work and no more."""
@@ -65,6 +67,14 @@ CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.READER: {"audit_logs_raw_v1": ("SELECT",), "audit_logs": ("SELECT",), **_FUNCTIONS},
     Role.OWNER: {"audit_logs_raw_v1": ("SELECT", "CREATE TABLE"), "audit_logs": ("CREATE VIEW",)},
 }
+
+
+def clickhouse_grants(role: Role) -> dict[str, tuple[str, ...]]:
+    """What a role needs in ClickHouse: on the table of every payload version what it needs on the first one's."""
+    first, *others = VERSIONS.values()
+    needed = dict(CLICKHOUSE_GRANTS[role])
+    needed.update({version.table: needed[first.table] for version in others})
+    return needed
 
 
 @dataclass(frozen=True, slots=True)

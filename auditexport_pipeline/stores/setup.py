@@ -10,15 +10,13 @@ from string import Template
 
 from sqlalchemy import text
 
-from auditexport_pipeline.stores.audit_log import READ_SETTINGS, ClickHouseAuditLog
+from auditexport_pipeline.stores.audit_log import READ_SETTINGS, ClickHouseAuditLog, connection_arguments
 from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
+from auditexport_pipeline.stores.engines import Layout
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
 
 _SQL = load("setup.sql")
-# Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs, and
-# it only has to cover an INSERT that is still running when its replay begins.
-DEDUPLICATION_WINDOW = 10_000
 _OUR_TABLES = {
     "clickhouse_outbox_batch": "ledger",
     "clickhouse_outbox_dead_letter": "dead_letters",
@@ -27,14 +25,18 @@ _OUR_TABLES = {
 }
 
 
+_ONE_SERVER = Layout()
+
+
 def create(
-    outbox: MySQLOutbox, log: ClickHouseAuditLog, *, with_outbox: bool = False, replicated: bool = False
+    outbox: MySQLOutbox, log: ClickHouseAuditLog, *, with_outbox: bool = False, layout: Layout = _ONE_SERVER
 ) -> list[str]:
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
-    with `with_outbox` also the application's `clickhouse_outbox`; `audit_logs_raw_v1` and `audit_logs` in
-    ClickHouse, on ReplicatedReplacingMergeTree when `replicated`.
+    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
+    `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
+    server of its cluster.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
@@ -53,14 +55,16 @@ def create(
     with clickhouse_errors("creating tables"):
         client = log.client()
         there = {row[0] for row in client.query(_SQL["clickhouse_tables"]).result_rows}
-        for table in ("audit_logs_raw_v1", "audit_logs"):
+        for table, statement in layout.statements(connection_arguments(log.url)["database"]).items():
             if table not in there:
-                statement = Template(_SQL[table]).substitute(
-                    engine="ReplicatedReplacingMergeTree" if replicated else "ReplacingMergeTree",
-                    table_settings=f"replicated_deduplication_window = {DEDUPLICATION_WINDOW}"
-                    if replicated
-                    else f"non_replicated_deduplication_window = {DEDUPLICATION_WINDOW}",
-                )
                 client.command(statement, settings=READ_SETTINGS)
                 created.append(table)
     return created
+
+
+def printed(layout: Layout, database: str) -> dict[str, list[str]]:
+    """What `create` would send to databases that have nothing yet, but for the application's outbox."""
+    return {
+        "mysql": [*(_SQL[statement] for statement in _OUR_TABLES.values()), _SQL["ledger_head"]],
+        "clickhouse": [*layout.statements(database).values()],
+    }

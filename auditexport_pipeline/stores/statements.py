@@ -10,17 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from auditexport_pipeline.core.versions import statements_of
+
 
 def load(file_name: str) -> dict[str, str]:
     """The statements of a `.sql` file in this package, by name."""
-    statements: dict[str, str] = {}
-    name = ""
-    for line in Path(__file__).with_name(file_name).read_text().splitlines():
-        if line.startswith("-- name: "):
-            name = line.removeprefix("-- name: ").strip()
-            if name in statements:
-                raise ValueError(f"{file_name} holds two statements named {name}")
-            statements[name] = ""
-        elif name and not line.lstrip().startswith("--"):
-            statements[name] += line + "\n"
-    return {name: text.strip() for name, text in statements.items()}
+    return statements_of(Path(__file__).with_name(file_name).read_text(), file_name)

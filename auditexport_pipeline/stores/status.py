@@ -16,7 +16,6 @@ from sqlalchemy import Connection, Row, TextClause, text
 from auditexport_pipeline.core.actions import Action, By
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.event import VERSIONS
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     BatchTimes,
@@ -28,6 +27,7 @@ from auditexport_pipeline.core.status import (
     runs_of,
 )
 from auditexport_pipeline.core.targets import Targets
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
@@ -52,16 +52,16 @@ def targets(given: Mapping[str, float] | None = None) -> Targets:
 
 
 def read_status(
-    outbox: MySQLOutbox, versions: Sequence[str] = tuple(VERSIONS), *, count_to: int = COUNT_BACKLOG_TO
+    outbox: MySQLOutbox, versions: Sequence[str] | None = None, *, count_to: int = COUNT_BACKLOG_TO
 ) -> Status:
     """How the export stands, by MySQL's clock. A user that may only read can ask; ClickHouse is not asked.
 
     Source: `drainer_pending_idx` of the outbox, the ledger by its indexes, dead letters by reason, the last actions.
-    No lock. Raises `OutboxUnavailable` and `SetupIncomplete`.
+    `versions` are those whose pending rows count, all known ones unless given. No lock. Raises `OutboxUnavailable` and `SetupIncomplete`.
     """
     with outbox.transaction("reading the status") as connection:
         now_ms = int(connection.execute(SQL["now_ms"]).scalar_one())
-        backlog = probe(connection, versions, count_to)
+        backlog = probe(connection, tuple(VERSIONS) if versions is None else versions, count_to)
         open_batches = _open_batches(connection, now_ms)
         last = _times(connection, "last_batches", {"row_limit": LAST_BATCHES}, now_ms)
         exported = _times(

@@ -22,6 +22,7 @@ from auditexport_pipeline.core import export
 from auditexport_pipeline.core.errors import IncompleteRun
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.definitions import build_defs, defs
 from auditexport_pipeline.defs import failures
 from auditexport_pipeline.stores import audit_log
@@ -316,7 +317,7 @@ def test_the_launchpad_shows_every_limit_with_its_default_and_its_bounds() -> No
         assert set(form) == {limit.name for limit in fields(Limits)}
         for limit in fields(Limits):
             shown = form[limit.name]
-            default = list(limit.default) if limit.name == "versions" else limit.default
+            default = list(VERSIONS) if limit.name == "versions" else limit.default
             assert shown.default_value == default
             assert shown.description.startswith(limit.metadata["meaning"])
             if limit.name != "versions":

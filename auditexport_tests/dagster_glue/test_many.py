@@ -116,9 +116,13 @@ def test_an_owner_that_dagster_refuses_is_named_by_its_entry(environment: dict[s
 
 @pytest.fixture
 def daemon(environment: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The real daemon with its queue: two slots for eight outboxes, every sensor on, and the last one's server away."""
+    """The real daemon with its queue: three slots, two of them for the drains of eight outboxes, every sensor on, and the last one's server away."""
     configured = yaml.safe_load((home / "dagster.yaml").read_text())
-    configured["concurrency"]["runs"]["max_concurrent_runs"] = 2
+    # As operations.md has it: of the three slots that all share, two for drains.
+    configured["concurrency"]["runs"] = {
+        "max_concurrent_runs": 3,
+        "tag_concurrency_limits": [{"key": "auditexport/kind", "value": "drain", "limit": 2}],
+    }
     (home / "dagster.yaml").write_text(yaml.safe_dump(configured))
     monkeypatch.setenv(f"{NAMES[-1].upper()}_MYSQL_URL", "mysql+pymysql://u:s3cret@127.0.0.1:1/nowhere")
     started = subprocess.run(
@@ -176,7 +180,7 @@ def test_an_endless_backlog_takes_one_slot_and_a_server_that_is_away_none(
 
     records = exporter.instance.get_run_records()
     assert {record.dagster_run.tags["auditexport/outbox"] for record in records} == {ENDLESS, *healthy}
-    # Never two runs of one outbox at once, and never more than the slots there are.
+    # Never two runs of one outbox at once, and never more than the slots that drains have.
     spans = [
         (record.start_time, record.end_time or float("inf"), record.dagster_run.job_name)
         for record in records

@@ -47,7 +47,7 @@ ALLOWED = {
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
     ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
     ("stores/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
-    ("stores/audit_log.py", "_sql(…)"): "a statement of audit_log.sql by name, with a known version's pieces",
+    ("stores/audit_log.py", "_sql(…)"): "a statement of audit_log.sql by name, with the pieces of a registered version",
     ("stores/audit_log.py", "_request(…)"): "`_bound` writes integers into it, through int(); the payloads are data",
     ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', f'concat({whole})')"): (
         "numbered parameters, as many as there are portions"
@@ -55,7 +55,8 @@ ALLOWED = {
     ("stores/setup.py", "Template(_SQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
     ),
-    ("stores/setup.py", "statement"): "setup.sql with an engine and a setting, both constants",
+    ("stores/setup.py", "statement"): "setup.sql, or a version's own ddl, with an engine and a setting, both constants",
+    ("stores/report.py", "_by_hour(…)"): "report.sql with the table of a registered version",
     (
         "stores/preflight_clickhouse.py",
         "f'CHECK GRANT {privilege} ON {table}'",

@@ -1,0 +1,251 @@
+"""The registry of payload versions: a version names the producer of an outbox row, how it is decoded, and where it goes.
+
+What belongs here: what a version consists of, the checks on it, registering one, and finding those of installed packages.
+What does not: how a payload of `audit_log.v1` becomes an event (`core.event`), and speaking to ClickHouse (`stores.audit_log`,
+which puts the pieces of a version's `.sql` file into its statements).
+
+A package adds a version without a fork: its entry point in the group `auditexport_pipeline.versions` names a function that
+calls `register_version`. docs/versions.md has the whole of it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import xxhash
+
+from auditexport_pipeline.core import event
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
+
+ENTRY_POINTS = "auditexport_pipeline.versions"
+# Of a version's `.sql` file; `ddl` is how `auditexport init` creates its table.
+PIECES = ("table", "columns", "input", "select", "fingerprint", "content", "ddl")
+# The sort key of every version's table, and the stamp by which a block is found: how entries are looked for.
+REQUIRED_COLUMNS = {
+    "event_id": "String",
+    "time": "Int64",
+    "inserted_at": "Int64",
+    "workspace_id": "String",
+    "bucket": "String",
+}
+SORT_KEY = ("workspace_id", "bucket", "time", "event_id")
+# The outbox's column is varchar(64), and `drainer_pending_idx` compares it case by case.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_TABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLACEHOLDERS = {"ddl": ("$engine", "$table_settings"), "select": ("{inserted_at_ms:Int64}",)}
+Shape = TypeVar("Shape", bound=msgspec.Struct)
+
+
+def statements_of(text: str, source: str) -> dict[str, str]:
+    """The statements of a `.sql` file by name, comments left out; raises `InvalidConfig` for a name given twice.
+
+    A statement begins with a line `-- name: some_name`.
+    """
+    statements: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("-- name: "):
+            name = line.removeprefix("-- name: ").strip()
+            if name in statements:
+                raise InvalidConfig(f"{source} holds two statements named {name}")
+            statements[name] = ""
+        elif name and not line.lstrip().startswith("--"):
+            statements[name] += line + "\n"
+    return {name: statement.strip() for name, statement in statements.items()}
+
+
+def top_level_parts(columns: str) -> Iterator[str]:
+    """The comma-separated parts of a list of columns or expressions, commas inside parentheses and quotes not counted."""
+    part, depth, quoted = "", 0, False
+    for letter in columns:
+        quoted ^= letter == "'"
+        if not quoted:
+            depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0 and not quoted:
+            yield part
+            part = ""
+        else:
+            part += letter
+    yield part
+
+
+def plain_type(kind: str) -> str:
+    """A type without what changes how it is stored and not what, and without blanks."""
+    return re.sub(r"LowCardinality\((\w+)\)", r"\1", kind.replace(" ", ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadVersion:
+    """One payload version. Raises `InvalidConfig`, naming version and piece, for what cannot be exported.
+
+    `decode` makes an event of a row, or says why not; `decoder` makes one from a typed shape. `sql` is a file of the named
+    pieces `PIECES`: the destination table and its columns with their types, the payload's structure for `input()`, the SELECT
+    that makes columns of it, in their order, the fingerprint as `decode` computes it, the hash of the whole entry, and the
+    CREATE TABLE.
+    """
+
+    name: str
+    decode: Callable[[OutboxRow], Event | Undecodable]
+    sql: Path
+    pieces: Mapping[str, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise self._wrong("name", "it is letters, digits, _, - and dots, 64 at most, a letter first")
+        if not callable(self.decode):
+            raise self._wrong("decode", "it must be a function of an OutboxRow")
+        try:
+            pieces = statements_of(self.sql.read_text(encoding="utf-8"), str(self.sql))
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._wrong("sql", f"{self.sql} cannot be read ({type(error).__name__})") from None
+        for piece in (*PIECES, *pieces):
+            if piece not in PIECES:
+                raise self._wrong(piece, f"there is no such piece; there are {', '.join(PIECES)}")
+            if not pieces.get(piece):
+                raise self._wrong(piece, f"{self.sql} has no statement of this name")
+            for placeholder in _PLACEHOLDERS.get(piece, ()):
+                if placeholder not in pieces[piece]:
+                    raise self._wrong(piece, f"{placeholder} has to stand in it")
+        object.__setattr__(self, "pieces", pieces)
+        if not _TABLE.fullmatch(self.table):
+            raise self._wrong("table", "it is the name of one table, without its database")
+        for name, kind in REQUIRED_COLUMNS.items():
+            if plain_type(self.columns.get(name, "")) != kind:
+                raise self._wrong("columns", f"{name} {kind} has to be among them")
+        for piece in ("columns", "input"):
+            if "'" in pieces[piece]:
+                raise self._wrong(piece, "it is put between quotes and holds none itself")
+        count = len(list(top_level_parts(pieces["select"])))
+        if count != len(self.columns):
+            raise self._wrong("select", f"it has {count} expressions for {len(self.columns)} columns")
+        order = " ".join(pieces["ddl"].split())
+        if f"ORDER BY ({', '.join(SORT_KEY)})" not in order:
+            raise self._wrong("ddl", f"entries are looked for by ORDER BY ({', '.join(SORT_KEY)})")
+        if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", order):
+            raise self._wrong("ddl", f"it must begin with CREATE TABLE IF NOT EXISTS {self.table}")
+
+    @property
+    def table(self) -> str:
+        return self.pieces["table"]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that an INSERT fills, in order: name to type."""
+        parts = (part.strip().split(maxsplit=1) for part in top_level_parts(self.pieces["columns"]))
+        return {part[0].strip("`"): part[1].strip() for part in parts if len(part) == 2}
+
+    def _wrong(self, piece: str, why: str) -> InvalidConfig:
+        return InvalidConfig(f"payload version {self.name!r}: {piece}: {why}")
+
+
+def decoder(
+    shape: type[Shape],
+    *,
+    key: Callable[[Shape], Key],
+    content: Callable[[Shape], Sequence[str]],
+) -> Callable[[OutboxRow], Event | Undecodable]:
+    r"""A `decode` for payloads of one msgspec shape: types checked, and both ids the same as in the row's columns.
+
+    `key` is the event's place in the table: workspace_id, bucket, time in epoch milliseconds, event_id. `content` are the texts
+    that the fingerprint is made of: `xxHash64(concat(a, '\0', b, …))` of the stored columns is the same in ClickHouse.
+    """
+    reader = msgspec.json.Decoder(shape)
+
+    def decode(row: OutboxRow) -> Event | Undecodable:
+        try:
+            payload = reader.decode(row.payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return event.undecodable(row.payload, error)
+        place = key(payload)
+        mismatch = event.other_identity(row, event_id=place[3], workspace_id=place[0])
+        if mismatch is not None:
+            return mismatch
+        try:
+            return Event(place, xxhash.xxh64_intdigest("\0".join(content(payload)).encode()))
+        except UnicodeEncodeError:
+            return Undecodable(reason="lone_surrogate", detail="text that has no UTF-8")
+
+    return decode
+
+
+# ── the registry ─────────────────────────────────────────────────────────────────────────────────
+
+
+class _Versions(Mapping[str, PayloadVersion]):
+    """Every version by name, ours first; installed packages are asked for theirs when it is first looked at."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, PayloadVersion] = {}
+        self._asked = False
+        self._lock = threading.RLock()
+
+    def add(self, version: PayloadVersion) -> None:
+        with self._lock:
+            for other in self._known.values():
+                if version.name == other.name:
+                    raise InvalidConfig(f"payload version {version.name!r} is registered already")
+                if version.table == other.table:
+                    raise InvalidConfig(
+                        f"payload version {version.name!r}: table: {version.table} is {other.name}'s; each has its own"
+                    )
+            self._known[version.name] = version
+
+    def _all(self) -> dict[str, PayloadVersion]:
+        with self._lock:
+            if not self._asked:
+                self._asked = True  # what a package asks while it registers sees what there is so far
+                try:
+                    self._ask()
+                except BaseException:
+                    self._asked = False
+                    raise
+            return self._known
+
+    def _ask(self) -> None:
+        for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
+            before = dict(self._known)
+            try:
+                found.load()()
+            except Exception as error:
+                self._known = before
+                raise InvalidConfig(
+                    f"the entry point {found.name} ({found.value}) of the group {ENTRY_POINTS} does not register its "
+                    f"payload version ({type(error).__name__}: {error}); mend or uninstall that package"
+                ) from error
+
+    def __getitem__(self, name: str) -> PayloadVersion:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._all()))
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+VERSIONS = _Versions()
+
+
+def register_version(version: PayloadVersion) -> None:
+    """Makes a version known to this process: drains, verification, reconciliation, `init` and `doctor` go over it.
+
+    Raises `InvalidConfig` for a name or a table that another version has.
+    """
+    VERSIONS.add(version)
+
+
+register_version(
+    PayloadVersion(
+        name="audit_log.v1",
+        decode=event.decode_audit_log_v1,
+        sql=Path(__file__).parents[1] / "stores" / "audit_log_v1.sql",
+    )
+)

@@ -1,0 +1,277 @@
+"""What stays behind: bytes of a batch in the ledger, of a run and a tick in Dagster's storage, and round trips a batch.
+
+What belongs here: counting on real servers, for the constants of `model`. What does not: speed, and what a year makes of it
+(`model`).
+
+    python -m auditexport_tests.benchmarks.growth [runs]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import sqlalchemy as sa
+
+from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.local.stack import LocalStack
+from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_tests.benchmarks import bench
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = "clickhouse_outbox_batch"
+# Copies of one batch, so that pages of InnoDB are as full as they are in a ledger that grew.
+COPIES = 32_768
+TICKS = 2_000
+TRIP_ROWS = (1_000, 5_000, 25_000)
+BY = By(who="benchmark", why="counting")
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[str], Counter[str]]]:
+    """Commands to MySQL and requests to ClickHouse of this process, under the name that was given last."""
+    from clickhouse_connect.driver._backend import http_sync
+    from pymysql.connections import Connection
+
+    counts: dict[str, Counter[str]] = {}
+    verb = [""]
+    command, request = Connection._execute_command, http_sync.HttpSyncBackend.request
+
+    def count(server: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **named: Any) -> Any:
+            counts.setdefault(verb[0], Counter())[server] += 1
+            return real(*arguments, **named)
+
+        return counting
+
+    def under(name: str) -> Counter[str]:
+        verb[0] = name
+        return counts.setdefault(name, Counter())
+
+    Connection._execute_command = count("MySQL", command)
+    http_sync.HttpSyncBackend.request = count("ClickHouse", request)
+    try:
+        yield under
+    finally:
+        Connection._execute_command = command
+        http_sync.HttpSyncBackend.request = request
+
+
+def round_trips(stack: LocalStack, rows: int, batches: int = 3) -> pd.DataFrame:
+    """Of each verb, for a batch of so many rows: one row a verb, one column a server."""
+    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
+    bench.seed(stack, rows * batches)
+    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
+    limits = Limits(batch_rows=rows, max_batches=batches)
+    try:
+        with counted() as under:
+            found = {"claim": under("claim")}
+            claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
+            for claim in claims:
+                found["fetch"] = under("fetch")
+                fetched = export.fetch(stack.outbox, claim, limits)
+                found["write"] = under("write")
+                receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
+                found["mark"] = under("mark")
+                export.mark(stack.outbox, receipt, limits)
+            found["verify"] = under("verify")
+            verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+    finally:
+        claiming.FIRST_BATCH_ROWS = first
+    table = pd.DataFrame({verb: dict(counts) for verb, counts in found.items()}).T.fillna(0) / len(claims)
+    return table.rename_axis(f"{rows:,} rows").round(1)
+
+
+def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[str, float]:
+    """Milliseconds that a batch takes however small it is: wall, and CPU of exporter, MySQL and ClickHouse."""
+    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
+    bench.seed(stack, rows * batches)
+    bench.settle(stack)
+    servers = [psutil.Process(pid) for pid in (stack.mysql.pid, stack.clickhouse.pid)]
+
+    def now() -> list[float]:
+        return [time.perf_counter(), time.process_time(), *(sum(server.cpu_times()[:2]) for server in servers)]
+
+    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
+    limits = Limits(batch_rows=rows, max_batches=batches)
+    began = now()
+    try:
+        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
+    finally:
+        claiming.FIRST_BATCH_ROWS = first
+    for claim in claims:
+        fetched = export.fetch(stack.outbox, claim, limits)
+        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+    spent = [(ended - before) / len(claims) * 1000 for ended, before in zip(now(), began, strict=True)]
+    return dict(zip(("wall", "exporter", "MySQL", "ClickHouse"), (round(ms, 1) for ms in spent), strict=True))
+
+
+def ledger_bytes(stack: LocalStack) -> dict[str, float]:
+    """On InnoDB's pages, indexes included: of a batch whose rows lie together, of one whose rows do not, and of its record only."""
+    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
+    bench.seed(stack, 2_000)
+    # As rows of several transactions at once lie: every third of them is another batch's.
+    bench.execute(stack, "DELETE FROM clickhouse_outbox WHERE MOD(pk, 3) = 0 AND pk > 1000")
+    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, 1_000
+    limits = Limits(batch_rows=1_000)
+    try:
+        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
+    finally:
+        claiming.FIRST_BATCH_ROWS = first
+    for claim in claims:
+        fetched = export.fetch(stack.outbox, claim, limits)
+        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10))
+    together, apart = (claim.batch_id for claim in claims[:2])
+    found = {"rows together": _copied(stack, together), "667 rows apart": _copied(stack, apart)}
+    upkeep = MySQLUpkeep(stack.outbox)
+    sweep(stack.outbox, upkeep, stack.log, Retention(outbox_days=0), BY)
+    assert upkeep.compact(upkeep.now_ms() + 1, 10, BY) == len(claims)
+    return {**found, "the record only": _copied(stack, together)}
+
+
+def _copied(stack: LocalStack, batch_id: int) -> float:
+    """Bytes a row of a table that holds one batch of the ledger thousands of times, under ids and times of their own."""
+    copy = f"{LEDGER}_copied"
+    with stack.outbox.engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE IF EXISTS {copy}")
+        connection.exec_driver_sql(f"CREATE TABLE {copy} LIKE {LEDGER}")
+        columns = [row[0] for row in connection.exec_driver_sql(f"SHOW COLUMNS FROM {LEDGER}")]
+        connection.exec_driver_sql(f"INSERT INTO {copy} SELECT * FROM {LEDGER} WHERE batch_id = {batch_id}")
+    moving = {
+        "batch_id": 1,
+        "first_pk": 100_000,
+        "last_pk": 100_000,
+        "inserted_at_ms": 10_000,
+        "exported_at_ms": 10_000,
+    }
+    for doubling in range(int(math.log2(COPIES))):
+        by = 2**doubling
+        values = ", ".join(f"{name} + {moving[name] * by}" if name in moving else name for name in columns)
+        bench.execute(stack, f"INSERT INTO {copy} ({', '.join(columns)}) SELECT {values} FROM {copy}")
+    bench.execute(stack, f"ANALYZE TABLE {copy}")
+    engine = sa.create_engine(stack.outbox.url)
+    with engine.connect() as connection:
+        (size,) = connection.exec_driver_sql(
+            "SELECT DATA_LENGTH + INDEX_LENGTH AS bytes FROM information_schema.tables "
+            f"WHERE table_schema = DATABASE() AND table_name = '{copy}'"
+        ).one()
+    engine.dispose()
+    bench.execute(stack, f"DROP TABLE {copy}")
+    return float(size) / COPIES
+
+
+def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[str, float]:
+    """Of one run of a batch, as the schedule launches it, and of one skipped tick, in SQLite or in PostgreSQL."""
+    with tempfile.TemporaryDirectory(prefix="auditexport-growth-") as directory:
+        home = Path(directory)
+        configuration = ROOT / ("auditexport_pipeline/deploy/dagster.yaml" if postgres_url else "dagster.yaml")
+        shutil.copy(configuration, home / "dagster.yaml")
+        environment = {
+            **os.environ,
+            "DAGSTER_HOME": directory,
+            "DAGSTER_POSTGRES_URL": postgres_url,
+            "AUDITEXPORT_MYSQL_URL": stack.outbox.url,
+            "AUDITEXPORT_CLICKHOUSE_URL": stack.log.url,
+        }
+
+        def run() -> None:
+            bench.restore(stack)
+            subprocess.run(bench.DAGSTER_DRAIN, env=environment, cwd=ROOT, check=True, capture_output=True)
+
+        run()  # schemas, and pages that are begun
+        before, events_before = _size(home, postgres_url), _events(home, postgres_url)
+        for _ in range(runs):
+            run()
+        grown = (_size(home, postgres_url) - before) / runs
+        events = (_events(home, postgres_url) - events_before) / runs
+        before = _size(home, postgres_url)
+        subprocess.run(
+            [sys.executable, "-c", _MAKE_TICKS, str(TICKS)], env=environment, cwd=ROOT, check=True, capture_output=True
+        )
+        return {
+            "bytes a run": grown,
+            "event rows a run": events,
+            "bytes a tick": (_size(home, postgres_url) - before) / TICKS,
+        }
+
+
+# Ticks as the daemon keeps them, with a skip reason as long as the sensor's.
+_MAKE_TICKS = """
+import sys, time
+import dagster as dg
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.scheduler.instigation import TickData, TickStatus
+with dg.DagsterInstance.get() as instance:
+    for number in range(int(sys.argv[1])):
+        instance.create_tick(TickData(
+            instigator_origin_id="a" * 40, instigator_name="outbox_backlog_sensor", instigator_type=InstigatorType.SENSOR,
+            status=TickStatus.SKIPPED, timestamp=time.time(), selector_id="b" * 40,
+            skip_reason="12 rows are pending, the oldest for 4 s: fewer than 10,000, younger than 60 s"))
+"""
+
+
+def _size(home: Path, postgres_url: str) -> int:
+    if not postgres_url:
+        return sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and path.name != "dagster.yaml")
+    engine = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("VACUUM")
+        size = connection.exec_driver_sql("SELECT pg_database_size(current_database())").scalar_one()
+    engine.dispose()
+    return int(size)
+
+
+def _events(home: Path, postgres_url: str) -> int:
+    if postgres_url:
+        engine = sa.create_engine(postgres_url)
+        with engine.connect() as connection:
+            rows = connection.exec_driver_sql("SELECT count(*) FROM event_logs").scalar_one()
+        engine.dispose()
+        return int(rows)
+    rows = 0
+    for path in (home / "history" / "runs").glob("*.db"):
+        engine = sa.create_engine(f"sqlite:///{path}")
+        with engine.connect() as connection:
+            if sa.inspect(connection).has_table("event_logs") and path.stem != "index":
+                rows += int(connection.exec_driver_sql("SELECT count(*) FROM event_logs").scalar_one())
+        engine.dispose()
+    return rows
+
+
+def main(runs: int = 6) -> None:
+    started = time.monotonic()
+    with bench.benchmark_stack() as stack:
+        bench.print_machine(stack)
+        for rows in TRIP_ROWS:
+            print(f"round trips a batch of\n{round_trips(stack, rows).to_string()}", flush=True)
+        print("milliseconds a batch of 50 rows: ", fixed_costs(stack), flush=True)
+        print("bytes a batch in the ledger, indexes included: ", ledger_bytes(stack), flush=True)
+        bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
+        bench.seed(stack, 1_000)
+        print("Dagster on SQLite: ", dagster_bytes(stack, runs), flush=True)
+        from auditexport_tests.e2e.test_deployment import postgres
+
+        with postgres() as url:
+            print("Dagster on PostgreSQL: ", dagster_bytes(stack, runs, url), flush=True)
+    print(f"{time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
