@@ -1,8 +1,8 @@
-"""Makes sure that this machine has a Chromium and a PostgreSQL, for `make test-e2e`.
+"""Makes sure that this machine has a Chromium, a PostgreSQL and a Redis, for `make test-e2e`.
 
-What belongs here: finding both, and installing Debian's when we are root. What does not: starting them (`conftest`,
-`test_deployment`). No browser of Playwright's own is downloaded: its wheel drives the one that is there. Debian's
-package makes a PostgreSQL cluster of its own, which is not used.
+What belongs here: finding them, and installing Debian's when we are root. What does not: starting them (`conftest`,
+`servers`). No browser of Playwright's own is downloaded: its wheel drives the one that is there. Debian's
+package makes a PostgreSQL cluster of its own, which is not used, and neither is the Redis of Debian's service.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Debian's and Ubuntu's names, then the vendors'.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PACKAGES = {"chromium": "a Chromium", "postgresql": "a PostgreSQL server"}
+PACKAGES = {"chromium": "a Chromium", "postgresql": "a PostgreSQL server", "redis-server": "a Redis server"}
 
 
 def find_browser() -> str | None:
@@ -33,7 +33,7 @@ def find_postgres() -> Path | None:
 
 def missing() -> list[str]:
     """Debian's packages of what is not there."""
-    there = {"chromium": find_browser(), "postgresql": find_postgres()}
+    there = {"chromium": find_browser(), "postgresql": find_postgres(), "redis-server": shutil.which("redis-server")}
     return [package for package in PACKAGES if not there[package]]
 
 
