@@ -185,16 +185,7 @@ def kubernetes_settings() -> dict[str, Any]:
     """The configuration of `k8s_job_executor`. What is not set is as the run launcher has it."""
     settings: dict[str, Any] = {
         "max_concurrent": _whole_number(MAX_CONCURRENT, DEFAULT_MAX_CONCURRENT),
-        "step_k8s_config": {
-            "job_spec_config": {"ttl_seconds_after_finished": KEEP_JOBS_S},
-            "container_config": {
-                "security_context": {
-                    "allow_privilege_escalation": False,
-                    "capabilities": {"drop": ["ALL"]},
-                    "run_as_non_root": True,
-                }
-            },
-        },
+        "step_k8s_config": {"job_spec_config": {"ttl_seconds_after_finished": KEEP_JOBS_S}},
     }
     given = {"job_namespace": NAMESPACE, "job_image": IMAGE, "service_account_name": SERVICE_ACCOUNT}
     settings |= {key: os.environ[variable] for key, variable in given.items() if os.environ.get(variable)}
