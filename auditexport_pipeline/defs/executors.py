@@ -96,7 +96,8 @@ def _multiprocess() -> dg.ExecutorDefinition:
 
 def _celery() -> dg.ExecutorDefinition:
     """Steps as tasks of Celery. The configuration names variables, so no URL comes into Dagster's storage."""
-    executor = _extra("dagster_celery", "celery").celery_executor.configured(
+    _extra("dagster_celery", "celery")
+    executor = _extra("auditexport_pipeline.defs.celery_steps", "celery").celery_executor.configured(
         {
             "broker": {"env": BROKER_URL} if os.environ.get(BROKER_URL) else DEFAULT_BROKER_URL,
             # Redis is broker and keeper of results at once; RabbitMQ sends results as messages.
@@ -146,6 +147,9 @@ def celery_settings() -> dict[str, Any]:
         # A task is done when its step is, not when a worker has it: otherwise a worker that dies takes the step with it,
         # and the run waits for it until run_monitoring ends the run.
         "task_acks_late": True,
+        # A worker whose child was killed lives, and says that the task failed: a step that needs more memory than there is
+        # must not go from one worker to the next without end.
+        "task_reject_on_worker_lost": False,
         # One step at a time for each process: what waits behind a step waits in the queue, where others can take it.
         "worker_prefetch_multiplier": 1,
         # The broker gives the tasks of a worker that it lost to another: so the worker stops working on them.

@@ -6,6 +6,7 @@ What belongs here: what only workers in other processes can show. What does not:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dagster as dg
+import psutil
 import pytest
 import yaml
 
@@ -88,13 +90,20 @@ class Cluster:
         os.killpg(os.getpgid(worker.pid), signal.SIGKILL)
         worker.stop()
 
-    def launch(self) -> subprocess.Popen[bytes]:
+    def kill_child(self, name: str) -> None:
+        """SIGKILL to the process that does the worker's steps, as the kernel's when memory is short."""
+        (main,) = psutil.Process(self.workers[name].pid).children()
+        (child,) = main.children()
+        child.kill()
+
+    @contextlib.contextmanager
+    def launched(self) -> Iterator[subprocess.Popen[bytes]]:
         """A run in a process of its own, as a run launcher starts it."""
         settings = self.home / "run.yaml"
         settings.write_text(yaml.safe_dump(launchpad({"batch_rows": BATCH_ROWS})))
         command = ["job", "execute", "-m", "auditexport_pipeline.definitions", "-j", "audit_log_export"]
         with (self.home.parent / "run.log").open("wb") as log:
-            return subprocess.Popen(
+            run = subprocess.Popen(
                 [str(Path(sys.executable).parent / "dagster"), *command, "-c", str(settings)],
                 cwd=ROOT,
                 env=self.environment,
@@ -102,6 +111,11 @@ class Cluster:
                 stdout=log,
                 stderr=log,
             )
+        try:
+            yield run
+        finally:
+            run.kill()
+            run.wait()
 
     def executions(self, run_id: str) -> list[tuple[str, str]]:
         """(step, worker) each time that a worker began a step, in order."""
@@ -153,44 +167,52 @@ def cluster(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
                     worker.stop()
 
 
+def _tail(cluster: Cluster) -> str:
+    return (cluster.home.parent / "run.log").read_text()[-3000:]
+
+
+def _batches(cluster: Cluster, state: State) -> int:
+    return sum(1 for batch in ledger(cluster.stack) if batch.state is state)
+
+
+def _hold_an_insert(cluster: Cluster, run: subprocess.Popen[bytes]) -> tuple[str, str, str]:
+    """Waits for the first batches, holds the next INSERT on the wire; returns run id, the step that sent it, its worker."""
+
+    def begun() -> bool:
+        assert run.poll() is None, _tail(cluster)
+        return _batches(cluster, State.EXPORTED) >= 3
+
+    wait_until(begun, what="the first batches", within_s=UP_WITHIN_S)
+    cluster.proxy.arm(Fault(kind="late", aimed=True, seconds=INSERT_LATE_S))
+    wait_until(lambda: cluster.proxy.hits["late"], what="an INSERT under way", within_s=UP_WITHIN_S)
+    run_id = cluster.instance.get_runs(limit=1)[0].run_id
+    # The others' INSERTs end by themselves; the one that is left is held by the proxy.
+    suspects = {step for step in cluster.running(run_id) if "write_clickhouse" in step}
+
+    def held() -> tuple[str, str] | None:
+        running = cluster.running(run_id)
+        left = [(step, running[step]) for step in suspects if step in running]
+        assert left, "the INSERT that was held has been answered"
+        return left[0] if len(left) == 1 else None
+
+    return (run_id, *wait_until(held, what="the worker whose INSERT is held", every_s=0.2))
+
+
 def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_none(
     cluster: Cluster, stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The promise of one machine holds on several: the step goes to another worker, and its INSERT is sent twice."""
     count = BATCHES * BATCH_ROWS
     stack.put(*events(count, description=CANARY))
-    run = cluster.launch()
-    try:
-
-        def batches(*states: State) -> int:
-            assert run.poll() is None, (cluster.home.parent / "run.log").read_text()[-3000:]
-            return sum(1 for batch in ledger(stack) if batch.state in states)
-
-        wait_until(lambda: batches(State.EXPORTED) >= 3, what="the first batches", within_s=UP_WITHIN_S)
-        cluster.proxy.arm(Fault(kind="late", aimed=True, seconds=INSERT_LATE_S))
-        wait_until(lambda: cluster.proxy.hits["late"], what="an INSERT under way", within_s=UP_WITHIN_S)
-        (dagster_run,) = cluster.instance.get_runs()
-
-        # The others' INSERTs end by themselves; the one that is left is held by the proxy.
-        suspects = {step for step in cluster.running(dagster_run.run_id) if "write_clickhouse" in step}
-
-        def held() -> tuple[str, str] | None:
-            running = cluster.running(dagster_run.run_id)
-            left = [(step, running[step]) for step in suspects if step in running]
-            assert left, "the INSERT that was held has been answered"
-            return left[0] if len(left) == 1 else None
-
-        step, victim = wait_until(held, what="the worker whose INSERT is held", every_s=0.2)
+    with cluster.launched() as run:
+        run_id, step, victim = _hold_an_insert(cluster, run)
         cluster.kill_worker(victim)
-        exported_at_kill = batches(State.EXPORTED)
+        exported_at_kill = _batches(cluster, State.EXPORTED)
         code = run.wait(UP_WITHIN_S * 2)
-    finally:
-        run.kill()
-        run.wait()
-    assert code == 0, (cluster.home.parent / "run.log").read_text()[-3000:]
+    assert code == 0, _tail(cluster)
     assert exported_at_kill < BATCHES
 
-    again = [worker for executed, worker in cluster.executions(dagster_run.run_id) if executed == step]
+    again = [worker for executed, worker in cluster.executions(run_id) if executed == step]
     assert len(again) == 2
     assert again[0] == victim != again[1]
     wait_until(lambda: cluster.proxy.held == 0, what="the dead worker's INSERT to arrive", within_s=UP_WITHIN_S)
@@ -200,14 +222,12 @@ def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_non
     assert len(found) == BATCHES
     assert {batch.state for batch in found} == {State.VERIFIED}
     assert sorted({batch.attempts for batch in found}) == [1, 2]
-    finished = cluster.instance.get_run_by_id(dagster_run.run_id)
+    finished = cluster.instance.get_run_by_id(run_id)
     assert finished is not None
     assert finished.is_success
 
     shares = Counter(
-        worker
-        for executed, worker in cluster.executions(dagster_run.run_id)
-        if executed.startswith("export_batch.mark_exported")
+        worker for executed, worker in cluster.executions(run_id) if executed.startswith("export_batch.mark_exported")
     )
     assert set(shares) >= set(WORKERS) - {victim}
     assert sum(shares.values()) >= BATCHES
@@ -220,6 +240,33 @@ def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_non
             + f"; worker {victim} killed in {step} after {exported_at_kill} of {BATCHES} batches; "
             f"the step done again by worker {again[1]}; lost {count - distinct}, duplicated {entries - distinct}"
         )
+
+
+def test_a_workers_child_that_is_killed_fails_its_run_and_the_next_one_continues(
+    cluster: Cluster, stack: Stack
+) -> None:
+    """What the kernel kills for its memory must not go to one worker after the other; and the run must end, and say why."""
+    count = BATCHES * BATCH_ROWS
+    stack.put(*events(count))
+    with cluster.launched() as run:
+        run_id, step, victim = _hold_an_insert(cluster, run)
+        cluster.kill_child(victim)
+        code = run.wait(UP_WITHIN_S * 2)
+    assert code != 0
+    assert [executed for executed, _ in cluster.executions(run_id)].count(step) == 1
+    (failure,) = cluster.instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    assert failure.dagster_event is not None
+    assert str(failure.dagster_event.step_key).endswith(step)
+    assert "WorkerLostError" in str(failure.dagster_event.step_failure_data.error)
+    ended = cluster.instance.get_run_by_id(run_id)
+    assert ended is not None
+    assert ended.status is dg.DagsterRunStatus.FAILURE
+
+    with cluster.launched() as run:
+        assert run.wait(UP_WITHIN_S * 2) == 0, _tail(cluster)
+    wait_until(lambda: cluster.proxy.held == 0, what="the dead child's INSERT to arrive", within_s=UP_WITHIN_S)
+    everything_once(stack, count)
+    assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
 
 
 def _nothing_leaked(cluster: Cluster) -> None:
