@@ -1,6 +1,6 @@
-"""A private PostgreSQL and a private Redis on loopback, for as long as a test needs them.
+"""A private PostgreSQL, Redis and RabbitMQ on loopback, for as long as a test needs them.
 
-What belongs here: starting both from Debian's programs, without Debian's services, and taking them down. What does not:
+What belongs here: starting them from Debian's programs, without Debian's services, and taking them down. What does not:
 installing them (`install`).
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from auditexport_pipeline.local.processes import Child, free_port
-from auditexport_tests.e2e.install import find_postgres
+from auditexport_tests.e2e.install import find_postgres, find_rabbitmq
 
 UP_WITHIN_S = 180.0
 # Root may not run PostgreSQL; Debian's package brings this user.
@@ -88,3 +88,49 @@ def redis(password: str, directory: Path) -> Iterator[str]:
         yield f"redis://:{password}@127.0.0.1:{port}/0"
     finally:
         child.stop()
+
+
+@contextlib.contextmanager
+def rabbitmq(password: str, directory: Path) -> Iterator[str]:
+    """A private RabbitMQ on loopback whose user `exporter` has this password; yields its URL."""
+    programs = find_rabbitmq()
+    assert programs, "no RabbitMQ on this machine: `make test-e2e` installs it, or says how"
+    port, epmd_port = free_port(), free_port()
+    home = directory / "home"  # of the cookie by which its nodes know each other
+    home.mkdir()
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "ERL_EPMD_PORT": str(epmd_port),
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "RABBITMQ_MNESIA_BASE": str(directory / "data"),
+        "RABBITMQ_LOG_BASE": str(directory / "log"),
+        "RABBITMQ_PID_FILE": str(directory / "pid"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "no_plugins"),
+        "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq"),
+    }
+    (directory / "rabbitmq.conf").write_text(f"default_user = exporter\ndefault_pass = {password}\n")
+    # Erlang would start this one itself, as a daemon that nobody stops.
+    names = Child("epmd", ["epmd"], log=directory / "epmd.log", env=environment)
+    server = None
+    try:
+        names.wait_until(lambda: _listens(epmd_port), within_s=UP_WITHIN_S)
+        server = Child("RabbitMQ", [str(programs / "rabbitmq-server")], log=directory / "rabbitmq.log", env=environment)
+        server.wait_until(lambda: _listens(port), within_s=UP_WITHIN_S)
+        yield f"pyamqp://exporter:{password}@127.0.0.1:{port}//"
+    finally:
+        if server is not None:
+            server.stop()
+        names.stop()
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False

@@ -1,7 +1,7 @@
-"""A drain on Celery: Redis, PostgreSQL for Dagster's storage, three workers as processes of their own, and one of them killed.
+"""A drain on Celery: Redis or RabbitMQ, PostgreSQL for Dagster's storage, three workers as processes, and one of them killed.
 
 What belongs here: what only workers in other processes can show. What does not: how the executor is put together
-(`dagster_glue/test_executors.py`), and RabbitMQ, which tells a lost worker by its connection and not by a time.
+(`dagster_glue/test_executors.py`). RabbitMQ tells a lost worker by its connection, Redis by a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from auditexport_tests.chaos.proxy import Fault, Proxy
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events, everything_once, launchpad, ledger
 from auditexport_tests.e2e.install import find_postgres
-from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres, redis
+from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres, rabbitmq, redis
 from auditexport_tests.test_deploy import DEPLOY
 from auditexport_tests.waiting import wait_until
 
@@ -138,14 +138,20 @@ class Cluster:
         return {step: worker for step, worker in self.executions(run_id) if step not in done}
 
 
+BROKERS = {"redis": redis, "rabbitmq": rabbitmq}
+
+
 @pytest.fixture
-def cluster(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    start_broker = BROKERS[request.param]
     home, broker = tmp_path / "home", tmp_path / "broker"
     home.mkdir()
     broker.mkdir()
     shutil.copy(DEPLOY / "dagster.yaml", home)
     port = int(stack.clickhouse_url.rsplit(":", 1)[1].split("/")[0])
-    with postgres() as storage_url, redis(PASSWORD, broker) as broker_url, Proxy(port, speaks="http") as proxy:
+    with postgres() as storage_url, start_broker(PASSWORD, broker) as broker_url, Proxy(port, speaks="http") as proxy:
         monkeypatch.setenv("DAGSTER_POSTGRES_URL", storage_url)
         with dg.DagsterInstance.from_config(str(home)) as instance:
             cluster = Cluster(
@@ -198,6 +204,7 @@ def _hold_an_insert(cluster: Cluster, run: subprocess.Popen[bytes]) -> tuple[str
     return (run_id, *wait_until(held, what="the worker whose INSERT is held", every_s=0.2))
 
 
+@pytest.mark.parametrize("cluster", BROKERS, indirect=True)
 def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_none(
     cluster: Cluster, stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,13 +242,14 @@ def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_non
     with capsys.disabled():
         entries, distinct = stack.counts()
         print(
-            f"\nCelery over Redis: {len(WORKERS)} workers; batches marked by each: "
+            f"\nCelery over {cluster.broker_url.partition('://')[0]}: {len(WORKERS)} workers; batches marked by each: "
             + ", ".join(f"{name} {shares[name]}" for name in WORKERS)
             + f"; worker {victim} killed in {step} after {exported_at_kill} of {BATCHES} batches; "
             f"the step done again by worker {again[1]}; lost {count - distinct}, duplicated {entries - distinct}"
         )
 
 
+@pytest.mark.parametrize("cluster", ["redis"], indirect=True)
 def test_a_workers_child_that_is_killed_fails_its_run_and_the_next_one_continues(
     cluster: Cluster, stack: Stack
 ) -> None:
@@ -276,9 +284,10 @@ def _nothing_leaked(cluster: Cluster) -> None:
     dump = [str(programs / "pg_dump"), cluster.storage_url.replace("+psycopg2", "")]
     storage = subprocess.run(dump, check=True, capture_output=True).stdout
     kept = [path for path in cluster.home.rglob("*") if path.is_file()]
-    sent = b"".join(path.read_bytes() for path in (cluster.home.parent / "broker" / "appendonlydir").iterdir())
+    # Of Redis each command that it was sent; of RabbitMQ what its queues have on disk.
+    sent = b"".join(path.read_bytes() for path in (cluster.home.parent / "broker").rglob("*") if path.is_file())
     logs = b"".join(path.read_bytes() for path in cluster.home.parent.glob("*.log"))
-    assert b"execute_plan" in sent
+    assert b"execute_plan" in sent or "redis" not in cluster.broker_url
     assert b"mark_exported" in storage
     for text in (storage, logs, sent, *(path.read_bytes() for path in kept)):
         assert CANARY.encode() not in text
