@@ -1,41 +1,19 @@
 """The composition root: everything Dagster sees, put together once.
 
-What belongs here: `defs` as our code location is loaded, and its executor. What does not: any definition, and how those
-of one outbox are put together (`defs.build`).
+What belongs here: `defs` as our code location is loaded, and that it has an executor. What does not: any definition, how
+those of one outbox are put together (`defs.build`), and what an executor needs (`defs.executors`).
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
+from auditexport_pipeline.defs.executors import executor_of_environment
 from auditexport_pipeline.outboxes import Outboxes, OutboxSettings, read_outboxes
-
-
-def _executor(name: str) -> dg.ExecutorDefinition:
-    if name == "in_process":
-        return dg.in_process_executor
-    if name == "multiprocess":
-        return dg.multiprocess_executor.configured(
-            {
-                "start_method": {
-                    "forkserver": {
-                        "preload_modules": [
-                            "auditexport_pipeline.definitions",
-                            "dagster._core.storage.sqlite_storage",
-                            "dagster._core.storage.fs_io_manager",
-                        ]
-                    }
-                }
-            },
-            name="multiprocess",
-        )
-    raise InvalidConfig(f"AUDITEXPORT_EXECUTOR is {name!r}; it must be in_process or multiprocess")
-
 
 # Whom the page names for the one outbox of the environment; a file of outboxes and a component say their own.
 OWNERS = ("team:data-platform",)
@@ -48,7 +26,7 @@ def build_defs(**arguments: Any) -> dg.Definitions:
     AUDITEXPORT_EXECUTOR and AUDITEXPORT_OUTBOXES are read here, because Dagster wants executor and names with the
     definitions. `arguments` are for the one outbox. Raises `InvalidConfig`, naming file, entry and key.
     """
-    executor = _executor(os.environ.get("AUDITEXPORT_EXECUTOR") or "in_process")
+    executor = executor_of_environment()
     outboxes = read_outboxes()
     if outboxes is None:
         return build_audit_export_defs(executor=executor, **{"owners": OWNERS, **arguments})

@@ -172,3 +172,127 @@ def test_what_the_image_and_the_containers_take_from_the_repository_is_there() -
             assert source in COMPOSE["volumes"] or (DEPLOY / "container" / source).exists(), volume
         build = COMPOSE["services"][name]["build"]
         assert (DEPLOY / "container" / build["context"] / build["dockerfile"]).exists()
+
+
+# ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────
+
+KUBERNETES = DEPLOY / "kubernetes"
+NOT_MANIFESTS = ("dagster.yaml", "workspace.yaml", "kustomization.yaml")
+MANIFESTS: list[dict[str, Any]] = [
+    document
+    for path in sorted(KUBERNETES.glob("*.yaml"))
+    if path.name not in NOT_MANIFESTS
+    for document in yaml.safe_load_all(path.read_text())
+]
+KUSTOMIZATION: dict[str, Any] = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+
+
+def _deployments() -> dict[str, dict[str, Any]]:
+    return {found["metadata"]["name"]: found for found in MANIFESTS if found["kind"] == "Deployment"}
+
+
+def _containers() -> list[dict[str, Any]]:
+    specs = [found["spec"]["template"]["spec"] for found in _deployments().values()]
+    return [container for spec in specs for container in (*spec.get("initContainers", ()), *spec["containers"])]
+
+
+def _unknown_fields(value: Any, kind: str, at: str) -> list[str]:
+    """Where a manifest has a field that Kubernetes' own model of this kind does not know, or lacks one it must have."""
+    from kubernetes import client
+
+    if kind.startswith("list["):
+        return [found for n, item in enumerate(value) for found in _unknown_fields(item, kind[5:-1], f"{at}[{n}]")]
+    if kind.startswith("dict("):
+        return [] if isinstance(value, dict) else [at]
+    model = getattr(client, kind, None)
+    if model is None:  # a plain value
+        expected = {"str": str, "bool": bool, "int": int}.get(kind, object)
+        return [] if isinstance(value, expected) else [at]
+    names = {theirs: ours for ours, theirs in model.attribute_map.items()}
+    unknown = [f"{at}.{name}" for name in value if name not in names]
+    for name in set(value) & set(names):
+        unknown += _unknown_fields(value[name], model.openapi_types[names[name]], f"{at}.{name}")
+    return unknown
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda found: f"{found['kind']}-{found['metadata']['name']}")
+def test_kubernetes_knows_every_field_of_the_manifests(manifest: dict[str, Any]) -> None:
+    """A misspelt field is ignored by some clients and refused by others; here it is found."""
+    kind = {"Role": "V1Role", "RoleBinding": "V1RoleBinding"}.get(manifest["kind"], f"V1{manifest['kind']}")
+    if kind == "V1RoleBinding":  # its subjects are of a kind whose name changed between versions of the client
+        assert manifest["roleRef"]["name"] == "auditexport"
+        return
+    assert not _unknown_fields(manifest, kind, manifest["kind"])
+    broken = {**manifest, "metadata": {**manifest["metadata"], "nmae": "x"}}
+    assert _unknown_fields(broken, kind, "x") == ["x.metadata.nmae"]
+
+
+def test_the_instance_in_kubernetes_is_the_shipped_one_with_runs_as_jobs() -> None:
+    """What the guarantees rest on does not change with the place."""
+    shipped = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
+    there = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())
+    launcher = there.pop("run_launcher")
+    assert there == shipped
+    (image,) = {container["image"] for container in _containers()}
+    assert launcher["config"]["job_image"] == image
+
+
+def test_dagster_accepts_the_run_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt setting would be refused when the daemon starts the first run."""
+    from dagster._config import process_config
+    from dagster_k8s import K8sRunLauncher
+
+    config = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]["config"]
+    assert process_config(K8sRunLauncher.config_type(), config).success
+    assert not process_config(K8sRunLauncher.config_type(), {**config, "job_nmaespace": "x"}).success
+
+
+def test_whatever_the_manifests_name_is_there() -> None:
+    """A pod that names a claim, a Secret or a ConfigMap which nobody makes waits for it for ever."""
+    there = {(found["kind"], found["metadata"]["name"]) for found in MANIFESTS}
+    there |= {("ConfigMap", generated["name"]) for generated in KUSTOMIZATION["configMapGenerator"]}
+    launcher = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]["config"]
+    named = {("ConfigMap", name) for name in (*launcher["env_config_maps"], launcher["instance_config_map"])}
+    named |= {("Secret", name) for name in launcher["env_secrets"]}
+    named |= {("ServiceAccount", launcher["service_account_name"])}
+    specs = [found["spec"]["template"]["spec"] for found in _deployments().values()]
+    for volume in [*launcher["volumes"], *(volume for spec in specs for volume in spec["volumes"])]:
+        if "configMap" in volume:
+            named.add(("ConfigMap", volume["configMap"]["name"]))
+        else:
+            named.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+    for container in _containers():
+        for source in container["envFrom"]:
+            (reference,) = source.values()
+            named.add(("Secret" if "secretRef" in source else "ConfigMap", reference["name"]))
+    named |= {("ServiceAccount", spec["serviceAccountName"]) for spec in specs}
+    assert len(named) > 5
+    assert named <= there
+    for name in KUSTOMIZATION["resources"]:
+        assert (KUBERNETES / name).exists(), name
+    generated = [name for found in KUSTOMIZATION["configMapGenerator"] for name in found.get("files", ())]
+    assert all((KUBERNETES / name).exists() for name in generated)
+
+
+def test_the_variables_of_the_manifests_are_those_that_we_read() -> None:
+    """A setting under a name that nobody reads is no setting."""
+    pages = (ROOT / "auditexport_pipeline" / "docs" / "operations.md").read_text()
+    literals = [text for found in KUSTOMIZATION["configMapGenerator"] for text in found.get("literals", ())]
+    set_here = {text.partition("=")[0] for text in literals}
+    set_here |= {name for found in MANIFESTS if found["kind"] == "Secret" for name in found["stringData"]}
+    assert {"AUDITEXPORT_EXECUTOR", "AUDITEXPORT_MYSQL_URL", "DAGSTER_POSTGRES_URL"} <= set_here
+    assert not [name for name in set_here if f"`{name}`" not in pages]
+
+
+def test_a_pod_starts_a_command_that_exists_and_is_hardened() -> None:
+    """What the units and the containers forbid, the pods forbid."""
+    for container in _containers():
+        program, *words = container["args"]
+        if program != "celery":
+            assert not _unknown_to(_trees()[program], words)
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for found in _deployments().values():
+        assert found["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
+        databases = found["spec"]["template"]["spec"]["containers"][0]["envFrom"]
+        knows = {"secretRef": {"name": "auditexport-databases"}} in databases
+        assert knows == (found["metadata"]["name"] in ("auditexport-code", "auditexport-worker"))

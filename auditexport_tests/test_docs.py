@@ -356,6 +356,13 @@ def test_the_pages_ship_with_the_package() -> None:
     """Whoever installs the package has the runbook."""
     if (ROOT / "pyproject.toml").exists():
         shipped = (ROOT / "pyproject.toml").read_text()
-        for pattern in ("docs/*.md", "docs/images/*.png", "deploy/*.yaml", "deploy/systemd/*", "deploy/container/*"):
+        for pattern in (
+            "docs/*.md",
+            "docs/images/*.png",
+            "deploy/*.yaml",
+            "deploy/systemd/*",
+            "deploy/container/*",
+            "deploy/kubernetes/*",
+        ):
             assert f'"{pattern}"' in shipped
             assert list(PACKAGE.glob(pattern)) or pattern.endswith(".png"), pattern

@@ -31,6 +31,7 @@ from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.drains import drain_in
+from auditexport_pipeline.defs.executors import priority
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, run_metadata
@@ -132,7 +133,7 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("write_clickhouse"),
         config_schema=DRAIN_SCHEMA,
-        tags={"dagster/priority": "1"},
+        tags=priority(1),
         required_resource_keys=names.everything,
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
@@ -160,7 +161,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("mark_exported"),
         config_schema=DRAIN_SCHEMA,
-        tags={"dagster/priority": "2"},
+        tags=priority(2),
         required_resource_keys=names.everything,
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
@@ -195,7 +196,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
         name=names.of("finish_export"),
         out=dg.Out(dg.Nothing),
         config_schema=DRAIN_SCHEMA,
-        tags={"dagster/priority": "3"},
+        tags=priority(3),
         required_resource_keys=names.everything,
         description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
     )

@@ -1,8 +1,8 @@
-"""Makes sure that this machine has a Chromium and a PostgreSQL, for `make test-e2e`.
+"""Makes sure that this machine has a Chromium, a PostgreSQL, a Redis and a RabbitMQ, for `make test-e2e`.
 
-What belongs here: finding both, and installing Debian's when we are root. What does not: starting them (`conftest`,
-`test_deployment`). No browser of Playwright's own is downloaded: its wheel drives the one that is there. Debian's
-package makes a PostgreSQL cluster of its own, which is not used.
+What belongs here: finding them, and installing Debian's when we are root. What does not: starting them (`conftest`,
+`servers`). No browser of Playwright's own is downloaded: its wheel drives the one that is there. Debian's
+package makes a PostgreSQL cluster of its own, which is not used, and neither are the services of the other two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from auditexport_pipeline.local.install import apt_install
 
 # Debian's and Ubuntu's names, then the vendors'.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PACKAGES = {"chromium": "a Chromium", "postgresql": "a PostgreSQL server"}
+PACKAGES = {
+    "chromium": "a Chromium",
+    "postgresql": "a PostgreSQL server",
+    "redis-server": "a Redis server",
+    "rabbitmq-server": "a RabbitMQ server",
+}
 
 
 def find_browser() -> str | None:
@@ -32,9 +37,20 @@ def find_postgres() -> Path | None:
     return found.resolve().parent if found else None
 
 
+def find_rabbitmq() -> Path | None:
+    """The directory with RabbitMQ's own `rabbitmq-server`; Debian's on PATH would change the user first."""
+    found = Path("/usr/lib/rabbitmq/bin")
+    return found if (found / "rabbitmq-server").exists() else None
+
+
 def missing() -> list[str]:
     """Debian's packages of what is not there."""
-    there = {"chromium": find_browser(), "postgresql": find_postgres()}
+    there = {
+        "chromium": find_browser(),
+        "postgresql": find_postgres(),
+        "redis-server": shutil.which("redis-server"),
+        "rabbitmq-server": find_rabbitmq(),
+    }
     return [package for package in PACKAGES if not there[package]]
 
 

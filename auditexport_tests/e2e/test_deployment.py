@@ -6,12 +6,10 @@ and paths. What does not: containers, which are not started by any test, and sys
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,52 +23,11 @@ import sqlalchemy as sa
 from auditexport_pipeline.local.processes import Child, free_port
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events, everything_once
-from auditexport_tests.e2e.install import find_postgres
+from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres
 from auditexport_tests.test_deploy import DEPLOY, started, unit, variables
 from auditexport_tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)
-UP_WITHIN_S = 180.0
-# Root may not run PostgreSQL; Debian's package brings this user.
-POSTGRES_USER = "postgres"
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """A private PostgreSQL on loopback, with an empty database; yields its URL."""
-    programs = find_postgres()
-    assert programs, "no PostgreSQL on this machine: `make test-e2e` installs it, or says how"
-    as_user = ["setpriv", f"--reuid={POSTGRES_USER}", f"--regid={POSTGRES_USER}", "--init-groups"]
-    as_user = as_user if os.geteuid() == 0 else []
-    directory = Path(tempfile.mkdtemp(prefix="auditexport-postgres-"))
-    try:
-        if as_user:
-            shutil.chown(directory, POSTGRES_USER, POSTGRES_USER)
-        data = directory / "data"
-        made = [str(programs / "initdb"), "-D", str(data), "-U", "dagster", "--auth=trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*as_user, *made], check=True, capture_output=True, cwd="/")
-        port = free_port()
-        server = [str(programs / "postgres"), "-D", str(data), "-p", str(port)]
-        server += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-        child = Child("PostgreSQL", [*as_user, *server], log=directory / "postgres.log")
-        try:
-            url = f"postgresql+psycopg2://dagster:none@127.0.0.1:{port}/postgres"
-            engine = sa.create_engine(url)
-
-            def answers() -> bool:
-                try:
-                    with engine.connect():
-                        return True
-                except sa.exc.OperationalError:
-                    return False
-
-            child.wait_until(answers, within_s=UP_WITHIN_S)
-            engine.dispose()
-            yield url
-        finally:
-            child.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,0 +1,80 @@
+"""Celery's executor, with an end for runs that lost a task.
+
+What belongs here: what becomes of a task that failed outside of its step: its worker's child was killed, or the worker has
+other variables or other code than the run. What does not: settings (`defs.executors`, which alone imports this, because
+it needs the extra), and steps that fail by themselves, of which Dagster's own events tell.
+
+dagster-celery's loop keeps such an error to itself and waits for the steps that can no longer come, at full speed and
+without end (0.29.27, `core_celery_execution_loop`: `if stopping or step_errors: continue`). Here it is the step's failure:
+what depends on it is skipped, the run fails, and the next run continues. So does Kubernetes' executor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+from celery.exceptions import TaskRevokedError
+from celery.result import AsyncResult
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.plan.objects import StepFailureData
+from dagster._core.execution.retries import RetryMode
+from dagster._serdes import serialize_value
+from dagster._utils.error import serializable_error_info_from_exc_info
+from dagster_celery.core_execution_loop import core_celery_execution_loop
+from dagster_celery.executor import CELERY_CONFIG, CeleryExecutor, _submit_task
+
+
+class _Task:
+    """A step's task, whose failure is the step's."""
+
+    def __init__(self, result: AsyncResult, step_context: Any) -> None:
+        self._result = result
+        self._step_context = step_context
+
+    def ready(self) -> bool:
+        return bool(self._result.ready())
+
+    def revoke(self) -> None:
+        self._result.revoke()
+
+    def get(self) -> list[str]:
+        """The step's events, serialized. Raises `TaskRevokedError`, which the loop understands."""
+        try:
+            events: list[str] = self._result.get()
+        except TaskRevokedError:
+            raise
+        except Exception:
+            error = serializable_error_info_from_exc_info(sys.exc_info())
+            failure = StepFailureData(error=error, user_failure_data=None)
+            return [serialize_value(DagsterEvent.step_failure_event(self._step_context, failure))]
+        return events
+
+
+def _submit(app: Any, plan_context: Any, step: Any, queue: str, priority: int, known_state: Any) -> _Task:
+    task = _submit_task(app, plan_context, step, queue, priority, known_state)
+    return _Task(task, plan_context.for_step(step))
+
+
+class _CeleryExecutor(CeleryExecutor):
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[DagsterEvent]:
+        events: Iterator[DagsterEvent] = core_celery_execution_loop(
+            plan_context, execution_plan, step_execution_fn=_submit
+        )
+        return events
+
+
+@dg.executor(name="celery", config_schema=CELERY_CONFIG, requirements=multiple_process_executor_requirements())
+def celery_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
+    """dagster-celery's executor, as it is configured there, with the end that is missing there."""
+    config: Any = init_context.executor_config
+    return _CeleryExecutor(
+        broker=config.get("broker"),
+        backend=config.get("backend"),
+        config_source=config.get("config_source"),
+        include=config.get("include"),
+        retries=RetryMode.from_config(config["retries"]),
+    )

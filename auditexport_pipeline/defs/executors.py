@@ -1,0 +1,229 @@
+"""Where steps run: the executor that AUDITEXPORT_EXECUTOR names, put together from the environment.
+
+What belongs here: the settings of each executor, and what keeps a drain whole on it. What does not: what a step does, and
+the processes themselves: Celery's workers load `celery_worker`, Kubernetes starts pods of our image.
+
+Every step may run again, anywhere and at any time: that is `core.export`'s doing. So a step that a worker took with it
+into its death is simply given to another one, and these settings are about how soon. Broker URLs hold passwords; the
+definitions hold the names of their variables only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core.errors import InvalidConfig
+
+EXECUTOR = "AUDITEXPORT_EXECUTOR"
+BROKER_URL = "AUDITEXPORT_CELERY_BROKER_URL"
+RESULT_URL = "AUDITEXPORT_CELERY_RESULT_URL"
+QUEUE = "AUDITEXPORT_CELERY_QUEUE"
+VISIBILITY_TIMEOUT_S = "AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S"
+NAMESPACE = "AUDITEXPORT_KUBERNETES_NAMESPACE"
+IMAGE = "AUDITEXPORT_KUBERNETES_IMAGE"
+SERVICE_ACCOUNT = "AUDITEXPORT_KUBERNETES_SERVICE_ACCOUNT"
+ENV_SECRETS = "AUDITEXPORT_KUBERNETES_ENV_SECRETS"
+STORAGE_CLAIM = "AUDITEXPORT_KUBERNETES_STORAGE_CLAIM"
+MAX_CONCURRENT = "AUDITEXPORT_KUBERNETES_MAX_CONCURRENT"
+
+# Where Celery's own documentation and dagster-celery look for a broker.
+DEFAULT_BROKER_URL = "pyamqp://guest@localhost:5672//"
+DEFAULT_QUEUE = "dagster"
+# Redis cannot see that a worker died; it gives a task to another one after this long. Longer than any step takes, or a
+# step runs twice at once, which is safe and a waste. Celery's own is an hour.
+DEFAULT_VISIBILITY_TIMEOUT_S = 900
+# How often a worker looks for tasks whose time is over; with kombu's own settings it is every 100 s.
+RESTORE_EVERY_S = 10
+# Celery's priorities are 0 to 9 and a task's is 5. With RabbitMQ the highest goes first, with Redis the lowest.
+CELERY_PRIORITIES = 10
+CELERY_PRIORITY = 5
+# Steps of one run at once. More than a handful of batches in flight only makes the databases wait for each other.
+DEFAULT_MAX_CONCURRENT = 4
+# A finished Job and its pod's log stay for a day.
+KEEP_JOBS_S = 86_400
+# Where the image has its DAGSTER_HOME (deploy/container/Containerfile).
+STORAGE_PATH = "/var/lib/auditexport/storage"
+
+
+def executor_of_environment() -> dg.ExecutorDefinition:
+    """The executor for all our jobs, the implicit one included. Raises `InvalidConfig`, which names the variable."""
+    name = os.environ.get(EXECUTOR) or "in_process"
+    if name not in _EXECUTORS:
+        *others, last = _EXECUTORS
+        raise InvalidConfig(f"{EXECUTOR} is {name!r}; it must be {', '.join(others)} or {last}")
+    return _EXECUTORS[name]()
+
+
+def priority(level: int) -> dict[str, str]:
+    """Tags of an op whose steps go before those of a lower level, on every executor."""
+    down = os.environ.get(EXECUTOR) == "celery" and _over_redis(_broker_url())
+    return {
+        "dagster/priority": str(level),
+        "dagster-celery/priority": str(CELERY_PRIORITY + (-level if down else level)),
+    }
+
+
+def _in_process() -> dg.ExecutorDefinition:
+    return dg.in_process_executor
+
+
+def _multiprocess() -> dg.ExecutorDefinition:
+    return dg.multiprocess_executor.configured(
+        {
+            "start_method": {
+                "forkserver": {
+                    "preload_modules": [
+                        "auditexport_pipeline.definitions",
+                        "dagster._core.storage.sqlite_storage",
+                        "dagster._core.storage.fs_io_manager",
+                    ]
+                }
+            }
+        },
+        name="multiprocess",
+    )
+
+
+# ── Celery ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _celery() -> dg.ExecutorDefinition:
+    """Steps as tasks of Celery. The configuration names variables, so no URL comes into Dagster's storage."""
+    _extra("dagster_celery", "celery")
+    executor = _extra("auditexport_pipeline.defs.celery_steps", "celery").celery_executor.configured(
+        {
+            "broker": {"env": BROKER_URL} if os.environ.get(BROKER_URL) else DEFAULT_BROKER_URL,
+            # Redis is broker and keeper of results at once; RabbitMQ sends results as messages.
+            "backend": _backend(),
+            "config_source": celery_settings(),
+        },
+        name="celery",
+    )
+    assert isinstance(executor, dg.ExecutorDefinition)
+    return executor
+
+
+def _backend() -> str | dict[str, str]:
+    if os.environ.get(RESULT_URL):
+        return {"env": RESULT_URL}
+    return {"env": BROKER_URL} if _over_redis(_broker_url()) else "rpc://"
+
+
+def celery_app() -> Any:
+    """Celery's app for the workers, with the settings that the executor has; `execute_plan` is registered on it."""
+    executors = _extra("dagster_celery.executor", "celery")
+    broker_url = _broker_url()
+    result_url = os.environ.get(RESULT_URL) or (broker_url if _over_redis(broker_url) else "rpc://")
+    executor = executors.CeleryExecutor.for_cli(broker=broker_url, backend=result_url, config_source=celery_settings())
+    app = importlib.import_module("dagster_celery.make_app").make_app(executor.app_args())
+    importlib.import_module("dagster_celery.tasks").create_task(app)
+    queue = celery_settings()["task_default_queue"]
+    if (
+        queue != DEFAULT_QUEUE
+    ):  # dagster-celery declares its own only, and a worker without -Q listens to those declared
+        kombu = importlib.import_module("kombu")
+        arguments = {"x-max-priority": CELERY_PRIORITIES}
+        app.conf.task_queues = [kombu.Queue(queue, routing_key=f"{queue}.#", queue_arguments=arguments)]
+    return app
+
+
+def celery_settings() -> dict[str, Any]:
+    """Celery's settings, the same for the run and for the workers."""
+    queue = os.environ.get(QUEUE) or DEFAULT_QUEUE
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", queue):
+        raise InvalidConfig(f"{QUEUE} must be letters, digits, '_', '-' and '.', 200 at most")
+    timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
+    # dagster-celery's, to which Redis's are added: without them a broker that is down would be asked for ever.
+    transport: dict[str, Any] = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
+    settings: dict[str, Any] = {
+        "task_default_queue": queue,
+        # A task is done when its step is, not when a worker has it: otherwise a worker that dies takes the step with it,
+        # and the run waits for it until run_monitoring ends the run.
+        "task_acks_late": True,
+        # A worker whose child was killed lives, and says that the task failed: a step that needs more memory than there is
+        # must not go from one worker to the next without end.
+        "task_reject_on_worker_lost": False,
+        # One step at a time for each process: what waits behind a step waits in the queue, where others can take it.
+        "worker_prefetch_multiplier": 1,
+        # The broker gives the tasks of a worker that it lost to another: so the worker stops working on them.
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        "broker_connection_retry_on_startup": True,
+    }
+    if _over_redis(_broker_url()):
+        redis = {"visibility_timeout": timeout_s}
+        transport |= redis | {
+            "unacked_restore_interval": min(RESTORE_EVERY_S, timeout_s),
+            "unacked_restore_throttle": 1,
+            "priority_steps": list(range(CELERY_PRIORITIES)),
+        }
+        settings |= {"result_backend_transport_options": redis, "visibility_timeout": timeout_s}
+    return {**settings, "broker_transport_options": transport}
+
+
+def _broker_url() -> str:
+    return os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
+
+
+def _over_redis(url: str) -> bool:
+    return url.partition("://")[0] in ("redis", "rediss", "sentinel")
+
+
+# ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _k8s() -> dg.ExecutorDefinition:
+    """Each step as a Job of Kubernetes, beside what `K8sRunLauncher` in `dagster.yaml` gives every pod of a run."""
+    executor = _extra("dagster_k8s", "k8s").k8s_job_executor.configured(kubernetes_settings(), name="k8s")
+    assert isinstance(executor, dg.ExecutorDefinition)
+    return executor
+
+
+def kubernetes_settings() -> dict[str, Any]:
+    """The configuration of `k8s_job_executor`. What is not set is as the run launcher has it."""
+    settings: dict[str, Any] = {
+        "max_concurrent": _whole_number(MAX_CONCURRENT, DEFAULT_MAX_CONCURRENT),
+        "step_k8s_config": {"job_spec_config": {"ttl_seconds_after_finished": KEEP_JOBS_S}},
+    }
+    given = {"job_namespace": NAMESPACE, "job_image": IMAGE, "service_account_name": SERVICE_ACCOUNT}
+    settings |= {key: os.environ[variable] for key, variable in given.items() if os.environ.get(variable)}
+    if secrets := [name.strip() for name in os.environ.get(ENV_SECRETS, "").split(",") if name.strip()]:
+        settings["env_secrets"] = secrets
+    if claim := os.environ.get(STORAGE_CLAIM):
+        settings["volumes"] = [{"name": "storage", "persistent_volume_claim": {"claim_name": claim}}]
+        settings["volume_mounts"] = [{"name": "storage", "mount_path": STORAGE_PATH}]
+    return settings
+
+
+# ── for all ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    """A module that an extra brings, imported only now. Raises `InvalidConfig` when the extra is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InvalidConfig(
+            f"{EXECUTOR} is {extra!r} and {error.name} is not installed: pip install 'auditexport-pipeline[{extra}]'"
+        ) from None
+
+
+def _whole_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", text):
+        raise InvalidConfig(f"{variable} is {text!r}; it must be a whole number from 1 to 9999999")
+    return int(text)
+
+
+_EXECUTORS: dict[str, Callable[[], dg.ExecutorDefinition]] = {
+    "in_process": _in_process,
+    "multiprocess": _multiprocess,
+    "celery": _celery,
+    "k8s": _k8s,
+}
