@@ -240,6 +240,9 @@ def test_without_mysql_up_is_zero_and_the_rest_absent_rather_than_old(
     assert one(found, "auditexport_up") == 0
     assert ("auditexport_backlog_rows", ()) not in found
     assert "MySQL failed while reading the status" in result.stderr
+    # To which server, why, and what to do; not with which password.
+    assert "on '127.0.0.1' ([Errno 111] Connection refused)" in result.stderr
+    assert "AUDITEXPORT_MYSQL_URL names it, then run again" in result.stderr
     assert "very-secret" not in result.output
 
 

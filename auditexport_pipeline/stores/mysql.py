@@ -48,6 +48,8 @@ SQL: dict[str, TextClause] = {name: expanding(name, text(statement)) for name, s
 # the server insists on.
 _SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698, 3159}
 _TLS_NOT_OFFERED = 2026
+# The client's own: nobody answers there, by socket, by TCP or by name.
+_NOT_REACHED = {2002, 2003, 2005}
 
 # Ours, beside the driver's: which images of changed rows our sessions leave in the binary log.
 ROW_IMAGE = "binlog_row_image"
@@ -184,6 +186,11 @@ def translated(what: str) -> Iterator[None]:
             reason = " ".join(map(str, arguments[1:]))
             raise SetupIncomplete(
                 f"MySQL refuses {what} (error {code}: {reason}); check AUDITEXPORT_MYSQL_URL and the grants, or run `auditexport init`"
+            ) from error
+        if code in _NOT_REACHED:  # the driver's own words: host and reason
+            raise OutboxUnavailable(
+                f"MySQL failed while {what} (error {code}: {arguments[1]}); nothing of it was kept. See that the server runs and "
+                "that AUDITEXPORT_MYSQL_URL names it, then run again; `auditexport doctor` looks at both databases"
             ) from error
         if isinstance(error.orig, _rerunnable()):
             raise OutboxUnavailable(
