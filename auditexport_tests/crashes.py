@@ -121,9 +121,9 @@ class CrashingOutbox:
         with self.crash_at.around("renew"):
             return self.real.renew(claim, lease_s)
 
-    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
+    def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
         with self.crash_at.around("allow_inserts"):
-            return self.real.allow_inserts(claim, lease_s, until_ms)
+            self.real.allow_inserts(claim, digest, lease_s, until_ms)
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
         return self.real.read(pks, row_bytes=row_bytes)
@@ -136,9 +136,9 @@ class CrashingOutbox:
         with self.crash_at.around("begin_write"):
             return self.real.begin_write(claim, lease_s)
 
-    def recut(self, claim: Claim, cut: Cut) -> None:
+    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
         with self.crash_at.around("recut"):
-            self.real.recut(claim, cut)
+            self.real.recut(claim, cut, instead_of=instead_of)
 
     def reserve_inserted_at(self, count: int) -> list[int]:
         with self.crash_at.around("reserve"):
@@ -148,9 +148,9 @@ class CrashingOutbox:
         with self.crash_at.around("stop"):
             self.real.stop(claim, error)
 
-    def record_written(self, claim: Claim) -> Batch:
+    def record_written(self, claim: Claim, digest: str) -> Batch:
         with self.crash_at.around("record_written"):
-            return self.real.record_written(claim)
+            return self.real.record_written(claim, digest)
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
         with self.crash_at.around("mark"):

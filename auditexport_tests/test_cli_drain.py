@@ -314,11 +314,11 @@ class Faltering:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def record_written(self, claim: Claim) -> Batch:
+    def record_written(self, claim: Claim, digest: str) -> Batch:
         if self._left:
             self._left -= 1
             raise OutboxUnavailable("MySQL failed while testing; run again")
-        return self._real.record_written(claim)
+        return self._real.record_written(claim, digest)
 
 
 def test_a_failover_in_the_middle_is_waited_for_and_gone_on_after(

@@ -496,12 +496,12 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
     cut = Cut(blocks=batch.blocks, pks=batch.pks, counts=batch.counts, digest="other")
     effects: list[Callable[[], object]] = [
         lambda: stack.outbox.renew(old, 60),
-        lambda: stack.outbox.allow_inserts(old, 60, 1),
+        lambda: stack.outbox.allow_inserts(old, batch.digest, 60, 1),
         lambda: stack.outbox.seal(old, cut),
         lambda: stack.outbox.begin_write(old, 60),
-        lambda: stack.outbox.recut(old, cut),
+        lambda: stack.outbox.recut(old, cut, instead_of=batch.digest),
         lambda: stack.outbox.stop(old, "no"),
-        lambda: stack.outbox.record_written(old),
+        lambda: stack.outbox.record_written(old, batch.digest),
         lambda: stack.outbox.mark(old, batch.pks, 1),
         lambda: stack.outbox.finish_mark(old, batch.pks, 1, Marked()),
     ]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import pytest
+
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim, State
 from auditexport_pipeline.core.errors import LeaseLost
@@ -17,8 +19,8 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.crashes import drain
-from auditexport_tests.dagster_glue.conftest import events, everything_once, ledger
+from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.dagster_glue.conftest import event, events, everything_once, ledger
 
 BATCHES = 12
 LIMITS = Limits(batch_rows=50)
@@ -60,5 +62,42 @@ def test_a_step_that_two_workers_do_at_once_doubles_nothing_and_loses_nothing(st
     # What a loser's run left open, the next one finishes.
     drain(stack.outbox, stack.log, LIMITS, owner="run_1")
     everything_once(stack, BATCHES * LIMITS.batch_rows)
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(BATCHES))
+    assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
+
+
+@pytest.mark.parametrize(
+    "dies", ["after recut 1", "after insert 2", "after recut 2", "before record_written 1", "never 1"]
+)
+@pytest.mark.parametrize(
+    "waits",
+    ["before insert 1", "before recut 1", "after recut 1", "before insert 2", "before recut 2", "after recut 2"],
+)
+def test_a_block_that_two_attempts_cut_at_once_is_there_once(stack: Stack, waits: str, dies: str) -> None:
+    """ClickHouse refuses a row for what no probe tells, so both halve the block, each under an `inserted_at` of its own."""
+    stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK description != 'x'")
+    stack.put(*events(5), event("evt_refused", description="x"), *events(5, "later"))
+    (claim,) = claiming.claim(stack.outbox, owner="run_1", dead_owners=(), limits=LIMITS)
+    fetched = export.fetch(stack.outbox, claim, LIMITS)
+
+    def write(crash_at: CrashPoint) -> None:
+        outbox, log = CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at)
+        try:
+            receipt = export.write(outbox, log, claim, {}, LIMITS)
+            export.mark(outbox, receipt, LIMITS)
+        except (Crash, LeaseLost):
+            pass  # the next run's
+
+    paused = CrashPoint(waits, then=lambda: write(CrashPoint(dies)))
+    write(paused)
+
+    assert fetched.rows == 11
+    assert paused.reached
+    drain(stack.outbox, stack.log, LIMITS, owner="run_1")
+    assert stack.counts() == (10, 10)
+    assert stack.pending() == 1  # the dead letter's
+    assert [letter.event_id for letter in stack.sql("SELECT event_id FROM clickhouse_outbox_dead_letter")] == [
+        "evt_refused"
+    ]
     verify.verify(stack.outbox, stack.log, stack.outbox.unverified(BATCHES))
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}

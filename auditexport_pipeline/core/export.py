@@ -227,7 +227,7 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
             found = len(there)
             to_send = [block for block in to_send if block not in there]
         batch = _send_all(outbox, log, batch, to_send, bodies, limits)
-        batch = outbox.record_written(claim)
+        batch = outbox.record_written(claim, batch.digest)
     return Receipt(
         claim=claim,
         digest=batch.digest,
@@ -256,7 +256,7 @@ def _send_all(
             # before the ledger is: whoever is paused in between has lost the batch by then, or holds it.
             deadline_ms = log.deadline_ms(limits.lease_s - limits.insert_timeout_s)
             until_ms = deadline_ms + limits.insert_timeout_s * 1000
-            outbox.allow_inserts(batch.claim, limits.lease_s, until_ms)
+            outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
             altered: list[Block] = []
             for block in to_send:
                 if block.number not in bodies:

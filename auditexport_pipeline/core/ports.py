@@ -178,8 +178,8 @@ class Outbox(Protocol):
         """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""
         ...
 
-    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
-        """As `renew`, and notes that INSERTs of this batch can be at work until then, by ClickHouse's clock."""
+    def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
+        """As `renew`, and notes that INSERTs of this cut can be at work until then, by ClickHouse's clock."""
         ...
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
@@ -192,14 +192,16 @@ class Outbox(Protocol):
         """Counts one more attempt before anything is sent, and returns the batch with that count."""
         ...
 
-    def recut(self, claim: Claim, cut: Cut) -> None: ...
+    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
+        """Puts a cut in the place of the one with that digest; `LeaseLost` when the ledger holds another one."""
+        ...
 
     def reserve_inserted_at(self, count: int) -> list[int]: ...
 
     def stop(self, claim: Claim, error: str) -> None: ...
 
-    def record_written(self, claim: Claim) -> Batch:
-        """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch."""
+    def record_written(self, claim: Claim, digest: str) -> Batch:
+        """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch: of this cut and no other."""
         ...
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked: ...

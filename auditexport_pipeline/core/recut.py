@@ -120,7 +120,7 @@ def _recut(
 ) -> Batch:
     digest = batch_digest(blocks, pks - pks_of(blocks))
     cut = Cut(blocks=blocks, pks=pks, counts=counts, digest=digest, given_back=batch.given_back, dead_letters=dead)
-    outbox.recut(batch.claim, cut)
+    outbox.recut(batch.claim, cut, instead_of=batch.digest)
     return replace(
         batch,
         state=State.SEALED,

@@ -92,12 +92,12 @@ class MySQLOutbox:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
             return _renew(connection, claim, lease_s)
 
-    def allow_inserts(self, claim: Claim, lease_s: int, until_ms: int) -> Batch:
+    def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
             _renew(connection, claim, lease_s)
+            _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
             values = {"batch_id": claim.batch_id, "epoch": claim.epoch, "until_ms": until_ms}
             connection.execute(SQL["allow_inserts"], values)
-            return _own(connection, claim)
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
         """The rows of these pks that exist, by ascending pk, marked or not.
@@ -122,14 +122,14 @@ class MySQLOutbox:
     def seal(self, claim: Claim, cut: Cut) -> None:
         self._cut(claim, cut, State.CLAIMED)
 
-    def recut(self, claim: Claim, cut: Cut) -> None:
-        self._cut(claim, cut, State.SEALED, State.STOPPED)
+    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
+        self._cut(claim, cut, State.SEALED, State.STOPPED, cut_digest=instead_of)
 
-    def _cut(self, claim: Claim, cut: Cut, *states: State) -> None:
+    def _cut(self, claim: Claim, cut: Cut, *states: State, cut_digest: str | None = None) -> None:
         # A requeue is found by the rows that it can have sent, those that it gave back included.
         sent = cut.pks | pks_of(cut.given_back)
         with self.transaction(f"sealing batch {claim.batch_id}") as connection:
-            _fence(connection, claim, *states)
+            _fence(connection, claim, *states, cut_digest=cut_digest)
             connection.execute(
                 SQL["cut"],
                 {
@@ -170,9 +170,9 @@ class MySQLOutbox:
             _fence(connection, claim, State.SEALED)
             connection.execute(SQL["stop"], {"batch_id": claim.batch_id, "error": error[:1000]})
 
-    def record_written(self, claim: Claim) -> Batch:
+    def record_written(self, claim: Claim, digest: str) -> Batch:
         with self.transaction(f"recording batch {claim.batch_id} as written") as connection:
-            _fence(connection, claim, State.SEALED, State.STOPPED)
+            _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
             connection.execute(SQL["record_written"], {"batch_id": claim.batch_id})
             return _own(connection, claim)
 
@@ -342,13 +342,20 @@ def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
     return list(range(first_ms, first_ms + count))
 
 
-def _fence(connection: Connection, claim: Claim, *states: State, shared: bool = False) -> None:
-    """Refuses a claim that another plan has adopted, or whose batch is past this step; locks the ledger row."""
+def _fence(
+    connection: Connection, claim: Claim, *states: State, cut_digest: str | None = None, shared: bool = False
+) -> None:
+    """Refuses a claim that another plan has adopted, or whose batch is past this step, or cut anew; locks the ledger row."""
     row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
     if row is None or row.epoch != claim.epoch:
         raise _lost(claim, row)
     if row.state not in tuple(map(str, states)):
         raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
+    if cut_digest is not None and row.digest != cut_digest:
+        raise LeaseLost(
+            f"batch {claim.batch_id} was cut anew meanwhile, by a second attempt of the same step that a queue gave out; "
+            "this one is refused and changed nothing. Nothing is lost: the other attempt or the next run continues"
+        )
 
 
 def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:

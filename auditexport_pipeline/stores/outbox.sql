@@ -114,11 +114,11 @@ FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 
 -- name: fence
 -- Primary key. Locks the batch's ledger row until commit, so that no planner adopts it in between.
-SELECT epoch, state, owner, attempts FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
+SELECT epoch, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
 
 -- name: fence_shared
 -- Primary key. As `fence`, but chunks of one batch are marked at the same time under it.
-SELECT epoch, state, owner, attempts FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
+SELECT epoch, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
 
 -- name: rows_between
 -- Primary key range; no lock. Every integer of the range is the batch's own.

@@ -339,7 +339,7 @@ def _code(error: BaseException) -> int:
 def _marked_first(outbox: Any, log: Any, claim: Claim, bodies: Any, limits: Limits) -> Receipt:
     """The wrong order: the rows are marked, and then ClickHouse is given them."""
     batch = outbox.begin_write(claim, limits.lease_s)
-    batch = outbox.record_written(claim) if batch.exported_at_ms is None else batch
+    batch = outbox.record_written(claim, batch.digest) if batch.exported_at_ms is None else batch
     receipt = Receipt(claim=claim, digest=batch.digest, entries=0, blocks=0, bytes=0, found=0, seconds=0)
     export.mark(outbox, receipt, limits)
     for block in batch.blocks:
