@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -26,6 +27,8 @@ OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
 # Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+# Of MySQL, and of ClickHouse by HTTP and by HTTPS: one server.
+_USUAL_PORTS = (3306, 8123, 8443)
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -159,18 +162,32 @@ class Outboxes:
         the same `inserted_at`, by which each finds its own blocks.
         """
         for key in ("mysql_url_env", "clickhouse_url_env"):
-            owners: dict[str, str] = {}
+            owners: dict[tuple[str, ...], str] = {}
             for entry in self.entries:
-                url = self.url(entry, key)
-                if url in owners:
+                database = _database(self.url(entry, key))
+                if database in owners:
                     raise InvalidConfig(
                         f"{self.path}: outbox {entry.name}: {key}: {getattr(entry, key)} names the database of outbox "
-                        f"{owners[url]}; each outbox has its own"
+                        f"{owners[database]}; each outbox has its own"
                     )
-                owners[url] = entry.name
+                owners[database] = entry.name
         for entry in self.entries:
             for key in entry.variables:
                 self.url(entry, key)
+
+
+def _database(url: str) -> tuple[str, ...]:
+    """Server and database of a URL, whoever asks there and by which protocol; of one that is no URL, its text.
+
+    Two names of one host are two to us: nothing is looked up here.
+    """
+    try:
+        parts, port = urlsplit(url), urlsplit(url).port
+    except ValueError:  # told in words when it is used
+        return (url,)
+    socket = ",".join(parse_qs(parts.query).get("unix_socket", ()))
+    where = str(port) if port and port not in _USUAL_PORTS else ""
+    return (parts.hostname or "", where, socket, parts.path.strip("/"))
 
 
 def read_outboxes() -> Outboxes | None:

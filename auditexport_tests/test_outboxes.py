@@ -133,6 +133,33 @@ def test_a_variable_that_is_not_set_and_a_database_that_is_another_ones_are_refu
     found.check_variables()
 
 
+@pytest.mark.parametrize(
+    ("variable", "eu", "us", "shared"),
+    [
+        ("CLICKHOUSE", "https://eu:one@ch.internal:8443/audit", "http://us:two@CH.internal/audit?verify=false", True),
+        ("CLICKHOUSE", "https://eu:one@ch.internal:8443/audit", "https://eu:one@ch.internal:9443/audit", False),
+        ("CLICKHOUSE", "https://eu:one@ch.internal/audit", "https://eu:one@ch.internal/audit_us", False),
+        ("MYSQL", "mysql+pymysql://eu:one@db/app", "mysql+pymysql://us:two@db:3306/app?ssl_disabled=true", True),
+        ("MYSQL", "mysql+pymysql://eu:one@db/app", "mysql+pymysql://eu:one@db:3307/app", False),
+        ("MYSQL", "mysql+pymysql://a@/app?unix_socket=/one", "mysql+pymysql://a@/app?unix_socket=/two", False),
+    ],
+)
+def test_two_users_of_one_database_are_one_database(
+    file: Path, monkeypatch: pytest.MonkeyPatch, variable: str, eu: str, us: str, shared: bool
+) -> None:
+    """A user for each outbox is the obvious way to set them up, and says nothing about where they lead."""
+    for name in ("EU_MYSQL_URL", "EU_CLICKHOUSE_URL", "US_MYSQL_URL", "US_CLICKHOUSE_URL"):
+        monkeypatch.setenv(name, f"url://host/{name}")
+    monkeypatch.setenv(f"EU_{variable}_URL", eu)
+    monkeypatch.setenv(f"US_{variable}_URL", us)
+    found = parse(file)
+    if not shared:
+        found.check_variables()
+        return
+    with pytest.raises(InvalidConfig, match=f"US_{variable}_URL names the database of outbox eu"):
+        found.check_variables()
+
+
 def test_the_component_and_the_file_have_the_same_attributes() -> None:
     """A key that one of them knows and the other does not would be looked for in vain."""
     assert set(AuditExport.model_fields) == set(OutboxSettings.model_fields)
