@@ -27,8 +27,9 @@ OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
 # Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
-# Of MySQL, and of ClickHouse by HTTP and by HTTPS: one server.
-_USUAL_PORTS = (3306, 8123, 8443)
+# Of ClickHouse by HTTP and by HTTPS, which are one server, and of MySQL.
+_USUAL_PORTS = {"http": (8123, 8443), "https": (8123, 8443)}
+_USUAL_MYSQL_PORTS = (3306,)
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -186,7 +187,8 @@ def _database(url: str) -> tuple[str, ...]:
     except ValueError:  # told in words when it is used
         return (url,)
     socket = ",".join(parse_qs(parts.query).get("unix_socket", ()))
-    where = str(port) if port and port not in _USUAL_PORTS else ""
+    usual = _USUAL_PORTS.get(parts.scheme, _USUAL_MYSQL_PORTS)
+    where = str(port) if port and port not in usual else ""
     return (parts.hostname or "", where, socket, parts.path.strip("/"))
 
 
