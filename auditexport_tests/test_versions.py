@@ -220,6 +220,60 @@ def test_its_table_goes_over_shards_as_ours_does(stack: Stack) -> None:
     client.command(found.fix)
     assert preflight.check(stack.outbox, stack.log) == []
 
+    _shard_by(stack, "cityHash64(workspace_id)")
+    (found,) = preflight.check(stack.outbox, stack.log)
+    assert found.what == "billing_events_v1 is sharded by cityHash64(workspace_id)"
+    _shard_by(stack, "inserted_at")
+    client.command(f"ALTER TABLE billing_events_v1{LOCAL} MODIFY SETTING non_replicated_deduplication_window = 7")
+    (found,) = preflight.check(stack.outbox, stack.log)
+    assert "has a deduplication window of 7 blocks" in found.what
+
+
+def _shard_by(stack: Stack, key: str) -> None:
+    database = stack.clickhouse_url.rsplit("/", 1)[1]
+    client = stack.log.client()
+    client.command("DROP TABLE billing_events_v1")
+    client.command(
+        f"CREATE TABLE billing_events_v1 AS billing_events_v1{LOCAL} "
+        f"ENGINE = Remote('127.0.0.1', '{database}', 'billing_events_v1{LOCAL}', 'default', '', {key})"
+    )
+
+
+def test_its_table_is_not_created_beside_ours_on_another_engine(stack: Stack, prompt: Prompt) -> None:
+    """`init` after an upgrade, without the options of the first one, would leave it on one server of many."""
+    client = stack.log.client()
+    database = stack.clickhouse_url.rsplit("/", 1)[1]
+    client.command("DROP TABLE billing_events_v1")
+    client.command(f"RENAME TABLE audit_logs_raw_v1 TO audit_logs_raw_v1{LOCAL}")
+    client.command(
+        f"CREATE TABLE audit_logs_raw_v1 AS audit_logs_raw_v1{LOCAL} "
+        f"ENGINE = Remote('127.0.0.1', '{database}', 'audit_logs_raw_v1{LOCAL}', 'default', '', inserted_at)"
+    )
+    refused = prompt("init", status=2).output
+    assert "audit_logs_raw_v1 is distributed, and billing_events_v1 would be created on one server" in refused
+    assert "auditexport init --engine distributed --cluster NAME" in refused
+    assert "billing_events_v1" not in {row[0] for row in stack.clickhouse("SHOW TABLES")}
+    # Somebody says so all the same: it is created, and told, at the prompt and before a drain.
+    assert (
+        "billing_events_v1 is a ReplacingMergeTree, and audit_logs_raw_v1 a Distributed"
+        in prompt("init", "--engine", "merge_tree", status=1).output
+    )
+    assert "billing_events_v1 is a ReplacingMergeTree, and audit_logs_raw_v1" in prompt("drain", status=2).output
+
+
+def test_a_block_of_its_table_that_could_be_cut_short_is_found(stack: Stack, prompt: Prompt) -> None:
+    """By day of the event, one INSERT is several parts: after a crash between them the block counts as there."""
+    client = stack.log.client()
+    ((declared,),) = stack.clickhouse("SHOW CREATE TABLE billing_events_v1")
+    text = str(declared).replace("\\n", "\n").replace("\\'", "'")
+    by = "PARTITION BY toYYYYMM(fromUnixTimestamp64Milli(inserted_at, 'UTC'))"
+    assert by in text
+    client.command("DROP TABLE billing_events_v1")
+    client.command(text.replace(by, "PARTITION BY toDate(fromUnixTimestamp64Milli(time, 'UTC'))"))
+    told = prompt("doctor", status=1).output
+    assert "one INSERT becomes several parts" in told
+    assert "billing_events_v1 is partitioned by toDate" in told
+
 
 def test_a_version_is_registered_once_and_has_a_table_of_its_own(registry: None) -> None:
     """Two packages that both bring it would otherwise decode by whoever came last."""
@@ -253,6 +307,11 @@ def test_ours_is_registered_as_any_other(registry: None) -> None:
         ("{inserted_at_ms:Int64}", "1", "select: {inserted_at_ms:Int64} has to stand in it"),
         ("$engine", "MergeTree", "ddl: $engine has to stand in it"),
         ("ORDER BY (workspace_id, bucket, time, event_id)", "ORDER BY event_id", "ddl: entries are looked for by"),
+        (
+            "(inserted_at, 'UTC'))\nORDER",
+            "(time, 'inserted_at'))\nORDER",
+            "ddl: PARTITION BY goes by inserted_at alone",
+        ),
         ("EXISTS billing_events_v1", "EXISTS billing", "ddl: it must begin with CREATE TABLE IF NOT EXISTS billing_e"),
         ("billing_events_v1\n\n-- name: columns", "a.b\n\n-- name: columns", "table: it is the name of one table"),
     ],

@@ -23,7 +23,8 @@ from auditexport_pipeline.core.errors import InvalidConfig
 @click.option(
     "--engine",
     type=click.Choice(["merge_tree", "replicated", "shared", "distributed"]),
-    help="What audit_logs_raw_v1 stands on: one server, replicas, ClickHouse Cloud, or shards.  [default: merge_tree]",
+    help="What audit_logs_raw_v1 stands on: one server, replicas, ClickHouse Cloud, or shards.  [default: that of "
+    "audit_logs_raw_v1 where it is there and one server or the Cloud, or else merge_tree]",
 )
 @click.option("--replicated", is_flag=True, help="The same as --engine replicated.")
 @click.option("--cluster", default="", metavar="NAME", help="Create everything in ClickHouse ON CLUSTER this one.")
@@ -84,7 +85,8 @@ def init(
                 click.echo(f"{statement};\n")
         return
     mysql, clickhouse = outbox(), audit_log()
-    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=layout)
+    said = engine or replicated or cluster or keeper_path is not None
+    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=layout if said else None)
     if not as_json:
         click.echo(f"created {', '.join(created)}" if created else "nothing to create")
     looks = preflight.examine(mysql, clickhouse, role=Role.OWNER)

@@ -62,6 +62,10 @@ def statements_of(text: str, source: str) -> dict[str, str]:
     return {name: statement.strip() for name, statement in statements.items()}
 
 
+# A column's name, and not a function's.
+_NAMED = re.compile(r"\b[A-Za-z_]\w*\b(?!\s*\()")
+
+
 def top_level_parts(columns: str) -> Iterator[str]:
     """The comma-separated parts of a list of columns or expressions, commas inside parentheses and quotes not counted."""
     part, depth, quoted = "", 0, False
@@ -129,6 +133,12 @@ class PayloadVersion:
         order = " ".join(pieces["ddl"].split())
         if f"ORDER BY ({', '.join(SORT_KEY)})" not in order:
             raise self._wrong("ddl", f"entries are looked for by ORDER BY ({', '.join(SORT_KEY)})")
+        partition = re.search(r" PARTITION BY (.+?) (?:ORDER|PRIMARY|SAMPLE|TTL|SETTINGS)\b", f"{order} SETTINGS ")
+        by = set(_NAMED.findall(re.sub("'[^']*'", "", partition[1]))) if partition else {"inserted_at"}
+        if by != {"inserted_at"}:
+            raise self._wrong(
+                "ddl", "PARTITION BY goes by inserted_at alone: an INSERT that becomes several parts can be cut short"
+            )
         if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", order):
             raise self._wrong("ddl", f"it must begin with CREATE TABLE IF NOT EXISTS {self.table}")
 

@@ -44,6 +44,14 @@ class Engine(str, Enum):
     DISTRIBUTED = "distributed"
 
 
+def family_of(engine: str) -> Engine:
+    """What `init --engine` calls an engine of ClickHouse's; a plain one whatever it is that is none of the others."""
+    for family in (Engine.REPLICATED, Engine.SHARED, Engine.DISTRIBUTED):
+        if engine.startswith(family.value.title()):
+            return family
+    return Engine.MERGE_TREE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """One engine and its arguments. Raises `InvalidConfig` for those that do not go together."""

@@ -19,6 +19,7 @@ from auditexport_pipeline.stores.findings import Finding, Look, all_findings
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.preflight_clickhouse import look_at_clickhouse, look_at_the_table
 from auditexport_pipeline.stores.preflight_mysql import look_at_mysql, look_at_what_changes
+from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 
@@ -98,6 +99,7 @@ def _what_changes(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Iterator[Look
         yield from look_at_what_changes(connection, Role.EXPORTER)
     with clickhouse_errors("checking the table"):
         yield from look_at_the_table(log.client(), log.url, Role.EXPORTER, RETENTION_DAYS, fully=False)
+        yield from look_at_other_versions(log.client(), log.url, Role.EXPORTER, fully=False)
 
 
 def _mysql(outbox: MySQLOutbox, role: Role) -> list[Look]:

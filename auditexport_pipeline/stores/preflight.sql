@@ -96,7 +96,7 @@ SELECT name, value FROM system.settings
 WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('async_insert', '1'), ('insert_deduplicate', '0'))
 
 -- name: version_tables
-SELECT name, engine, engine_full, sorting_key FROM system.tables
+SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN {tables:Array(String)}
 
 -- name: version_columns

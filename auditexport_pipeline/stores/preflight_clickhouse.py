@@ -1,24 +1,35 @@
 """Looking at ClickHouse before anything is claimed: version, grants, the table, its keys, window and TTL.
 
-What belongs here: what is asked of ClickHouse, and what each answer breaks and how it is mended. What does not:
-the statements (`preflight.sql`), what the table should be (`audit_log_v1.sql`), and when to look (`stores.preflight`).
+What belongs here: what is asked of the server, of `audit_logs_raw_v1` and of the view beside it, and what each answer breaks
+and how it is mended. What does not: what any destination table stands on (`preflight_engines`), other versions' tables
+(`preflight_versions`), the statements (`preflight.sql`), what the table should be (`audit_log_v1.sql`), and when to look
+(`stores.preflight`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.declared import columns_of
-from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW, DEDUPLICATION_WINDOW_S, TABLE
+from auditexport_pipeline.stores.engines import TABLE
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.mysql import is_local
+from auditexport_pipeline.stores.preflight_engines import (
+    Table,
+    distributed,
+    engine,
+    init_for,
+    parts_of,
+    replicas,
+    table_of,
+    under_of,
+    window,
+)
 from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
 from auditexport_pipeline.stores.roles import Role, clickhouse_grants
 from auditexport_pipeline.stores.statements import load
@@ -30,15 +41,7 @@ _SQL = load("preflight.sql")
 _OURS = next(iter(VERSIONS.values()))
 _DECLARED = columns_of(_OURS.pieces["ddl"])
 OLDEST = (25, 8)
-# Fewer tokens than a run can have INSERTs on their way at once, several times over.
-SMALLEST_WINDOW = 100
-_KEY = "workspace_id,bucket,time,event_id"
 _COPIED = ", ".join(f"`{name}`" for name, column in _DECLARED.items() if "MATERIALIZED" not in column.declaration)
-# For so long an INSERT that was given up can still arrive: the lease to its end, and the time it may take. A token that
-# is forgotten sooner does not hold the two apart.
-SHORTEST_WINDOW_S = Limits().lease_s + Limits().insert_timeout_s
-# Two replicas that both INSERTs and look-ups go to in the same order, as long as they live.
-_STICKY = ("in_order", "first_or_random")
 _DAYS = {
     "Second": 1 / 86_400,
     "Minute": 1 / 1_440,
@@ -50,27 +53,6 @@ _DAYS = {
     "Year": 365,
 }
 _TTL = re.compile(r"\bTTL (?P<what>.+?)(?= SETTINGS | COMMENT |$)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
-    name: str
-    database: str
-    engine: str
-    engine_full: str
-    partition_key: str
-    sorting_key: str
-    created_by: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Under:
-    """What a Distributed table says of itself: over which cluster and table, and what chooses the shard."""
-
-    cluster: str
-    database: str
-    table: str
-    sharding_key: str
 
 
 def clickhouse_version(text: str) -> tuple[int, int]:
@@ -95,19 +77,19 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
     else:
         yield _profile(client, str(user), role)
         tables = dict(clickhouse_grants(role))
-        for table in map(_table, client.query(_SQL["clickhouse_tables"]).result_rows):
+        for table in map(table_of, client.query(_SQL["clickhouse_tables"]).result_rows):
             # A server that is a shard itself asks its own table as the same user.
-            if (under := _under(table)) is not None:
+            if (under := under_of(table)) is not None:
                 name = under.table if under.database == database else f"{under.database}.{under.table}"
                 tables = {**tables, name: tables[TABLE]}
         yield _grants(client, str(user), str(database), role, tables)
     yield from look_at_the_table(client, url, role, retention_days, fully=True)
-    yield from look_at_other_versions(client, role)
+    yield from look_at_other_versions(client, url, role)
 
 
 def look_at_the_table(client: Client, url: str, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:
     """Engine, keys and window of audit_logs_raw_v1; with `fully` also columns, replicas, TTL and the view beside it."""
-    rows = {table.name: table for table in map(_table, client.query(_SQL["clickhouse_tables"]).result_rows)}
+    rows = {table.name: table for table in map(table_of, client.query(_SQL["clickhouse_tables"]).result_rows)}
     about = f"ClickHouse table {TABLE}"
     if TABLE not in rows and role is Role.OWNER:
         yield Look(about=about, seen="not there; `auditexport init` creates it")
@@ -120,38 +102,34 @@ def look_at_the_table(client: Client, url: str, role: Role, retention_days: int,
         )
         yield Look(about=about, seen="not there", findings=(finding,))
         return
-    table: _Table | None = rows[TABLE]
-    under = _under(rows[TABLE])
+    table: Table | None = rows[TABLE]
+    under = under_of(rows[TABLE])
     if under is not None:
-        yield _distributed(client, url, under)
+        yield distributed(client, url, TABLE, under)
         found = client.query(
             _SQL["clickhouse_table"], parameters={"database": under.database, "table": under.table}
         ).result_rows
-        table = _table(found[0]) if found else None
+        table = table_of(found[0]) if found else None
         about = f"ClickHouse table {under.table}"
         if table is None:
             yield Look(about=about, seen="not on this server; run doctor on a server of each shard")
     if table is not None:
-        findings = [*_engine(table), *_window(client, table)]
+        findings = [*engine(table, _DECLARED, _anew(table)), *window(client, table)]
         if fully:
             findings += _columns(client, table)
         seen = f"{table.engine}, by {table.partition_key or 'no partition'}"
         yield Look(about=about, seen=seen, findings=tuple(findings))
         if fully:
-            yield from _replicas(client, url, table)
+            yield from replicas(client, url, table)
             yield _ttl(table, role, retention_days)
     if fully and (role is Role.READER or "audit_logs" in rows):
         yield _view(rows.get("audit_logs"))
 
 
-def _table(row: Sequence[str]) -> _Table:
-    return _Table(**dict(zip(_Table.__slots__, row, strict=True)))
-
-
-def _anew(table: _Table) -> str:
+def _anew(table: Table) -> str:
     name = table.name
     return (
-        f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then `auditexport init`; then "
+        f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then {init_for(table)}; then "
         f"INSERT INTO {name} ({_COPIED}) SELECT {_COPIED} FROM {name}_old"
     )
 
@@ -224,184 +202,7 @@ def _grants(client: Client, user: str, database: str, role: Role, tables: Mappin
     return Look(about=about, seen=seen, findings=tuple(findings))
 
 
-def _under(table: _Table) -> _Under | None:
-    """Engines Remote and RemoteSecure are Distributed ones that name addresses in the cluster's place."""
-    found = re.match(r"(Distributed|Remote|RemoteSecure)\((.*?)\)(?: SETTINGS |$)", table.engine_full, re.DOTALL)
-    if table.engine != "Distributed" or found is None:
-        return None
-    arguments = [part.strip("'") for part in _parts(found[2])]
-    cluster = arguments[0] if found[1] == "Distributed" else ""
-    key = arguments[3] if found[1] == "Distributed" and len(arguments) > 3 else ""
-    if found[1] != "Distributed" and len(arguments) > 3 and not found[2].rstrip().endswith("'"):
-        key = arguments[-1]
-    return _Under(cluster=cluster, database=arguments[1] or table.database, table=arguments[2], sharding_key=key)
-
-
-def _distributed(client: Client, url: str, under: _Under) -> Look:
-    """A block has to reach one shard whole, and what reads it back has to ask a replica that has it."""
-    shards, replicas, internally = 0, 0, 1
-    asked = f"cluster {under.cluster}"
-    if under.cluster:
-        try:
-            with translated("looking at the cluster"):
-                ((shards, replicas, internally),) = client.query(
-                    _SQL["clickhouse_cluster"], parameters={"cluster": under.cluster}
-                ).result_rows
-        except SetupIncomplete:
-            asked = f"cluster {under.cluster}, not asked: GRANT SELECT ON system.clusters is missing"
-    findings = []
-    if under.sharding_key != "inserted_at" and shards != 1 and (under.sharding_key or shards > 1):
-        findings.append(
-            Finding(
-                what=f"{TABLE} is sharded by {under.sharding_key or 'nothing'}",
-                breaks="one INSERT becomes parts on several shards, and a crash between them leaves half a block",
-                fix=f"DROP TABLE {TABLE}, which holds nothing itself; then `auditexport init --engine distributed "
-                f"--cluster {under.cluster or 'NAME'}`",
-            )
-        )
-    settings = connection_arguments(url).get("settings", {})
-    if replicas > 1 and not internally:
-        findings.append(
-            Finding(
-                what=f"cluster {under.cluster} has shards of {replicas} replicas without internal_replication",
-                breaks="each INSERT is sent to every replica by itself, and one that fails leaves them different",
-                fix=f"in remote_servers, internal_replication = true for each shard of {under.cluster}",
-            )
-        )
-    elif replicas > 1 and settings.get("load_balancing") not in _STICKY and "insert_quorum" not in settings:
-        findings.append(
-            Finding(
-                what=f"cluster {under.cluster} has shards of {replicas} replicas, and which one is asked is left to chance",
-                breaks="a look-up that asks a replica which has not fetched the block yet finds nothing: what is exported "
-                "counts as missing, and rows can be given back that are stored",
-                fix="put ?load_balancing=in_order at the end of AUDITEXPORT_CLICKHOUSE_URL",
-            )
-        )
-    seen = f"Distributed over {asked if under.cluster else 'addresses'}, by {under.sharding_key or 'no sharding key'}"
-    return Look(about=f"ClickHouse table {TABLE}", seen=seen, findings=tuple(findings))
-
-
-def _replicas(client: Client, url: str, table: _Table) -> Iterator[Look]:
-    """Whether an acknowledged block outlives a replica, and whether look-ups see it wherever they arrive."""
-    about = "ClickHouse replicas"
-    settings = connection_arguments(url).get("settings", {})
-    quorum, sequential = settings.get("insert_quorum"), settings.get("select_sequential_consistency") == "1"
-    findings = []
-    if quorum and (not sequential or settings["insert_quorum_parallel"] == "1"):
-        findings.append(
-            Finding(
-                what="AUDITEXPORT_CLICKHOUSE_URL asks for insert_quorum "
-                + ("in parallel" if sequential else "without select_sequential_consistency=1"),
-                breaks="a look-up sees a block that has no quorum yet and that ClickHouse takes back when it gets none: its "
-                "rows would be marked and be nowhere",
-                fix="let the URL end in ?insert_quorum=auto&select_sequential_consistency=1",
-            )
-        )
-    if not table.engine.startswith("Replicated"):
-        if quorum or (sequential and not table.engine.startswith("Shared")):
-            findings.append(
-                Finding(
-                    what=f"AUDITEXPORT_CLICKHOUSE_URL has settings for replicas and {table.name} is a {table.engine}",
-                    breaks="they do nothing there",
-                    fix="take insert_quorum out of the URL"
-                    + ("" if table.engine.startswith("Shared") else ", and select_sequential_consistency"),
-                    fatal=False,
-                )
-            )
-        if findings or table.engine.startswith("Shared"):
-            yield Look(about=about, seen=f"{table.engine}", findings=tuple(findings))
-        return
-    try:
-        with translated("looking at the replicas"):
-            rows = client.query(
-                _SQL["clickhouse_replicas"], parameters={"database": table.database, "table": table.name}
-            ).result_rows
-    except SetupIncomplete:
-        rows = []
-    if not rows:
-        seen = "not asked: GRANT SELECT ON system.replicas is missing"
-        yield Look(about=about, seen=seen, findings=tuple(findings))
-        return
-    read_only, total, active = (int(value) for value in rows[0])
-    if read_only:
-        findings.append(
-            Finding(
-                what=f"this replica of {table.name} is read-only",
-                breaks="it takes no INSERT until it has its session with Keeper back; drains fail and go on by themselves then",
-                fix=f"SELECT zookeeper_exception FROM system.replicas WHERE table = '{table.name}' says why",
-                fatal=False,
-            )
-        )
-    if total > 1 and not quorum:
-        findings.append(
-            Finding(
-                what=f"{table.name} has {total} replicas, and one of them acknowledges an INSERT alone",
-                breaks="what it acknowledged last is lost with it, until a reconciliation repairs it; behind a balancer, "
-                "look-ups miss blocks that other replicas have",
-                fix="let AUDITEXPORT_CLICKHOUSE_URL end in ?insert_quorum=auto&select_sequential_consistency=1",
-                fatal=False,
-            )
-        )
-    yield Look(about=about, seen=f"{active} of {total} active", findings=tuple(findings))
-
-
-def _engine(table: _Table) -> Iterator[Finding]:
-    if not table.engine.endswith("ReplacingMergeTree"):
-        yield Finding(
-            what=f"{table.name} is a {table.engine}", breaks="copies of one event would stay for ever", fix=_anew(table)
-        )
-    partition = set(re.findall(r"\w+", table.partition_key)) & set(_DECLARED)
-    if partition - {"inserted_at"} or table.sorting_key.replace(" ", "") != _KEY:
-        yield Finding(
-            what=f"{table.name} is partitioned by {table.partition_key or 'nothing'} and sorted by {table.sorting_key}",
-            breaks="copies of one event do not collapse, or one INSERT becomes several parts",
-            fix=_anew(table),
-        )
-    elif not partition:
-        yield Finding(
-            what=f"{table.name} is not partitioned by month of inserted_at",
-            breaks="looking for a block reads far more, and retention cannot drop a month at once",
-            fix=_anew(table),
-            fatal=False,
-        )
-
-
-def _window(client: Client, table: _Table) -> Iterator[Finding]:
-    # Replicated and Shared tables have a window by default; a plain one has none unless it says so.
-    replicated = table.engine.startswith(("Replicated", "Shared"))
-    defaults = _defaults(client) if replicated else {}
-    setting = "replicated_deduplication_window" if replicated else "non_replicated_deduplication_window"
-    said = re.search(rf"\b{setting} = (\d+)", table.engine_full)
-    window = int(said[1]) if said else defaults.get(setting, DEDUPLICATION_WINDOW) if replicated else 0
-    if window < SMALLEST_WINDOW:
-        yield Finding(
-            what=f"{table.name} has {'a deduplication window of ' + str(window) + ' blocks' if window else 'no deduplication window'}",
-            breaks="an INSERT that is replayed while its first attempt still runs is stored twice",
-            fix=f"ALTER TABLE {table.name} MODIFY SETTING {setting} = {DEDUPLICATION_WINDOW}",
-            fatal=not window,
-        )
-    if not replicated:
-        return
-    setting = "replicated_deduplication_window_seconds"
-    said = re.search(rf"\b{setting} = (\d+)", table.engine_full)
-    window_s = int(said[1]) if said else defaults.get(setting, DEDUPLICATION_WINDOW_S)
-    if window_s < SHORTEST_WINDOW_S:
-        yield Finding(
-            what=f"{table.name} remembers tokens for {window_s} s, and a lease and its INSERT can last {SHORTEST_WINDOW_S} s",
-            breaks="an INSERT that is replayed while its first attempt still runs is stored twice",
-            fix=f"ALTER TABLE {table.name} MODIFY SETTING {setting} = {DEDUPLICATION_WINDOW_S}",
-        )
-
-
-def _defaults(client: Client) -> dict[str, int]:
-    try:
-        with translated("reading defaults of tables"):
-            return {name: int(value) for name, value in client.query(_SQL["clickhouse_table_defaults"]).result_rows}
-    except SetupIncomplete:
-        return {}
-
-
-def _columns(client: Client, table: _Table) -> Iterator[Finding]:
+def _columns(client: Client, table: Table) -> Iterator[Finding]:
     parameters = {"database": table.database, "table": table.name}
     there: Mapping[str, Sequence[str]] = {
         name: (kind, default)
@@ -421,7 +222,7 @@ def _columns(client: Client, table: _Table) -> Iterator[Finding]:
                 what=f"{table.name}.{name} is {kind} and should be {column.type}",
                 breaks="what is stored differs from what was sent, or INSERTs fail",
                 fix=_anew(table)
-                if name in (*_KEY.split(","), "inserted_at")
+                if name in (*SORT_KEY, "inserted_at")
                 else f"ALTER TABLE {table.name} MODIFY COLUMN {column.declaration}"
                 # Out of a Nullable only with a word on what becomes of NULL.
                 + (
@@ -447,13 +248,13 @@ def _plain(kind: str) -> str:
     return re.sub(r"JSON\([^()]*\)", "JSON", re.sub(r"LowCardinality\((\w+)\)", r"\1", kind))
 
 
-def _ttl(table: _Table, role: Role, retention_days: int) -> Look:
+def _ttl(table: Table, role: Role, retention_days: int) -> Look:
     about = "ClickHouse retention"
     found = _TTL.search(table.engine_full)
     expiring = (
         []
         if found is None
-        else [part for part in _parts(found["what"]) if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")]
+        else [part for part in parts_of(found["what"]) if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")]
     )
     if not expiring:
         return Look(about=about, seen="entries stay for ever")
@@ -484,19 +285,7 @@ def _ttl(table: _Table, role: Role, retention_days: int) -> Look:
     return Look(about=about, seen=seen)
 
 
-def _parts(expressions: str) -> list[str]:
-    """Comma-separated expressions, commas inside parentheses not counted."""
-    parts, depth = [""], 0
-    for letter in expressions:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
-def _view(view: _Table | None) -> Look:
+def _view(view: Table | None) -> Look:
     about = "ClickHouse view audit_logs"
     if view is None:
         finding = Finding(

@@ -1,18 +1,28 @@
 """Looking at the tables of payload versions beyond `audit_log.v1` before anything is claimed.
 
-What belongs here: whether each table is what its version declares, in engine, keys, window and columns. What does not: the
-table of `audit_log.v1` (`stores.preflight_clickhouse`), and whether a version can be exported at all (`core.versions`).
+What belongs here: whether each table stands beside that of `audit_log.v1` and is what its version declares. What does not: the
+table of `audit_log.v1` (`stores.preflight_clickhouse`), what any of them stands on (`stores.preflight_engines`), and whether a
+version can be exported at all (`core.versions`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, PayloadVersion, plain_type
-from auditexport_pipeline.stores.engines import LOCAL
+from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type
+from auditexport_pipeline.stores.engines import LOCAL, family_of
 from auditexport_pipeline.stores.findings import Finding, Look
+from auditexport_pipeline.stores.preflight_engines import (
+    Table,
+    distributed,
+    engine,
+    init_for,
+    table_of,
+    under_of,
+    window,
+)
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 
@@ -20,66 +30,70 @@ if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
 
 _SQL = load("preflight.sql")
-_WINDOW = re.compile(r"deduplication_window = (\d+)")
 _DAYS = re.compile(r"toIntervalDay\((\d+)\)")
 
 
-def look_at_other_versions(client: Client, role: Role) -> Iterator[Look]:
-    """One look for the table of each version but the first. Source: system tables; nothing is written."""
+def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool = True) -> Iterator[Look]:
+    """Looks at the table of each version but the first; with `fully` also columns and TTL. Source: system tables; nothing
+    is written.
+    """
     first, *others = VERSIONS.values()
     if not others:
         return
     wanted = [f"{version.table}{level}" for version in (first, *others) for level in ("", LOCAL)]
-    tables = {
-        row[0]: row[1:] for row in client.query(_SQL["version_tables"], parameters={"tables": wanted}).result_rows
-    }
-    # A Distributed table has neither keys nor window nor TTL: that of the shard, where this server has it, stands for it.
-    held = {
-        name: f"{name}{LOCAL}" if engine == "Distributed" and f"{name}{LOCAL}" in tables else name
-        for name, (engine, *_) in tables.items()
-    }
+    found = client.query(_SQL["version_tables"], parameters={"tables": wanted}).result_rows
+    tables = {table.name: table for table in map(table_of, found)}
     columns: dict[str, dict[str, str]] = {}
     for table, name, kind in client.query(_SQL["version_columns"], parameters={"tables": wanted}).result_rows:
         columns.setdefault(table, {})[name] = kind
-    kept = _DAYS.findall(tables[held[first.table]][1]) if first.table in tables else []
+    ours = tables.get(first.table)
+    kept = _DAYS.findall(_held(tables, first.table).engine_full) if ours is not None else []
     for version in others:
         about = f"ClickHouse table {version.table} of {version.name}"
         if version.table not in tables and role is Role.OWNER:
             yield Look(about=about, seen="not there; `auditexport init` creates it")
-        elif version.table not in tables:
+            continue
+        if version.table not in tables:
             finding = Finding(
                 what=f"ClickHouse table {version.table} of payload version {version.name} does not exist or is not readable",
-                breaks="rows of that version cannot be exported",
-                fix="run `auditexport init`, or uninstall the package that registers the version",
+                breaks="rows of that version cannot be exported, and looking for blocks fails for every version",
+                fix=f"run {init_for(ours) if ours is not None else '`auditexport init`'}, or uninstall the package that "
+                "registers the version",
             )
             yield Look(about=about, seen="not there", findings=(finding,))
-        elif tables[held[version.table]][0] == "Distributed":
+            continue
+        named, held = tables[version.table], _held(tables, version.table)
+        beside = tuple(_beside(ours, named)) if ours is not None else ()
+        if (under := under_of(named)) is not None:
+            look = distributed(client, url, version.table, under)
+            yield Look(about=look.about, seen=look.seen, findings=(*beside, *look.findings))
+            beside = ()
+        if held.engine == "Distributed":
             yield Look(about=about, seen="not on this server; run doctor on a server of each shard")
-        else:
-            table = held[version.table]
-            engine, full, sorting_key = tables[table]
-            findings = (
-                *_keys(table, engine, full, sorting_key),
-                *_columns(version, table, columns.get(table, {})),
-                *_retention(table, _DAYS.findall(full), kept),
-            )
-            yield Look(about=about, seen=str(engine), findings=findings)
-
-
-def _keys(table: str, engine: str, full: str, sorting_key: str) -> Iterator[Finding]:
-    anew = f"RENAME TABLE {table} TO {table}_old while no drain runs, then `auditexport init`"
-    if not engine.endswith("ReplacingMergeTree"):
-        yield Finding(what=f"{table} is a {engine}", breaks="copies of one event would stay for ever", fix=anew)
-    if sorting_key.replace(" ", "") != ",".join(SORT_KEY):
-        yield Finding(
-            what=f"{table} is sorted by {sorting_key}", breaks="copies of one event do not collapse", fix=anew
+            continue
+        anew = f"RENAME TABLE {held.name} TO {held.name}_old while no drain runs, then {init_for(ours or named)}"
+        findings = [*beside, *engine(held, version.columns, anew), *window(client, held)]
+        if fully:
+            findings += _columns(version, held.name, columns.get(held.name, {}))
+            findings += _retention(held.name, _DAYS.findall(held.engine_full), kept)
+        yield Look(
+            about=about, seen=f"{held.engine}, by {held.partition_key or 'no partition'}", findings=tuple(findings)
         )
-    window = _WINDOW.search(full)
-    if not engine.startswith(("Replicated", "Shared")) and (window is None or not int(window[1])):
+
+
+def _held(tables: Mapping[str, Table], name: str) -> Table:
+    """A Distributed table has neither keys nor window nor TTL: that of the shard, where this server has it, stands for it."""
+    table = tables[name]
+    return tables.get(f"{name}{LOCAL}", table) if table.engine == "Distributed" else table
+
+
+def _beside(ours: Table, table: Table) -> Iterator[Finding]:
+    if family_of(table.engine) != family_of(ours.engine):
         yield Finding(
-            what=f"{table} has no deduplication window",
-            breaks="an INSERT that is replayed while its first attempt still runs is stored twice",
-            fix=f"ALTER TABLE {table} MODIFY SETTING non_replicated_deduplication_window = 10000",
+            what=f"{table.name} is a {table.engine}, and {ours.name} a {ours.engine}",
+            breaks="it is not on every server that is asked, where drains of all versions then fail, and its entries are lost "
+            "with the one that has it",
+            fix=f"RENAME TABLE {table.name} TO {table.name}_old while no drain runs, then {init_for(ours)}, then copy them over",
         )
 
 

@@ -6,13 +6,16 @@ altering a table that exists, which is never done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from string import Template
 
 from sqlalchemy import text
 
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores.audit_log import READ_SETTINGS, ClickHouseAuditLog, connection_arguments
 from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
-from auditexport_pipeline.stores.engines import Layout
+from auditexport_pipeline.stores.engines import TABLE, Engine, Layout, family_of
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
 
@@ -25,18 +28,16 @@ _OUR_TABLES = {
 }
 
 
-_ONE_SERVER = Layout()
-
-
 def create(
-    outbox: MySQLOutbox, log: ClickHouseAuditLog, *, with_outbox: bool = False, layout: Layout = _ONE_SERVER
+    outbox: MySQLOutbox, log: ClickHouseAuditLog, *, with_outbox: bool = False, layout: Layout | None = None
 ) -> list[str]:
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
     with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
     `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
-    server of its cluster.
+    server of its cluster. Without a layout, on one server, or in the Cloud if `audit_logs_raw_v1` is there already: raises
+    `InvalidConfig` when a table has to be created beside one on replicas or shards, whose layout nobody can guess.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
@@ -54,12 +55,28 @@ def create(
 
     with clickhouse_errors("creating tables"):
         client = log.client()
-        there = {row[0] for row in client.query(_SQL["clickhouse_tables"]).result_rows}
-        for table, statement in layout.statements(connection_arguments(log.url)["database"]).items():
-            if table not in there:
+        engines = {str(name): str(engine) for name, engine in client.query(_SQL["clickhouse_tables"]).result_rows}
+        wanted_there = (layout or _beside(engines)).statements(connection_arguments(log.url)["database"])
+        for table, statement in wanted_there.items():
+            if table not in engines:
                 client.command(statement, settings=READ_SETTINGS)
                 created.append(table)
     return created
+
+
+def _beside(engines: Mapping[str, str]) -> Layout:
+    """The layout of tables beside `audit_logs_raw_v1`, from the engines that are there by name."""
+    family = family_of(engines.get(TABLE, ""))
+    if family in (Engine.MERGE_TREE, Engine.SHARED):
+        return Layout(engine=family)
+    missing = [version.table for version in VERSIONS.values() if version.table not in engines]
+    if missing:
+        cluster = "[--cluster NAME]" if family is Engine.REPLICATED else "--cluster NAME"
+        raise InvalidConfig(
+            f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: say what it is to stand on, as "
+            f"then: auditexport init --engine {family.value} {cluster}"
+        )
+    return Layout()
 
 
 def printed(layout: Layout, database: str) -> dict[str, list[str]]:

@@ -124,4 +124,4 @@ CREATE VIEW IF NOT EXISTS audit_logs$on_cluster AS
 SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL
 
 -- name: clickhouse_tables
-SELECT name FROM system.tables WHERE database = currentDatabase()
+SELECT name, engine FROM system.tables WHERE database = currentDatabase()
