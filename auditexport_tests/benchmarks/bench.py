@@ -32,6 +32,9 @@ MYSQL_OPTIONS = (
 SEED = 4_711
 IDLE_CPU_PERCENT = 10
 SETTLE_ROUNDS = 60
+# Of all cores together.
+QUIET_CPU_PERCENT = 8
+QUIET_ROUNDS = 360
 PUT_ROWS = 2_000
 CONTENT = """
 SELECT sum(cityHash64(event_id, time, workspace_id, bucket, source, event, description, actor_type, actor_id, actor_name,
@@ -177,6 +180,11 @@ def settle(stack: LocalStack) -> None:
     for _ in range(SETTLE_ROUNDS):
         if sum(server.cpu_percent(interval=0.5) for server in servers) < IDLE_CPU_PERCENT:
             return
+
+
+def wait_for_quiet() -> bool:
+    """Waits, half an hour at most, until nothing else keeps the machine busy; False when something still does."""
+    return any(psutil.cpu_percent(interval=5) < QUIET_CPU_PERCENT for _ in range(QUIET_ROUNDS))
 
 
 def execute(stack: LocalStack, *statements: str) -> None:

@@ -9,7 +9,6 @@ exported ones and a ledger of 100,000 batches; one figure each, and their ratio.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -107,7 +106,10 @@ def main(exported: int = 10_000_000, pending: int = 1_000_000, batches: int = 10
         with bench.benchmark_stack() as stack:
             print(f"{stack.mysql.family} {stack.mysql.version}: growing {name}", flush=True)
             _grow(stack, before, pending, old)
-            print(f"measuring {name}; load {os.getloadavg()[0]:.1f}", flush=True)
+            quiet = bench.wait_for_quiet()
+            print(
+                f"measuring {name}{'' if quiet else ', beside something else that keeps the machine busy'}", flush=True
+            )
             columns[name] = _measured(stack)
     table = pd.DataFrame(columns)
     table["×"] = table.iloc[:, 0] / table.iloc[:, 1]
