@@ -1,4 +1,4 @@
-"""What stays behind: bytes of a batch in the ledger, of a run and a tick in Dagster's storage, and round trips a batch.
+"""What stays behind: bytes of a batch in the ledger, of a run, its batches and a tick in Dagster's storage, and round trips.
 
 What belongs here: counting on real servers, for the constants of `model`. What does not: speed, and what a year makes of it
 (`model`).
@@ -8,6 +8,7 @@ What belongs here: counting on real servers, for the constants of `model`. What 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -38,6 +39,8 @@ LEDGER = "clickhouse_outbox_batch"
 # Copies of one batch, so that pages of InnoDB are as full as they are in a ledger that grew.
 COPIES = 32_768
 TICKS = 2_000
+# Of a Dagster run: so many rows, in one batch or in so many.
+RUN_ROWS, RUN_BATCHES = 1_000, 10
 TRIP_ROWS = (1_000, 5_000, 25_000)
 BY = By(who="benchmark", why="counting")
 
@@ -178,7 +181,10 @@ def _copied(stack: LocalStack, batch_id: int) -> float:
 
 
 def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[str, float]:
-    """Of one run of a batch, as the schedule launches it, and of one skipped tick, in SQLite or in PostgreSQL."""
+    """Of one run of a batch, as the schedule launches it, of each batch more, and of one skipped tick, in SQLite or PostgreSQL.
+
+    The rows are the same `RUN_ROWS` whether they are one batch or ten, so what differs is what a batch leaves.
+    """
     with tempfile.TemporaryDirectory(prefix="auditexport-growth-") as directory:
         home = Path(directory)
         configuration = ROOT / ("auditexport_pipeline/deploy/dagster.yaml" if postgres_url else "dagster.yaml")
@@ -191,23 +197,37 @@ def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[
             "AUDITEXPORT_CLICKHOUSE_URL": stack.log.url,
         }
 
-        def run() -> None:
+        def run(batches: int) -> None:
             bench.restore(stack)
-            subprocess.run(bench.DAGSTER_DRAIN, env=environment, cwd=ROOT, check=True, capture_output=True)
+            settings = {"ops": {"audit_logs_raw_v1": {"config": {"batch_rows": RUN_ROWS // batches}}}}
+            (home / "run.yaml").write_text(json.dumps(settings))  # which is YAML
+            subprocess.run(
+                [*bench.DAGSTER_DRAIN, "-c", str(home / "run.yaml")],
+                env=environment,
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
 
-        run()  # schemas, and pages that are begun
-        before, events_before = _size(home, postgres_url), _events(home, postgres_url)
-        for _ in range(runs):
-            run()
-        grown = (_size(home, postgres_url) - before) / runs
-        events = (_events(home, postgres_url) - events_before) / runs
+        def of_a_run(batches: int) -> tuple[float, float]:
+            before, events_before = _size(home, postgres_url), _events(home, postgres_url)
+            for _ in range(runs):
+                run(batches)
+            grown = _size(home, postgres_url) - before
+            return grown / runs, (_events(home, postgres_url) - events_before) / runs
+
+        run(1)  # schemas, and pages that are begun
+        one, one_events = of_a_run(1)
+        more, more_events = of_a_run(RUN_BATCHES)
         before = _size(home, postgres_url)
         subprocess.run(
             [sys.executable, "-c", _MAKE_TICKS, str(TICKS)], env=environment, cwd=ROOT, check=True, capture_output=True
         )
         return {
-            "bytes a run": grown,
-            "event rows a run": events,
+            "bytes a run of one batch": one,
+            "event rows of it": one_events,
+            "bytes a batch more": (more - one) / (RUN_BATCHES - 1),
+            "event rows of that": (more_events - one_events) / (RUN_BATCHES - 1),
             "bytes a tick": (_size(home, postgres_url) - before) / TICKS,
         }
 
@@ -229,7 +249,7 @@ with dg.DagsterInstance.get() as instance:
 
 def _size(home: Path, postgres_url: str) -> int:
     if not postgres_url:
-        return sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and path.name != "dagster.yaml")
+        return sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and path.suffix != ".yaml")
     engine = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql("VACUUM")
@@ -264,9 +284,9 @@ def main(runs: int = 6) -> None:
         print("milliseconds a batch of 50 rows: ", fixed_costs(stack), flush=True)
         print("bytes a batch in the ledger, indexes included: ", ledger_bytes(stack), flush=True)
         bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-        bench.seed(stack, 1_000)
+        bench.seed(stack, RUN_ROWS)
         print("Dagster on SQLite: ", dagster_bytes(stack, runs), flush=True)
-        from auditexport_tests.e2e.test_deployment import postgres
+        from auditexport_tests.e2e.servers import postgres
 
         with postgres() as url:
             print("Dagster on PostgreSQL: ", dagster_bytes(stack, runs, url), flush=True)
