@@ -28,6 +28,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.local.stack import LocalStack
@@ -75,72 +76,73 @@ def counted() -> Iterator[Callable[[str], Counter[str]]]:
         http_sync.HttpSyncBackend.request = request
 
 
-def round_trips(stack: LocalStack, rows: int, batches: int = 3) -> pd.DataFrame:
-    """Of each verb, for a batch of so many rows: one row a verb, one column a server."""
+def _emptied(stack: LocalStack, rows: int) -> None:
+    """An outbox of so many pending rows, and a ledger without batches."""
     bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, rows * batches)
+    bench.seed(stack, rows)
+
+
+def _drain(
+    stack: LocalStack, rows: int, batches: int, under: Callable[[str], object] = lambda verb: None
+) -> list[Claim]:
+    """Claims so many batches of exactly so many rows, exports each step by step, and verifies them all; returns the claims.
+
+    `under` is told of each verb before it begins.
+    """
     first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
     limits = Limits(batch_rows=rows, max_batches=batches)
     try:
-        with counted() as under:
-            found = {"claim": under("claim")}
-            claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-            for claim in claims:
-                found["fetch"] = under("fetch")
-                fetched = export.fetch(stack.outbox, claim, limits)
-                found["write"] = under("write")
-                receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
-                found["mark"] = under("mark")
-                export.mark(stack.outbox, receipt, limits)
-            found["verify"] = under("verify")
-            verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+        under("claim")
+        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
     finally:
         claiming.FIRST_BATCH_ROWS = first
+    for claim in claims:
+        under("fetch")
+        fetched = export.fetch(stack.outbox, claim, limits)
+        under("write")
+        receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
+        under("mark")
+        export.mark(stack.outbox, receipt, limits)
+    under("verify")
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(len(claims)))
+    return claims
+
+
+def round_trips(stack: LocalStack, rows: int, batches: int = 3) -> pd.DataFrame:
+    """Of each verb, for a batch of so many rows: one row a verb, one column a server."""
+    _emptied(stack, rows * batches)
+    with counted() as under:
+        found: dict[str, Counter[str]] = {}
+
+        def count_under(verb: str) -> None:
+            found[verb] = under(verb)
+
+        claims = _drain(stack, rows, batches, count_under)
     table = pd.DataFrame({verb: dict(counts) for verb, counts in found.items()}).T.fillna(0) / len(claims)
     return table.rename_axis(f"{rows:,} rows").round(1)
 
 
 def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[str, float]:
     """Milliseconds that a batch takes however small it is: wall, and CPU of exporter, MySQL and ClickHouse."""
-    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, rows * batches)
+    _emptied(stack, rows * batches)
     bench.settle(stack)
     servers = [psutil.Process(pid) for pid in (stack.mysql.pid, stack.clickhouse.pid)]
 
     def now() -> list[float]:
         return [time.perf_counter(), time.process_time(), *(sum(server.cpu_times()[:2]) for server in servers)]
 
-    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
-    limits = Limits(batch_rows=rows, max_batches=batches)
     began = now()
-    try:
-        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-    finally:
-        claiming.FIRST_BATCH_ROWS = first
-    for claim in claims:
-        fetched = export.fetch(stack.outbox, claim, limits)
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
-    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+    claims = _drain(stack, rows, batches)
     spent = [(ended - before) / len(claims) * 1000 for ended, before in zip(now(), began, strict=True)]
     return dict(zip(("wall", "exporter", "MySQL", "ClickHouse"), (round(ms, 1) for ms in spent), strict=True))
 
 
 def ledger_bytes(stack: LocalStack) -> dict[str, float]:
     """On InnoDB's pages, indexes included: of a batch whose rows lie together, of one whose rows do not, and of its record only."""
-    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, 2_000)
+    _emptied(stack, 2_000)
     # As rows of several transactions at once lie: every third of them is another batch's.
     bench.execute(stack, "DELETE FROM clickhouse_outbox WHERE MOD(pk, 3) = 0 AND pk > 1000")
-    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, 1_000
-    limits = Limits(batch_rows=1_000)
-    try:
-        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-    finally:
-        claiming.FIRST_BATCH_ROWS = first
-    for claim in claims:
-        fetched = export.fetch(stack.outbox, claim, limits)
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
-    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10))
+    claims = _drain(stack, rows=1_000, batches=10)
     together, apart = (claim.batch_id for claim in claims[:2])
     found = {"rows together": _copied(stack, together), "667 rows apart": _copied(stack, apart)}
     upkeep = MySQLUpkeep(stack.outbox)
@@ -283,8 +285,7 @@ def main(runs: int = 6) -> None:
             print(f"round trips a batch of\n{round_trips(stack, rows).to_string()}", flush=True)
         print("milliseconds a batch of 50 rows: ", fixed_costs(stack), flush=True)
         print("bytes a batch in the ledger, indexes included: ", ledger_bytes(stack), flush=True)
-        bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-        bench.seed(stack, RUN_ROWS)
+        _emptied(stack, RUN_ROWS)
         print("Dagster on SQLite: ", dagster_bytes(stack, runs), flush=True)
         from auditexport_tests.e2e.servers import postgres
 
