@@ -261,6 +261,21 @@ def test_the_page_has_the_tables_that_the_model_prints(capsys: pytest.CaptureFix
         assert table.strip("\n") in printed
 
 
+def test_a_run_ends_after_max_batches_and_each_of_them_leaves_something() -> None:
+    """A busy outbox has more runs than the schedule, and its batches outweigh them."""
+    assert model.runs_a_day(2_000) == 96
+    assert model.runs_a_day(17_280) == 270
+    assert model.fleet(100_000, COSTS)["runs a day"] == pytest.approx(3 * 450, rel=0.01)
+    growth_ = Growth()
+    for way in model.WAYS.values():
+        assert way.stays or way.batches / way.runs <= 180
+        assert way.batches >= way.runs
+    table = model.yearly(growth_)["Dagster a year"]
+    busy = model.WAYS["20,000 events/s in batches of 100,000"]
+    runs_gb = 365 * (busy.runs * growth_.run_bytes + model.TICKS_A_DAY * growth_.tick_bytes) / 1e9
+    assert table["20,000 events/s in batches of 100,000"] > 3 * runs_gb
+
+
 def test_retention_is_what_keeps_storage_flat() -> None:
     """Without purges Dagster's grows with the years; with them it is what the window holds. The ledger only shrinks."""
     table = model.yearly(Growth())

@@ -575,7 +575,7 @@ def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> di
         "MB/s into each of these": round(each * a_clickhouse * costs.event_bytes / 1e6),
         "new parts/s in each, batches of 100,000": round(each * a_clickhouse / plan.limits.batch_rows, 1),
         "new parts/s in each, runs that stay": round(a_clickhouse * 1000 / plan.limits.linger_poll_ms, 1),
-        "runs a day, 15 minutes each": outboxes * 96,
+        "runs a day": round(outboxes * runs_a_day(each / plan.limits.batch_rows * 86_400, plan.limits)),
         "they could do, events/s": round(outcome.events_s, -3),
     }
 
@@ -585,21 +585,47 @@ def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> di
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """Bytes that stay, indexes included; from `growth 5` on MariaDB 10.11, Dagster 1.13.27 and PostgreSQL 15."""
+    """Bytes that stay, indexes included; from `growth 4` on MariaDB 10.11, Dagster 1.13.27 and PostgreSQL 15."""
 
     batch_bytes: float = 1_285  # whose rows lie together; 667 rows of every third pk: 8,462
     record_bytes: float = 772  # of the same, compacted
-    run_bytes: float = 86_800  # 50 events in PostgreSQL, a run of one batch; in SQLite 241,000
+    run_bytes: float = 102_400  # a run of one batch in PostgreSQL, 50 events; in SQLite 243,000
+    run_batch_bytes: float = 41_900  # each batch more of it, 27 events; in SQLite 75,500
     tick_bytes: float = 1_180  # in PostgreSQL, a skipped one; in SQLite 1,310
 
 
-# How one outbox is drained: batches and runs a day.
-WAYS: tuple[tuple[str, float, float], ...] = (
-    ("20,000 events/s in batches of 100,000", 20_000 / 100_000 * 86_400, 96),
-    ("a run a minute", 1_440, 1_440),
-    ("linger_s 900, something in every look", 2 * 86_400, 96),
-    ("linger_s 900, linger_poll_ms 5000", 86_400 / 5, 96),
-)
+SCHEDULED_RUNS_A_DAY = 96.0  # the export schedule's, every 15 minutes
+
+
+def runs_a_day(batches_a_day: float, limits: Limits = AS_SHIPPED) -> float:
+    """The schedule's, or as many as it takes when each ends after `max_batches`: the sensor launches those between."""
+    return max(SCHEDULED_RUNS_A_DAY, batches_a_day / limits.max_batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How one outbox is drained, a day. Of a batch that a run makes while it stays, Dagster stores nothing."""
+
+    batches: float
+    runs: float
+    stays: bool = False
+
+    @property
+    def batches_in_steps(self) -> float:
+        """Beyond each run's first, whose steps and observation are in what a run leaves."""
+        return 0.0 if self.stays else self.batches - self.runs
+
+
+_BATCHES_AT_20_000 = 20_000 / AS_SHIPPED.batch_rows * 86_400
+WAYS: dict[str, Way] = {
+    "20,000 events/s in batches of 100,000": Way(batches=_BATCHES_AT_20_000, runs=runs_a_day(_BATCHES_AT_20_000)),
+    "the same, max_batches 180": Way(
+        batches=_BATCHES_AT_20_000, runs=runs_a_day(_BATCHES_AT_20_000, Limits(max_batches=180))
+    ),
+    "a run a minute, of one batch": Way(batches=1_440, runs=1_440),
+    "linger_s 900, something in every look": Way(batches=2 * 86_400, runs=SCHEDULED_RUNS_A_DAY, stays=True),
+    "linger_s 900, linger_poll_ms 5000": Way(batches=86_400 / 5, runs=SCHEDULED_RUNS_A_DAY, stays=True),
+}
 TICKS_A_DAY = 86_400 / 15  # the sensor's; it skips nearly all of them
 # As shipped: `ledger_days` of the sweep, `run_days` of the purge, skipped ticks in dagster.yaml.
 LEDGER_DAYS, RUN_DAYS, TICK_DAYS = 400, 30, 2
@@ -610,15 +636,16 @@ def yearly(growth: Growth) -> pd.DataFrame:
     and with them. One row a way to drain.
     """
     table = {}
-    for name, batches, runs in WAYS:
-        dagster_a_day = runs * growth.run_bytes + TICKS_A_DAY * growth.tick_bytes
-        kept = RUN_DAYS * runs * growth.run_bytes + TICK_DAYS * TICKS_A_DAY * growth.tick_bytes
+    for name, way in WAYS.items():
+        runs_bytes_a_day = way.runs * growth.run_bytes + way.batches_in_steps * growth.run_batch_bytes
+        ticks_bytes_a_day = TICKS_A_DAY * growth.tick_bytes
         table[name] = {
-            "batches a year": f"{batches * 365:,.0f}",
-            "ledger at 400 days": batches * LEDGER_DAYS * growth.batch_bytes / 1e9,
-            "and a year more": batches * 365 * growth.record_bytes / 1e9,
-            "Dagster a year": 365 * dagster_a_day / 1e9,
-            "with its purges": kept / 1e9,
+            "batches a day": f"{way.batches:,.0f}",
+            "runs a day": f"{way.runs:,.0f}",
+            "ledger at 400 days": way.batches * LEDGER_DAYS * growth.batch_bytes / 1e9,
+            "and a year more": way.batches * 365 * growth.record_bytes / 1e9,
+            "Dagster a year": 365 * (runs_bytes_a_day + ticks_bytes_a_day) / 1e9,
+            "with its purges": (RUN_DAYS * runs_bytes_a_day + TICK_DAYS * ticks_bytes_a_day) / 1e9,
         }
     return pd.DataFrame(table).T
 
