@@ -117,6 +117,30 @@ def test_further_away_is_never_faster_and_larger_batches_are_never_slower() -> N
     assert (table.diff(axis=0).iloc[1:] >= 0).all().all()
 
 
+def test_more_workers_are_never_slower_and_hide_distance() -> None:
+    """What somebody who thinks of Celery looks up."""
+    table = model.by_workers_and_distance(COSTS).filter(like=" ms")
+    workers = table.loc[["1 worker", "2 workers", "4 workers", "8 workers"]]
+    assert (workers.diff().iloc[1:] >= 0).all().all()
+    gain = workers.loc["4 workers"] / workers.loc["1 worker"]
+    assert gain["50 ms"] > 2.5
+    ahead = table.loc["working ahead, 2, as shipped"]
+    assert (ahead > workers.loc["1 worker"]).all()
+    assert (ahead >= table.loc["working ahead, 1 in memory"]).all()
+
+
+def test_slower_databases_are_never_faster_and_the_one_that_is_waited_for_matters_most() -> None:
+    """Service times go in one by one, and each has its own wall."""
+    table = model.by_service_time(COSTS)
+    assert (table.diff().iloc[1:] <= 0).all().all()
+    assert (table.diff(axis=1).iloc[:, 1:] <= 0).all().all()
+    slow = COSTS.served(mysql=2, clickhouse=3)
+    assert slow.mysql_us() == pytest.approx(2 * COSTS.mysql_us())
+    assert slow.clickhouse_us() == pytest.approx(3 * COSTS.clickhouse_us())
+    assert slow.exporter_us() == COSTS.exporter_us()
+    assert slow.write_clickhouse_trips == COSTS.write_clickhouse_trips
+
+
 def test_more_cores_connections_and_outboxes_never_make_it_slower() -> None:
     """A wall that moves the wrong way is an error of the model, not a finding."""
     by_cores = [rate(replace(HERE, exporter_cores=cores)) for cores in (1, 2, 4, 8)]
@@ -256,7 +280,7 @@ def test_the_page_has_the_tables_that_the_model_prints(capsys: pytest.CaptureFix
     model.main([])
     printed = capsys.readouterr().out
     shown = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(shown) == 6
+    assert len(shown) == 9
     for table in shown:
         assert table.strip("\n") in printed
 

@@ -116,6 +116,18 @@ class Costs:
     def clickhouse_us(self) -> float:
         return self.write_clickhouse_us + self.verify_clickhouse_us + self.merge_clickhouse_us
 
+    def served(self, *, mysql: float = 1.0, clickhouse: float = 1.0) -> Costs:
+        """The same with databases that take so many times as long over everything; round trips and Python stay."""
+        times = {"_mysql_us": mysql, "_mysql_ms": mysql, "commit_wait_us": mysql}
+        times |= {"_clickhouse_us": clickhouse, "_clickhouse_ms": clickhouse}
+        slower = {
+            name: getattr(self, name) * by
+            for name in self.__dataclass_fields__
+            for ending, by in times.items()
+            if name.endswith(ending)
+        }
+        return replace(self, **slower)
+
     def mark_width(self, connections: int) -> float:
         """Cores that each of so many marking connections keeps busy: they stand in each other's way."""
         gain = {1: 1.0, 2: self.mark_gain_2}.get(connections, self.mark_gain_4)
@@ -267,6 +279,7 @@ class Plan:
     limits: Limits = AS_SHIPPED
     events: int = 6_400_000
     workers: int = 0  # processes that take batches one by one; 0 is one process that works ahead
+    in_memory: int = BATCHES_IN_MEMORY  # batches whose rows one that works ahead may hold
     first_rows: int = FIRST_BATCH_ROWS
     dagster: bool = True
 
@@ -336,7 +349,7 @@ class _Drain:
             for number in range(self.plan.workers):
                 self.simulation.start(self._worker(queue, done, (id(self), number)))
         else:
-            fetched, written, room = Store(), Store(), Store([None] * BATCHES_IN_MEMORY)
+            fetched, written, room = Store(), Store(), Store([None] * self.plan.in_memory)
             self.simulation.start(self._each("fetch", Store(list(batches)), fetched, self._fetch, take=room))
             self.simulation.start(self._each("write", fetched, written, self._write, give=room))
             self.simulation.start(self._each("mark", written, done, self._mark))
@@ -553,6 +566,50 @@ def ladder(costs: Costs, rtt_ms: float = 0.2) -> pd.DataFrame:
     return table.astype({"events/s": int}).set_index("")
 
 
+# Each with the batches in flight: one a worker, or what working ahead holds in memory and the one that is being marked.
+WORKERS: dict[str, tuple[int, dict[str, int]]] = {
+    "1 worker": (1, {"workers": 1}),
+    "2 workers": (2, {"workers": 2}),
+    "4 workers": (4, {"workers": 4}),
+    "8 workers": (8, {"workers": 8}),
+    "working ahead, 1 in memory": (2, {"in_memory": 1}),
+    "working ahead, 2, as shipped": (BATCHES_IN_MEMORY + 1, {"in_memory": BATCHES_IN_MEMORY}),
+    "working ahead, 4": (5, {"in_memory": 4}),
+}
+TIMES = (0.5, 1.0, 2.0)
+
+
+def by_workers_and_distance(costs: Costs) -> pd.DataFrame:
+    """Events/s of one outbox on machines of its own, without Dagster's part: one row a way to share its batches, one column
+    a round trip.
+    """
+    lines = {}
+    for name, (in_flight, ways) in WORKERS.items():
+        plan = Plan(dagster=False, **ways)
+        lines[name] = {"in flight": in_flight} | {
+            f"{rtt_ms:g} ms": round(
+                simulate(Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms), plan, costs).events_s, -2
+            )
+            for rtt_ms in RTTS_MS
+        }
+    return pd.DataFrame(lines).T.astype(int)
+
+
+def by_service_time(costs: Costs, rtt_ms: float = 0.2) -> pd.DataFrame:
+    """Events/s of one outbox as shipped: one row for how long MySQL takes over all it does, one column for ClickHouse."""
+    site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms)
+    table = {
+        f"ClickHouse × {clickhouse:g}": {
+            f"MySQL × {mysql:g}": round(
+                simulate(site, Plan(), costs.served(mysql=mysql, clickhouse=clickhouse)).events_s, -2
+            )
+            for mysql in TIMES
+        }
+        for clickhouse in TIMES
+    }
+    return pd.DataFrame(table).astype(int)
+
+
 def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> dict[str, float]:
     """What it takes to carry `target` events/s with machines of `cores`, none of them and no outbox fuller than `FULL`."""
     site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms, clickhouse_cores=cores)
@@ -666,6 +723,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "One outbox as shipped, 64 batches, events/s by batch size and round trip to both databases",
                 by_batch_and_distance(costs),
             ),
+            ("One outbox, events/s by workers and round trip to both databases", by_workers_and_distance(costs)),
+            ("One outbox as shipped, in the same zone, events/s by how long a database takes", by_service_time(costs)),
+            ("The same, 20 ms away", by_service_time(costs, 20.0)),
             ("What one outbox waits for, in the same zone", ladder(costs)),
             ("The same, 20 ms away", ladder(costs, 20.0)),
             (
