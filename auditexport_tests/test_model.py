@@ -129,6 +129,14 @@ def test_more_workers_are_never_slower_and_hide_distance() -> None:
     assert (ahead >= table.loc["working ahead, 1 in memory"]).all()
 
 
+def test_a_batch_that_is_read_twice_takes_longer_and_further_away_more_so() -> None:
+    """A worker in another process never has the rows, and a model that lets it have them promises too much."""
+    for rtt_ms, at_least in ((0.2, 1.05), (20.0, 1.2)):
+        site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms)
+        assert rate(site, workers=1, hands_over=True) > at_least * rate(site, workers=1)
+        assert rate(site, hands_over=True) == rate(site)
+
+
 def test_slower_databases_are_never_faster_and_the_one_that_is_waited_for_matters_most() -> None:
     """Service times go in one by one, and each has its own wall."""
     table = model.by_service_time(COSTS)
@@ -248,6 +256,8 @@ def test_a_batch_makes_the_round_trips_that_the_model_counts(stack: Stack, rows:
     assert trips["MySQL"]["mark"] == pytest.approx(COSTS.mark_trips + COSTS.mark_trips_a_chunk * (chunks - 1), rel=0.35)
     assert trips["MySQL"]["claim"] == pytest.approx(COSTS.claim_trips, rel=0.35)
     assert trips["MySQL"]["verify"] == pytest.approx(COSTS.verify_trips, rel=0.25)
+    again = growth.round_trips(cast("Any", stack), rows, hands_over=False)["MySQL"]["write"] - trips["MySQL"]["write"]
+    assert again == pytest.approx(COSTS.reread_trips + rows / COSTS.fetch_rows_a_trip, rel=0.25)
 
 
 # ── what it reads and prints ─────────────────────────────────────────────────────────────────────
