@@ -117,6 +117,38 @@ def test_further_away_is_never_faster_and_larger_batches_are_never_slower() -> N
     assert (table.diff(axis=0).iloc[1:] >= 0).all().all()
 
 
+def test_more_workers_are_never_slower_and_hide_distance() -> None:
+    """What somebody who thinks of Celery looks up."""
+    table = model.by_workers_and_distance(COSTS).filter(like=" ms")
+    workers = table.loc[["1 worker", "2 workers", "4 workers", "8 workers"]]
+    assert (workers.diff().iloc[1:] >= 0).all().all()
+    gain = workers.loc["4 workers"] / workers.loc["1 worker"]
+    assert gain["50 ms"] > 2.5
+    ahead = table.loc["working ahead, 2, as shipped"]
+    assert (ahead > workers.loc["1 worker"]).all()
+    assert (ahead >= table.loc["working ahead, 1 in memory"]).all()
+
+
+def test_a_batch_that_is_read_twice_takes_longer_and_further_away_more_so() -> None:
+    """A worker in another process never has the rows, and a model that lets it have them promises too much."""
+    for rtt_ms, at_least in ((0.2, 1.05), (20.0, 1.2)):
+        site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms)
+        assert rate(site, workers=1, hands_over=True) > at_least * rate(site, workers=1)
+        assert rate(site, hands_over=True) == rate(site)
+
+
+def test_slower_databases_are_never_faster_and_the_one_that_is_waited_for_matters_most() -> None:
+    """Service times go in one by one, and each has its own wall."""
+    table = model.by_service_time(COSTS)
+    assert (table.diff().iloc[1:] <= 0).all().all()
+    assert (table.diff(axis=1).iloc[:, 1:] <= 0).all().all()
+    slow = COSTS.served(mysql=2, clickhouse=3)
+    assert slow.mysql_us() == pytest.approx(2 * COSTS.mysql_us())
+    assert slow.clickhouse_us() == pytest.approx(3 * COSTS.clickhouse_us())
+    assert slow.exporter_us() == COSTS.exporter_us()
+    assert slow.write_clickhouse_trips == COSTS.write_clickhouse_trips
+
+
 def test_more_cores_connections_and_outboxes_never_make_it_slower() -> None:
     """A wall that moves the wrong way is an error of the model, not a finding."""
     by_cores = [rate(replace(HERE, exporter_cores=cores)) for cores in (1, 2, 4, 8)]
@@ -224,6 +256,8 @@ def test_a_batch_makes_the_round_trips_that_the_model_counts(stack: Stack, rows:
     assert trips["MySQL"]["mark"] == pytest.approx(COSTS.mark_trips + COSTS.mark_trips_a_chunk * (chunks - 1), rel=0.35)
     assert trips["MySQL"]["claim"] == pytest.approx(COSTS.claim_trips, rel=0.35)
     assert trips["MySQL"]["verify"] == pytest.approx(COSTS.verify_trips, rel=0.25)
+    again = growth.round_trips(cast("Any", stack), rows, hands_over=False)["MySQL"]["write"] - trips["MySQL"]["write"]
+    assert again == pytest.approx(COSTS.reread_trips + rows / COSTS.fetch_rows_a_trip, rel=0.25)
 
 
 # ── what it reads and prints ─────────────────────────────────────────────────────────────────────
@@ -256,9 +290,24 @@ def test_the_page_has_the_tables_that_the_model_prints(capsys: pytest.CaptureFix
     model.main([])
     printed = capsys.readouterr().out
     shown = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(shown) == 6
+    assert len(shown) == 9
     for table in shown:
         assert table.strip("\n") in printed
+
+
+def test_a_run_ends_after_max_batches_and_each_of_them_leaves_something() -> None:
+    """A busy outbox has more runs than the schedule, and its batches outweigh them."""
+    assert model.runs_a_day(2_000) == 96
+    assert model.runs_a_day(17_280) == 270
+    assert model.fleet(100_000, COSTS)["runs a day"] == pytest.approx(3 * 450, rel=0.01)
+    growth_ = Growth()
+    for way in model.WAYS.values():
+        assert way.stays or way.batches / way.runs <= 180
+        assert way.batches >= way.runs
+    table = model.yearly(growth_)["Dagster a year"]
+    busy = model.WAYS["20,000 events/s in batches of 100,000"]
+    runs_gb = 365 * (busy.runs * growth_.run_bytes + model.TICKS_A_DAY * growth_.tick_bytes) / 1e9
+    assert table["20,000 events/s in batches of 100,000"] > 3 * runs_gb
 
 
 def test_retention_is_what_keeps_storage_flat() -> None:

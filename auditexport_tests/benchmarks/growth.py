@@ -1,4 +1,4 @@
-"""What stays behind: bytes of a batch in the ledger, of a run and a tick in Dagster's storage, and round trips a batch.
+"""What stays behind: bytes of a batch in the ledger, of a run, its batches and a tick in Dagster's storage, and round trips.
 
 What belongs here: counting on real servers, for the constants of `model`. What does not: speed, and what a year makes of it
 (`model`).
@@ -8,6 +8,7 @@ What belongs here: counting on real servers, for the constants of `model`. What 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.local.stack import LocalStack
@@ -38,6 +40,8 @@ LEDGER = "clickhouse_outbox_batch"
 # Copies of one batch, so that pages of InnoDB are as full as they are in a ledger that grew.
 COPIES = 32_768
 TICKS = 2_000
+# Of a Dagster run: so many rows, in one batch or in so many.
+RUN_ROWS, RUN_BATCHES = 1_000, 10
 TRIP_ROWS = (1_000, 5_000, 25_000)
 BY = By(who="benchmark", why="counting")
 
@@ -72,72 +76,79 @@ def counted() -> Iterator[Callable[[str], Counter[str]]]:
         http_sync.HttpSyncBackend.request = request
 
 
-def round_trips(stack: LocalStack, rows: int, batches: int = 3) -> pd.DataFrame:
-    """Of each verb, for a batch of so many rows: one row a verb, one column a server."""
+def _emptied(stack: LocalStack, rows: int) -> None:
+    """An outbox of so many pending rows, and a ledger without batches."""
     bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, rows * batches)
+    bench.seed(stack, rows)
+
+
+def _drain(
+    stack: LocalStack,
+    rows: int,
+    batches: int,
+    under: Callable[[str], object] = lambda verb: None,
+    *,
+    hands_over: bool = True,
+) -> list[Claim]:
+    """Claims so many batches of exactly so many rows, exports each step by step, and verifies them all; returns the claims.
+
+    `under` is told of each verb before it begins. Without `hands_over` each batch is read again to be written, as a worker
+    does whose fetch was in another process.
+    """
     first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
     limits = Limits(batch_rows=rows, max_batches=batches)
     try:
-        with counted() as under:
-            found = {"claim": under("claim")}
-            claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-            for claim in claims:
-                found["fetch"] = under("fetch")
-                fetched = export.fetch(stack.outbox, claim, limits)
-                found["write"] = under("write")
-                receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
-                found["mark"] = under("mark")
-                export.mark(stack.outbox, receipt, limits)
-            found["verify"] = under("verify")
-            verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+        under("claim")
+        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
     finally:
         claiming.FIRST_BATCH_ROWS = first
+    for claim in claims:
+        under("fetch")
+        fetched = export.fetch(stack.outbox, claim, limits)
+        under("write")
+        receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies if hands_over else {}, limits)
+        under("mark")
+        export.mark(stack.outbox, receipt, limits)
+    under("verify")
+    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(len(claims)))
+    return claims
+
+
+def round_trips(stack: LocalStack, rows: int, batches: int = 3, *, hands_over: bool = True) -> pd.DataFrame:
+    """Of each verb, for a batch of so many rows: one row a verb, one column a server. `hands_over` as `_drain` has it."""
+    _emptied(stack, rows * batches)
+    with counted() as under:
+        found: dict[str, Counter[str]] = {}
+
+        def count_under(verb: str) -> None:
+            found[verb] = under(verb)
+
+        claims = _drain(stack, rows, batches, count_under, hands_over=hands_over)
     table = pd.DataFrame({verb: dict(counts) for verb, counts in found.items()}).T.fillna(0) / len(claims)
     return table.rename_axis(f"{rows:,} rows").round(1)
 
 
 def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[str, float]:
     """Milliseconds that a batch takes however small it is: wall, and CPU of exporter, MySQL and ClickHouse."""
-    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, rows * batches)
+    _emptied(stack, rows * batches)
     bench.settle(stack)
     servers = [psutil.Process(pid) for pid in (stack.mysql.pid, stack.clickhouse.pid)]
 
     def now() -> list[float]:
         return [time.perf_counter(), time.process_time(), *(sum(server.cpu_times()[:2]) for server in servers)]
 
-    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
-    limits = Limits(batch_rows=rows, max_batches=batches)
     began = now()
-    try:
-        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-    finally:
-        claiming.FIRST_BATCH_ROWS = first
-    for claim in claims:
-        fetched = export.fetch(stack.outbox, claim, limits)
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
-    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(batches))
+    claims = _drain(stack, rows, batches)
     spent = [(ended - before) / len(claims) * 1000 for ended, before in zip(now(), began, strict=True)]
     return dict(zip(("wall", "exporter", "MySQL", "ClickHouse"), (round(ms, 1) for ms in spent), strict=True))
 
 
 def ledger_bytes(stack: LocalStack) -> dict[str, float]:
     """On InnoDB's pages, indexes included: of a batch whose rows lie together, of one whose rows do not, and of its record only."""
-    bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-    bench.seed(stack, 2_000)
+    _emptied(stack, 2_000)
     # As rows of several transactions at once lie: every third of them is another batch's.
     bench.execute(stack, "DELETE FROM clickhouse_outbox WHERE MOD(pk, 3) = 0 AND pk > 1000")
-    first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, 1_000
-    limits = Limits(batch_rows=1_000)
-    try:
-        claims = claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits)
-    finally:
-        claiming.FIRST_BATCH_ROWS = first
-    for claim in claims:
-        fetched = export.fetch(stack.outbox, claim, limits)
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, limits), limits)
-    verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10))
+    claims = _drain(stack, rows=1_000, batches=10)
     together, apart = (claim.batch_id for claim in claims[:2])
     found = {"rows together": _copied(stack, together), "667 rows apart": _copied(stack, apart)}
     upkeep = MySQLUpkeep(stack.outbox)
@@ -178,7 +189,10 @@ def _copied(stack: LocalStack, batch_id: int) -> float:
 
 
 def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[str, float]:
-    """Of one run of a batch, as the schedule launches it, and of one skipped tick, in SQLite or in PostgreSQL."""
+    """Of one run of a batch, as the schedule launches it, of each batch more, and of one skipped tick, in SQLite or PostgreSQL.
+
+    The rows are the same `RUN_ROWS` whether they are one batch or ten, so what differs is what a batch leaves.
+    """
     with tempfile.TemporaryDirectory(prefix="auditexport-growth-") as directory:
         home = Path(directory)
         configuration = ROOT / ("auditexport_pipeline/deploy/dagster.yaml" if postgres_url else "dagster.yaml")
@@ -191,23 +205,37 @@ def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[
             "AUDITEXPORT_CLICKHOUSE_URL": stack.log.url,
         }
 
-        def run() -> None:
+        def run(batches: int) -> None:
             bench.restore(stack)
-            subprocess.run(bench.DAGSTER_DRAIN, env=environment, cwd=ROOT, check=True, capture_output=True)
+            settings = {"ops": {"audit_logs_raw_v1": {"config": {"batch_rows": RUN_ROWS // batches}}}}
+            (home / "run.yaml").write_text(json.dumps(settings))  # which is YAML
+            subprocess.run(
+                [*bench.DAGSTER_DRAIN, "-c", str(home / "run.yaml")],
+                env=environment,
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
 
-        run()  # schemas, and pages that are begun
-        before, events_before = _size(home, postgres_url), _events(home, postgres_url)
-        for _ in range(runs):
-            run()
-        grown = (_size(home, postgres_url) - before) / runs
-        events = (_events(home, postgres_url) - events_before) / runs
+        def of_a_run(batches: int) -> tuple[float, float]:
+            before, events_before = _size(home, postgres_url), _events(home, postgres_url)
+            for _ in range(runs):
+                run(batches)
+            grown = _size(home, postgres_url) - before
+            return grown / runs, (_events(home, postgres_url) - events_before) / runs
+
+        run(1)  # schemas, and pages that are begun
+        one, one_events = of_a_run(1)
+        more, more_events = of_a_run(RUN_BATCHES)
         before = _size(home, postgres_url)
         subprocess.run(
             [sys.executable, "-c", _MAKE_TICKS, str(TICKS)], env=environment, cwd=ROOT, check=True, capture_output=True
         )
         return {
-            "bytes a run": grown,
-            "event rows a run": events,
+            "bytes a run of one batch": one,
+            "event rows of it": one_events,
+            "bytes a batch more": (more - one) / (RUN_BATCHES - 1),
+            "event rows of that": (more_events - one_events) / (RUN_BATCHES - 1),
             "bytes a tick": (_size(home, postgres_url) - before) / TICKS,
         }
 
@@ -229,7 +257,7 @@ with dg.DagsterInstance.get() as instance:
 
 def _size(home: Path, postgres_url: str) -> int:
     if not postgres_url:
-        return sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and path.name != "dagster.yaml")
+        return sum(path.stat().st_size for path in home.rglob("*") if path.is_file() and path.suffix != ".yaml")
     engine = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql("VACUUM")
@@ -261,12 +289,13 @@ def main(runs: int = 6) -> None:
         bench.print_machine(stack)
         for rows in TRIP_ROWS:
             print(f"round trips a batch of\n{round_trips(stack, rows).to_string()}", flush=True)
+            again = round_trips(stack, rows, hands_over=False).loc["write"]
+            print(f"write, with the batch read again  {again['MySQL']}  {again['ClickHouse']}", flush=True)
         print("milliseconds a batch of 50 rows: ", fixed_costs(stack), flush=True)
         print("bytes a batch in the ledger, indexes included: ", ledger_bytes(stack), flush=True)
-        bench.execute(stack, f"DELETE FROM {LEDGER} WHERE batch_id > 0", "TRUNCATE TABLE clickhouse_outbox")
-        bench.seed(stack, 1_000)
+        _emptied(stack, RUN_ROWS)
         print("Dagster on SQLite: ", dagster_bytes(stack, runs), flush=True)
-        from auditexport_tests.e2e.test_deployment import postgres
+        from auditexport_tests.e2e.servers import postgres
 
         with postgres() as url:
             print("Dagster on PostgreSQL: ", dagster_bytes(stack, runs, url), flush=True)

@@ -43,6 +43,9 @@ class Costs:
     claim_mysql_us: float = 0.9
     fetch_exporter_us: float = 10.0
     fetch_mysql_us: float = 1.9
+    # The same command's line, 100,000 events beside other work (where a fetch took 10.7 and 1.6).
+    reread_exporter_us: float = 4.9
+    reread_mysql_us: float = 1.9
     write_exporter_us: float = 0.5
     write_mysql_us: float = 0.1
     write_clickhouse_us: float = 14.3
@@ -63,6 +66,7 @@ class Costs:
     # `growth`, on 1,000 to 100,000 rows: of MySQL, so many a batch, and besides one more for so many rows or each mark.
     fetch_trips: float = 15
     fetch_rows_a_trip: float = 1_120
+    reread_trips: float = 6  # besides those for its rows
     write_trips: float = 20
     write_clickhouse_trips: float = 2
     mark_trips: float = 14
@@ -85,6 +89,7 @@ class Costs:
         names = {
             "claim": "claim",
             "fetch: read, decode, seal": "fetch",
+            "read again, on a worker": "reread",
             "write": "write",
             "mark": "mark",
             "verify": "verify",
@@ -115,6 +120,18 @@ class Costs:
 
     def clickhouse_us(self) -> float:
         return self.write_clickhouse_us + self.verify_clickhouse_us + self.merge_clickhouse_us
+
+    def served(self, *, mysql: float = 1.0, clickhouse: float = 1.0) -> Costs:
+        """The same with databases that take so many times as long over everything; round trips and Python stay."""
+        times = {"_mysql_us": mysql, "_mysql_ms": mysql, "commit_wait_us": mysql}
+        times |= {"_clickhouse_us": clickhouse, "_clickhouse_ms": clickhouse}
+        slower = {
+            name: getattr(self, name) * by
+            for name in self.__dataclass_fields__
+            for ending, by in times.items()
+            if name.endswith(ending)
+        }
+        return replace(self, **slower)
 
     def mark_width(self, connections: int) -> float:
         """Cores that each of so many marking connections keeps busy: they stand in each other's way."""
@@ -267,6 +284,9 @@ class Plan:
     limits: Limits = AS_SHIPPED
     events: int = 6_400_000
     workers: int = 0  # processes that take batches one by one; 0 is one process that works ahead
+    # Workers only: whether fetch hands the rows to write. Between processes it cannot, and the batch is read again.
+    hands_over: bool = False
+    in_memory: int = BATCHES_IN_MEMORY  # batches whose rows one that works ahead may hold
     first_rows: int = FIRST_BATCH_ROWS
     dagster: bool = True
 
@@ -336,7 +356,7 @@ class _Drain:
             for number in range(self.plan.workers):
                 self.simulation.start(self._worker(queue, done, (id(self), number)))
         else:
-            fetched, written, room = Store(), Store(), Store([None] * BATCHES_IN_MEMORY)
+            fetched, written, room = Store(), Store(), Store([None] * self.plan.in_memory)
             self.simulation.start(self._each("fetch", Store(list(batches)), fetched, self._fetch, take=room))
             self.simulation.start(self._each("write", fetched, written, self._write, give=room))
             self.simulation.start(self._each("mark", written, done, self._mark))
@@ -386,7 +406,15 @@ class _Drain:
         yield Work(self.mysql, self.costs.fetch_mysql_us * US * rows)
         yield self._python(self.costs.fetch_exporter_us, rows, group)
 
+    def _read_again(self, rows: int, group: object) -> Process:
+        yield from self._trips(group, self.costs.reread_trips + rows / self.costs.fetch_rows_a_trip)
+        yield self._carried(rows, self.site.mysql_rtt_ms)
+        yield Work(self.mysql, self.costs.reread_mysql_us * US * rows)
+        yield self._python(self.costs.reread_exporter_us, rows, group)
+
     def _write(self, rows: int, group: object) -> Process:
+        if self.plan.workers and not self.plan.hands_over:
+            yield from self._read_again(rows, group)
         blocks = self.plan.limits.blocks_per_batch
         dearer = 1.0 if blocks == 1 else self.costs.two_blocks_clickhouse
         yield from self._trips(group, self.costs.write_trips, self.costs.write_clickhouse_trips)
@@ -454,8 +482,19 @@ def simulate(site: Site, plan: Plan, costs: Costs, *, outboxes: int = 1, a_click
 FAR = replace(HERE, mysql_rtt_ms=20, clickhouse_rtt_ms=50)
 
 
-def _shared_batches(rows: int, events: int, workers: int) -> Plan:
-    return Plan(limits=Limits(batch_rows=rows), events=events, workers=workers, first_rows=rows, dagster=False)
+# Whether the workers of the figures below had each batch from its fetch in memory. `workers` as it is reads it again.
+WORKERS_HANDED_OVER = True
+
+
+def _shared_batches(rows: int, events: int, workers: int, *, hands_over: bool = WORKERS_HANDED_OVER) -> Plan:
+    return Plan(
+        limits=Limits(batch_rows=rows),
+        events=events,
+        workers=workers,
+        hands_over=hands_over,
+        first_rows=rows,
+        dagster=False,
+    )
 
 
 def mysql_9(costs: Costs) -> Costs:
@@ -476,7 +515,13 @@ def mysql_9(costs: Costs) -> Costs:
 MEASURED: tuple[tuple[str, float, Site, Plan, bool], ...] = (
     ("speed: a drain of a million, MariaDB", 28_730, HERE, Plan(events=1_000_000), False),
     ("speed: a drain of a million, MySQL 9", 22_753, HERE, Plan(events=1_000_000), True),
-    ("FACTS: one after the other, 50,000 a batch", 20_000, HERE, _shared_batches(50_000, 1_000_000, 1), False),
+    (
+        "FACTS: one after the other, 50,000 a batch",
+        20_000,
+        HERE,
+        _shared_batches(50_000, 1_000_000, 1, hands_over=True),
+        False,
+    ),
     ("workers: 25,000 a batch, 1 worker", 20_455, HERE, _shared_batches(25_000, 300_000, 1), False),
     ("  2 workers", 23_508, HERE, _shared_batches(25_000, 300_000, 2), False),
     ("  4 workers", 18_765, HERE, _shared_batches(25_000, 300_000, 4), False),
@@ -553,6 +598,50 @@ def ladder(costs: Costs, rtt_ms: float = 0.2) -> pd.DataFrame:
     return table.astype({"events/s": int}).set_index("")
 
 
+# Each with the batches in flight: one a worker, or what working ahead holds in memory and the one that is being marked.
+WORKERS: dict[str, tuple[int, dict[str, int]]] = {
+    "1 worker": (1, {"workers": 1}),
+    "2 workers": (2, {"workers": 2}),
+    "4 workers": (4, {"workers": 4}),
+    "8 workers": (8, {"workers": 8}),
+    "working ahead, 1 in memory": (2, {"in_memory": 1}),
+    "working ahead, 2, as shipped": (BATCHES_IN_MEMORY + 1, {"in_memory": BATCHES_IN_MEMORY}),
+    "working ahead, 4": (5, {"in_memory": 4}),
+}
+TIMES = (0.5, 1.0, 2.0)
+
+
+def by_workers_and_distance(costs: Costs) -> pd.DataFrame:
+    """Events/s of one outbox on machines of its own, without Dagster's part: one row a way to share its batches, one column
+    a round trip.
+    """
+    lines = {}
+    for name, (in_flight, ways) in WORKERS.items():
+        plan = Plan(dagster=False, **ways)
+        lines[name] = {"in flight": in_flight} | {
+            f"{rtt_ms:g} ms": round(
+                simulate(Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms), plan, costs).events_s, -2
+            )
+            for rtt_ms in RTTS_MS
+        }
+    return pd.DataFrame(lines).T.astype(int)
+
+
+def by_service_time(costs: Costs, rtt_ms: float = 0.2) -> pd.DataFrame:
+    """Events/s of one outbox as shipped: one row for how long MySQL takes over all it does, one column for ClickHouse."""
+    site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms)
+    table = {
+        f"ClickHouse × {clickhouse:g}": {
+            f"MySQL × {mysql:g}": round(
+                simulate(site, Plan(), costs.served(mysql=mysql, clickhouse=clickhouse)).events_s, -2
+            )
+            for mysql in TIMES
+        }
+        for clickhouse in TIMES
+    }
+    return pd.DataFrame(table).astype(int)
+
+
 def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> dict[str, float]:
     """What it takes to carry `target` events/s with machines of `cores`, none of them and no outbox fuller than `FULL`."""
     site = Site(mysql_rtt_ms=rtt_ms, clickhouse_rtt_ms=rtt_ms, clickhouse_cores=cores)
@@ -575,7 +664,7 @@ def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> di
         "MB/s into each of these": round(each * a_clickhouse * costs.event_bytes / 1e6),
         "new parts/s in each, batches of 100,000": round(each * a_clickhouse / plan.limits.batch_rows, 1),
         "new parts/s in each, runs that stay": round(a_clickhouse * 1000 / plan.limits.linger_poll_ms, 1),
-        "runs a day, 15 minutes each": outboxes * 96,
+        "runs a day": round(outboxes * runs_a_day(each / plan.limits.batch_rows * 86_400, plan.limits)),
         "they could do, events/s": round(outcome.events_s, -3),
     }
 
@@ -585,21 +674,47 @@ def fleet(target: int, costs: Costs, rtt_ms: float = 0.2, cores: int = 16) -> di
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """Bytes that stay, indexes included; from `growth 5` on MariaDB 10.11, Dagster 1.13.27 and PostgreSQL 15."""
+    """Bytes that stay, indexes included; from `growth 4` on MariaDB 10.11, Dagster 1.13.27 and PostgreSQL 15."""
 
     batch_bytes: float = 1_285  # whose rows lie together; 667 rows of every third pk: 8,462
     record_bytes: float = 772  # of the same, compacted
-    run_bytes: float = 86_800  # 50 events in PostgreSQL, a run of one batch; in SQLite 241,000
+    run_bytes: float = 102_400  # a run of one batch in PostgreSQL, 50 events; in SQLite 243,000
+    run_batch_bytes: float = 41_900  # each batch more of it, 27 events; in SQLite 75,500
     tick_bytes: float = 1_180  # in PostgreSQL, a skipped one; in SQLite 1,310
 
 
-# How one outbox is drained: batches and runs a day.
-WAYS: tuple[tuple[str, float, float], ...] = (
-    ("20,000 events/s in batches of 100,000", 20_000 / 100_000 * 86_400, 96),
-    ("a run a minute", 1_440, 1_440),
-    ("linger_s 900, something in every look", 2 * 86_400, 96),
-    ("linger_s 900, linger_poll_ms 5000", 86_400 / 5, 96),
-)
+SCHEDULED_RUNS_A_DAY = 96.0  # the export schedule's, every 15 minutes
+
+
+def runs_a_day(batches_a_day: float, limits: Limits = AS_SHIPPED) -> float:
+    """The schedule's, or as many as it takes when each ends after `max_batches`: the sensor launches those between."""
+    return max(SCHEDULED_RUNS_A_DAY, batches_a_day / limits.max_batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How one outbox is drained, a day. Of a batch that a run makes while it stays, Dagster stores nothing."""
+
+    batches: float
+    runs: float
+    stays: bool = False
+
+    @property
+    def batches_in_steps(self) -> float:
+        """Beyond each run's first, whose steps and observation are in what a run leaves."""
+        return 0.0 if self.stays else self.batches - self.runs
+
+
+_BATCHES_AT_20_000 = 20_000 / AS_SHIPPED.batch_rows * 86_400
+WAYS: dict[str, Way] = {
+    "20,000 events/s in batches of 100,000": Way(batches=_BATCHES_AT_20_000, runs=runs_a_day(_BATCHES_AT_20_000)),
+    "the same, max_batches 180": Way(
+        batches=_BATCHES_AT_20_000, runs=runs_a_day(_BATCHES_AT_20_000, Limits(max_batches=180))
+    ),
+    "a run a minute, of one batch": Way(batches=1_440, runs=1_440),
+    "linger_s 900, something in every look": Way(batches=2 * 86_400, runs=SCHEDULED_RUNS_A_DAY, stays=True),
+    "linger_s 900, linger_poll_ms 5000": Way(batches=86_400 / 5, runs=SCHEDULED_RUNS_A_DAY, stays=True),
+}
 TICKS_A_DAY = 86_400 / 15  # the sensor's; it skips nearly all of them
 # As shipped: `ledger_days` of the sweep, `run_days` of the purge, skipped ticks in dagster.yaml.
 LEDGER_DAYS, RUN_DAYS, TICK_DAYS = 400, 30, 2
@@ -610,15 +725,16 @@ def yearly(growth: Growth) -> pd.DataFrame:
     and with them. One row a way to drain.
     """
     table = {}
-    for name, batches, runs in WAYS:
-        dagster_a_day = runs * growth.run_bytes + TICKS_A_DAY * growth.tick_bytes
-        kept = RUN_DAYS * runs * growth.run_bytes + TICK_DAYS * TICKS_A_DAY * growth.tick_bytes
+    for name, way in WAYS.items():
+        runs_bytes_a_day = way.runs * growth.run_bytes + way.batches_in_steps * growth.run_batch_bytes
+        ticks_bytes_a_day = TICKS_A_DAY * growth.tick_bytes
         table[name] = {
-            "batches a year": f"{batches * 365:,.0f}",
-            "ledger at 400 days": batches * LEDGER_DAYS * growth.batch_bytes / 1e9,
-            "and a year more": batches * 365 * growth.record_bytes / 1e9,
-            "Dagster a year": 365 * dagster_a_day / 1e9,
-            "with its purges": kept / 1e9,
+            "batches a day": f"{way.batches:,.0f}",
+            "runs a day": f"{way.runs:,.0f}",
+            "ledger at 400 days": way.batches * LEDGER_DAYS * growth.batch_bytes / 1e9,
+            "and a year more": way.batches * 365 * growth.record_bytes / 1e9,
+            "Dagster a year": 365 * (runs_bytes_a_day + ticks_bytes_a_day) / 1e9,
+            "with its purges": (RUN_DAYS * runs_bytes_a_day + TICK_DAYS * ticks_bytes_a_day) / 1e9,
         }
     return pd.DataFrame(table).T
 
@@ -639,6 +755,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "One outbox as shipped, 64 batches, events/s by batch size and round trip to both databases",
                 by_batch_and_distance(costs),
             ),
+            ("One outbox, events/s by workers and round trip to both databases", by_workers_and_distance(costs)),
+            ("One outbox as shipped, in the same zone, events/s by how long a database takes", by_service_time(costs)),
+            ("The same, 20 ms away", by_service_time(costs, 20.0)),
             ("What one outbox waits for, in the same zone", ladder(costs)),
             ("The same, 20 ms away", ladder(costs, 20.0)),
             (

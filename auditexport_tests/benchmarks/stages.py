@@ -18,6 +18,7 @@ import psutil
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.recut import read_payloads
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
 
@@ -87,6 +88,10 @@ def _drain(stack: LocalStack, stages: Stages) -> None:
     for claim in claims:
         with stages.stage("fetch: read, decode, seal"):
             fetched = export.fetch(outbox, claim, limits)
+        (sealed,) = outbox.batches([claim.batch_id])
+        with stages.stage("read again, on a worker"):
+            for block in sealed.blocks:
+                read_payloads(outbox, sealed, block)
         with stages.stage("write"):
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
         bench.settle(stack)

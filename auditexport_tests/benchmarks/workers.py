@@ -1,7 +1,8 @@
 """How far more workers go when the databases are far away: events/s with 1, 2 and 4 processes, and of one that works ahead.
 
-What belongs here: lines that delay every byte both ways, and processes that share the batches of one plan, as Celery's
-workers and Kubernetes' pods do. What does not: what an executor costs for each step, and judging a figure.
+What belongs here: lines that delay every byte both ways, and processes that share the batches of one plan and hand no rows
+from fetch to write, as on Celery and Kubernetes, where each step may be another process's: the batch is read twice. What does not:
+what an executor costs for each step (a task's second in Celery's queue, a pod's start), and judging a figure.
 
 python -m auditexport_tests.benchmarks.workers [events] [batch_rows] [rounds] [mysql_ms] [clickhouse_ms]
 """
@@ -118,13 +119,14 @@ def _work(urls: tuple[str, str], limits: Limits, claims: Any, done: Any) -> None
     outbox.open_owners()
     done.put(None)  # connected
     while (claim := claims.get()) is not None:
-        fetched = export.fetch(outbox, claim, limits)
-        export.mark(outbox, export.write(outbox, log, claim, fetched.bodies, limits), limits)
+        export.fetch(outbox, claim, limits)
+        # Nothing is handed over: between steps in different processes the rows are only in the outbox.
+        export.mark(outbox, export.write(outbox, log, claim, {}, limits), limits)
         done.put(claim.batch_id)
 
 
 def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
-    """Seconds from the claim to the verification, the batches shared by so many processes, each batch step by step."""
+    """Seconds from the claim to the verification, the batches shared by so many processes, each step by step and read twice."""
     claims, done = _processes.Queue(), _processes.Queue()
     workers = [_processes.Process(target=_work, args=(urls, limits, claims, done), daemon=True) for _ in range(count)]
     for worker in workers:
@@ -150,7 +152,7 @@ def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
 
 
 def ahead(urls: tuple[str, str], limits: Limits) -> float:
-    """The same of one process that works ahead, as a run on the default executor does."""
+    """The same of one process that works ahead and reads once, as a run on the default executor does."""
     outbox, log = MySQLOutbox(urls[0]), ClickHouseAuditLog(urls[1])
     outbox.open_owners()
     started = time.monotonic()
