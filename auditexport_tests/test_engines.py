@@ -28,6 +28,7 @@ from auditexport_pipeline.stores.roles import Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.faults import claims_nothing, findings
+from auditexport_tests.users import users_xml
 
 DISTRIBUTED = Layout(engine=Engine.DISTRIBUTED, cluster="audit")
 
@@ -308,16 +309,6 @@ CONFIG = """
   </remote_servers>
 </clickhouse>
 """
-USERS = """
-<clickhouse>
-  <profiles><default>{profile}</default></profiles>
-  <quotas><default/></quotas>
-  <users><default>
-    <password/> <networks><ip>::/0</ip></networks> <profile>default</profile> <quota>default</quota>
-    <grants>{grants}</grants>
-  </default></users>
-</clickhouse>
-"""
 SHORT_DEFAULT = (
     "<replicated_merge_tree><replicated_deduplication_window_seconds>100</replicated_deduplication_window_seconds>"
     "</replicated_merge_tree>"
@@ -345,8 +336,7 @@ def configure(
     server: LocalClickHouse, directory: Path, *, profile: str = "", grants: tuple[str, ...] = ALL, extra: str = ""
 ) -> None:
     users, config = directory / "users.xml", directory / "config.xml"
-    queries = "".join(f"<query>{grant}</query>" for grant in grants)
-    users.write_text(USERS.format(grants=queries, profile=profile))
+    users.write_text(users_xml(grants, profile))
     config.write_text(CONFIG.format(users=users, extra=extra))
     server.config = config
 

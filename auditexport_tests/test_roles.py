@@ -33,22 +33,13 @@ from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, MYSQL_GRANTS, R
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.faults import content
+from auditexport_tests.users import users_xml
 
 Grants = Mapping[str, tuple[str, ...]]
 # The embedded server reads the data of an INSERT from a file descriptor, where a server has input().
 EMBEDDED = ("GRANT READ ON FILE",)
 CONFIG = """
 <clickhouse><users_config>{users}</users_config></clickhouse>
-"""
-USERS = """
-<clickhouse>
-  <profiles><default>{profile}</default></profiles>
-  <quotas><default/></quotas>
-  <users><default>
-    <password/> <networks><ip>::/0</ip></networks> <profile>default</profile> <quota>default</quota>
-    <grants>{grants}</grants>
-  </default></users>
-</clickhouse>
 """
 
 
@@ -115,8 +106,7 @@ class Ground:
         self._server.config = None
         if grants is not None:
             users, config = self._directory / "users.xml", self._directory / "config.xml"
-            queries = "".join(f"<query>{grant}</query>" for grant in [*grants, *EMBEDDED])
-            users.write_text(USERS.format(grants=queries, profile=profile))
+            users.write_text(users_xml([*grants, *EMBEDDED], profile))
             config.write_text(CONFIG.format(users=users))
             self._server.config = config
         self._server.start()
