@@ -24,7 +24,7 @@ import dagster as dg
 
 from auditexport_pipeline.core import claiming, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
-from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
+from auditexport_pipeline.core.errors import IncompleteRun, LeaseLost, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
@@ -71,6 +71,18 @@ def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
     return finished
 
 
+def _refuse_if_ended(context: dg.OpExecutionContext) -> None:
+    """Raises `LeaseLost` when the run has ended: a step that was left in a queue would take batches that nobody exports,
+    or those of the run's own retry, which has the same root and so the same owner.
+    """
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.is_finished:
+        raise LeaseLost(
+            f"run {context.run_id[:8]} has ended, and this step of it was still in a queue. It claimed nothing, and there "
+            "is nothing to do: the next run takes the rows"
+        )
+
+
 def _plan_batches(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("plan_batches"),
@@ -88,6 +100,8 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         to = names.connected(context)
         started_at_s = time.time()
         limits = Limits.of(context.op_config)
+        with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
+            _refuse_if_ended(context)
         if context.retry_number == 0:
             to.heartbeat.start()
         with told_to_dagster(context, to.heartbeat):
