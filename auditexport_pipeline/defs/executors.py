@@ -33,6 +33,9 @@ ENV_SECRETS = "AUDITEXPORT_KUBERNETES_ENV_SECRETS"
 STORAGE_CLAIM = "AUDITEXPORT_KUBERNETES_STORAGE_CLAIM"
 MAX_CONCURRENT = "AUDITEXPORT_KUBERNETES_MAX_CONCURRENT"
 
+# By what a broker's URL begins. Redis behind sentinels would want the name of its master, for which there is no setting.
+REDIS = ("redis", "rediss")
+RABBITMQ = ("amqp", "amqps", "pyamqp")
 # Where Celery's own documentation and dagster-celery look for a broker.
 DEFAULT_BROKER_URL = "pyamqp://guest@localhost:5672//"
 DEFAULT_QUEUE = "dagster"
@@ -168,11 +171,22 @@ def celery_settings() -> dict[str, Any]:
 
 
 def _broker_url() -> str:
-    return os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
+    """The broker's URL, or several with semicolons. Raises `InvalidConfig`, without the URL, for one that is neither Redis nor
+    RabbitMQ: of these two it is known how they give a dead worker's task to another one, and which priority goes first.
+    """
+    url = os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
+    # Without "://" there is no scheme, and what stands there may be a password.
+    schemes = {part.partition("://")[0] if "://" in part else "" for part in url.split(";")}
+    if not (schemes <= set(REDIS) or schemes <= set(RABBITMQ)):
+        raise InvalidConfig(
+            f"{BROKER_URL} must begin with {', '.join(REDIS)} (Redis) or {', '.join(RABBITMQ)} (RabbitMQ), and ://; several, "
+            "with semicolons, are of one kind"
+        )
+    return url
 
 
 def _over_redis(url: str) -> bool:
-    return url.partition("://")[0] in ("redis", "rediss", "sentinel")
+    return url.partition("://")[0] in REDIS
 
 
 # ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────

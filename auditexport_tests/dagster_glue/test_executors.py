@@ -14,8 +14,10 @@ import pytest
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
+from auditexport_pipeline.defs.alerts import failure_of
 from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
-from auditexport_tests.dagster_glue.conftest import ROOT
+from auditexport_tests.conftest import Stack
+from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, ledger
 
 EXECUTORS = ("in_process", "multiprocess", "celery", "k8s")
 EXTRAS = {"celery": "dagster_celery", "k8s": "dagster_k8s"}
@@ -97,6 +99,58 @@ def test_a_wrong_setting_of_celery_is_refused_by_the_name_of_its_variable(
     """A setting that is silently another one is found when a worker dies."""
     with pytest.raises(InvalidConfig, match=f"AUDITEXPORT_{variable}"):
         _chosen(monkeypatch, "celery", **{variable: value})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "htp://:not_for_any_eye@127.0.0.1/",
+        "redis+socket://:not_for_any_eye@/run/redis.sock",
+        "sentinel://:not_for_any_eye@127.0.0.1:1",
+        "not_for_any_eye@127.0.0.1",
+        f"{SECRET};amqp://guest:not_for_any_eye@127.0.0.1:1//",
+    ],
+)
+def test_a_broker_that_is_neither_redis_nor_rabbitmq_is_refused_without_its_url(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """Taken for RabbitMQ, it would have the wrong priorities, and a dead worker's task would never come back."""
+    with pytest.raises(InvalidConfig, match="AUDITEXPORT_CELERY_BROKER_URL must begin with redis, rediss") as refused:
+        _chosen(monkeypatch, "celery", CELERY_BROKER_URL=url)
+    assert "not_for_any_eye" not in str(refused.value)
+    with pytest.raises(InvalidConfig):
+        celery_app()
+
+
+@pytest.mark.parametrize(
+    ("broker_url", "kind"),
+    [(SECRET, "ConnectionError"), ("amqp://guest:not_for_any_eye@127.0.0.1:1//", "ConnectionRefusedError")],
+)
+def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
+    exporter: Exporter, stack: Stack, broker_url: str, kind: str
+) -> None:
+    """Kombu's own error would not say which broker, nor whether anything is lost; and its surroundings hold the password."""
+    stack.put(*events(1))
+    answer = exporter.command(
+        *("job", "execute", "-m", "auditexport_pipeline.definitions", "-j", "audit_log_export"),
+        AUDITEXPORT_EXECUTOR="celery",
+        AUDITEXPORT_CELERY_BROKER_URL=broker_url,
+    )
+    assert answer.returncode != 0
+    assert "not_for_any_eye" not in answer.stdout + answer.stderr
+    (run,) = exporter.instance.get_runs()
+    assert run.status is dg.DagsterRunStatus.FAILURE
+    failure = failure_of(exporter.instance, run.run_id)
+    assert failure.error == "BrokerUnavailable"
+    assert failure.line == (
+        "Celery's broker, which AUDITEXPORT_CELERY_BROKER_URL names, or where AUDITEXPORT_CELERY_RESULT_URL has the results, is not "
+        f"reachable ({kind}). Nothing is lost: start it, or mend the variable, and run again"
+    )
+    assert not failure.told  # so the run alerts send the heartbeat its /fail
+    assert "not_for_any_eye" not in "".join(str(entry) for entry in exporter.instance.all_logs(run.run_id))
+    assert ledger(stack) == []
+    exporter.drain()
+    everything_once(stack, 1)
 
 
 def test_a_wrong_limit_of_kubernetes_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
