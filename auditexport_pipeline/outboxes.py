@@ -26,6 +26,7 @@ OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
 # Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -37,6 +38,13 @@ def check_name(name: str) -> str:
             "31 at most"
         )
     return name
+
+
+def check_queue(queue: str, what: str = "celery_queue") -> str:
+    """The name of a queue; raises `InvalidConfig`, with `what` it was given for. Empty is the queue that all share."""
+    if queue and not _QUEUE.fullmatch(queue):
+        raise InvalidConfig(f"{what} must be letters, digits, '_', '-' and '.', 200 at most")
+    return queue
 
 
 def _in_pydantic(check: Callable[[Any], object], value: Any) -> Any:
@@ -89,6 +97,12 @@ class OutboxSettings(BaseModel):
         Mapping[str, float],
         Field(description="What an operator is called for, such as lag_s; what is not given: AUDITEXPORT_TARGET_…"),
     ] = {}
+    celery_queue: Annotated[
+        str,
+        Field(
+            description="Queue of the drain's steps with AUDITEXPORT_EXECUTOR celery; empty: AUDITEXPORT_CELERY_QUEUE, which all share."
+        ),
+    ] = ""
     group_name: Annotated[str, Field(description="Group of both assets.")] = GROUP
     owners: Annotated[Sequence[str], Field(description="Owners of both assets: e-mail addresses or team:…")] = ()
     links: Annotated[
@@ -100,6 +114,11 @@ class OutboxSettings(BaseModel):
     @classmethod
     def _check_name(cls, value: str) -> Any:
         return _in_pydantic(check_name, value)
+
+    @field_validator("celery_queue")
+    @classmethod
+    def _check_queue(cls, value: str) -> Any:
+        return _in_pydantic(check_queue, value)
 
     @field_validator("drain")
     @classmethod

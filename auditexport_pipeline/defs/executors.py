@@ -20,6 +20,7 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
 BROKER_URL = "AUDITEXPORT_CELERY_BROKER_URL"
@@ -64,13 +65,16 @@ def executor_of_environment() -> dg.ExecutorDefinition:
     return _EXECUTORS[name]()
 
 
-def priority(level: int) -> dict[str, str]:
-    """Tags of an op whose steps go before those of a lower level, on every executor."""
+def tags_of_step(level: int, queue: str) -> dict[str, str]:
+    """Tags of an op whose steps go before those of a lower level, on every executor; on Celery through this queue, or, when it
+    is empty, through the one that all share.
+    """
     down = os.environ.get(EXECUTOR) == "celery" and _over_redis(_broker_url())
-    return {
+    tags = {
         "dagster/priority": str(level),
         "dagster-celery/priority": str(CELERY_PRIORITY + (-level if down else level)),
     }
+    return tags | {"dagster-celery/queue": queue} if queue else tags
 
 
 def _in_process() -> dg.ExecutorDefinition:
@@ -139,9 +143,7 @@ def celery_app() -> Any:
 
 def celery_settings() -> dict[str, Any]:
     """Celery's settings, the same for the run and for the workers."""
-    queue = os.environ.get(QUEUE) or DEFAULT_QUEUE
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", queue):
-        raise InvalidConfig(f"{QUEUE} must be letters, digits, '_', '-' and '.', 200 at most")
+    queue = check_queue(os.environ.get(QUEUE) or DEFAULT_QUEUE, QUEUE)
     timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
     # dagster-celery's, to which Redis's are added: without them a broker that is down would be asked for ever.
     transport: dict[str, Any] = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}

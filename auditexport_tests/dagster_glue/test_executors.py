@@ -15,7 +15,9 @@ import pytest
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
 from auditexport_pipeline.defs.alerts import failure_of
+from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
+from auditexport_pipeline.outboxes import OutboxSettings
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, ledger
 
@@ -205,10 +207,25 @@ def test_steps_of_a_batch_go_before_later_batches_on_either_broker(
         for node in defs.resolve_job_def("audit_log_export").all_node_defs
         if isinstance(node, dg.OpDefinition)
     }
-    order = ["finish_export", "mark_exported", "write_clickhouse", "fetch_batch"]
-    assert [first(ops[name] for name in order[n:]) for n in range(4)] == [ops[name] for name in order]
-    assert len({ops[name] for name in order}) == 4
+    order = ["plan_batches", "finish_export", "mark_exported", "write_clickhouse", "fetch_batch"]
+    assert [first(ops[name] for name in order[n:]) for n in range(5)] == [ops[name] for name in order]
+    assert len({ops[name] for name in order}) == 5
     assert all(0 <= value < 10 for value in ops.values())
+
+
+def test_an_outbox_with_a_queue_of_its_own_sends_every_step_of_its_drain_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the queue that all share, the sixty-four batches of one outbox go before the one row of another."""
+    monkeypatch.setenv("AUDITEXPORT_EXECUTOR", "celery")
+    entry = OutboxSettings(name="eu", celery_queue="exports.eu")
+    for defs, queue in ((defs_of(entry), "exports.eu"), (build_audit_export_defs("us"), None)):
+        (job,) = [job for job in defs.resolve_all_job_defs() if job.name.endswith("_audit_log_export")]
+        ops = [node for node in job.all_node_defs if isinstance(node, dg.OpDefinition)]
+        assert len(ops) == 5
+        assert {op.tags.get("dagster-celery/queue") for op in ops} == {queue}
+    with pytest.raises(InvalidConfig, match="celery_queue must be"):
+        build_audit_export_defs("eu", celery_queue="a queue")
 
 
 def test_the_definitions_hold_the_names_of_secrets_and_not_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
