@@ -1,6 +1,6 @@
 """Where steps run: the executor that AUDITEXPORT_EXECUTOR names, put together from the environment.
 
-What belongs here: the settings of each executor, and what keeps a drain whole on it. What does not: what a step does, and
+What belongs here: the settings of each executor, what keeps a drain whole on it, and what of a drain it cannot carry out. What does not: what a step does, and
 the processes themselves: Celery's workers load `celery_worker`, Kubernetes starts pods of our image.
 
 Every step may run again, anywhere and at any time: that is `core.export`'s doing. So a step that a worker took with it
@@ -13,13 +13,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
@@ -45,6 +46,8 @@ DEFAULT_QUEUE = "dagster"
 DEFAULT_VISIBILITY_TIMEOUT_S = 900
 # How often a worker looks for tasks whose time is over; with kombu's own settings it is every 100 s.
 RESTORE_EVERY_S = 10
+# RabbitMQ's consumer_timeout: it takes a delivery back that is not acknowledged after this long, and closes the channel.
+RABBITMQ_DELIVERY_S = 1_800
 # Celery's priorities are 0 to 9 and a task's is 5. With RabbitMQ the highest goes first, with Redis the lowest.
 CELERY_PRIORITIES = 10
 CELERY_PRIORITY = 5
@@ -75,6 +78,28 @@ def tags_of_step(level: int, queue: str) -> dict[str, str]:
         "dagster-celery/priority": str(CELERY_PRIORITY + (-level if down else level)),
     }
     return tags | {"dagster-celery/queue": queue} if queue else tags
+
+
+def limits_here(settings: Mapping[str, Any]) -> Limits:
+    """The limits with these settings. Raises `InvalidConfig`, naming the field, also for a run that would stay for longer than
+    Celery's broker leaves a task with its worker: another one would be given it, again and again.
+    """
+    limits = Limits.of(settings)
+    if os.environ.get(EXECUTOR) != "celery" or not limits.linger_s:
+        return limits
+    if _over_redis(_broker_url()):
+        timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
+        if limits.linger_s >= timeout_s:
+            raise InvalidConfig(
+                f"linger_s is {limits.linger_s} and {VISIBILITY_TIMEOUT_S} is {timeout_s}: Redis would give finish_export to a "
+                f"second worker while the first one stays; set linger_s below {timeout_s}, or the variable above {limits.linger_s}"
+            )
+    elif limits.linger_s >= RABBITMQ_DELIVERY_S:
+        raise InvalidConfig(
+            f"linger_s is {limits.linger_s}: RabbitMQ takes a task back after {RABBITMQ_DELIVERY_S} s (its consumer_timeout), and "
+            f"would give finish_export to one worker after the other; set linger_s below {RABBITMQ_DELIVERY_S}"
+        )
+    return limits
 
 
 def _in_process() -> dg.ExecutorDefinition:

@@ -15,11 +15,13 @@ import pytest
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
 from auditexport_pipeline.defs.alerts import failure_of
+from auditexport_pipeline.defs.automation import drain_settings
 from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
+from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.outboxes import OutboxSettings
 from auditexport_tests.conftest import Stack
-from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, ledger
+from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
 
 EXECUTORS = ("in_process", "multiprocess", "celery", "k8s")
 EXTRAS = {"celery": "dagster_celery", "k8s": "dagster_k8s"}
@@ -226,6 +228,37 @@ def test_an_outbox_with_a_queue_of_its_own_sends_every_step_of_its_drain_there(
         assert {op.tags.get("dagster-celery/queue") for op in ops} == {queue}
     with pytest.raises(InvalidConfig, match="celery_queue must be"):
         build_audit_export_defs("eu", celery_queue="a queue")
+
+
+@pytest.mark.parametrize(
+    ("broker_url", "most_s", "told"),
+    [
+        (
+            SECRET,
+            899,
+            "linger_s is 900 and AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S is 900: .* set linger_s below 900, or",
+        ),
+        ("amqp://guest@127.0.0.1:1//", 1_799, r"linger_s is 1800: .*consumer_timeout.*; set linger_s below 1800"),
+    ],
+)
+def test_a_run_that_stays_for_longer_than_the_broker_leaves_a_task_with_its_worker_is_refused(
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, most_s: int, told: str
+) -> None:
+    """The step that stays would be given to a second worker while the first is at it, and with RabbitMQ to a third."""
+    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=broker_url, MYSQL_URL="x", CLICKHOUSE_URL="x")
+    for job in ("audit_log_export", "__ASSET_JOB"):
+        launched = defs.get_repository_def().get_job(job)
+        dg.validate_run_config(launched, launchpad({"linger_s": most_s}))
+        with pytest.raises(dg.DagsterInvalidConfigError, match=told):
+            dg.validate_run_config(launched, launchpad({"linger_s": most_s + 1}))
+    monkeypatch.setenv("AUDITEXPORT_DRAIN", f'{{"linger_s": {most_s + 1}}}')
+    with pytest.raises(InvalidConfig, match=told):
+        drain_settings(Names())
+    monkeypatch.setenv("AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S", "901")
+    if broker_url == SECRET:
+        assert drain_settings(Names())
+    monkeypatch.setenv("AUDITEXPORT_EXECUTOR", "in_process")
+    assert drain_settings(Names())
 
 
 def test_the_definitions_hold_the_names_of_secrets_and_not_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
