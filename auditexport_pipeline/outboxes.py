@@ -30,6 +30,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 # Of ClickHouse by HTTP and by HTTPS, which are one server, and of MySQL.
 _USUAL_PORTS = {"http": (8123, 8443), "https": (8123, 8443)}
 _USUAL_MYSQL_PORTS = (3306,)
+_QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -41,6 +42,13 @@ def check_name(name: str) -> str:
             "31 at most"
         )
     return name
+
+
+def check_queue(queue: str, what: str = "celery_queue") -> str:
+    """The name of a queue; raises `InvalidConfig`, with `what` it was given for. Empty is the queue that all share."""
+    if queue and not _QUEUE.fullmatch(queue):
+        raise InvalidConfig(f"{what} must be letters, digits, '_', '-' and '.', 200 at most")
+    return queue
 
 
 def _in_pydantic(check: Callable[[Any], object], value: Any) -> Any:
@@ -93,6 +101,12 @@ class OutboxSettings(BaseModel):
         Mapping[str, float],
         Field(description="What an operator is called for, such as lag_s; what is not given: AUDITEXPORT_TARGET_…"),
     ] = {}
+    celery_queue: Annotated[
+        str,
+        Field(
+            description="Queue of the drain's steps with AUDITEXPORT_EXECUTOR celery; empty: AUDITEXPORT_CELERY_QUEUE, which all share."
+        ),
+    ] = ""
     group_name: Annotated[str, Field(description="Group of both assets.")] = GROUP
     owners: Annotated[Sequence[str], Field(description="Owners of both assets: e-mail addresses or team:…")] = ()
     links: Annotated[
@@ -104,6 +118,11 @@ class OutboxSettings(BaseModel):
     @classmethod
     def _check_name(cls, value: str) -> Any:
         return _in_pydantic(check_name, value)
+
+    @field_validator("celery_queue")
+    @classmethod
+    def _check_queue(cls, value: str) -> Any:
+        return _in_pydantic(check_queue, value)
 
     @field_validator("drain")
     @classmethod

@@ -10,6 +10,7 @@ translates in exactly one place.
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
     │   ├── LeaseLost                  another run has taken the batch over; this one is refused
+    │   ├── BrokerUnavailable          Celery's broker, or the keeper of its results: down, or refuses us
     │   └── LocalServerFailed          a server of the local stack did not start
     └── PermanentError             no: somebody has to change something first
         ├── InvalidConfig              a setting is out of its bounds
@@ -48,6 +49,10 @@ class InsertOutcomeUnknown(AuditLogUnavailable):
 
 class LeaseLost(TransientError):
     """The batch belongs to another run by now; whatever this one does to it is refused."""
+
+
+class BrokerUnavailable(TransientError):
+    """A step could not be given to Celery's workers, or its result not be had: the broker does not answer, or refuses us."""
 
 
 class LocalServerFailed(TransientError):

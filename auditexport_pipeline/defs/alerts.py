@@ -34,7 +34,7 @@ from typing import TypeVar
 import dagster as dg
 import msgspec
 
-from auditexport_pipeline.core.errors import AuditExportError, OutboxUnavailable, TransientError
+from auditexport_pipeline.core.errors import AuditExportError, BrokerUnavailable, OutboxUnavailable, TransientError
 from auditexport_pipeline.core.notices import Board, Notice, Policy
 from auditexport_pipeline.core.number_alerts import Around, NumberAlerts
 from auditexport_pipeline.core.run_alerts import Ended, Failure, Retry, RunAlerts
@@ -285,10 +285,14 @@ def failure_of(instance: dg.DagsterInstance, run_id: str) -> Failure:
         event = record.event_log_entry.dagster_event
         if event is not None and event.event_type is dg.DagsterEventType.RUN_FAILURE:
             data = event.event_specific_data  # absent where somebody else marked the run failed
+            error = getattr(data, "error", None)
+            if error is not None and error.cls_name == BrokerUnavailable.__name__:  # ours, although no step raised it
+                line = error.message.strip().partition(": ")[2]
+                return Failure(error=error.cls_name, step="", line=line, rerun_helps=True)
             reason = getattr(getattr(data, "failure_reason", None), "value", "run failure")
             # Dagster's own words, as of a worker that ended. What an exception says is not among them.
-            line = (event.message or "").splitlines()[:1]
-            return Failure(error=reason, step="", line=line[0] if line else "the run failed", rerun_helps=None)
+            lines = (event.message or "").splitlines()
+            return Failure(error=reason, step="", line=lines[0] if lines else "the run failed", rerun_helps=None)
     return Failure(error="run failure", step="", line="the run failed, and its log does not say why", rerun_helps=None)
 
 

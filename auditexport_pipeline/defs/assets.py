@@ -24,14 +24,14 @@ import dagster as dg
 
 from auditexport_pipeline.core import claiming, verify
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
-from auditexport_pipeline.core.errors import IncompleteRun, VerificationFailed
+from auditexport_pipeline.core.errors import IncompleteRun, LeaseLost, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.drains import drain_in
-from auditexport_pipeline.defs.executors import priority
+from auditexport_pipeline.defs.executors import tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, run_metadata
@@ -71,6 +71,18 @@ def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
     return finished
 
 
+def _refuse_if_ended(context: dg.OpExecutionContext) -> None:
+    """Raises `LeaseLost` when the run has ended: a step that was left in a queue would take batches that nobody exports,
+    or those of the run's own retry, which has the same root and so the same owner.
+    """
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.is_finished:
+        raise LeaseLost(
+            f"run {context.run_id[:8]} has ended, and this step of it was still in a queue. It claimed nothing, and there "
+            "is nothing to do: the next run takes the rows"
+        )
+
+
 def _plan_batches(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("plan_batches"),
@@ -80,6 +92,8 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         },
         ins={"clickhouse_outbox": dg.In(dg.Nothing)},
         config_schema=DRAIN_SCHEMA,
+        # Another outbox's batches wait in the same queue of Celery's: a drain that is due learns at once what there is.
+        tags=tags_of_step(4, names.celery_queue),
         pool=names.pool,
         required_resource_keys=names.everything,
         description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
@@ -88,6 +102,8 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         to = names.connected(context)
         started_at_s = time.time()
         limits = Limits.of(context.op_config)
+        with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
+            _refuse_if_ended(context)
         if context.retry_number == 0:
             to.heartbeat.start()
         with told_to_dagster(context, to.heartbeat):
@@ -113,6 +129,7 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
         name=names.of("fetch_batch"),
         out=dg.Out(dict, io_manager_key=names.io_manager),
         config_schema=DRAIN_SCHEMA,
+        tags=tags_of_step(0, names.celery_queue),
         required_resource_keys=names.everything,
         description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
     )
@@ -133,7 +150,7 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("write_clickhouse"),
         config_schema=DRAIN_SCHEMA,
-        tags=priority(1),
+        tags=tags_of_step(1, names.celery_queue),
         required_resource_keys=names.everything,
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
@@ -161,7 +178,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("mark_exported"),
         config_schema=DRAIN_SCHEMA,
-        tags=priority(2),
+        tags=tags_of_step(2, names.celery_queue),
         required_resource_keys=names.everything,
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
@@ -196,7 +213,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
         name=names.of("finish_export"),
         out=dg.Out(dg.Nothing),
         config_schema=DRAIN_SCHEMA,
-        tags=priority(3),
+        tags=tags_of_step(3, names.celery_queue),
         required_resource_keys=names.everything,
         description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
     )

@@ -15,10 +15,10 @@ import msgspec
 
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.checks import LIGHT
 from auditexport_pipeline.defs.drains import drain_in, failed_in_a_row
+from auditexport_pipeline.defs.executors import limits_here
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
@@ -63,7 +63,7 @@ def drain_settings(names: Names, given: Mapping[str, Any] | None = None) -> dict
     Read at every tick; raises `InvalidConfig`, naming the field, for what the launchpad would refuse.
     """
     settings = dict(given) if given is not None else _drain_of_environment()
-    Limits.of(settings)
+    limits_here(settings)
     return {"ops": {names.node: {"config": settings}}} if settings else {}
 
 

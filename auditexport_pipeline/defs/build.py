@@ -39,6 +39,7 @@ def build_audit_export_defs(
     drain: Mapping[str, Any] | None = None,
     sensor_thresholds: Thresholds | None = None,
     targets: Mapping[str, float] | None = None,
+    celery_queue: str = "",
     group_name: str = catalog.GROUP,
     owners: Sequence[str] = (),
     links: Mapping[str, str] | None = None,
@@ -55,11 +56,12 @@ def build_audit_export_defs(
     and AUDITEXPORT_ALERT_WEBHOOK_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
     of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
     (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise), `targets` what an operator is called for (fields of `core.targets.Targets`;
-    AUDITEXPORT_TARGET_… for the others). `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
+    AUDITEXPORT_TARGET_… for the others). `celery_queue` is where workers of Celery's find the drain's steps, if not where they find
+    everybody's. `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
     `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names.
     """
-    names = Names(name=name)
+    names = Names(name=name, celery_queue=celery_queue)
     given: dict[str, Any] = {
         "mysql": MySQLResource(url=mysql_url or dg.EnvVar("AUDITEXPORT_MYSQL_URL")),
         "clickhouse": ClickHouseResource(url=clickhouse_url or dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
@@ -110,6 +112,7 @@ def defs_of(outbox: OutboxSettings) -> dg.Definitions:
         drain=outbox.drain,
         sensor_thresholds=Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s),
         targets=outbox.targets,
+        celery_queue=outbox.celery_queue,
         group_name=outbox.group_name,
         owners=outbox.owners,
         links=outbox.links,

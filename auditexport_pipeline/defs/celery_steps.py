@@ -1,7 +1,7 @@
 """Celery's executor, with an end for runs that lost a task.
 
-What belongs here: what becomes of a task that failed outside of its step: its worker's child was killed, or the worker has
-other variables or other code than the run. What does not: settings (`defs.executors`, which alone imports this, because
+What belongs here: what becomes of a task that failed outside of its step: its worker's child was killed, the worker has
+other variables or other code than the run, or the broker does not answer. What does not: settings (`defs.executors`, which alone imports this, because
 it needs the extra), and steps that fail by themselves, of which Dagster's own events tell.
 
 dagster-celery's loop keeps such an error to itself and waits for the steps that can no longer come, at full speed and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -26,6 +27,31 @@ from dagster._serdes import serialize_value
 from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster_celery.core_execution_loop import core_celery_execution_loop
 from dagster_celery.executor import CELERY_CONFIG, CeleryExecutor, _submit_task
+from kombu.exceptions import OperationalError
+
+from auditexport_pipeline.core.errors import BrokerUnavailable
+from auditexport_pipeline.defs.executors import BROKER_URL, RESULT_URL
+
+# Those who speak to a broker, and raise errors of their own in the place of a socket's.
+CLIENTS = ("amqp", "redis")
+# What Celery raises, as a RuntimeError, when Redis keeps its results and did not answer for some twenty seconds.
+LOST_RESULTS = "trying to reconnect to the Celery result"
+
+
+@contextmanager
+def _told_of_the_broker() -> Iterator[None]:
+    """Raises `BrokerUnavailable`, without a URL, for what a broker or a keeper of results that is away makes Celery raise."""
+    try:
+        yield
+    except Exception as error:
+        client = type(error).__module__.partition(".")[0] in CLIENTS
+        if not (client or isinstance(error, (OSError, OperationalError)) or LOST_RESULTS in str(error)):
+            raise
+        kind = type(error.__cause__ or error).__name__
+        raise BrokerUnavailable(
+            f"Celery's broker, which {BROKER_URL} names, or where {RESULT_URL} has the results, is not reachable ({kind}). "
+            "Nothing is lost: start it, or mend the variable, and run again"
+        ) from None
 
 
 class _Task:
@@ -36,7 +62,8 @@ class _Task:
         self._step_context = step_context
 
     def ready(self) -> bool:
-        return bool(self._result.ready())
+        with _told_of_the_broker():
+            return bool(self._result.ready())
 
     def revoke(self) -> None:
         self._result.revoke()
@@ -55,7 +82,8 @@ class _Task:
 
 
 def _submit(app: Any, plan_context: Any, step: Any, queue: str, priority: int, known_state: Any) -> _Task:
-    task = _submit_task(app, plan_context, step, queue, priority, known_state)
+    with _told_of_the_broker():
+        task = _submit_task(app, plan_context, step, queue, priority, known_state)
     return _Task(task, plan_context.for_step(step))
 
 

@@ -15,6 +15,7 @@ import dagster as dg
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.defs.executors import limits_here
 
 
 def _schema() -> dict[str, dg.Field]:
@@ -36,7 +37,7 @@ DRAIN_SCHEMA = _schema()
 @dg.config_mapping(config_schema=DRAIN_SCHEMA)
 def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
     """One flat form for the whole graph; a value out of bounds is refused before anything runs, by name."""
-    _refuse_unless(Limits.of, settings)
+    _refuse_unless(limits_here, settings)
     op = {"config": settings}
     return {
         "plan_batches": op,

@@ -1,6 +1,6 @@
 """Where steps run: the executor that AUDITEXPORT_EXECUTOR names, put together from the environment.
 
-What belongs here: the settings of each executor, and what keeps a drain whole on it. What does not: what a step does, and
+What belongs here: the settings of each executor, what keeps a drain whole on it, and what of a drain it cannot carry out. What does not: what a step does, and
 the processes themselves: Celery's workers load `celery_worker`, Kubernetes starts pods of our image.
 
 Every step may run again, anywhere and at any time: that is `core.export`'s doing. So a step that a worker took with it
@@ -13,13 +13,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
 BROKER_URL = "AUDITEXPORT_CELERY_BROKER_URL"
@@ -33,6 +35,9 @@ ENV_SECRETS = "AUDITEXPORT_KUBERNETES_ENV_SECRETS"
 STORAGE_CLAIM = "AUDITEXPORT_KUBERNETES_STORAGE_CLAIM"
 MAX_CONCURRENT = "AUDITEXPORT_KUBERNETES_MAX_CONCURRENT"
 
+# By what a broker's URL begins. Redis behind sentinels would want the name of its master, for which there is no setting.
+REDIS = ("redis", "rediss")
+RABBITMQ = ("amqp", "amqps", "pyamqp")
 # Where Celery's own documentation and dagster-celery look for a broker.
 DEFAULT_BROKER_URL = "pyamqp://guest@localhost:5672//"
 DEFAULT_QUEUE = "dagster"
@@ -41,6 +46,8 @@ DEFAULT_QUEUE = "dagster"
 DEFAULT_VISIBILITY_TIMEOUT_S = 900
 # How often a worker looks for tasks whose time is over; with kombu's own settings it is every 100 s.
 RESTORE_EVERY_S = 10
+# RabbitMQ's consumer_timeout: it takes a delivery back that is not acknowledged after this long, and closes the channel.
+RABBITMQ_DELIVERY_S = 1_800
 # Celery's priorities are 0 to 9 and a task's is 5. With RabbitMQ the highest goes first, with Redis the lowest.
 CELERY_PRIORITIES = 10
 CELERY_PRIORITY = 5
@@ -61,13 +68,38 @@ def executor_of_environment() -> dg.ExecutorDefinition:
     return _EXECUTORS[name]()
 
 
-def priority(level: int) -> dict[str, str]:
-    """Tags of an op whose steps go before those of a lower level, on every executor."""
+def tags_of_step(level: int, queue: str) -> dict[str, str]:
+    """Tags of an op whose steps go before those of a lower level, on every executor; on Celery through this queue, or, when it
+    is empty, through the one that all share.
+    """
     down = os.environ.get(EXECUTOR) == "celery" and _over_redis(_broker_url())
-    return {
+    tags = {
         "dagster/priority": str(level),
         "dagster-celery/priority": str(CELERY_PRIORITY + (-level if down else level)),
     }
+    return tags | {"dagster-celery/queue": queue} if queue else tags
+
+
+def limits_here(settings: Mapping[str, Any]) -> Limits:
+    """The limits with these settings. Raises `InvalidConfig`, naming the field, also for a run that would stay for longer than
+    Celery's broker leaves a task with its worker: another one would be given it, again and again.
+    """
+    limits = Limits.of(settings)
+    if os.environ.get(EXECUTOR) != "celery" or not limits.linger_s:
+        return limits
+    if _over_redis(_broker_url()):
+        timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
+        if limits.linger_s >= timeout_s:
+            raise InvalidConfig(
+                f"linger_s is {limits.linger_s} and {VISIBILITY_TIMEOUT_S} is {timeout_s}: Redis would give finish_export to a "
+                f"second worker while the first one stays; set linger_s below {timeout_s}, or the variable above {limits.linger_s}"
+            )
+    elif limits.linger_s >= RABBITMQ_DELIVERY_S:
+        raise InvalidConfig(
+            f"linger_s is {limits.linger_s}: RabbitMQ takes a task back after {RABBITMQ_DELIVERY_S} s (its consumer_timeout), and "
+            f"would give finish_export to one worker after the other; set linger_s below {RABBITMQ_DELIVERY_S}"
+        )
+    return limits
 
 
 def _in_process() -> dg.ExecutorDefinition:
@@ -136,9 +168,7 @@ def celery_app() -> Any:
 
 def celery_settings() -> dict[str, Any]:
     """Celery's settings, the same for the run and for the workers."""
-    queue = os.environ.get(QUEUE) or DEFAULT_QUEUE
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", queue):
-        raise InvalidConfig(f"{QUEUE} must be letters, digits, '_', '-' and '.', 200 at most")
+    queue = check_queue(os.environ.get(QUEUE) or DEFAULT_QUEUE, QUEUE)
     timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
     # dagster-celery's, to which Redis's are added: without them a broker that is down would be asked for ever.
     transport: dict[str, Any] = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
@@ -168,11 +198,22 @@ def celery_settings() -> dict[str, Any]:
 
 
 def _broker_url() -> str:
-    return os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
+    """The broker's URL, or several with semicolons. Raises `InvalidConfig`, without the URL, for one that is neither Redis nor
+    RabbitMQ: of these two it is known how they give a dead worker's task to another one, and which priority goes first.
+    """
+    url = os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
+    # Without "://" there is no scheme, and what stands there may be a password.
+    schemes = {part.partition("://")[0] if "://" in part else "" for part in url.split(";")}
+    if not (schemes <= set(REDIS) or schemes <= set(RABBITMQ)):
+        raise InvalidConfig(
+            f"{BROKER_URL} must begin with {', '.join(REDIS)} (Redis) or {', '.join(RABBITMQ)} (RabbitMQ), and ://; several, "
+            "with semicolons, are of one kind"
+        )
+    return url
 
 
 def _over_redis(url: str) -> bool:
-    return url.partition("://")[0] in ("redis", "rediss", "sentinel")
+    return url.partition("://")[0] in REDIS
 
 
 # ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
-from auditexport_pipeline.outboxes import check_name
+from auditexport_pipeline.outboxes import check_name, check_queue
 
 if TYPE_CHECKING:
     from auditexport_pipeline.defs.ahead import Ahead
@@ -30,12 +30,14 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """The names of one outbox's definitions. Raises `InvalidConfig` for a name that Dagster would not take."""
+    """The names of one outbox's definitions. Raises `InvalidConfig` for one that Dagster or Celery would not take."""
 
     name: str = ""
+    celery_queue: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        check_queue(self.celery_queue)
 
     def of(self, what: str) -> str:
         """The name of the contract, as this outbox has it."""

@@ -17,8 +17,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.errors import IncompleteRun
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -42,6 +43,7 @@ from auditexport_tests.dagster_glue.conftest import (
 )
 from auditexport_tests.dagster_glue.location import CANARY, leaking_job, the_export_job
 from auditexport_tests.waiting import wait_until
+from auditexport_tests.webhook import webhook
 
 STEPS = ("fetch_batch", "write_clickhouse", "mark_exported")
 
@@ -297,6 +299,39 @@ def test_a_killed_run_retried_whole_takes_up_its_own_batches_at_once(
     told = text_of(materialization.asset_materialization.metadata)
     assert (told["batches"], told["verified_batches"]) == (3, 4)
     assert {str(batch.state) for batch in ledger(stack)} == {"verified"}
+
+
+@pytest.mark.parametrize("status", ["FAILURE", "SUCCESS", "CANCELED"])
+def test_a_plan_that_was_left_in_a_queue_claims_nothing_for_a_run_that_has_ended(
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """Its claims would be nobody's; and it would take those of the run's own retry, whose root, and so owner, is the same."""
+    stack.put(*events(4))
+    ended = exporter.put_run("audit_log_export", status)
+    claiming.claim(stack.outbox, owner=ended.run_id, dead_owners=(), limits=Limits(batch_rows=2, max_batches=1))
+    before = ledger(stack)
+    with webhook() as heartbeat:
+        monkeypatch.setenv("AUDITEXPORT_HEARTBEAT_URL", heartbeat.url)
+        told = _as_a_worker_does(exporter, ended, "audit_logs_raw_v1.plan_batches")
+    failure = told[-1].step_failure_data.user_failure_data
+    assert failure is not None
+    assert failure.description == (
+        f"run {ended.run_id[:8]} has ended, and this step of it was still in a queue. It claimed nothing, and there is "
+        "nothing to do: the next run takes the rows"
+    )
+    assert not [event for event in told if event.event_type is dg.DagsterEventType.STEP_UP_FOR_RETRY]
+    assert heartbeat.paths == []
+    assert ledger(stack) == before
+    monkeypatch.delenv("AUDITEXPORT_HEARTBEAT_URL")
+    exporter.drain()
+    everything_once(stack, 4)
+
+
+def _as_a_worker_does(exporter: Exporter, run: dg.DagsterRun, step_key: str) -> list[dg.DagsterEvent]:
+    """What a task of Celery does with the step, whenever it comes to it."""
+    job = dg.reconstructable(the_export_job)
+    plan = create_execution_plan(job, step_keys_to_execute=[step_key])
+    return list(execute_plan_iterator(plan, job, run, exporter.instance))
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────

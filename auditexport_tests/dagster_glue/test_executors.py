@@ -14,8 +14,14 @@ import pytest
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
+from auditexport_pipeline.defs.alerts import failure_of
+from auditexport_pipeline.defs.automation import drain_settings
+from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
-from auditexport_tests.dagster_glue.conftest import ROOT
+from auditexport_pipeline.defs.names import Names
+from auditexport_pipeline.outboxes import OutboxSettings
+from auditexport_tests.conftest import Stack
+from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
 
 EXECUTORS = ("in_process", "multiprocess", "celery", "k8s")
 EXTRAS = {"celery": "dagster_celery", "k8s": "dagster_k8s"}
@@ -99,6 +105,58 @@ def test_a_wrong_setting_of_celery_is_refused_by_the_name_of_its_variable(
         _chosen(monkeypatch, "celery", **{variable: value})
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "htp://:not_for_any_eye@127.0.0.1/",
+        "redis+socket://:not_for_any_eye@/run/redis.sock",
+        "sentinel://:not_for_any_eye@127.0.0.1:1",
+        "not_for_any_eye@127.0.0.1",
+        f"{SECRET};amqp://guest:not_for_any_eye@127.0.0.1:1//",
+    ],
+)
+def test_a_broker_that_is_neither_redis_nor_rabbitmq_is_refused_without_its_url(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """Taken for RabbitMQ, it would have the wrong priorities, and a dead worker's task would never come back."""
+    with pytest.raises(InvalidConfig, match="AUDITEXPORT_CELERY_BROKER_URL must begin with redis, rediss") as refused:
+        _chosen(monkeypatch, "celery", CELERY_BROKER_URL=url)
+    assert "not_for_any_eye" not in str(refused.value)
+    with pytest.raises(InvalidConfig):
+        celery_app()
+
+
+@pytest.mark.parametrize(
+    ("broker_url", "kind"),
+    [(SECRET, "ConnectionError"), ("amqp://guest:not_for_any_eye@127.0.0.1:1//", "ConnectionRefusedError")],
+)
+def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
+    exporter: Exporter, stack: Stack, broker_url: str, kind: str
+) -> None:
+    """Kombu's own error would not say which broker, nor whether anything is lost; and its surroundings hold the password."""
+    stack.put(*events(1))
+    answer = exporter.command(
+        *("job", "execute", "-m", "auditexport_pipeline.definitions", "-j", "audit_log_export"),
+        AUDITEXPORT_EXECUTOR="celery",
+        AUDITEXPORT_CELERY_BROKER_URL=broker_url,
+    )
+    assert answer.returncode != 0
+    assert "not_for_any_eye" not in answer.stdout + answer.stderr
+    (run,) = exporter.instance.get_runs()
+    assert run.status is dg.DagsterRunStatus.FAILURE
+    failure = failure_of(exporter.instance, run.run_id)
+    assert failure.error == "BrokerUnavailable"
+    assert failure.line == (
+        "Celery's broker, which AUDITEXPORT_CELERY_BROKER_URL names, or where AUDITEXPORT_CELERY_RESULT_URL has the results, is not "
+        f"reachable ({kind}). Nothing is lost: start it, or mend the variable, and run again"
+    )
+    assert not failure.told  # so the run alerts send the heartbeat its /fail
+    assert "not_for_any_eye" not in "".join(str(entry) for entry in exporter.instance.all_logs(run.run_id))
+    assert ledger(stack) == []
+    exporter.drain()
+    everything_once(stack, 1)
+
+
 def test_a_wrong_limit_of_kubernetes_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As above; and without a limit, a run would start as many pods as it has batches."""
     with pytest.raises(InvalidConfig, match="AUDITEXPORT_KUBERNETES_MAX_CONCURRENT is '-1'"):
@@ -151,10 +209,56 @@ def test_steps_of_a_batch_go_before_later_batches_on_either_broker(
         for node in defs.resolve_job_def("audit_log_export").all_node_defs
         if isinstance(node, dg.OpDefinition)
     }
-    order = ["finish_export", "mark_exported", "write_clickhouse", "fetch_batch"]
-    assert [first(ops[name] for name in order[n:]) for n in range(4)] == [ops[name] for name in order]
-    assert len({ops[name] for name in order}) == 4
+    order = ["plan_batches", "finish_export", "mark_exported", "write_clickhouse", "fetch_batch"]
+    assert [first(ops[name] for name in order[n:]) for n in range(5)] == [ops[name] for name in order]
+    assert len({ops[name] for name in order}) == 5
     assert all(0 <= value < 10 for value in ops.values())
+
+
+def test_an_outbox_with_a_queue_of_its_own_sends_every_step_of_its_drain_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the queue that all share, the sixty-four batches of one outbox go before the one row of another."""
+    monkeypatch.setenv("AUDITEXPORT_EXECUTOR", "celery")
+    entry = OutboxSettings(name="eu", celery_queue="exports.eu")
+    for defs, queue in ((defs_of(entry), "exports.eu"), (build_audit_export_defs("us"), None)):
+        (job,) = [job for job in defs.resolve_all_job_defs() if job.name.endswith("_audit_log_export")]
+        ops = [node for node in job.all_node_defs if isinstance(node, dg.OpDefinition)]
+        assert len(ops) == 5
+        assert {op.tags.get("dagster-celery/queue") for op in ops} == {queue}
+    with pytest.raises(InvalidConfig, match="celery_queue must be"):
+        build_audit_export_defs("eu", celery_queue="a queue")
+
+
+@pytest.mark.parametrize(
+    ("broker_url", "most_s", "told"),
+    [
+        (
+            SECRET,
+            899,
+            "linger_s is 900 and AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S is 900: .* set linger_s below 900, or",
+        ),
+        ("amqp://guest@127.0.0.1:1//", 1_799, r"linger_s is 1800: .*consumer_timeout.*; set linger_s below 1800"),
+    ],
+)
+def test_a_run_that_stays_for_longer_than_the_broker_leaves_a_task_with_its_worker_is_refused(
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, most_s: int, told: str
+) -> None:
+    """The step that stays would be given to a second worker while the first is at it, and with RabbitMQ to a third."""
+    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=broker_url, MYSQL_URL="x", CLICKHOUSE_URL="x")
+    for job in ("audit_log_export", "__ASSET_JOB"):
+        launched = defs.get_repository_def().get_job(job)
+        dg.validate_run_config(launched, launchpad({"linger_s": most_s}))
+        with pytest.raises(dg.DagsterInvalidConfigError, match=told):
+            dg.validate_run_config(launched, launchpad({"linger_s": most_s + 1}))
+    monkeypatch.setenv("AUDITEXPORT_DRAIN", f'{{"linger_s": {most_s + 1}}}')
+    with pytest.raises(InvalidConfig, match=told):
+        drain_settings(Names())
+    monkeypatch.setenv("AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S", "901")
+    if broker_url == SECRET:
+        assert drain_settings(Names())
+    monkeypatch.setenv("AUDITEXPORT_EXECUTOR", "in_process")
+    assert drain_settings(Names())
 
 
 def test_the_definitions_hold_the_names_of_secrets_and_not_their_values(monkeypatch: pytest.MonkeyPatch) -> None:

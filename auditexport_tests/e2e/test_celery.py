@@ -277,6 +277,60 @@ def test_a_workers_child_that_is_killed_fails_its_run_and_the_next_one_continues
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
 
 
+# Tasks that fail at their first line, which is all that is wanted of them; printed with the queue of each.
+SEND = """
+from auditexport_pipeline.celery_worker import app
+
+for queue in ("eu", "us", "dagster"):
+    for _ in range({tasks}):
+        print(app.send_task("execute_plan", ({{}}, {{}}), queue=queue, routing_key=queue + ".execute_plan", priority=5).id, queue)
+"""
+
+
+@pytest.mark.parametrize("broker", BROKERS)
+def test_a_queue_is_worked_on_by_its_own_worker_alone_and_shared_ones_in_turn(broker: str, tmp_path: Path) -> None:
+    """A guaranteed share that another outbox can take is none; and one full queue must not stop the others."""
+    tasks = 6
+    with BROKERS[broker](PASSWORD, tmp_path) as broker_url:
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+            "DAGSTER_HOME": str(tmp_path),
+            "AUDITEXPORT_EXECUTOR": "celery",
+            "AUDITEXPORT_CELERY_BROKER_URL": broker_url,
+        }
+        program = [sys.executable, "-c", SEND.format(tasks=tasks)]
+        told = subprocess.run(program, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+        sent = dict(line.split() for line in told.splitlines())
+        one = _taken_by("one", ["us"], environment, sent)
+        two = _taken_by("two", ["eu", "dagster"], environment, sent)
+    assert one == ["us"] * tasks
+    assert sorted(two) == sorted(["eu", "dagster"] * tasks)
+    assert set(two[:tasks]) == {"eu", "dagster"}, "one queue waited for the whole of the other"
+
+
+def _taken_by(name: str, queues: list[str], environment: dict[str, str], sent: dict[str, str]) -> list[str]:
+    """The queues of the tasks that a worker of these queues takes, in order, until they are empty."""
+    words = ["worker", "start", "-A", "auditexport_pipeline.celery_worker", "-n", name]
+    words += ["-q", ",".join(queues)]
+    worker = Child(
+        f"worker {name}",
+        [str(Path(sys.executable).parent / "dagster-celery"), *words, "--", "--concurrency=1"],
+        log=Path(environment["DAGSTER_HOME"]) / f"{name}.log",
+        env=environment,
+    )
+
+    def taken() -> list[str]:
+        return [sent[task] for task in re.findall(r"execute_plan\[([0-9a-f-]+)\] received", worker.log.read_text())]
+
+    expected = sum(queue in queues for queue in sent.values())
+    try:
+        worker.wait_until(lambda: len(taken()) >= expected, within_s=60)
+        return taken()
+    finally:
+        worker.stop()
+
+
 def _nothing_leaked(cluster: Cluster) -> None:
     """No payload with the broker or in Dagster's storage, and the broker's password in no log and no row."""
     programs = find_postgres()
