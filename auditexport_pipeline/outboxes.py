@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS
 from auditexport_pipeline.core.errors import InvalidConfig
@@ -27,9 +29,8 @@ OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
 # Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
-# Of ClickHouse by HTTP and by HTTPS, which are one server, and of MySQL.
-_USUAL_PORTS = {"http": (8123, 8443), "https": (8123, 8443)}
-_USUAL_MYSQL_PORTS = (3306,)
+# Of ClickHouse by HTTP and by HTTPS, which are one server.
+_USUAL_PORTS = (8123, 8443)
 _QUEUE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -202,13 +203,15 @@ def _database(url: str) -> tuple[str, ...]:
     Two names of one host are two to us: nothing is looked up here.
     """
     try:
-        parts, port = urlsplit(url), urlsplit(url).port
-    except ValueError:  # told in words when it is used
+        if not url.startswith(("http://", "https://")):  # as MySQLOutbox reads it, which takes a # or / in a password
+            mysql = make_url(url)
+            port = str(mysql.port) if mysql.port not in (None, 3306) else ""
+            return ((mysql.host or "").lower(), port, str(mysql.query.get("unix_socket", "")), mysql.database or "")
+        parts = urlsplit(url)
+        port = str(parts.port) if parts.port not in (None, *_USUAL_PORTS) else ""
+    except (ValueError, ArgumentError):  # told in words when it is used
         return (url,)
-    socket = ",".join(parse_qs(parts.query).get("unix_socket", ()))
-    usual = _USUAL_PORTS.get(parts.scheme, _USUAL_MYSQL_PORTS)
-    where = str(port) if port and port not in usual else ""
-    return (parts.hostname or "", where, socket, parts.path.strip("/"))
+    return ((parts.hostname or "").lower(), port, "", parts.path.strip("/") or "default")
 
 
 def read_outboxes() -> Outboxes | None:

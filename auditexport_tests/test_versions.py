@@ -253,6 +253,7 @@ def test_its_table_is_not_created_beside_ours_on_another_engine(stack: Stack, pr
     assert "audit_logs_raw_v1 is distributed, and billing_events_v1 would be created on one server" in refused
     assert "auditexport init --engine distributed --cluster NAME" in refused
     assert "billing_events_v1" not in {row[0] for row in stack.clickhouse("SHOW TABLES")}
+    assert "would be created on one server" in prompt("init", "--cluster", "audit", status=2).output
     # Somebody says so all the same: it is created, and told, at the prompt and before a drain.
     assert (
         "billing_events_v1 is a ReplacingMergeTree, and audit_logs_raw_v1 a Distributed"
@@ -273,6 +274,14 @@ def test_a_block_of_its_table_that_could_be_cut_short_is_found(stack: Stack, pro
     told = prompt("doctor", status=1).output
     assert "one INSERT becomes several parts" in told
     assert "billing_events_v1 is partitioned by toDate" in told
+    # Under a Distributed table, whatever it is called there.
+    database = stack.clickhouse_url.rsplit("/", 1)[1]
+    client.command("RENAME TABLE billing_events_v1 TO invoices")
+    client.command(
+        f"CREATE TABLE billing_events_v1 AS invoices "
+        f"ENGINE = Remote('127.0.0.1', '{database}', 'invoices', 'default', '', inserted_at)"
+    )
+    assert "invoices is partitioned by toDate" in prompt("doctor", status=1).output
 
 
 def test_a_version_is_registered_once_and_has_a_table_of_its_own(registry: None) -> None:
@@ -310,6 +319,11 @@ def test_ours_is_registered_as_any_other(registry: None) -> None:
         (
             "(inserted_at, 'UTC'))\nORDER",
             "(time, 'inserted_at'))\nORDER",
+            "ddl: PARTITION BY goes by inserted_at alone",
+        ),
+        (
+            "PARTITION BY toYYYYMM",
+            "partition by toDate(time), toYYYYMM",
             "ddl: PARTITION BY goes by inserted_at alone",
         ),
         ("EXISTS billing_events_v1", "EXISTS billing", "ddl: it must begin with CREATE TABLE IF NOT EXISTS billing_e"),

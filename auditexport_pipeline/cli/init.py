@@ -85,8 +85,8 @@ def init(
                 click.echo(f"{statement};\n")
         return
     mysql, clickhouse = outbox(), audit_log()
-    said = engine or replicated or cluster or keeper_path is not None
-    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=layout if said else None)
+    said = layout if engine or replicated else None  # a cluster alone does not say what stands on it
+    created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=said, cluster=cluster)
     if not as_json:
         click.echo(f"created {', '.join(created)}" if created else "nothing to create")
     looks = preflight.examine(mysql, clickhouse, role=Role.OWNER)

@@ -62,8 +62,9 @@ def statements_of(text: str, source: str) -> dict[str, str]:
     return {name: statement.strip() for name, statement in statements.items()}
 
 
-# A column's name, and not a function's.
-_NAMED = re.compile(r"\b[A-Za-z_]\w*\b(?!\s*\()")
+def columns_in(expression: str) -> set[str]:
+    """The columns that an expression names: its words, but for functions and what stands in quotes."""
+    return set(re.findall(r"\b[A-Za-z_]\w*\b(?!\s*\()", re.sub("'[^']*'", "", expression)))
 
 
 def top_level_parts(columns: str) -> Iterator[str]:
@@ -133,9 +134,10 @@ class PayloadVersion:
         order = " ".join(pieces["ddl"].split())
         if f"ORDER BY ({', '.join(SORT_KEY)})" not in order:
             raise self._wrong("ddl", f"entries are looked for by ORDER BY ({', '.join(SORT_KEY)})")
-        partition = re.search(r" PARTITION BY (.+?) (?:ORDER|PRIMARY|SAMPLE|TTL|SETTINGS)\b", f"{order} SETTINGS ")
-        by = set(_NAMED.findall(re.sub("'[^']*'", "", partition[1]))) if partition else {"inserted_at"}
-        if by != {"inserted_at"}:
+        partition = re.search(
+            r" PARTITION BY (.+?) (?:ORDER|PRIMARY|SAMPLE|TTL|SETTINGS)\b", f"{order} SETTINGS ", re.IGNORECASE
+        )
+        if partition and columns_in(partition[1]) - {"inserted_at"}:
             raise self._wrong(
                 "ddl", "PARTITION BY goes by inserted_at alone: an INSERT that becomes several parts can be cut short"
             )

@@ -98,6 +98,3 @@ WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('a
 -- name: version_tables
 SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN {tables:Array(String)}
-
--- name: version_columns
-SELECT table, name, type FROM system.columns WHERE database = currentDatabase() AND table IN {tables:Array(String)}

@@ -114,9 +114,10 @@ def look_at_the_table(client: Client, url: str, role: Role, retention_days: int,
         if table is None:
             yield Look(about=about, seen="not on this server; run doctor on a server of each shard")
     if table is not None:
-        findings = [*engine(table, _DECLARED, _anew(table)), *window(client, table)]
+        anew = _anew(table, rows[TABLE])
+        findings = [*engine(table, anew), *window(client, table)]
         if fully:
-            findings += _columns(client, table)
+            findings += _columns(client, table, anew)
         seen = f"{table.engine}, by {table.partition_key or 'no partition'}"
         yield Look(about=about, seen=seen, findings=tuple(findings))
         if fully:
@@ -126,10 +127,11 @@ def look_at_the_table(client: Client, url: str, role: Role, retention_days: int,
         yield _view(rows.get("audit_logs"))
 
 
-def _anew(table: Table) -> str:
+def _anew(table: Table, named: Table) -> str:
+    """How to begin again with a table; `named` is the one of the contract's name, which may be a Distributed one over it."""
     name = table.name
     return (
-        f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then {init_for(table)}; then "
+        f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then {init_for(named)}; then "
         f"INSERT INTO {name} ({_COPIED}) SELECT {_COPIED} FROM {name}_old"
     )
 
@@ -202,7 +204,7 @@ def _grants(client: Client, user: str, database: str, role: Role, tables: Mappin
     return Look(about=about, seen=seen, findings=tuple(findings))
 
 
-def _columns(client: Client, table: Table) -> Iterator[Finding]:
+def _columns(client: Client, table: Table, anew: str) -> Iterator[Finding]:
     parameters = {"database": table.database, "table": table.name}
     there: Mapping[str, Sequence[str]] = {
         name: (kind, default)
@@ -221,7 +223,7 @@ def _columns(client: Client, table: Table) -> Iterator[Finding]:
             yield Finding(
                 what=f"{table.name}.{name} is {kind} and should be {column.type}",
                 breaks="what is stored differs from what was sent, or INSERTs fail",
-                fix=_anew(table)
+                fix=anew
                 if name in (*SORT_KEY, "inserted_at")
                 else f"ALTER TABLE {table.name} MODIFY COLUMN {column.declaration}"
                 # Out of a Nullable only with a word on what becomes of NULL.

@@ -9,13 +9,13 @@ mended. What does not: columns, TTL and grants (`preflight_clickhouse`, `preflig
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.versions import SORT_KEY
+from auditexport_pipeline.core.versions import SORT_KEY, columns_in
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW, DEDUPLICATION_WINDOW_S, Engine, family_of
 from auditexport_pipeline.stores.findings import Finding, Look
@@ -194,13 +194,13 @@ def replicas(client: Client, url: str, table: Table) -> Iterator[Look]:
     yield Look(about=about, seen=f"{active} of {total} active", findings=tuple(findings))
 
 
-def engine(table: Table, columns: Iterable[str], anew: str) -> Iterator[Finding]:
-    """Whether copies collapse and a block stays whole; `columns` are the version's, `anew` says how to begin again."""
+def engine(table: Table, anew: str) -> Iterator[Finding]:
+    """Whether copies collapse and a block stays whole; `anew` says how to begin again."""
     if not table.engine.endswith("ReplacingMergeTree"):
         yield Finding(
             what=f"{table.name} is a {table.engine}", breaks="copies of one event would stay for ever", fix=anew
         )
-    partition = set(re.findall(r"\w+", table.partition_key)) & set(columns)
+    partition = columns_in(table.partition_key)
     if partition - {"inserted_at"} or table.sorting_key.replace(" ", "") != ",".join(SORT_KEY):
         yield Finding(
             what=f"{table.name} is partitioned by {table.partition_key or 'nothing'} and sorted by {table.sorting_key}",

@@ -8,11 +8,11 @@ version can be exported at all (`core.versions`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type
-from auditexport_pipeline.stores.engines import LOCAL, family_of
+from auditexport_pipeline.stores.engines import family_of
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.preflight_engines import (
     Table,
@@ -40,14 +40,11 @@ def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool 
     first, *others = VERSIONS.values()
     if not others:
         return
-    wanted = [f"{version.table}{level}" for version in (first, *others) for level in ("", LOCAL)]
+    wanted = [version.table for version in (first, *others)]
     found = client.query(_SQL["version_tables"], parameters={"tables": wanted}).result_rows
     tables = {table.name: table for table in map(table_of, found)}
-    columns: dict[str, dict[str, str]] = {}
-    for table, name, kind in client.query(_SQL["version_columns"], parameters={"tables": wanted}).result_rows:
-        columns.setdefault(table, {})[name] = kind
     ours = tables.get(first.table)
-    kept = _DAYS.findall(_held(tables, first.table).engine_full) if ours is not None else []
+    first_held = _held(client, ours) if ours is not None else None
     for version in others:
         about = f"ClickHouse table {version.table} of {version.name}"
         if version.table not in tables and role is Role.OWNER:
@@ -62,29 +59,36 @@ def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool 
             )
             yield Look(about=about, seen="not there", findings=(finding,))
             continue
-        named, held = tables[version.table], _held(tables, version.table)
+        named = tables[version.table]
+        held = _held(client, named)
         beside = tuple(_beside(ours, named)) if ours is not None else ()
         if (under := under_of(named)) is not None:
             look = distributed(client, url, version.table, under)
             yield Look(about=look.about, seen=look.seen, findings=(*beside, *look.findings))
             beside = ()
-        if held.engine == "Distributed":
+        if held is None:
             yield Look(about=about, seen="not on this server; run doctor on a server of each shard")
             continue
         anew = f"RENAME TABLE {held.name} TO {held.name}_old while no drain runs, then {init_for(ours or named)}"
-        findings = [*beside, *engine(held, version.columns, anew), *window(client, held)]
+        findings = [*beside, *engine(held, anew), *window(client, held)]
         if fully:
-            findings += _columns(version, held.name, columns.get(held.name, {}))
-            findings += _retention(held.name, _DAYS.findall(held.engine_full), kept)
+            findings += _columns(version, held.name, _kinds(client, held))
+            if first_held is not None:
+                kept = _DAYS.findall(first_held.engine_full)
+                findings += _retention(held.name, _DAYS.findall(held.engine_full), kept)
         yield Look(
             about=about, seen=f"{held.engine}, by {held.partition_key or 'no partition'}", findings=tuple(findings)
         )
 
 
-def _held(tables: Mapping[str, Table], name: str) -> Table:
-    """A Distributed table has neither keys nor window nor TTL: that of the shard, where this server has it, stands for it."""
-    table = tables[name]
-    return tables.get(f"{name}{LOCAL}", table) if table.engine == "Distributed" else table
+def _held(client: Client, named: Table) -> Table | None:
+    """A Distributed table has neither keys nor window nor TTL: that under it stands for it, where this server has it."""
+    under = under_of(named)
+    if under is None:
+        return named
+    parameters = {"database": under.database, "table": under.table}
+    found = client.query(_SQL["clickhouse_table"], parameters=parameters).result_rows
+    return table_of(found[0]) if found else None
 
 
 def _beside(ours: Table, table: Table) -> Iterator[Finding]:
@@ -95,6 +99,12 @@ def _beside(ours: Table, table: Table) -> Iterator[Finding]:
             "with the one that has it",
             fix=f"RENAME TABLE {table.name} TO {table.name}_old while no drain runs, then {init_for(ours)}, then copy them over",
         )
+
+
+def _kinds(client: Client, table: Table) -> dict[str, str]:
+    parameters = {"database": table.database, "table": table.name}
+    found = client.query(_SQL["clickhouse_columns"], parameters=parameters).result_rows
+    return {str(name): str(kind) for name, kind, _ in found}
 
 
 def _columns(version: PayloadVersion, table: str, there: dict[str, str]) -> Iterator[Finding]:

@@ -29,14 +29,19 @@ _OUR_TABLES = {
 
 
 def create(
-    outbox: MySQLOutbox, log: ClickHouseAuditLog, *, with_outbox: bool = False, layout: Layout | None = None
+    outbox: MySQLOutbox,
+    log: ClickHouseAuditLog,
+    *,
+    with_outbox: bool = False,
+    layout: Layout | None = None,
+    cluster: str = "",
 ) -> list[str]:
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
     with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
     `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
-    server of its cluster. Without a layout, on one server, or in the Cloud if `audit_logs_raw_v1` is there already: raises
+    server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if `audit_logs_raw_v1` is there already: raises
     `InvalidConfig` when a table has to be created beside one on replicas or shards, whose layout nobody can guess.
     """
     created = []
@@ -56,7 +61,7 @@ def create(
     with clickhouse_errors("creating tables"):
         client = log.client()
         engines = {str(name): str(engine) for name, engine in client.query(_SQL["clickhouse_tables"]).result_rows}
-        wanted_there = (layout or _beside(engines)).statements(connection_arguments(log.url)["database"])
+        wanted_there = (layout or _beside(engines, cluster)).statements(connection_arguments(log.url)["database"])
         for table, statement in wanted_there.items():
             if table not in engines:
                 client.command(statement, settings=READ_SETTINGS)
@@ -64,17 +69,17 @@ def create(
     return created
 
 
-def _beside(engines: Mapping[str, str]) -> Layout:
+def _beside(engines: Mapping[str, str], cluster: str) -> Layout:
     """The layout of tables beside `audit_logs_raw_v1`, from the engines that are there by name."""
     family = family_of(engines.get(TABLE, ""))
     if family in (Engine.MERGE_TREE, Engine.SHARED):
-        return Layout(engine=family)
+        return Layout(engine=family, cluster=cluster)
     missing = [version.table for version in VERSIONS.values() if version.table not in engines]
     if missing:
-        cluster = "[--cluster NAME]" if family is Engine.REPLICATED else "--cluster NAME"
+        on = "[--cluster NAME]" if family is Engine.REPLICATED else "--cluster NAME"
         raise InvalidConfig(
             f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: say what it is to stand on, as "
-            f"then: auditexport init --engine {family.value} {cluster}"
+            f"then: auditexport init --engine {family.value} {on}"
         )
     return Layout()
 
