@@ -1,8 +1,8 @@
 """Celery's executor, with an end for runs that lost a task.
 
 What belongs here: what becomes of a task that failed outside of its step: its worker's child was killed, the worker has
-other variables or other code than the run, or the broker does not answer. What does not: settings (`defs.executors`, which alone imports this, because
-it needs the extra), and steps that fail by themselves, of which Dagster's own events tell.
+other variables or other code than the run, or the broker does not answer. What does not: settings (`defs.executors`, which
+alone imports this, because it needs the extra), and steps that fail by themselves, of which Dagster's own events tell.
 
 dagster-celery's loop keeps such an error to itself and waits for the steps that can no longer come, at full speed and
 without end (0.29.27, `core_celery_execution_loop`: `if stopping or step_errors: continue`). Here it is the step's failure:

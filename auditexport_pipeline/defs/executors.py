@@ -1,7 +1,8 @@
 """Where steps run: the executor that AUDITEXPORT_EXECUTOR names, put together from the environment.
 
-What belongs here: the settings of each executor, what keeps a drain whole on it, and what of a drain it cannot carry out. What does not: what a step does, and
-the processes themselves: Celery's workers load `celery_worker`, Kubernetes starts pods of our image.
+What belongs here: the settings of each executor, what keeps a drain whole on it, and what of a drain it cannot carry out. What
+does not: what a step does, and the processes themselves: Celery's workers load `celery_worker`, Kubernetes starts pods of our
+image.
 
 Every step may run again, anywhere and at any time: that is `core.export`'s doing. So a step that a worker took with it
 into its death is simply given to another one, and these settings are about how soon. Broker URLs hold passwords; the
@@ -157,9 +158,8 @@ def celery_app() -> Any:
     app = importlib.import_module("dagster_celery.make_app").make_app(executor.app_args())
     importlib.import_module("dagster_celery.tasks").create_task(app)
     queue = celery_settings()["task_default_queue"]
-    if (
-        queue != DEFAULT_QUEUE
-    ):  # dagster-celery declares its own only, and a worker without -Q listens to those declared
+    # dagster-celery declares its own only, and a worker without -q listens to those declared.
+    if queue != DEFAULT_QUEUE:
         kombu = importlib.import_module("kombu")
         arguments = {"x-max-priority": CELERY_PRIORITIES}
         app.conf.task_queues = [kombu.Queue(queue, routing_key=f"{queue}.#", queue_arguments=arguments)]

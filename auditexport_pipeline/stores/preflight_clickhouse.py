@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS
+from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, top_level_parts
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.declared import columns_of
 from auditexport_pipeline.stores.engines import TABLE
@@ -23,8 +23,8 @@ from auditexport_pipeline.stores.preflight_engines import (
     Table,
     distributed,
     engine,
+    held_by,
     init_for,
-    parts_of,
     replicas,
     table_of,
     under_of,
@@ -102,14 +102,9 @@ def look_at_the_table(client: Client, url: str, role: Role, retention_days: int,
         )
         yield Look(about=about, seen="not there", findings=(finding,))
         return
-    table: Table | None = rows[TABLE]
-    under = under_of(rows[TABLE])
-    if under is not None:
+    table = held_by(client, rows[TABLE])
+    if (under := under_of(rows[TABLE])) is not None:
         yield distributed(client, url, TABLE, under)
-        found = client.query(
-            _SQL["clickhouse_table"], parameters={"database": under.database, "table": under.table}
-        ).result_rows
-        table = table_of(found[0]) if found else None
         about = f"ClickHouse table {under.table}"
         if table is None:
             yield Look(about=about, seen="not on this server; run doctor on a server of each shard")
@@ -256,7 +251,11 @@ def _ttl(table: Table, role: Role, retention_days: int) -> Look:
     expiring = (
         []
         if found is None
-        else [part for part in parts_of(found["what"]) if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")]
+        else [
+            part
+            for part in map(str.strip, top_level_parts(found["what"]))
+            if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")
+        ]
     )
     if not expiring:
         return Look(about=about, seen="entries stay for ever")

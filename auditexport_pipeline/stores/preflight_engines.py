@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.versions import SORT_KEY, columns_in
+from auditexport_pipeline.core.versions import SORT_KEY, columns_in, top_level_parts
 from auditexport_pipeline.stores.audit_log import connection_arguments, translated
 from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW, DEDUPLICATION_WINDOW_S, Engine, family_of
 from auditexport_pipeline.stores.findings import Finding, Look
@@ -67,12 +67,22 @@ def under_of(table: Table) -> Under | None:
     found = re.match(r"(Distributed|Remote|RemoteSecure)\((.*?)\)(?: SETTINGS |$)", table.engine_full, re.DOTALL)
     if table.engine != "Distributed" or found is None:
         return None
-    arguments = [part.strip("'") for part in parts_of(found[2])]
+    arguments = [part.strip().strip("'") for part in top_level_parts(found[2])]
     cluster = arguments[0] if found[1] == "Distributed" else ""
     key = arguments[3] if found[1] == "Distributed" and len(arguments) > 3 else ""
     if found[1] != "Distributed" and len(arguments) > 3 and not found[2].rstrip().endswith("'"):
         key = arguments[-1]
     return Under(cluster=cluster, database=arguments[1] or table.database, table=arguments[2], sharding_key=key)
+
+
+def held_by(client: Client, table: Table) -> Table | None:
+    """The table with keys, window and TTL: under a Distributed one, that of this server, or None where it has none."""
+    under = under_of(table)
+    if under is None:
+        return table
+    parameters = {"database": under.database, "table": under.table}
+    found = client.query(_SQL["clickhouse_table"], parameters=parameters).result_rows
+    return table_of(found[0]) if found else None
 
 
 def init_for(table: Table) -> str:
@@ -250,15 +260,3 @@ def _defaults(client: Client) -> dict[str, int]:
             return {name: int(value) for name, value in client.query(_SQL["clickhouse_table_defaults"]).result_rows}
     except SetupIncomplete:
         return {}
-
-
-def parts_of(expressions: str) -> list[str]:
-    """Comma-separated expressions, commas inside parentheses not counted."""
-    parts, depth = [""], 0
-    for letter in expressions:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]

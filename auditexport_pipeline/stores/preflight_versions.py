@@ -18,6 +18,7 @@ from auditexport_pipeline.stores.preflight_engines import (
     Table,
     distributed,
     engine,
+    held_by,
     init_for,
     table_of,
     under_of,
@@ -44,7 +45,7 @@ def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool 
     found = client.query(_SQL["version_tables"], parameters={"tables": wanted}).result_rows
     tables = {table.name: table for table in map(table_of, found)}
     ours = tables.get(first.table)
-    first_held = _held(client, ours) if ours is not None else None
+    first_held = held_by(client, ours) if ours is not None else None
     for version in others:
         about = f"ClickHouse table {version.table} of {version.name}"
         if version.table not in tables and role is Role.OWNER:
@@ -60,7 +61,7 @@ def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool 
             yield Look(about=about, seen="not there", findings=(finding,))
             continue
         named = tables[version.table]
-        held = _held(client, named)
+        held = held_by(client, named)
         beside = tuple(_beside(ours, named)) if ours is not None else ()
         if (under := under_of(named)) is not None:
             look = distributed(client, url, version.table, under)
@@ -79,16 +80,6 @@ def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool 
         yield Look(
             about=about, seen=f"{held.engine}, by {held.partition_key or 'no partition'}", findings=tuple(findings)
         )
-
-
-def _held(client: Client, named: Table) -> Table | None:
-    """A Distributed table has neither keys nor window nor TTL: that under it stands for it, where this server has it."""
-    under = under_of(named)
-    if under is None:
-        return named
-    parameters = {"database": under.database, "table": under.table}
-    found = client.query(_SQL["clickhouse_table"], parameters=parameters).result_rows
-    return table_of(found[0]) if found else None
 
 
 def _beside(ours: Table, table: Table) -> Iterator[Finding]:

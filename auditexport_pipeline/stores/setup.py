@@ -41,8 +41,9 @@ def create(
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
     with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
     `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
-    server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if `audit_logs_raw_v1` is there already: raises
-    `InvalidConfig` when a table has to be created beside one on replicas or shards, whose layout nobody can guess.
+    server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if
+    `audit_logs_raw_v1` is there already: raises `InvalidConfig` when a table has to be created beside one on replicas or
+    shards, whose layout nobody can guess.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
@@ -81,7 +82,7 @@ def _beside(engines: Mapping[str, str], cluster: str) -> Layout:
             f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: say what it is to stand on, as "
             f"then: auditexport init --engine {family.value} {on}"
         )
-    return Layout()
+    return Layout(cluster=cluster)  # for the view
 
 
 def printed(layout: Layout, database: str) -> dict[str, list[str]]:
