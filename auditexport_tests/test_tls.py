@@ -6,7 +6,9 @@ TLS in front of the ClickHouse that all tests share.
 
 from __future__ import annotations
 
-import asyncio
+import select
+import socket
+import socketserver
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -293,10 +295,13 @@ def test_an_authority_file_that_is_none_is_named(tls_stack: Stack, tmp_path: Pat
 
 
 class TLSProxy:
-    """Ends TLS before a ClickHouse and counts the connections whose handshake the client completed."""
+    """Ends TLS before a ClickHouse and counts the connections whose handshake the client completed.
+
+    A thread for each connection, which all end with the proxy.
+    """
 
     def __init__(self, server_url: str, shown: Certificate, *, clients_of: Path | None = None) -> None:
-        self._server = urlsplit(server_url)
+        self._behind = urlsplit(server_url)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(shown.cert, shown.key)
         if clients_of is not None:
@@ -304,75 +309,64 @@ class TLSProxy:
             self._context.verify_mode = ssl.CERT_REQUIRED
         self.connections = 0
         self.received = bytearray()
-        self._port = 0
-        self._listening = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
+        self._open: set[socket.socket] = set()
+
+        class Connection(socketserver.BaseRequestHandler):
+            def handle(connection) -> None:  # noqa: N805
+                # A handshake that a client breaks off is what is being tested, not an error.
+                with suppress(OSError):
+                    self._serve(connection.request)
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def log(self, stack: Stack, host: str = "127.0.0.1", **options: object) -> ClickHouseAuditLog:
         """The stack's ClickHouse database, through this proxy."""
         parts = urlsplit(stack.clickhouse_url)
         login = parts.netloc.rpartition("@")[0] or "default"
         query = "&".join(f"{name}={value}" for name, value in options.items())
-        return ClickHouseAuditLog(f"https://{login}@{host}:{self._port}{parts.path}?{query}")
+        port = self._server.server_address[1]
+        return ClickHouseAuditLog(f"https://{login}@{host}:{port}{parts.path}?{query}")
 
     def __enter__(self) -> TLSProxy:
         self._thread.start()
-        assert self._listening.wait(10)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self._server.shutdown()
         self._thread.join()
-        self._loop.close()
+        for one in list(self._open):
+            with suppress(OSError):
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
+        self._server.server_close()  # waits for every connection's thread
 
-    async def _serve(self) -> None:
-        # A handshake that a client breaks off is what is being tested, not an error.
-        self._loop.set_exception_handler(lambda loop, context: None)
-        tasks: set[asyncio.Task[None]] = set()
+    def _serve(self, accepted: socket.socket) -> None:
+        with self._context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False) as client:
+            self._open.add(client)
+            try:
+                client.do_handshake()
+                self.connections += 1
+                with self._connection_behind() as behind:
+                    self._forward(client, behind)
+            finally:
+                self._open.discard(client)
 
-        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            tasks.add(task)
-            self.connections += 1
-            with suppress(OSError, asyncio.CancelledError):
-                await self._forward(reader, writer)
+    def _connection_behind(self) -> socket.socket:
+        assert self._behind.hostname is not None
+        plain = socket.create_connection((self._behind.hostname, self._behind.port or 0))
+        if self._behind.scheme != "https":
+            return plain
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=self._behind.hostname)
 
-        server = await asyncio.start_server(accepted, "127.0.0.1", 0, ssl=self._context)
-        self._port = server.sockets[0].getsockname()[1]
-        self._listening.set()
-        await self._stop.wait()
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind, before = await asyncio.open_connection(
-            self._server.hostname, self._server.port, ssl=self._server.scheme == "https" or None
-        )
-
-        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, kept: bytearray | None) -> None:
-            while data := await source.read(65536):
-                if kept is not None:
-                    kept += data
-                sink.write(data)
-                await sink.drain()
-
-        pumps = [
-            asyncio.ensure_future(pump(reader, before, self.received)),
-            asyncio.ensure_future(pump(behind, writer, None)),
-        ]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in pumps:
-                one.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            before.close()
-            writer.transport.abort()
+    def _forward(self, client: ssl.SSLSocket, behind: socket.socket) -> None:
+        while True:
+            for source in [client] if client.pending() else select.select([client, behind], [], [])[0]:
+                data = source.recv(65536)
+                if not data:
+                    return
+                if source is client:
+                    self.received += data
+                (behind if source is client else client).sendall(data)
 
 
 @pytest.mark.parametrize("wrong", ["no authority", "authority", "name"])

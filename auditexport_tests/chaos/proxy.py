@@ -124,6 +124,7 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
+        await asyncio.sleep(0.01)  # what the server had accepted already becomes a task
         tasks = [*self._tasks]
         for task in tasks:
             task.cancel()
@@ -150,10 +151,18 @@ class Proxy:
                 return fault
         return None
 
-    async def _accept(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._serve(reader, client))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._reset(client)
+            _abort(client)
+
         self._tasks.add(task)
+        task.add_done_callback(ended)  # also of a task that is cancelled before its first step
+
+    async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
             if self._loop.time() < self._refusing_until:
                 self.hits["refuse"] += 1
@@ -166,10 +175,6 @@ class Proxy:
                 await self._serve_mysql(reader, client, from_server, server)
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, asyncio.CancelledError):
             pass
-        finally:
-            self._tasks.discard(task)
-            self._reset(client)
-            _abort(client)
 
     async def _serve_http(
         self,
