@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
 
@@ -214,6 +215,34 @@ def test_candidates_are_pks_and_sizes_those_of_a_sample(stack: Stack) -> None:
         measured = ledger.payload_bytes(rows[1:])
     sizes = stack.sql("SELECT pk, OCTET_LENGTH(payload) AS n FROM clickhouse_outbox ORDER BY pk")
     assert measured == {row.pk: row.n for row in sizes[1:]}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_candidates_are_the_pending_rows_whatever_lies_between_them(stack: Stack, seed: int) -> None:
+    """Letters are looked for only where some may lie, and every kind of gap can be where a page ends."""
+    chance = random.Random(seed)
+    rows = put(stack, 120)
+    other = set(put(stack, 30, version="audit_log.v9"))
+    rows += put(stack, 50)
+    gone, marked, letters = (set(chance.sample(rows, k=chance.choice((0, 1, 5, 20)))) for _ in range(3))
+    retried = set(chance.sample(rows, k=20)) - letters
+    for pk in gone:
+        stack.sql(f"DELETE FROM clickhouse_outbox WHERE pk = {pk}")
+    for pk in marked:
+        stack.sql(f"UPDATE clickhouse_outbox SET deleted_at = 1 WHERE pk = {pk}")
+    for pk in letters | retried:
+        state = "retried" if pk in retried else chance.choice(("open", "discarded"))
+        stack.sql(
+            "INSERT INTO clickhouse_outbox_dead_letter SELECT pk, "
+            f"'{state}', version, workspace_id, event_id, 'wrong_type', '$', '', 1, 1, 1, NULL FROM clickhouse_outbox "
+            f"WHERE pk = {pk}"
+        )
+    pending = sorted({*rows} - gone - marked - letters - other)
+    with stack.outbox.planning("one", 60) as ledger:
+        for limit in (1, 7, 8, 9, 50, 1_000):
+            for after_pk in (0, *chance.sample(rows, k=4), rows[-1]):
+                above = [pk for pk in pending if pk > after_pk][:limit]
+                assert list(ledger.candidates("audit_log.v1", after_pk, limit)) == above, (limit, after_pk)
 
 
 def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

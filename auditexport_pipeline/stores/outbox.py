@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -272,11 +273,24 @@ class MySQLPlanning:
         )
 
     def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
-        values = {"version": version, "after_pk": after_pk, "row_limit": rows}
-        return PkSet(tuple(_driver_rows(self._connection, "candidates", values)))
+        page = {"version": version, "after_pk": after_pk, "row_limit": rows}
+        pks = PkSet(tuple(self._read("candidates", page)))
+        first_letter, last_letter = self._standing_letters
+        if pks and first_letter <= pks.last and last_letter >= pks.first:
+            return PkSet(tuple(self._read("candidates_beside_letters", page)))
+        return pks
+
+    @cached_property
+    def _standing_letters(self) -> tuple[int, int]:
+        """The first and the last pk that a dead letter holds. It stays so: further ones are of rows in open batches."""
+        ((first, last),) = self._read("standing_letters", {})
+        return (first, last) if last is not None else (1, 0)
+
+    def _read(self, statement: str, values: Mapping[str, object]) -> list[Any]:
+        return _driver_rows(self._connection, statement, values)
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]:
-        return dict(_driver_rows(self._connection, "payload_bytes", {"pks": list(pks)}))
+        return dict(self._read("payload_bytes", {"pks": list(pks)}))
 
     def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})
