@@ -86,10 +86,10 @@ def test_batches_are_cut_by_rows_and_by_bytes(stack: Stack) -> None:
 
 def test_the_first_batches_of_a_plan_are_small_and_grow(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """With full batches from the start, ClickHouse and the marking would wait for the first one to be read."""
-    monkeypatch.setattr(claiming, "FIRST_BATCH_ROWS", 2)
-    rows = put(stack, 30)
+    monkeypatch.setattr(claiming, "FIRST_BATCH_ROWS", 4)
+    rows = put(stack, 40)
     found = pks(stack, claim(stack, batch_rows=10))
-    assert [len(batch) for batch in found] == [2, 4, 8, 10, 6]
+    assert [len(batch) for batch in found] == [4, 6, 9, 10, 10, 1]
     assert [pk for batch in found for pk in batch] == rows
 
 

@@ -16,9 +16,11 @@ from auditexport_pipeline.core.ports import Outbox, PlannedBlock, Planning
 
 # Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
 SMALLEST_BLOCK_ROWS = 5_000
-# A plan's first batch; each further one may be twice as large, up to `batch_rows`. With 100,000 rows at once
+# A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
+# that another one is still busy with. With 100,000 rows at once
 # ClickHouse waited four seconds for the first block, and MySQL as long for the first rows to mark.
 FIRST_BATCH_ROWS = 25_000
+FURTHER_BATCHES_GROW = 1.5
 # Rows measured of each page of candidates: few enough to cost nothing, enough to see where large ones begin.
 SAMPLED_ROWS = 64
 # Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
@@ -80,7 +82,7 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
             yield new
         # Where bytes and not rows cut batches, longer pages would be read for nothing.
         taken = batch_rows if len(pks) == len(free) else len(pks)
-        batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, 2 * taken))
+        batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, int(taken * FURTHER_BATCHES_GROW)))
 
 
 def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet, int]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from auditexport_pipeline.core.claiming import FIRST_BATCH_ROWS
+from auditexport_pipeline.core.claiming import FIRST_BATCH_ROWS, FURTHER_BATCHES_GROW
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs.ahead import BATCHES_IN_MEMORY
 
@@ -296,7 +296,7 @@ class Plan:
         while left > 0:
             sizes.append(min(rows, left))
             left -= sizes[-1]
-            rows = min(self.limits.batch_rows, 2 * rows)
+            rows = min(self.limits.batch_rows, int(rows * FURTHER_BATCHES_GROW))
         return sizes
 
 

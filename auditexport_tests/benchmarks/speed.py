@@ -22,12 +22,13 @@ import pandas as pd
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench, children, contenders, peers, scenarios
 from auditexport_tests.benchmarks.children import Child
-from auditexport_tests.benchmarks.contenders import ANCESTOR, CONTENDERS, OURS, Contender, Wrong
+from auditexport_tests.benchmarks.contenders import ANCESTOR, CONTENDERS, Contender, Wrong
 from auditexport_tests.benchmarks.scenarios import Scenario
 
-DAGSTER = "auditexport, a Dagster run"
-DRAIN = "auditexport, the drain in it"
-IN_PROCESS = "auditexport, without Dagster"
+# Of ours: each adds a line of its own.
+DAGSTER = "a Dagster run"
+DRAIN = "the drain in it"
+IN_PROCESS = "without Dagster"
 # CPU seconds per million events.
 CPU = {"CPU: exporter": "cpu_s", "MySQL": "mysql_cpu_s", "ClickHouse": "clickhouse_cpu_s"}
 
@@ -94,33 +95,33 @@ def _round(
 
 def _once(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
     """All there is, by a process of its own."""
-    ours = contender.key == OURS
-    command = contenders.dagster_run(stack, scenario) if ours else contender.command(stack)
+    ours = contender.ours
+    command = contenders.dagster_run(contender, stack, scenario) if ours else contender.command(stack)
     child = children.run(stack, command, may_fail=not ours)
-    yield _judged(stack, scenario, contender, contents, child, DAGSTER if ours else contender.name)
+    yield _judged(stack, scenario, contender, contents, child, DAGSTER)
     if ours:
-        yield _drain_alone(stack, scenario.events)
+        yield _drain_alone(stack, contender, scenario.events)
 
 
 def _steady(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
     """Part by part, by a process that runs already; ours once more as one Dagster run of one part."""
-    ours = contender.key == OURS
     put = scenario.part(stack)
-    child = children.ask(stack, contender.turns(stack), put, scenario.drains, may_fail=not ours)
-    yield _judged(stack, scenario, contender, contents, child, IN_PROCESS if ours else contender.name)
-    if ours:
+    child = children.ask(stack, contender.turns(stack), put, scenario.drains, may_fail=not contender.ours)
+    yield _judged(stack, scenario, contender, contents, child, IN_PROCESS)
+    if contender.ours:
         part = scenarios.STEADY_ROWS
         put(scenario.drains)
-        child = children.run(stack, bench.DAGSTER_DRAIN)
+        child = children.run(stack, contender.command(stack))
         found = bench.counts(stack)
         if (found.entries, found.pending) != (scenario.events + part, 0):
             raise Wrong(f"{found} after one more part of {part}")
-        yield Measured(contender=DAGSTER, events=part, drains=1, seconds=child.seconds, child=child, arrived="all")
-        yield _drain_alone(stack, part)
+        name = _named(contender, DAGSTER)
+        yield Measured(contender=name, events=part, drains=1, seconds=child.seconds, child=child, arrived="all")
+        yield _drain_alone(stack, contender, part)
 
 
 def _judged(
-    stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int], child: Child, name: str
+    stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int], child: Child, how: str
 ) -> Measured:
     """The line of a contender that is done, or that stopped, or whose counts are wrong; ours may have no such counts."""
     if child.failure:
@@ -132,11 +133,11 @@ def _judged(
             if len(contents) > 1:
                 raise Wrong("other entries than those of the contenders before")
     except Wrong as wrong:
-        if contender.key == OURS:
+        if contender.ours:
             raise
         return _nothing(contender, f"wrong: {wrong}")
     return Measured(
-        contender=name,
+        contender=_named(contender, how),
         events=scenario.events,
         drains=scenario.drains,
         seconds=child.seconds,
@@ -145,10 +146,19 @@ def _judged(
     )
 
 
-def _drain_alone(stack: LocalStack, events: int) -> Measured:
+def _named(contender: Contender, how: str) -> str:
+    return f"{contender.name}, {how}" if contender.ours else contender.name
+
+
+def _drain_alone(stack: LocalStack, contender: Contender, events: int) -> Measured:
     """From plan to verification in the Dagster run that has just ended; CPU and memory are in the line of the run."""
     return Measured(
-        contender=DRAIN, events=events, drains=1, seconds=bench.drain_seconds(stack), child=None, arrived="all"
+        contender=_named(contender, DRAIN),
+        events=events,
+        drains=1,
+        seconds=bench.drain_seconds(stack),
+        child=None,
+        arrived="all",
     )
 
 
