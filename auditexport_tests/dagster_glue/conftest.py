@@ -18,7 +18,10 @@ from dagster._core.test_utils import create_run_for_test
 
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.definitions import defs
+from auditexport_pipeline.defs import alerts, failures
 from auditexport_tests.conftest import Stack
+from auditexport_tests.dagster_glue.alerting import Clock
+from auditexport_tests.webhook import Webhook, webhook
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSET = dg.AssetKey("audit_logs_raw_v1")
@@ -152,3 +155,31 @@ def home(scratch: Path, empty_home: Path, stack: Stack, monkeypatch: pytest.Monk
 def exporter(home: Path) -> Iterator[Exporter]:
     with dg.DagsterInstance.from_config(str(home)) as instance:
         yield Exporter(home=home, instance=instance)
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails is not tried again."""
+    monkeypatch.setattr(failures, "STEP_RETRIES", 0)
+
+
+@pytest.fixture
+def hook(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    with webhook() as listening:
+        monkeypatch.setenv("AUDITEXPORT_ALERT_WEBHOOK_URL", listening.url)
+        monkeypatch.setenv("AUDITEXPORT_PAGE_URL", "https://dagster.example.com/")
+        yield listening
+
+
+@pytest.fixture
+def heart(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    with webhook() as listening:
+        monkeypatch.setenv("AUDITEXPORT_HEARTBEAT_URL", listening.url)
+        yield listening
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    forward = Clock()
+    monkeypatch.setattr(alerts, "time", forward)
+    return forward
