@@ -40,7 +40,7 @@ class Costs:
 
     # benchmarks/README.md, "Where they go", MariaDB, 600 bytes: `stages 200000`, each stage alone.
     claim_exporter_us: float = 0.1
-    claim_mysql_us: float = 0.9
+    claim_mysql_us: float = 0.6
     fetch_exporter_us: float = 10.0
     fetch_mysql_us: float = 1.9
     # The same command's line, 100,000 events beside other work (where a fetch took 10.7 and 1.6).
@@ -52,10 +52,10 @@ class Costs:
     mark_exporter_us: float = 0.4
     mark_mysql_us: float = 18.4
     verify_clickhouse_us: float = 1.2
-    # The same page, "Speed": ClickHouse uses 25 of a run; less the INSERT and the verification, merges.
-    merge_clickhouse_us: float = 9.5
-    # MySQL uses 25 of it as well; less the four stages, purge and flushing, behind the marks.
-    purge_mysql_us: float = 3.7
+    # The same page, "Speed": ClickHouse uses 22 of a run; less the INSERT and the verification, merges.
+    merge_clickhouse_us: float = 6.5
+    # MySQL uses 24 of it; less the four stages, purge and flushing, behind the marks.
+    purge_mysql_us: float = 3.0
     # FACTS §1: a mark by one connection takes 24 and CPU 21: the rest is the commit's fsync.
     commit_wait_us: float = 3.0
     # FACTS §1: 24, 19 and 13.5 µs a row by 1, 2 and 4 connections: so much of a core does each of them get.
@@ -494,8 +494,8 @@ def _shared_batches(rows: int, events: int, workers: int, *, hands_over: bool = 
 
 
 def mysql_9(costs: Costs) -> Costs:
-    """The same page's CPU figures for MySQL 9: MySQL 42 a run instead of 25, the exporter 17 instead of 16."""
-    times = 42 / 25
+    """The same page's CPU figures for MySQL 9: MySQL 42 a run instead of 24, the exporter 17 instead of 16."""
+    times = 42 / 24
     return replace(
         costs,
         claim_mysql_us=costs.claim_mysql_us * times,
@@ -509,8 +509,8 @@ def mysql_9(costs: Costs) -> Costs:
 # What was measured, on two cores that everything shares: all throughputs of a backlog of 600 bytes that the benchmarks' page
 # and FACTS §1 have of us. None went into the constants. Name, events/s, where, how, and whether MySQL 9 did it.
 MEASURED: tuple[tuple[str, float, Site, Plan, bool], ...] = (
-    ("speed: a drain of a million, MariaDB", 28_730, HERE, Plan(events=1_000_000), False),
-    ("speed: a drain of a million, MySQL 9", 22_753, HERE, Plan(events=1_000_000), True),
+    ("speed: a drain of a million, MariaDB", 31_450, HERE, Plan(events=1_000_000), False),
+    ("speed: a drain of a million, MySQL 9", 23_999, HERE, Plan(events=1_000_000), True),
     (
         "FACTS: one after the other, 50,000 a batch",
         20_000,
