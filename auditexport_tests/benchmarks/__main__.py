@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from auditexport_tests.benchmarks import flat, freshness, latency, memory, speed, stages
+from auditexport_tests.benchmarks import flat, freshness, latency, memory, speed, stages, timeline
 
 # Under five minutes on two cores.
 QUICK = ["--rounds", "2", "backlog:100000", "steady:1000"]
@@ -21,6 +21,7 @@ def main() -> None:
     for title, benchmark in (
         ("Speed", lambda: speed.parsed([])),
         ("Where the time goes", stages.main),
+        ("Who has the cores", timeline.main),
         ("The application's latency", latency.main),
         ("From commit to answer", freshness.main),
         ("Behind a million exported rows and 100,000 batches", lambda: flat.main(1_000_000)),
