@@ -25,7 +25,7 @@ def main() -> None:
         ("The application's latency", latency.main),
         ("From commit to answer", freshness.main),
         ("Behind a million exported rows and 100,000 batches", lambda: flat.main(1_000_000)),
-        ("Memory", memory.main),
+        ("Cost and memory by the size of the backlog", memory.main),
     ):
         print(f"\n── {title} ", flush=True)
         benchmark()
