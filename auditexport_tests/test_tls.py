@@ -311,13 +311,21 @@ class TLSProxy:
         self.received = bytearray()
         self._open: set[socket.socket] = set()
 
+        class Server(socketserver.ThreadingTCPServer):
+            def get_request(server) -> tuple[ssl.SSLSocket, object]:  # noqa: N805
+                # In the accepting thread: once that has ended, every connection is known.
+                accepted, address = super().get_request()
+                client = self._context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+                self._open.add(client)
+                return client, address
+
         class Connection(socketserver.BaseRequestHandler):
             def handle(connection) -> None:  # noqa: N805
                 # A handshake that a client breaks off is what is being tested, not an error.
                 with suppress(OSError):
                     self._serve(connection.request)
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection)
+        self._server = Server(("127.0.0.1", 0), Connection)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def log(self, stack: Stack, host: str = "127.0.0.1", **options: object) -> ClickHouseAuditLog:
@@ -340,16 +348,15 @@ class TLSProxy:
                 socket.socket.shutdown(one, socket.SHUT_RDWR)
         self._server.server_close()  # waits for every connection's thread
 
-    def _serve(self, accepted: socket.socket) -> None:
-        with self._context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False) as client:
-            self._open.add(client)
-            try:
-                client.do_handshake()
-                self.connections += 1
-                with self._connection_behind() as behind:
-                    self._forward(client, behind)
-            finally:
-                self._open.discard(client)
+    def _serve(self, client: ssl.SSLSocket) -> None:
+        try:
+            client.do_handshake()
+            self.connections += 1
+            with self._connection_behind() as behind:
+                self._forward(client, behind)
+        finally:
+            self._open.discard(client)
+            client.close()
 
     def _connection_behind(self) -> socket.socket:
         assert self._behind.hostname is not None

@@ -54,7 +54,7 @@ cityHash64(
 
 -- name: ddl
 -- A block arrives as a compact part: with some ninety subcolumns, a wide part costs a file pair for each and
--- 25,000 rows took 69 µs a row instead of 50, and a drain of a million in blocks of 150,000 3 % longer. Merges make parts
+-- 25,000 rows took 69 µs a row instead of 50, and a drain of a million in blocks of 150,000 2 % longer. Merges make parts
 -- wide once they are large.
 -- merge_selector_base: parts of a size are merged when there are ten of them, not five. Ours are large already, a merge
 -- costs as much as an INSERT, and of 40 blocks of 20,000 rows half as many rows were written again (docs/clickhouse.md).

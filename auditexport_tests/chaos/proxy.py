@@ -124,11 +124,11 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        await asyncio.sleep(0.01)  # what the server had accepted already becomes a task
-        tasks = [*self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # What the server has accepted already becomes one of ours meanwhile.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(others)
 
     def _cut(self) -> None:
         for client in [*self._writers]:
