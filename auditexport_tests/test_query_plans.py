@@ -161,6 +161,13 @@ def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:
         assert (letter.key, letter.access) == ("PRIMARY", "eq_ref"), steps
 
 
+def test_of_the_standing_letters_only_both_ends_are_read(busy: MySQLOutbox) -> None:
+    """Every plan asks for them, and a flood leaves a million."""
+    steps = explain(busy, "standing_letters", {})
+    assert not [step for step in steps if step.table == "clickhouse_outbox_dead_letter"], steps
+    assert sum("Select tables optimized away" in step.extra for step in steps) == 2, steps
+
+
 def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> None:
     """The sensor asks every few seconds; with payloads in the way it would read them all."""
     for name in ("count_pending", "pending_version_to_empty", "next_pending_version"):

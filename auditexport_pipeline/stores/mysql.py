@@ -34,14 +34,7 @@ SESSION = (
     "sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 )
 
-_LISTS = {
-    "rows_in": "pks",
-    "mark_in": "pks",
-    "marks_in": "pks",
-    "renew": "batch_ids",
-    "payload_bytes": "pks",
-    "candidate_runs": "sections",
-}
+_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
 
 
 def expanding(name: str, statement: TextClause) -> TextClause:

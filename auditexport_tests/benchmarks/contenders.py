@@ -151,7 +151,7 @@ def dagster_run(contender: Contender, stack: LocalStack, scenario: Scenario) -> 
     return [*contender.command(stack), "--config", str(config)]
 
 
-# For whoever may: marks without the payloads in the binary log, and batches half as large again.
+# For whoever may: marks without the payloads in the binary log.
 MINIMAL_IMAGES = "?binlog_row_image=MINIMAL"
 ANCESTOR = "ancestor"
 CONTENDERS: Sequence[Contender] = (
@@ -168,7 +168,7 @@ CONTENDERS: Sequence[Contender] = (
         key="tuned",
         name="auditexport, tuned",
         lacks="the same as shipped, but for full images of marked rows in the binary log (binlog_row_image=MINIMAL, which "
-        "takes a grant), and a third more memory (batches of 150,000 rows)",
+        "takes a grant), and a seventh more memory (batches of 150,000 rows)",
         command=_dagster(MINIMAL_IMAGES),
         turns=_python("ours", outbox=MINIMAL_IMAGES),
         arrived=_all_of_it,
