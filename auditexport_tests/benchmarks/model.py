@@ -40,7 +40,7 @@ class Costs:
 
     # benchmarks/README.md, "Where they go", MariaDB, 600 bytes: `stages 200000`, each stage alone.
     claim_exporter_us: float = 0.1
-    claim_mysql_us: float = 0.6
+    claim_mysql_us: float = 0.7
     fetch_exporter_us: float = 10.0
     fetch_mysql_us: float = 1.9
     # The same command's line, 100,000 events beside other work (where a fetch took 10.7 and 1.6).
@@ -55,7 +55,7 @@ class Costs:
     # The same page, "Speed": ClickHouse uses 22 of a run; less the INSERT and the verification, merges.
     merge_clickhouse_us: float = 6.5
     # MySQL uses 24 of it; less the four stages, purge and flushing, behind the marks.
-    purge_mysql_us: float = 3.0
+    purge_mysql_us: float = 2.9
     # FACTS §1: a mark by one connection takes 24 and CPU 21: the rest is the commit's fsync.
     commit_wait_us: float = 3.0
     # FACTS §1: 24, 19 and 13.5 µs a row by 1, 2 and 4 connections: so much of a core does each of them get.
