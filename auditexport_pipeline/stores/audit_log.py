@@ -93,8 +93,7 @@ INSERT_SETTINGS: dict[str, Any] = {
     "type_json_skip_duplicated_paths": 0,
     "input_format_json_throw_on_bad_escape_sequence": 1,
 }
-# The same, for settings that older servers do not know (26.1 brought the first two; before, the first case
-# was refused anyway).
+# The same, for settings that are newer than the oldest server we support, or that only save work.
 NEWER_INSERT_SETTINGS: dict[str, Any] = {
     # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
     # unless the SELECT was sorted (ClickHouse pull request 99206).
@@ -359,8 +358,9 @@ class ClickHouseAuditLog:
 
     @staticmethod
     def _insert_settings(client: Client) -> dict[str, Any]:
-        newer = {key: value for key, value in NEWER_INSERT_SETTINGS.items() if key in client.server_settings}
-        return {**INSERT_SETTINGS, **newer}
+        """Those of our settings that this server lists: one that it does not know is refused (code 115)."""
+        wanted = {**INSERT_SETTINGS, **NEWER_INSERT_SETTINGS}
+        return {name: value for name, value in wanted.items() if name in client.server_settings}
 
     def deadline_ms(self, within_s: float) -> int:
         with translated("asking for the time"):
