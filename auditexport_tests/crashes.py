@@ -111,8 +111,8 @@ class CrashingOutbox:
         return self.real.open_owners()
 
     @contextmanager
-    def planning(self, owner: str, lease_s: int) -> Iterator[Planning]:
-        with self.real.planning(owner, lease_s) as ledger:
+    def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[Planning]:
+        with self.real.planning(owner, lease_s, process) as ledger:
             yield ledger
             self.crash_at.at("before claim")
         self.crash_at.at("after claim")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier, Event
 
 import pytest
@@ -381,6 +383,19 @@ def test_a_plan_that_dies_before_its_commit_leaves_nothing(stack: Stack) -> None
         claiming.claim(outbox, owner="one", dead_owners=(), limits=Limits())
     assert stack.outbox.open_owners() == []
     assert pks(stack, claim(stack, "two")) == [rows]
+
+
+def test_a_claim_that_an_older_release_pickled_is_a_claim_without_a_key() -> None:
+    """Dagster keeps a step's output for the next one, which may run after an upgrade."""
+    pickled = (
+        b"\x80\x04\x95M\x00\x00\x00\x00\x00\x00\x00\x8c\x1fauditexport_pipeline.core.batch\x94\x8c\x05Claim\x94\x93\x94)\x81\x94]\x94"
+        b"(K\x03K\x07\x8c\x0caudit_log.v1\x94K\x00K\x0c\x88eb."
+    )
+    older = pickle.loads(pickled)
+    assert older == Claim(batch_id=3, epoch=7, version="audit_log.v1", generation=0, rows=12, adopted=True)
+    assert older.key == ""
+    keyed = replace(older, key="7-ab")
+    assert pickle.loads(pickle.dumps(keyed)) == keyed
 
 
 def test_inserted_at_increases_even_when_the_clock_steps_back(stack: Stack) -> None:

@@ -335,6 +335,16 @@ def test_each_grant_that_a_role_lacks_is_named_and_the_printed_one_is_enough(
             assert findings(user(), role) == []
 
 
+def test_one_printed_statement_brings_an_older_ledger_up(stack: Stack) -> None:
+    """An upgrade is one ALTER that an administrator can read first; nothing alters a table by itself."""
+    stack.sql(f"ALTER TABLE {LEDGER} DROP COLUMN claim_key, DROP COLUMN process")
+    (finding,) = findings(stack)
+    assert finding.what == f"{LEDGER} lacks claim_key, process"
+    assert finding.fatal
+    stack.sql(finding.fix)
+    assert findings(stack) == []
+
+
 def test_grants_by_role_and_by_wildcard_count(stack: Stack, user: Callable[[], Stack]) -> None:
     """Most shops grant by role or by pattern: a false alarm here is how a tool gets ignored."""
     name, role = f"'doctor{os.getpid()}'@'127.0.0.1'", f"doctor_role{os.getpid()}"

@@ -10,7 +10,7 @@ States. The ledger, a table in the outbox's own database, is the one source of t
                   └──▶ stopped ──▶ sealed                        rows vanished before they were written
 
 * claim   One short transaction under the ledger's lock (its row 0). Open batches of dead owners are
-          adopted under a new epoch, then new ones are cut from pending rows, oldest pk first. There is
+          adopted under a new epoch and key, then new ones are cut from pending rows, oldest pk first. There is
           no watermark: a transaction that commits late with a lower pk is found by the next claim.
 * fetch   Rows are read by pk and validated; what cannot be decoded becomes a dead letter; the rest is
           sealed: pks, order, block cuts, `inserted_at` and a digest of the bytes never change again.
@@ -34,7 +34,8 @@ What each crash leaves, and why it is harmless:
     the new cut of one            sealed, cut anew          sends the new blocks; rows given back are pending
 
 Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
-because the ledger holds a higher epoch. What it sends to ClickHouse is fenced twice: the token makes a
+because the ledger holds another epoch and key. (The key, random for each plan, is for a failover that loses commits: then
+batch ids and epochs recur.) What it sends to ClickHouse is fenced twice: the token makes a
 replay of the same block nothing, and the INSERT itself carries the end of the lease as a deadline, which
 ClickHouse checks against its own clock before it takes a row. So a process that was paused for an hour
 and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer

@@ -40,10 +40,12 @@ OPEN = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The fenced right to work on one batch: `epoch` is the plan that granted it.
+    """The fenced right to work on one batch: `epoch` is the plan that granted it, `key` what no other plan has.
 
     Every effect of a claim is refused once another plan has adopted the batch, because the ledger then
-    holds a higher epoch. Small and without payload: this is what Dagster's storage may hold.
+    holds another epoch and key. After a failover that lost commits, batch ids and epochs recur; keys do not.
+    Small and without payload: this is what Dagster's storage may hold. A claim of a release without keys unpickles with an
+    empty one, and the ledger has none for its batch either.
     """
 
     batch_id: int
@@ -52,6 +54,12 @@ class Claim:
     generation: int
     rows: int
     adopted: bool = False
+    key: str = ""  # the last field: a pickled claim is its values in this order, in whichever release it is read
+
+    def __new__(cls, **_: object) -> Claim:
+        claim = object.__new__(cls)
+        object.__setattr__(claim, "key", "")  # stays so only where the pickle has none
+        return claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +128,8 @@ class Batch:
     version: str
     state: State
     owner: str
+    claim_key: str = ""
+    process: str = ""  # that holds it; empty where several processes do the steps
     pks: PkSet
     blocks: tuple[Block, ...]
     bytes: int = 0
@@ -151,8 +161,17 @@ class Batch:
     @property
     def claim(self) -> Claim:
         return Claim(
-            batch_id=self.batch_id, epoch=self.epoch, version=self.version, generation=self.generation, rows=self.rows
+            batch_id=self.batch_id,
+            epoch=self.epoch,
+            version=self.version,
+            generation=self.generation,
+            rows=self.rows,
+            key=self.claim_key,
         )
+
+    def held_by(self, claim: Claim) -> bool:
+        """Whether the plan of this claim still holds the batch."""
+        return (self.epoch, self.claim_key) == (claim.epoch, claim.key)
 
     def token(self, block: Block) -> str:
         """The `insert_deduplication_token` of a block: the same content at every attempt, and no other."""

@@ -196,7 +196,7 @@ def _give_up(outbox: Outbox, left: Sequence[Claim], done: Drained, listener: Lis
     """
     by_id = {claim.batch_id: claim for claim in left}
     for batch in outbox.batches(by_id):
-        if batch.epoch != by_id[batch.batch_id].epoch:
+        if not batch.held_by(by_id[batch.batch_id]):
             done.lost.append(batch.batch_id)
         elif batch.state in OPEN:
             done.released.append(batch.batch_id)

@@ -172,7 +172,9 @@ class Outbox(Protocol):
 
     def open_owners(self) -> list[str]: ...
 
-    def planning(self, owner: str, lease_s: int) -> AbstractContextManager[Planning]: ...
+    def planning(self, owner: str, lease_s: int, process: str = "") -> AbstractContextManager[Planning]:
+        """A planner's turn; `process` is the one process that will do all that is claimed, empty where there are several."""
+        ...
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
         """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""

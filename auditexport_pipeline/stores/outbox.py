@@ -10,9 +10,10 @@ transaction while anything but MySQL is asked.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,8 @@ from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translat
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
 READ_BYTES = 8 * 1024**2
+# The width of the ledger's column.
+KEY_LETTERS = 32
 
 
 class MySQLOutbox:
@@ -76,11 +79,14 @@ class MySQLOutbox:
             return [row.owner for row in connection.execute(SQL["open_owners"])]
 
     @contextmanager
-    def planning(self, owner: str, lease_s: int) -> Iterator[MySQLPlanning]:
+    def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[MySQLPlanning]:
         with self.transaction("planning batches") as connection:
             epoch, last_ms = _lock_ledger(connection)
             connection.execute(SQL["count_plan"], {"epoch": epoch + 1})
-            yield MySQLPlanning(connection, owner=owner, lease_ms=lease_s * 1000, epoch=epoch + 1, last_ms=last_ms)
+            # With the epoch in front, a batch shows when a release that writes no keys has adopted it since.
+            key = f"{_key_of(epoch + 1)}{secrets.token_hex(16)}"[:KEY_LETTERS]
+            plan = Plan(epoch=epoch + 1, key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
+            yield MySQLPlanning(connection, plan, last_ms=last_ms)
 
     def reserve_inserted_at(self, count: int) -> list[int]:
         with self.transaction("reserving an inserted_at") as connection:
@@ -97,7 +103,7 @@ class MySQLOutbox:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
             _renew(connection, claim, lease_s)
             _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
-            values = {"batch_id": claim.batch_id, "epoch": claim.epoch, "until_ms": until_ms}
+            values = {"batch_id": claim.batch_id, "until_ms": until_ms, **_plan_of(claim)}
             connection.execute(SQL["allow_inserts"], values)
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
@@ -210,6 +216,7 @@ class MySQLOutbox:
                 SQL["record_verified"],
                 {
                     "batch_id": batch.batch_id,
+                    "digest": batch.digest,
                     "state": str(state),
                     "error": error,
                     "observed": observed_to_text(observed),
@@ -238,14 +245,33 @@ class MySQLOutbox:
             return {row.reason: row.n for row in connection.execute(SQL["dead_by_reason"])}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one plan writes into each batch that it claims or adopts."""
+
+    epoch: int
+    key: str
+    owner: str
+    process: str
+    lease_ms: int
+
+    @property
+    def values(self) -> dict[str, object]:
+        return {
+            "epoch": self.epoch,
+            "claim_key": self.key,
+            "owner": self.owner,
+            "process": self.process,
+            "lease_ms": self.lease_ms,
+        }
+
+
 class MySQLPlanning:
     """`core.ports.Planning`: lives inside one transaction that holds the ledger's lock."""
 
-    def __init__(self, connection: Connection, *, owner: str, lease_ms: int, epoch: int, last_ms: int) -> None:
+    def __init__(self, connection: Connection, plan: Plan, *, last_ms: int) -> None:
         self._connection = connection
-        self._owner = owner
-        self._lease_ms = lease_ms
-        self._epoch = epoch
+        self._plan = plan
         self._last_ms = last_ms
 
     def open_batches(self) -> list[OpenBatch]:
@@ -256,16 +282,16 @@ class MySQLPlanning:
         ]
 
     def begin_lease_again(self, batch: Batch) -> None:
-        self._connection.execute(SQL["begin_lease_again"], {"batch_id": batch.batch_id, "lease_ms": self._lease_ms})
+        self._connection.execute(
+            SQL["begin_lease_again"], {"batch_id": batch.batch_id, "lease_ms": self._plan.lease_ms}
+        )
 
     def adopt(self, batch: Batch) -> Claim:
-        self._connection.execute(
-            SQL["adopt"],
-            {"batch_id": batch.batch_id, "epoch": self._epoch, "owner": self._owner, "lease_ms": self._lease_ms},
-        )
+        self._connection.execute(SQL["adopt"], {"batch_id": batch.batch_id, **self._plan.values})
         return Claim(
             batch_id=batch.batch_id,
-            epoch=self._epoch,
+            epoch=self._plan.epoch,
+            key=self._plan.key,
             version=batch.version,
             generation=batch.generation,
             rows=batch.rows,
@@ -317,12 +343,10 @@ class MySQLPlanning:
         self._connection.execute(
             SQL["add_batch"],
             {
+                **self._plan.values,
                 "batch_id": batch_id,
-                "epoch": self._epoch,
                 "generation": generation,
                 "version": version,
-                "owner": self._owner,
-                "lease_ms": self._lease_ms,
                 "rows": len(pks),
                 "bytes": sum(block.bytes for block in planned),
                 "first_pk": pks.first,
@@ -332,7 +356,14 @@ class MySQLPlanning:
                 "inserted_at_ms": max(block.inserted_at_ms for block in planned),
             },
         )
-        return Claim(batch_id=batch_id, epoch=self._epoch, version=version, generation=generation, rows=len(pks))
+        return Claim(
+            batch_id=batch_id,
+            epoch=self._plan.epoch,
+            key=self._plan.key,
+            version=version,
+            generation=generation,
+            rows=len(pks),
+        )
 
 
 def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
@@ -361,7 +392,7 @@ def _fence(
 ) -> None:
     """Refuses a claim that another plan has adopted, or whose batch is past this step, or cut anew; locks the ledger row."""
     row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
-    if row is None or row.epoch != claim.epoch:
+    if row is None or not _holds(claim, row):
         raise _lost(claim, row)
     if row.state not in tuple(map(str, states)):
         raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
@@ -372,10 +403,26 @@ def _fence(
         )
 
 
+def _key_of(epoch: int) -> str:
+    """How the key of a plan begins."""
+    return f"{epoch:x}-"
+
+
+def _plan_of(claim: Claim) -> dict[str, object]:
+    """What the ledger's rows of this claim's plan have in common, and no others."""
+    return {"epoch": claim.epoch, "claim_key": claim.key}
+
+
+def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
+    """Whether the batch is still this claim's: an epoch alone can recur, after a failover that lost commits."""
+    return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
+
+
 def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:
-    leased = [row.batch_id for row in connection.execute(SQL["leased"], {"epoch": claim.epoch})]
+    leased = [row.batch_id for row in connection.execute(SQL["leased"], _plan_of(claim))]
     if leased:
-        connection.execute(SQL["renew"], {"batch_ids": leased, "epoch": claim.epoch, "lease_ms": lease_s * 1000})
+        values = {"batch_ids": leased, "lease_ms": lease_s * 1000, **_plan_of(claim)}
+        connection.execute(SQL["renew"], values)
     return _own(connection, claim)
 
 
@@ -384,6 +431,8 @@ def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
         now = "is not in the ledger"
     elif row.epoch == 0:
         now = "is stopped: the first run after its lease takes it up"
+    elif row.epoch == claim.epoch:
+        now = f"is another batch, of {row.owner}: MySQL has forgotten this plan, as a failover or a restore does"
     else:
         now = f"is held by plan {row.epoch} of {row.owner}"
     return LeaseLost(
@@ -393,7 +442,7 @@ def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
 
 def _own(connection: Connection, claim: Claim) -> Batch:
     row = connection.execute(SQL["batch"], {"batch_id": claim.batch_id}).one_or_none()
-    if row is None or row.epoch != claim.epoch:
+    if row is None or not _holds(claim, row):
         raise _lost(claim, row)
     return batch_of(row)
 
@@ -411,6 +460,8 @@ def batch_of(row: Row[tuple[object, ...]]) -> Batch:
         version=row.version,
         state=State(row.state),
         owner=row.owner,
+        claim_key=row.claim_key,
+        process=row.process if row.claim_key.startswith(_key_of(row.epoch)) else "",
         pks=PkSet.parse(row.pks),
         blocks=blocks,
         given_back=given_back,

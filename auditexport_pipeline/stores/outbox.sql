@@ -22,7 +22,7 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 -- name: open_batches
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed,
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process,
        lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired,
        lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
 FROM clickhouse_outbox_batch
@@ -85,7 +85,7 @@ SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PR
 -- name: exported_over
 -- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND state IN ('exported', 'verified', 'discrepant')
 ORDER BY batch_id
@@ -98,16 +98,18 @@ SELECT MAX(batch_id) AS batch_id FROM clickhouse_outbox_batch
 -- Under lock_ledger, which makes the new batch_id ours.
 INSERT INTO clickhouse_outbox_batch
   (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, row_count, entry_count, bytes,
-   first_pk, last_pk, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms)
+   first_pk, last_pk, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms, claim_key, process)
 VALUES
   (:batch_id, :epoch, :generation, :version, 'claimed', :owner,
    CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms, :rows, :rows, 0, :bytes,
-   :first_pk, :last_pk, :pks, :manifest, '', '', :inserted_at_ms, 0, '', CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
+   :first_pk, :last_pk, :pks, :manifest, '', '', :inserted_at_ms, 0, '', CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
+   :claim_key, :process)
 
 -- name: adopt
--- Primary key; under lock_ledger. The higher epoch is the fence: whatever the old owner does is refused.
+-- Primary key; under lock_ledger. Epoch and key are the fence: whatever the old owner does is refused.
 UPDATE clickhouse_outbox_batch
-SET epoch = :epoch, owner = :owner, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
+SET epoch = :epoch, claim_key = :claim_key, owner = :owner, process = :process,
+    lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
 WHERE batch_id = :batch_id
 
 -- name: begin_lease_again
@@ -123,28 +125,28 @@ SELECT DISTINCT owner FROM clickhouse_outbox_batch WHERE state IN ('claimed', 's
 
 -- name: leased
 -- state_idx; no lock. All open batches of the plan: the last one of a long run must not expire while the first is written.
-SELECT batch_id FROM clickhouse_outbox_batch WHERE epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
+SELECT batch_id FROM clickhouse_outbox_batch WHERE epoch = :epoch AND claim_key = :claim_key AND state IN ('claimed', 'sealed', 'written')
 
 -- name: renew
 -- Primary key, ascending; locks those rows for one statement. Not by state_idx: a batch that changes its state at the
 -- same time holds its row and wants its entry there, and the two would deadlock.
 UPDATE clickhouse_outbox_batch FORCE INDEX (PRIMARY)
 SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
-WHERE batch_id IN :batch_ids AND epoch = :epoch AND state IN ('claimed', 'sealed', 'written')
+WHERE batch_id IN :batch_ids AND epoch = :epoch AND claim_key = :claim_key AND state IN ('claimed', 'sealed', 'written')
 
 -- name: batch
 -- Primary key; no lock.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 
 -- name: fence
 -- Primary key. Locks the batch's ledger row until commit, so that no planner adopts it in between.
-SELECT epoch, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
+SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
 
 -- name: fence_shared
 -- Primary key. As `fence`, but chunks of one batch are marked at the same time under it.
-SELECT epoch, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
+SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
 
 -- name: rows_between
 -- Primary key range; no lock. Every integer of the range is the batch's own.
@@ -186,7 +188,7 @@ UPDATE clickhouse_outbox_batch SET state = 'stopped', epoch = 0, last_error = :e
 -- name: allow_inserts
 -- Primary key; after renew, in its transaction. The longest that any run was allowed stands.
 UPDATE clickhouse_outbox_batch SET inserts_until_ms = GREATEST(inserts_until_ms, :until_ms)
-WHERE batch_id = :batch_id AND epoch = :epoch
+WHERE batch_id = :batch_id AND epoch = :epoch AND claim_key = :claim_key
 
 -- name: record_written
 -- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one.
@@ -229,23 +231,23 @@ UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_u
 -- name: unverified
 -- state_idx; no lock.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
 -- name: requeued_over
 -- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0
   AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
 ORDER BY batch_id
 
 -- name: record_verified
--- Primary key. The state guard lets two verifiers meet: the second changes nothing.
+-- Primary key. The state guard lets two verifiers meet: the second changes nothing. The digest is that of what was compared.
 UPDATE clickhouse_outbox_batch
 SET state = :state, last_error = :error, observed = :observed, verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
-WHERE batch_id = :batch_id AND state = 'exported'
+WHERE batch_id = :batch_id AND state = 'exported' AND digest = :digest
 
 -- ── the backlog probe: O(1) in the size of the table ────────────────────────────────────────────
 

@@ -34,6 +34,8 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
   observed MEDIUMTEXT NULL COMMENT 'by inserted_at, what ClickHouse held when the batch was verified: entries and content, metas included',
   swept_at_ms BIGINT NULL COMMENT 'since when none of its rows is in the outbox any more',
   swept_rows INT UNSIGNED NOT NULL DEFAULT 0,
+  claim_key VARCHAR(32) NOT NULL DEFAULT '' COMMENT 'random, of the plan that holds the batch: an epoch can recur when a failover loses commits',
+  process VARCHAR(160) NOT NULL DEFAULT '' COMMENT 'host:pid:boot-start of the process that holds the batch; empty where several do the steps',
   PRIMARY KEY (batch_id),
   KEY state_idx (state, batch_id),
   KEY last_pk_idx (last_pk, first_pk),
