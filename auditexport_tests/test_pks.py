@@ -35,6 +35,14 @@ def test_union_intersection_and_difference_are_those_of_sets(operation: Callable
         assert operation(pk_set(one), pk_set(other)) == pk_set(operation(one, other))
 
 
+def test_a_union_of_many_sets_is_that_of_their_members() -> None:
+    """The rows that open batches hold are merged in one go; one that is left out goes into a second batch."""
+    random = Random(4)
+    for size in range(12):
+        sets = [some(random) for _ in range(size)]
+        assert PkSet.union(map(pk_set, sets)) == pk_set(set().union(*sets))
+
+
 def test_the_ledgers_text_gives_back_the_same_set() -> None:
     """An adopted batch is rebuilt from this text alone."""
     random = Random(2)

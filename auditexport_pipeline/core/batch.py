@@ -218,10 +218,7 @@ def sealed_block(version: str, block: Block, pks: PkSet, payloads: list[bytes], 
 
 def pks_of(blocks: Collection[Block]) -> PkSet:
     """The pks of all these blocks."""
-    pks = PkSet()
-    for block in blocks:
-        pks |= block.pks
-    return pks
+    return PkSet.union(block.pks for block in blocks)
 
 
 def batch_digest(blocks: Iterable[Block], folded: PkSet) -> str:

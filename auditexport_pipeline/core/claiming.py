@@ -39,10 +39,10 @@ def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: L
     """
     with outbox.planning(owner, limits.lease_s) as ledger:
         claims: list[Claim] = []
-        held = PkSet()
-        for open_batch in ledger.open_batches():
+        open_batches = ledger.open_batches()
+        held = PkSet.union(open_batch.batch.pks for open_batch in open_batches)
+        for open_batch in open_batches:
             batch = open_batch.batch
-            held |= batch.pks
             abandoned = open_batch.lease_expired
             if batch.state is not State.STOPPED:  # a stopped one waits until no INSERT of it can be running
                 abandoned = abandoned or batch.owner == owner or batch.owner in dead_owners

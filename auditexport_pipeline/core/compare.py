@@ -206,9 +206,7 @@ def compare(
 def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]:
     expected: defaultdict[Key, _Expected] = defaultdict(_Expected)
     decode = VERSIONS[slot.version].decode
-    normalised = PkSet()
-    for _, block in slot.blocks:
-        normalised |= block.normalised
+    normalised = PkSet.union(block.normalised for _, block in slot.blocks)
     row_bytes = max(block.row_bytes for _, block in slot.blocks)
     for rows in _batched(outbox.read(slot.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
         events = [(row, event) for row in rows if not isinstance(event := decode(row), Undecodable)]

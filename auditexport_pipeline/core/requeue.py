@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import By, RowFilter
-from auditexport_pipeline.core.batch import OPEN, Batch
+from auditexport_pipeline.core.batch import OPEN, Batch, pks_of
 from auditexport_pipeline.core.compare import compare, keys_absent, slots_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
@@ -62,12 +62,8 @@ def requeue(
         unknown = sorted(set(wanted.batch_ids) - set(known))
         if unknown:
             raise InvalidConfig(f"batch_ids names {', '.join(map(str, unknown))}, which the ledger does not have")
-        within = PkSet()
-        for batch in known.values():
-            within |= batch.pks
-    found = PkSet()
-    for pks in upkeep.marked(wanted, within):
-        found |= pks
+        within = PkSet.union(batch.pks for batch in known.values())
+    found = PkSet.union(upkeep.marked(wanted, within))
     return clear(
         outbox,
         upkeep,
@@ -129,28 +125,23 @@ def clear(
 
 def _expired(upkeep: Upkeep, log: AuditLog, batches: Collection[Batch]) -> PkSet:
     kept_ms = log.kept_ms()
-    expired = PkSet()
-    if kept_ms is not None:
-        too_old_ms = upkeep.now_ms() - kept_ms + LEAST_LEFT_MS
-        for batch in batches:
-            for block in batch.blocks:
-                if block.inserted_at_ms < too_old_ms:
-                    expired |= block.pks
-    return expired
+    if kept_ms is None:
+        return PkSet()
+    too_old_ms = upkeep.now_ms() - kept_ms + LEAST_LEFT_MS
+    return pks_of([block for batch in batches for block in batch.blocks if block.inserted_at_ms < too_old_ms])
 
 
 def _missing(outbox: Outbox, upkeep: Upkeep, log: AuditLog, pks: PkSet, batches: Collection[Batch]) -> PkSet:
     """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them."""
     erasures = [recorded.erasure for recorded in upkeep.erasures()]
     missing: set[int] = set()
-    known = PkSet()
-    for slot in slots_of([batch for batch in batches if batch.state not in OPEN]):
+    slots = slots_of([batch for batch in batches if batch.state not in OPEN])
+    for slot in slots:
         wanted = slot.pks & pks
-        known |= slot.pks
         if wanted:
             for found in compare(outbox, log, slot, erasures=erasures).missing.values():
                 missing.update(pk for pk in found if pk in wanted)
-    for batch in batches:
-        known |= batch.pks  # a folded row went out as another one
+    # The batches' too: a folded row went out as another one.
+    known = PkSet.union([*(slot.pks for slot in slots), *(batch.pks for batch in batches)])
     missing.update(keys_absent(outbox, log, pks - known))
     return PkSet.of(sorted(missing))

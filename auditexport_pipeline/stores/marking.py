@@ -19,6 +19,10 @@ from auditexport_pipeline.stores.mysql import SQL, expanding
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
+# Of one list, so that every server looks its pks up one by one. From 1,000 on MariaDB joins a list as a table
+# (in_predicate_conversion_threshold) and from 16,000 (optimizer_max_sel_args) it reads the whole outbox, as MySQL does when
+# a list takes more than range_optimizer_max_mem_size: 36,000 in its 8 MB.
+LIST_PKS = 900
 # MariaDB's JSON type is a CHECK (json_valid(payload)), which every UPDATE of a row evaluates, whatever it sets.
 _UNCHECKED = {
     name: expanding(name, text(f"SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}"))
@@ -27,9 +31,9 @@ _UNCHECKED = {
 
 
 def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
-    """The statements that cover these pks: a range each for few runs, else one list."""
-    if len(pks.runs) > LIST_ABOVE_RUNS:
-        return [(f"{kind}_in", {"pks": list(pks)})]
+    """The statements that cover these pks, in their order: a range each for few runs, else lists of `LIST_PKS`."""
+    if len(pks.runs) > max(LIST_ABOVE_RUNS, -(-len(pks) // LIST_PKS)):
+        return [(f"{kind}_in", {"pks": list(part)}) for part in pks.chunks(LIST_PKS)]
     return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
 
 

@@ -336,9 +336,7 @@ class MySQLPlanning:
         )
         if new:
             self._last_ms = max(block.inserted_at_ms for block in planned)
-        pks = PkSet()
-        for block in planned:
-            pks |= block.pks
+        pks = pks_of(planned)
         batch_id = self._connection.execute(SQL["last_batch_id"]).scalar_one() + 1
         self._connection.execute(
             SQL["add_batch"],

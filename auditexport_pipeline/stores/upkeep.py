@@ -18,7 +18,7 @@ from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_tex
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.stores import actions, dead_letters
-from auditexport_pipeline.stores.marking import by_shape
+from auditexport_pipeline.stores.marking import LIST_PKS, by_shape
 from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of
 from auditexport_pipeline.stores.statements import load
 
@@ -77,11 +77,8 @@ class MySQLUpkeep:
             return found
 
     def open_pks(self) -> PkSet:
-        pks = PkSet()
         with self.outbox.transaction("reading the ledger") as connection:
-            for row in connection.execute(SQL["open_pks"]):
-                pks |= PkSet.parse(row.pks)
-        return pks
+            return PkSet.union(PkSet.parse(row.pks) for row in connection.execute(SQL["open_pks"]))
 
     def first_inserted_ms(self) -> int | None:
         with self.outbox.transaction("reading the ledger") as connection:
@@ -117,12 +114,12 @@ class MySQLUpkeep:
 
     def dead_among(self, pks: PkSet) -> PkSet:
         """Those that were set aside, whoever marked them since; one that is to be retried is not."""
-        dead = PkSet()
         with self.outbox.transaction("reading dead letters") as connection:
-            for chunk in pks.chunks(5_000):
-                rows = connection.execute(SQL["dead_among"], {"pks": list(chunk)})
-                dead |= PkSet.of(row.pk for row in rows)
-        return dead
+            return PkSet.of(
+                row.pk
+                for chunk in pks.chunks(LIST_PKS)
+                for row in connection.execute(SQL["dead_among"], {"pks": list(chunk)})
+            )
 
     def marked(self, wanted: RowFilter, within: PkSet | None) -> Iterator[PkSet]:
         """The marked rows that a filter names, in portions by ascending pk; `within` limits where to look.
