@@ -23,8 +23,11 @@ demo: $(READY) server
 dev: $(READY) server
 	@$(BIN)/auditexport dev
 
+# CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; README.md has examples.
 test: $(READY) server
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m auditexport_tests.engines $(CLICKHOUSE)
+	@AUDITEXPORT_TEST_CLICKHOUSE_ENGINE=$(CLICKHOUSE) $(if $(MYSQLD),AUDITEXPORT_MYSQLD='$(MYSQLD)') \
+		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 # The browser's tests, with what only they need; `make test` leaves them out.
 test-e2e: $(READY) server

@@ -2,7 +2,8 @@
 
 A missing server fails the run. AUDITEXPORT_TEST_MYSQL_URL and AUDITEXPORT_TEST_CLICKHOUSE_URL point the
 suite at servers of yours (it creates and drops databases there); otherwise a private MySQL or MariaDB
-(AUDITEXPORT_MYSQLD chooses) and the embedded ClickHouse are started and stopped here.
+(AUDITEXPORT_MYSQLD chooses) and the embedded ClickHouse (AUDITEXPORT_TEST_CLICKHOUSE_ENGINE chooses, see
+`auditexport_tests.engines`) are started and stopped here.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.stores import setup
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_tests import engines
+from auditexport_tests.engines import local_clickhouse
 
 _numbers = itertools.count(1)
 
@@ -30,7 +32,7 @@ _numbers = itertools.count(1)
 def pytest_report_header() -> list[str]:
     return [
         f"mysql: {os.environ.get('AUDITEXPORT_TEST_MYSQL_URL') or os.environ.get('AUDITEXPORT_MYSQLD') or 'private, from PATH'}",
-        f"clickhouse: {os.environ.get('AUDITEXPORT_TEST_CLICKHOUSE_URL') or 'embedded'}",
+        f"clickhouse: {os.environ.get('AUDITEXPORT_TEST_CLICKHOUSE_URL') or f'embedded, engine {engines.chosen()}'}",
     ]
 
 
@@ -52,7 +54,7 @@ def clickhouse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     if given:
         yield given.rstrip("/") + "/"
         return
-    with LocalClickHouse(tmp_path_factory.mktemp("clickhouse")) as server:
+    with local_clickhouse(tmp_path_factory.mktemp("clickhouse")) as server:
         yield server.url.removesuffix("default")
 
 

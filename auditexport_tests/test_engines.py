@@ -27,6 +27,7 @@ from auditexport_pipeline.stores.engines import LOCAL_TABLE, TABLE, Engine, Layo
 from auditexport_pipeline.stores.roles import Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.engines import local_clickhouse
 from auditexport_tests.faults import claims_nothing, findings
 from auditexport_tests.users import users_xml
 
@@ -343,7 +344,7 @@ def configure(
 
 @pytest.fixture
 def configured(mysql_server: str, tmp_path: Path) -> Iterator[Configured]:
-    server = LocalClickHouse(tmp_path / "clickhouse")
+    server = local_clickhouse(tmp_path / "clickhouse")
     configure(server, tmp_path)
     with server, fresh_stack(mysql_server, server.url.removesuffix("default")) as stack:
         configured = Configured(server, stack, tmp_path)

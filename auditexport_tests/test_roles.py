@@ -32,6 +32,7 @@ from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
+from auditexport_tests.engines import local_clickhouse
 from auditexport_tests.faults import content
 from auditexport_tests.users import users_xml
 
@@ -125,7 +126,7 @@ class Ground:
 
 @pytest.fixture(scope="module")
 def clickhouse_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClickHouse]:
-    with LocalClickHouse(tmp_path_factory.mktemp("clickhouse")) as server:
+    with local_clickhouse(tmp_path_factory.mktemp("clickhouse")) as server:
         yield server
 
 

@@ -30,13 +30,17 @@ class LocalClickHouse:
     """An embedded ClickHouse on `directory`, which keeps its data over stops, kills and starts.
 
     The port is chosen at the first `start()` unless given, and kept from then on. `config` is a configuration file
-    of ClickHouse's for the next `start()`; without, its one user may do everything. As a context manager it is started
-    on entry and stopped on exit. Not thread-safe.
+    of ClickHouse's for the next `start()`; without, its one user may do everything. `python` is the interpreter whose
+    environment has the engine, by default this one. As a context manager it is started on entry and stopped on exit.
+    Not thread-safe.
     """
 
-    def __init__(self, directory: Path, *, port: int | None = None, config: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, port: int | None = None, config: Path | None = None, python: Path | None = None
+    ) -> None:
         self.directory = directory
         self.config = config
+        self.python = python
         self._port = port
         self._child: Child | None = None
 
@@ -53,7 +57,7 @@ class LocalClickHouse:
         child = Child(
             "ClickHouse (embedded)",
             [
-                *(sys.executable, "-c", START, str(SOURCE_ROOT)),
+                *(str(self.python or sys.executable), "-c", START, str(SOURCE_ROOT)),
                 *("--directory", str(self.directory), "--port", str(self._port)),
                 *(("--config", str(self.config)) if self.config is not None else ()),
             ],

@@ -52,8 +52,7 @@ HOST: Final = "127.0.0.1"
 
 # Statements that run at once; the engine itself spreads each over all cores, so more only queue.
 MAX_STATEMENTS: Final = 16
-# What the event loop collects before a thread decompresses and spools it; also the size of one append
-# to the engine: smaller costs hand-overs, larger costs memory.
+# What the event loop collects before a thread decompresses and spools it: smaller costs hand-overs, larger costs memory.
 PART_BYTES: Final = 1 << 20
 # A server's http_max_field_value_size: what it would refuse must not pass here.
 FIELD_LIMIT_BYTES: Final = 131_072
@@ -133,11 +132,13 @@ LAST_FORMAT = re.compile(rb"\bFORMAT\s+([A-Za-z]\w*)\s*(?:SETTINGS\b[^()]*)?;?\s
 # of ten columns begins with a line feed of its own.
 DATA_START = re.compile(rb"[ \t\f]*(\r?\n)?")
 CALL = re.compile(rb"\s*\(")
+ASSIGNMENT = re.compile(rb"\s*[A-Za-z_]\w*\s*=")
 # Statements whose answer is rows; a client tells an empty result from no result by the format header.
 ROWS_FOLLOW = re.compile(
     rb"(?:\s|--[^\n]*\n|/\*.*?\*/|\()*(?:SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN|CHECK|VALUES)\b",
     re.IGNORECASE | re.DOTALL,
 )
+DROP_SYNC = re.compile(rb"\A(\s*DROP\b.*\S)\s+SYNC\s*\Z", re.IGNORECASE | re.DOTALL)
 UNREMARKABLE = re.compile(rb"[^;'\"`$/#-]+")
 # What may follow a *column* called format; a format of that name does not exist.
 NOT_A_FORMAT = frozenset(b"FROM AS ASC DESC AND OR IN IS LIKE NOT UNION WHERE GROUP ORDER LIMIT SETTINGS".split())
@@ -149,16 +150,23 @@ class Insert:
     """An INSERT whose data follows its text.
 
     `sql` ends before FORMAT; `data_at` is the offset of the first data byte; `inputs` are the spans of
-    `input(` in `sql`, empty when the data goes straight into the table.
+    `input(` in `sql`, empty when the data goes straight into the table; then `target_end` is the offset at which
+    table and columns end.
     """
 
     sql: bytes
     format: str
     data_at: int
     inputs: tuple[tuple[int, int], ...]
+    target_end: int
 
     def reading(self, descriptor: int) -> bytes:
-        """`sql` with each `input(` replaced by the same rows read from a file descriptor."""
+        """The statement that reads the same rows from a file descriptor."""
+        if not self.inputs:
+            # By a path, for FROM INFILE knows no descriptors; the path leads to the file without a name.
+            source = b" FROM INFILE '/proc/self/fd/%d' COMPRESSION 'none' " % descriptor
+            form = b" FORMAT " + self.format.encode()
+            return self.sql[: self.target_end] + source + self.sql[self.target_end :] + form
         sql = bytearray(self.sql)
         for start, end in reversed(self.inputs):
             follows = self.sql[end:].lstrip()[:1]
@@ -177,6 +185,7 @@ def split_insert(text: bytes, *, complete: bool) -> Insert | bool | None:
     first: bytes | None = None
     insert = select = False
     inputs: list[tuple[int, int]] = []
+    settings_at: int | None = None
     undecided = False if complete else None
     while token := TOKEN.match(text, position):
         position, kind = token.end(), token.lastgroup
@@ -205,6 +214,8 @@ def split_insert(text: bytes, *, complete: bool) -> Insert | bool | None:
             select = True
         elif word == b"VALUES" and not select:
             return False
+        elif word == b"SETTINGS" and ASSIGNMENT.match(text, position):
+            settings_at = settings_at or token.start()
         elif word == b"FORMAT" and (inputs or not select):
             name = FORMAT_NAME.match(text, position)
             if name is None or name[1].upper() in NOT_A_FORMAT:
@@ -214,7 +225,13 @@ def split_insert(text: bytes, *, complete: bool) -> Insert | bool | None:
             # Of a name, or of a line end, there may be more to come.
             if not complete and data.end() >= len(text) - 1:
                 return undecided
-            return Insert(sql=text[: token.start()], format=name[1].decode(), data_at=data.end(), inputs=tuple(inputs))
+            return Insert(
+                sql=text[: token.start()],
+                format=name[1].decode(),
+                data_at=data.end(),
+                inputs=tuple(inputs),
+                target_end=settings_at or token.start(),
+            )
     return undecided
 
 
@@ -452,8 +469,11 @@ class Engine:
         self._path = f"{directory}?config-file={config}" if config is not None else str(directory)
         # The engine stops with its last connection; this one keeps it running between requests.
         self._anchor = self._connect(self._path)
-        about = self._anchor.query("SELECT version(), timezone()", "TabSeparated").bytes().decode()
-        self.version, self.timezone = about.strip().split("\t")
+        about = self._anchor.query("SELECT version(), timezone()", "TabSeparated")
+        self.version, self.timezone = about.bytes().decode().strip().split("\t")
+        # chDB before 26.9 counts what an INSERT writes only where the data follows, and never runs the task for which
+        # DROP … SYNC waits.
+        self._counts_written = self._drops_sync = hasattr(about, "rows_written")
 
     def run(self, body: Body, scope: Scope) -> Result:
         """Runs the statement of a complete request and closes `body`. Raises `Refused`.
@@ -466,15 +486,11 @@ class Engine:
             statement = body.end()
             for sql in scope.statements():
                 connection.query(sql, "TabSeparated")
-            if body.insert is None:
-                return self._statement(connection, one_statement(statement), scope)
-            assert body.data is not None
-            if body.insert.inputs:
-                # send_insert refuses INSERT … SELECT, and input() with data in the text inserts
-                # nothing without an error: the rows have to come from a file.
-                statement = one_statement(body.insert.reading(body.data.fileno()))
-                return self._statement(connection, statement, scope)
-            return self._append(connection, body.insert, body.data)
+            if body.insert is not None:
+                # input() with data in the text inserts nothing without an error: the rows have to come from a file.
+                assert body.data is not None
+                statement = body.insert.reading(body.data.fileno())
+            return self._statement(connection, one_statement(statement), scope)
         except RuntimeError as error:
             raise Refused.by_engine(error) from error
         finally:
@@ -484,39 +500,26 @@ class Engine:
     def close(self) -> None:
         self._anchor.close()
 
-    @staticmethod
-    def _statement(connection: Any, sql: bytes, scope: Scope) -> Result:
+    def _statement(self, connection: Any, sql: bytes, scope: Scope) -> Result:
+        if not self._drops_sync:
+            sql = DROP_SYNC.sub(rb"\1", sql)
         answer = connection.query(sql, scope.default_format)
         if answer.has_error():
             raise RuntimeError(answer.error_message())
         named = LAST_FORMAT.search(sql)
         rows_follow = ROWS_FOLLOW.match(sql) is not None
+        if self._counts_written:
+            written_rows, written_bytes = answer.rows_written(), answer.bytes_written()
+        else:
+            written_rows, written_bytes = (0, 0) if rows_follow else (answer.rows_read(), answer.bytes_read())
         return Result(
             data=answer.bytes() or b"",
             format=(named[1].decode() if named else scope.default_format) if rows_follow else None,
             read_rows=answer.storage_rows_read(),
             read_bytes=answer.storage_bytes_read(),
             result_rows=answer.rows_read() if rows_follow else 0,
-            written_rows=answer.rows_written(),
-            written_bytes=answer.bytes_written(),
-            elapsed_s=answer.elapsed(),
-        )
-
-    @staticmethod
-    def _append(connection: Any, insert: Insert, data: IO[bytes]) -> Result:
-        stream = connection.send_insert(insert.sql, insert.format)
-        try:
-            while part := data.read(PART_BYTES):
-                connection.insert_append(stream, part)
-        except BaseException:
-            connection.insert_cancel(stream)
-            raise
-        answer = connection.insert_done(stream)
-        return Result(
-            read_rows=answer.rows_written(),
-            read_bytes=answer.bytes_written(),
-            written_rows=answer.rows_written(),
-            written_bytes=answer.bytes_written(),
+            written_rows=written_rows,
+            written_bytes=written_bytes,
             elapsed_s=answer.elapsed(),
         )
 

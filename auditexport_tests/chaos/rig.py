@@ -16,12 +16,12 @@ from types import TracebackType
 
 import sqlalchemy as sa
 
-from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.stores import setup
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.chaos.proxy import Proxy
+from auditexport_tests.engines import local_clickhouse
 
 _numbers = itertools.count(1)
 
@@ -60,7 +60,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.mysql = LocalMySQL(directory / "mysql")
-        self.clickhouse = LocalClickHouse(directory / "clickhouse")
+        self.clickhouse = local_clickhouse(directory / "clickhouse")
         self._running = ExitStack()
 
     def __enter__(self) -> Rig:

@@ -24,6 +24,7 @@ from auditexport_pipeline.stores import setup
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, events, everything_once, ledger
+from auditexport_tests.engines import local_clickhouse
 
 RETRIES = 2
 DEAD_PORT = "http://default@127.0.0.1:1/default"
@@ -54,7 +55,7 @@ def told(exporter: Exporter, run_id: str) -> tuple[str, str, bool]:
 @pytest.fixture
 def mortal(home: Path, stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClickHouse]:
     """A ClickHouse of the test's own, which it may kill; the environment points at it."""
-    with LocalClickHouse(tmp_path / "mortal") as server:
+    with local_clickhouse(tmp_path / "mortal") as server:
         setup.create(stack.outbox, ClickHouseAuditLog(server.url))
         monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", server.url)
         yield server

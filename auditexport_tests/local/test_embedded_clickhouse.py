@@ -30,6 +30,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
 from auditexport_pipeline.core.errors import LocalServerFailed
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.clickhouse_server import Insert, Refused, one_statement, split_insert
+from auditexport_tests.engines import local_clickhouse
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "lz4": lz4.frame.compress,
@@ -55,7 +56,7 @@ def json_rows(count: int, *, first: int = 0) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClickHouse]:
-    with LocalClickHouse(tmp_path_factory.mktemp("clickhouse")) as running:
+    with local_clickhouse(tmp_path_factory.mktemp("clickhouse")) as running:
         yield running
 
 
@@ -560,7 +561,7 @@ class TestProcess:
     @pytest.mark.parametrize("end", ["kill", "stop"])
     def test_acknowledged_rows_survive_and_the_port_is_used_again(self, tmp_path: Path, end: str) -> None:
         """A crash test proves nothing on a server that forgets or cannot come back."""
-        server = LocalClickHouse(tmp_path)
+        server = local_clickhouse(tmp_path)
         try:
             url = server.start()
             with connect(server) as client:
@@ -589,7 +590,7 @@ class TestProcess:
             sql = f"INSERT INTO t SELECT pk + sleepEachRow({delay_s}) {source} FORMAT JSONEachRow"
             client.command(sql, data=data, settings=settings)
 
-        with LocalClickHouse(tmp_path) as server:
+        with local_clickhouse(tmp_path) as server:
             with connect(server) as client:
                 client.command(f"CREATE TABLE t (pk UInt64) {DEDUPLICATED}")
 
@@ -612,7 +613,7 @@ class TestProcess:
 
     def test_a_running_statement_does_not_hold_up_the_stop(self, tmp_path: Path) -> None:
         """Whoever stops the local stack waits for it; an endless statement must not make that endless."""
-        server = LocalClickHouse(tmp_path)
+        server = local_clickhouse(tmp_path)
         with server:
             address_, pid = address(server), server.pid
 
@@ -635,7 +636,7 @@ class TestProcess:
 
     def test_a_second_server_on_the_same_directory_says_so(self, server: LocalClickHouse) -> None:
         """One process per data directory: the second fails at once and harms nothing."""
-        second = LocalClickHouse(server.directory)
+        second = local_clickhouse(server.directory)
         with pytest.raises(LocalServerFailed, match="ended while starting"):
             second.start()
         with connect(server) as client:
@@ -643,7 +644,7 @@ class TestProcess:
 
     def test_an_unstarted_server_has_neither_url_nor_process(self, tmp_path: Path) -> None:
         """A made-up address would fail later and elsewhere."""
-        unstarted = LocalClickHouse(tmp_path)
+        unstarted = local_clickhouse(tmp_path)
         unstarted.stop()
         with pytest.raises(LocalServerFailed):
             _ = unstarted.url

@@ -10,6 +10,7 @@ import pytest
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_tests.conftest import Stack, fresh_stack
+from auditexport_tests.engines import local_clickhouse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Servers:
 @pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     directory = tmp_path_factory.mktemp("security")
-    with LocalMySQL(directory / "mysql") as mysql, LocalClickHouse(directory / "clickhouse") as clickhouse:
+    with LocalMySQL(directory / "mysql") as mysql, local_clickhouse(directory / "clickhouse") as clickhouse:
         yield Servers(mysql=mysql, clickhouse=clickhouse)
 
 
