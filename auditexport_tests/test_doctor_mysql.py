@@ -381,19 +381,24 @@ def test_show_grants_is_read_as_mysql_means_it() -> None:
 # ── clock and session ────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_clock_of_mysql_that_is_off_is_found(stack: Stack, user: Callable[[], Stack]) -> None:
+def test_a_clock_of_mysql_that_is_off_is_found(stack: Stack) -> None:
     """Entries are stamped by one clock and expire by another."""
-    database = stack.mysql_url.rsplit("/", 1)[1]
-    for table, privileges in MYSQL_GRANTS[Role.EXPORTER].items():
-        stack.sql(f"GRANT {', '.join(privileges)} ON {database}.{table} TO 'doctor{os.getpid()}'@'127.0.0.1'")
     for off_s, fatal in ((7200, False), (-3 * 86_400, True)):
-        # It is run for users without SUPER only, and holds NOW() at that moment.
-        with globally(stack, "init_connect", f"'SET timestamp = UNIX_TIMESTAMP() + {off_s}'"):
-            (found,) = findings(user())
+
+        def stepped(connection: sa.pool.PoolProxiedConnection, *_: object, off_s: int = off_s) -> None:
+            with connection.cursor() as cursor:
+                cursor.execute(f"SET timestamp = UNIX_TIMESTAMP(SYSDATE()) + {off_s}")
+
+        sa.event.listen(stack.outbox.engine, "checkout", stepped)
+        try:
+            (found,) = findings(stack)
             assert "MySQL's clock is" in found.what
             assert ("ahead" if off_s > 0 else "behind") in found.what
             assert found.fatal is fatal
-    assert findings(user()) == []
+        finally:
+            sa.event.remove(stack.outbox.engine, "checkout", stepped)
+            stack.outbox.engine.dispose()
+    assert findings(stack) == []
 
 
 def test_our_sessions_keep_utc_and_refuse_to_cut_a_text(stack: Stack) -> None:

@@ -1,38 +1,31 @@
-"""The connection to MySQL: engines, our statements, and the one place where MySQL's errors become ours.
+"""The connection to MySQL: its URL, engines, and our statements.
 
-What belongs here: how we connect, and what an error means to whoever runs again. What does not: what is said
-over the connection (`outbox.sql`), and in which transaction (`stores.outbox`).
+What belongs here: how we connect. What does not: what a session states (`stores.session`), what an error means
+(`stores.mysql_errors`), what is said over the connection (`outbox.sql`), and in which transaction (`stores.outbox`).
 """
 
 from __future__ import annotations
 
-import inspect
 import ipaddress
+import re
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
 from functools import lru_cache
+from typing import Any
 from urllib.parse import parse_qsl
 
-from sqlalchemy import Engine, TextClause, bindparam, create_engine, event, text
+from sqlalchemy import URL, Engine, TextClause, bindparam, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import ArgumentError
 
-from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, OutboxUnavailable, SetupIncomplete
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.stores.mysql_errors import NOT_REACHED, not_reached
+from auditexport_pipeline.stores.mysql_errors import translated as translated
+from auditexport_pipeline.stores.session import READ_TIMEOUT_S, Session
 from auditexport_pipeline.stores.statements import load
 
-# We are never worth waiting for: a lock that the application holds longer is tried again by the next attempt.
-LOCK_WAIT_S = 5
 CONNECT_TIMEOUT_S = 10
-# A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
-READ_TIMEOUT_S = 120
-# Said on every connection rather than inherited. In a time zone with summer time, NOW() as a number goes back an hour
-# in autumn; without a strict mode, a text that is too long for its column is cut and stored.
-SESSION = (
-    "SET SESSION innodb_lock_wait_timeout = {lock_wait_s}, time_zone = '+00:00', "
-    "sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
-)
+LONGEST_TIMEOUT_S = 3600
 
 _LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
 
@@ -44,19 +37,22 @@ def expanding(name: str, statement: TextClause) -> TextClause:
 
 SQL: dict[str, TextClause] = {name: expanding(name, text(statement)) for name, statement in load("outbox.sql").items()}
 
-# Server errors that no rerun mends: access, unknown database, table or column, a statement without grant, TLS that
-# the server insists on.
-_SETUP_ERRORS = {1044, 1045, 1049, 1054, 1142, 1143, 1146, 1227, 1370, 1698, 3159}
-_TLS_NOT_OFFERED = 2026
-# The client's own: nobody answers there, by socket, by TCP or by name.
-_NOT_REACHED = {2002, 2003, 2005}
-
 # Ours, beside the driver's: which images of changed rows our sessions leave in the binary log.
 ROW_IMAGE = "binlog_row_image"
 _ROW_IMAGES = ("FULL", "MINIMAL", "NOBLOB")
 # What a URL may say about TLS. PyMySQL knows more, and none of it is safe: beside ssl_verify_cert or
 # ssl_verify_identity it drops the ssl_ca and the host name's check with it.
 _TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ssl_check_hostname", "ssl_disabled"}
+
+
+# The driver's others would undo what a session states (init_command, sql_mode, autocommit), or end in a traceback.
+_TIMEOUTS = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S, "write_timeout": READ_TIMEOUT_S}
+_OPTIONS = {"unix_socket", "program_name", "bind_address", "charset", ROW_IMAGE, *_TIMEOUTS}
+CHARSET, COLLATION = "utf8mb4", "utf8mb4_bin"
+_FORM = (
+    "AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database, "
+    "with % signs for what is special in user and password"
+)
 
 
 def checked(url: str) -> str:
@@ -70,45 +66,87 @@ def checked(url: str) -> str:
     `binlog_row_image=MINIMAL` is set for our sessions, and needs BINLOG ADMIN (MariaDB) or SESSION_VARIABLES_ADMIN: marks
     are then logged as key and `deleted_at`, not twice with the payload. Not where something reads full images from it.
     """
-    from pymysql.connections import Connection
-
-    try:
-        parts = make_url(url)
-    except (ArgumentError, ValueError):
-        parts = None
-    if parts is None or parts.drivername not in ("mysql+pymysql", "mariadb+pymysql") or not parts.database:
-        raise InvalidConfig("AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database")
+    parts = _parsed(url)
     if "@" in (parts.host or ""):  # the end of a password, which would go to the name server
         raise InvalidConfig(
             "AUDITEXPORT_MYSQL_URL must read mysql+pymysql://user:password@host:port/database, and an @ in the "
             "password %40"
         )
+    if not _is_a_host(parts.host or "localhost"):
+        raise InvalidConfig("AUDITEXPORT_MYSQL_URL names a host that is neither a name nor an address")
+    if parts.port is not None and not 0 < parts.port < 2**16:
+        raise InvalidConfig("AUDITEXPORT_MYSQL_URL has a port that is not from 1 to 65535")
     # SQLAlchemy drops an option without a value: an unset variable after ssl_ca= would be no TLS at all.
     said = parse_qsl(url.rpartition("@")[2].partition("?")[2], keep_blank_values=True)
     if empty := sorted(name for name, value in said if not value):
-        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {', '.join(empty)} without a value")
-    known = {*inspect.signature(Connection).parameters, ROW_IMAGE}
-    unknown = sorted(name for name in parts.query if name not in (_TLS_OPTIONS if name.startswith("ssl") else known))
+        raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {_named(empty)} without a value")
+    unknown = sorted(name for name in parts.query if name not in _TLS_OPTIONS | _OPTIONS)
     if unknown:
         raise InvalidConfig(
-            f"AUDITEXPORT_MYSQL_URL has {', '.join(unknown)}, which is no option here; for TLS there are "
-            f"{', '.join(sorted(_TLS_OPTIONS))}, and ssl_ca verifies certificate and name"
+            f"AUDITEXPORT_MYSQL_URL has {_named(unknown)}, which is no option here: there are "
+            f"{', '.join(sorted(_OPTIONS))}; for TLS there are {', '.join(sorted(_TLS_OPTIONS))}, and ssl_ca verifies "
+            "certificate and name"
         )
-    if str(parts.query.get(ROW_IMAGE, _ROW_IMAGES[0])).upper() not in _ROW_IMAGES:
+    options: dict[str, str] = {}
+    for name, value in parts.query.items():
+        if not isinstance(value, str) or not value.isprintable():
+            raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has {name} more than once, or with a value that cannot be read")
+        options[name] = value
+    _check_options(options)
+    return url
+
+
+def _parsed(url: str) -> URL:
+    try:
+        parts = make_url(url)
+    except (ArgumentError, ValueError):
+        parts = None
+    if parts is None or parts.drivername not in ("mysql+pymysql", "mariadb+pymysql") or not parts.database:
+        raise InvalidConfig(_FORM)
+    if not f"{parts.username or ''}{parts.password or ''}{parts.database}".isprintable():
+        raise InvalidConfig(_FORM)
+    return parts
+
+
+def _is_a_host(host: str) -> bool:
+    try:
+        return host.isprintable() and not host.startswith("/") and bool(host.encode("idna"))
+    except UnicodeError:
+        return False
+
+
+def _named(options: list[str]) -> str:
+    """The options' names, but for what cannot be one: it may be a piece of a password."""
+    return ", ".join(dict.fromkeys(name if re.fullmatch(r"[a-z_]{1,40}", name) else "an option" for name in options))
+
+
+def _check_options(options: dict[str, str]) -> None:
+    for name in _TIMEOUTS:
+        value = options.get(name, "1")
+        if not (value.isascii() and value.isdigit() and 0 < int(value) <= LONGEST_TIMEOUT_S):
+            raise InvalidConfig(
+                f"AUDITEXPORT_MYSQL_URL has a {name} that is not a number of seconds from 1 to {LONGEST_TIMEOUT_S}"
+            )
+    if options.get("charset", CHARSET).lower() != CHARSET:
+        raise InvalidConfig(
+            f"AUDITEXPORT_MYSQL_URL has a charset other than {CHARSET}, which payloads would not survive: take it away"
+        )
+    if not _is_a_host(options.get("bind_address", "localhost")):
+        raise InvalidConfig("AUDITEXPORT_MYSQL_URL has a bind_address that is neither a name nor an address")
+    if options.get(ROW_IMAGE, _ROW_IMAGES[0]).upper() not in _ROW_IMAGES:
         raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL has a {ROW_IMAGE} that is none of {', '.join(_ROW_IMAGES)}")
-    asked = {name for name in parts.query if name.startswith("ssl")}
-    if parts.query.get("ssl_disabled", "true") != "true" or ("ssl_disabled" in asked and len(asked) > 1):
+    asked = {name for name in options if name.startswith("ssl")}
+    if options.get("ssl_disabled", "true") != "true" or ("ssl_disabled" in asked and len(asked) > 1):
         raise InvalidConfig(
             "AUDITEXPORT_MYSQL_URL has ssl_disabled, which can only be true, and then stands alone: take it away for TLS"
         )
-    if parts.query.get("ssl_check_hostname", "true") not in ("true", "false"):
+    if options.get("ssl_check_hostname", "true") not in ("true", "false"):
         raise InvalidConfig("AUDITEXPORT_MYSQL_URL has an ssl_check_hostname that is neither true nor false")
     if asked and not {"ssl_ca", "ssl_capath", "ssl_disabled"} & asked:
         raise InvalidConfig(
             f"AUDITEXPORT_MYSQL_URL has {', '.join(sorted(asked))} and no ssl_ca: the server would go unverified; add "
             "ssl_ca=/path/of/the/authority.pem"
         )
-    return url
 
 
 def is_local(host: str | None) -> bool:
@@ -130,82 +168,47 @@ def default_tls(url: str) -> dict[str, ssl.SSLContext]:
 @lru_cache(maxsize=256)  # several of each of many outboxes
 def engine_for(url: str, pid: int) -> Engine:
     """One pool per server and process: a forked child must not share its parent's connections."""
-    from auditexport_pipeline.stores.rows import RowsConnection  # the driver, which only a run needs
-
-    image = str(make_url(url).query.get(ROW_IMAGE, "")).upper()
-    session = SESSION.format(lock_wait_s=LOCK_WAIT_S) + (f", {ROW_IMAGE} = '{image}'" if image else "")
+    parts = make_url(url)
+    image = str(parts.query.get(ROW_IMAGE, "")).upper()
+    timeouts = {name: int(str(parts.query.get(name, usual))) for name, usual in _TIMEOUTS.items()}
+    session = Session({ROW_IMAGE: f"'{image}'"} if image else {})
     engine = create_engine(
-        make_url(url).difference_update_query([ROW_IMAGE]),
-        isolation_level="READ COMMITTED",
+        parts.difference_update_query([ROW_IMAGE, *_TIMEOUTS]),
         pool_size=20,
         max_overflow=20,
         pool_pre_ping=True,
         pool_recycle=1800,
-        connect_args={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "write_timeout": READ_TIMEOUT_S,
-            "init_command": session,
-            **default_tls(url),
-        },
+        # An error's text would repeat what was sent.
+        hide_parameters=True,
+        # `autocommit` is a variable like others, and stated with them.
+        connect_args={"charset": CHARSET, "collation": COLLATION, "autocommit": None, **timeouts, **default_tls(url)},
     )
-    event.listen(engine, "do_connect", lambda _dialect, _record, args, options: RowsConnection(*args, **options))
+    event.listen(engine, "do_connect", lambda _dialect, _record, _args, options: _connected(session, options))
     return engine
 
 
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """The one place where MySQL's and SQLAlchemy's errors become this project's; `what` says what was being done."""
+def _connected(session: Session, options: dict[str, Any]) -> Any:
+    """A connection of the driver's that has stated its session. Raises the driver's errors, with host and port."""
+    from pymysql import err
+
+    from auditexport_pipeline.stores.rows import RowsConnection  # the driver, which only a run needs
+
+    if isinstance(options.get("password"), str):  # the driver knows Latin-1 alone
+        options = {**options, "password": options["password"].encode()}
     try:
-        yield
-    except AuditExportError:
+        connection = RowsConnection(**options)
+    except (err.MySQLError, struct.error, LookupError, ValueError) as error:  # the last three: what is no MySQL answers
+        host, port = options.get("host") or "localhost", options.get("port") or 3306
+        where = options.get("unix_socket") or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        why = not_reached(error, where, options["connect_timeout"])
+        if why is None:
+            raise
+        located = err.OperationalError(NOT_REACHED, why)
+        located.original_exception = getattr(error, "original_exception", None)  # type: ignore[attr-defined]
+        raise located from error
+    try:
+        session.state(connection)
+    except BaseException:
+        connection.close()
         raise
-    except OSError as error:
-        # PyMySQL opens the certificates that the URL names; a socket's own errors come as DBAPIError.
-        # One that holds no certificate is an error without a file name.
-        raise InvalidConfig(
-            "AUDITEXPORT_MYSQL_URL names a file that cannot be read as a certificate or key, in ssl_ca, ssl_cert or "
-            f"ssl_key: {error.filename or error.strerror}"
-        ) from error
-    except PoolTimeout as error:
-        raise OutboxUnavailable(f"MySQL: no free connection while {what}; run again") from error
-    except DBAPIError as error:
-        arguments: tuple[object, ...] = getattr(error.orig, "args", ())
-        code = arguments[0] if arguments and isinstance(arguments[0], int) else 0
-        if (refused := _certificate_refused(error.orig)) is not None:
-            raise SetupIncomplete(
-                f"MySQL's certificate was refused while {what} ({refused}); nothing was sent. Let ssl_ca in "
-                "AUDITEXPORT_MYSQL_URL name the authority that signed it, and the URL a host name that stands in it"
-            ) from error
-        if code == _TLS_NOT_OFFERED:
-            raise SetupIncomplete(
-                "AUDITEXPORT_MYSQL_URL means TLS, as it does for every server beyond this machine, and the server has no "
-                "TLS; nothing was sent. Give the server ssl_cert and ssl_key, or say ssl_disabled=true for plain text"
-            ) from error
-        if code in _SETUP_ERRORS:
-            reason = " ".join(map(str, arguments[1:]))
-            raise SetupIncomplete(
-                f"MySQL refuses {what} (error {code}: {reason}); check AUDITEXPORT_MYSQL_URL and the grants, or run `auditexport init`"
-            ) from error
-        if code in _NOT_REACHED:  # the driver's own words: host and reason
-            raise OutboxUnavailable(
-                f"MySQL failed while {what} (error {code}: {arguments[1]}); nothing of it was kept. See that the server runs and "
-                "that AUDITEXPORT_MYSQL_URL names it, then run again; `auditexport doctor` looks at both databases"
-            ) from error
-        if isinstance(error.orig, _rerunnable()):
-            raise OutboxUnavailable(
-                f"MySQL failed while {what} (error {code}); nothing of it was kept, run again"
-            ) from error
-        raise
-
-
-def _certificate_refused(error: BaseException | None) -> str | None:
-    """Why a certificate was refused, when that is what PyMySQL wraps as a connection that failed."""
-    cause = getattr(error, "original_exception", None)
-    return cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else None
-
-
-def _rerunnable() -> tuple[type[Exception], ...]:
-    from pymysql.err import InterfaceError, InternalError, OperationalError
-
-    return (OperationalError, InternalError, InterfaceError)
+    return connection

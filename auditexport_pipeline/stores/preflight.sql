@@ -10,9 +10,7 @@ SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
 
 -- name: mysql_variables
 -- The session's values: what our own statements meet.
-SHOW SESSION VARIABLES WHERE Variable_name IN
-  ('binlog_format', 'log_bin', 'read_only', 'super_read_only', 'innodb_read_only', 'max_allowed_packet',
-   'transaction_isolation', 'tx_isolation', 'partial_revokes')
+SHOW SESSION VARIABLES
 
 -- name: mysql_tls
 SHOW SESSION STATUS LIKE 'Ssl_cipher'

@@ -16,6 +16,7 @@ from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.mysql import default_tls, is_local
 from auditexport_pipeline.stores.preflight_mysql_tables import can_be_sampled, look_at_head, look_at_tables
 from auditexport_pipeline.stores.roles import MYSQL_GRANTS, OUTBOX, MySQLGrants, Role
+from auditexport_pipeline.stores.session import Stated, deviations
 from auditexport_pipeline.stores.statements import load
 
 _SQL = load("preflight.sql")
@@ -121,6 +122,17 @@ def _settings(variables: Mapping[str, str], role: Role) -> Look:
                 fatal=writes,
             )
         )
+    findings += [
+        _unstated(name, found, stated) for name, found, stated in deviations(variables) if "_isolation" not in name
+    ]
+    if writes and variables.get("sql_log_bin", "ON") in ("OFF", "0") and logged:
+        findings.append(
+            Finding(
+                what="our session writes no binary log (sql_log_bin = OFF)",
+                breaks="replicas never learn what was exported, and after a failover everything is exported again",
+                fix="take SET sql_log_bin = 0 out of the server's init_connect",
+            )
+        )
     closed = [
         name
         for name in ("super_read_only", "read_only", "innodb_read_only")
@@ -142,6 +154,15 @@ def _settings(variables: Mapping[str, str], role: Role) -> Look:
         )
     seen = f"{isolation}, binary log {format_ if logged else 'off'}{', read-only' if closed else ''}"
     return Look(about="MySQL settings", seen=seen, findings=tuple(findings))
+
+
+def _unstated(name: str, found: str, stated: Stated) -> Finding:
+    return Finding(
+        what=f"our session has {name} = {found or 'nothing'}, though it asked for {stated.value}",
+        breaks=stated.breaks,
+        fix=f"let the user of AUDITEXPORT_MYSQL_URL set {name} for its session, or SET GLOBAL {name} = {stated.value}; a "
+        "proxy in front of MySQL has to keep session settings",
+    )
 
 
 def _packet(connection: Connection, variables: Mapping[str, str], *, sampled: bool) -> Look:

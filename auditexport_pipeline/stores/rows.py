@@ -46,10 +46,21 @@ def _offered_tls() -> ssl.SSLContext:
 class RowsConnection(_Connection):  # type: ignore[misc]
     """A PyMySQL connection whose buffered answers are read by `_Rows`; raises what PyMySQL raises."""
 
+    _read_timeout: Any
+
     def _create_ssl_ctx(self, sslp: Any) -> Any:
         # Where the URL says nothing about TLS, PyMySQL reads this machine's authorities for each connection, to offer TLS
         # without verifying: 20 ms of CPU every time, and a run opens ten connections.
         return _offered_tls() if sslp == {} else super()._create_ssl_ctx(sslp)
+
+    def connect(self, sock: Any = None) -> None:
+        # A server that accepts and then says nothing (another service, a stopped host) is no longer waited for than one
+        # that does not accept.
+        read_timeout, self._read_timeout = self._read_timeout, self.connect_timeout
+        try:
+            super().connect(sock)
+        finally:
+            self._read_timeout = read_timeout
 
     def _read_query_result(self, unbuffered: bool = False) -> Any:
         if unbuffered:
