@@ -160,6 +160,13 @@ class CrashingOutbox:
         with self.crash_at.around("finish_mark"):
             return self.real.finish_mark(claim, pks, exported_at_ms, before)
 
+    def leave_written(self, claim: Claim, why: str) -> Batch:
+        with self.crash_at.around("leave_written"):
+            return self.real.leave_written(claim, why)
+
+    def holders(self, pks: PkSet) -> str:
+        return self.real.holders(pks)
+
     def unverified(self, batches: int) -> list[Batch]:
         return self.real.unverified(batches)
 

@@ -79,8 +79,8 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     finishes the batch at hand and gives the others back; a second one leaves them to their lease. Whatever ends it, the
     next drain picks up. No heartbeat is sent: that is the business of what runs by itself.
 
-    Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged or a batch was altered, 2 the call, the
-    setup or a database is wrong, 130 interrupted.
+    Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged, a batch was altered or its rows could not
+    be marked, 2 the call, the setup or a database is wrong, 130 interrupted.
     """
     from auditexport_pipeline.core.drain import drain
     from auditexport_pipeline.defs.ahead import Ahead
@@ -106,7 +106,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
             stopping=stopping,
             listener=screen,
         )
-        if settings.linger_s and not once and not done.discrepant:
+        if settings.linger_s and not once and not done.discrepant and not done.unmarked:
             _linger(mysql, clickhouse, owner, settings, began, stopping, done, screen)
     seconds = time.monotonic() - began
     left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
@@ -114,7 +114,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         print_json(totals(done, left, owner=owner, seconds=seconds))
     else:
         _say(done, left, seconds)
-    if done.discrepant or done.altered:
+    if done.discrepant or done.altered or done.unmarked:
         sys.exit(BAD_OUTCOME)
     if done.interrupted:
         sys.exit(INTERRUPTED)
@@ -130,6 +130,7 @@ def _linger(
     done: Drained,
     screen: _Progress,
 ) -> None:
+    from auditexport_pipeline.core.batch import OPEN
     from auditexport_pipeline.core.linger import linger
 
     def stays() -> bool:
@@ -139,6 +140,9 @@ def _linger(
     for batches, outcome in linger(mysql, clickhouse, owner=owner, limits=limits, stays=stays):
         done.rounds += 1
         for batch in batches:
+            if batch.state in OPEN:
+                done.unmarked[batch.batch_id] = batch.last_error
+                continue
             done.add(batch)
             screen.exported(batch)
         done.verified |= outcome
@@ -279,6 +283,7 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
         "verified_batches": len(done.verified) - len(done.discrepant),
         "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
         "altered": {str(batch_id): why for batch_id, why in done.altered.items()},
+        "unmarked": {str(batch_id): why for batch_id, why in done.unmarked.items()},
         "lost_batches": done.lost,
         "released_batches": done.released,
         "interrupted": done.interrupted,
@@ -301,5 +306,7 @@ def _say(done: Drained, left: Backlog, seconds: float) -> None:
         given = f"{len(done.released):,} batches were given back, " if done.released else ""
         click.echo(f"interrupted: {given}the next drain goes on from here")
     click.echo(f"{left.shown_rows} rows still pending, lag {shown_s(left.lag_s)}, {left.open_batches} open batches")
+    for batch_id, why in done.unmarked.items():
+        click.echo(f"batch {batch_id} is in ClickHouse and not marked: {why}", err=True)
     if done.discrepant:
         click.echo("to do: `auditexport reconcile --repair`, then drain, then reconcile again", err=True)

@@ -16,7 +16,8 @@ States. The ledger, a table in the outbox's own database, is the one source of t
           sealed: pks, order, block cuts, `inserted_at` and a digest of the bytes never change again.
 * write   One block is one INSERT, one partition, one part, one deduplication token. First attempts
           write at once; later ones look first, by `inserted_at`, which is unique per block.
-* mark    `deleted_at` in chunks, each fenced by the ledger row; the last chunk and `exported` commit together.
+* mark    `deleted_at` in chunks, each fenced by the ledger row; the last chunk and `exported` commit together. Read again
+          right after: where rows are locked, or a trigger undoes the mark, the batch stays `written` and is marked later.
 * verify  Count and fingerprint, computed here from the outbox and there from the columns.
 
 What each crash leaves, and why it is harmless:

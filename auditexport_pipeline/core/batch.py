@@ -35,6 +35,13 @@ class State(str, Enum):
         return self.value
 
 
+class Left(str, Enum):
+    """Why a batch that ClickHouse has is not marked yet."""
+
+    LOCKED = "locked"  # somebody holds rows of it, or the table: a later run marks them
+    REFUSED = "refused"  # a trigger or a CHECK undoes or refuses the mark: somebody has to change it first
+
+
 OPEN = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED)
 
 
@@ -144,6 +151,7 @@ class Batch:
     last_error: str = ""
     observed: Mapping[int, Holding] = field(default_factory=dict)  # by inserted_at, when it was compared last
     swept: bool = False  # none of its rows is in the outbox any more
+    left: Left | None = None  # by `core.export.mark`, for whoever called it: the ledger has the reason in `last_error`
 
     @property
     def rows(self) -> int:
@@ -152,7 +160,7 @@ class Batch:
     @property
     def marked_rows(self) -> int:
         """Rows that this batch stamped, once it is exported."""
-        return self.rows - self.counts.unmarked
+        return 0 if self.state in OPEN else self.rows - self.counts.unmarked
 
     @property
     def entries(self) -> int:
@@ -176,6 +184,11 @@ class Batch:
     def token(self, block: Block) -> str:
         """The `insert_deduplication_token` of a block: the same content at every attempt, and no other."""
         return f"auditexport-{self.batch_id}-{self.generation}-{block.digest}-{block.number}"
+
+
+def unmarked(batches: Iterable[Batch]) -> dict[int, str]:
+    """Those of these batches that ClickHouse has and whose rows are not marked, by id, and why."""
+    return {batch.batch_id: batch.last_error for batch in batches if batch.state is State.WRITTEN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Receipt
+from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left, Receipt
 from auditexport_pipeline.core.errors import BatchAltered, LeaseLost, TransientError
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
@@ -67,6 +67,9 @@ class Drained:
     marked_by_others_rows: int = 0
     verified: dict[int, Discrepancy] = field(default_factory=dict)
     altered: dict[int, str] = field(default_factory=dict)  # stopped batches, and why
+    unmarked: dict[int, str] = field(
+        default_factory=dict
+    )  # batches that ClickHouse has, and why their rows are not marked
     lost: list[int] = field(default_factory=list)  # batches that another run took over
     released: list[int] = field(default_factory=list)  # claimed and given back, because somebody interrupted
     interrupted: bool = False
@@ -117,7 +120,8 @@ def drain(
     `stopping()`, the batch at hand is finished and the rest of the plan given back: its leases end at once. Transient errors are
     tried again by a new plan, which adopts what this owner had claimed; `dead_owners` says which of the owners of open
     batches are known to be dead. Durable effects: those of the verbs. Raises what they raise, but for a batch that another
-    run took over or whose rows were altered: the others go on, and the result tells of it.
+    run took over, whose rows were altered, or whose rows could not be marked: the others go on, and the result tells of it.
+    A plan with a batch whose mark was refused is the last one, for the next batches would be refused as well.
     """
     done = Drained()
     began = time.monotonic()
@@ -128,7 +132,7 @@ def drain(
             claims = claiming.claim(outbox, owner=owner, dead_owners=dead_owners(outbox.open_owners()), limits=limits)
             listener.claimed(claims)
             done.rounds += 1
-            _round(outbox, log, stages, claims, limits, stopping, done, listener)
+            left = _round(outbox, log, stages, claims, limits, stopping, done, listener)
             # Those of earlier runs too; and what was exported before an interruption is verified all the same.
             outcome = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_LEFTOVERS))
         except TransientError as error:
@@ -142,7 +146,8 @@ def drain(
         failures = 0
         done.verified |= outcome
         listener.verified(outcome)
-        if done.interrupted or once or not claims:
+        # A plan of nothing but batches that stay as they are would be made again and again.
+        if done.interrupted or once or len(left) == len(claims) or Left.REFUSED in left:
             return done
         if len(claims) < limits.max_batches:
             pending = backlog()
@@ -159,8 +164,10 @@ def _round(
     stopping: Callable[[], bool],
     done: Drained,
     listener: Listener,
-) -> None:
+) -> list[Left]:
+    """One plan; returns why batches of it are not marked."""
     stages.plan(claims)
+    unmarked = []
     left = list(claims)
     try:
         for claim in claims:
@@ -179,6 +186,12 @@ def _round(
                 done.altered[claim.batch_id] = str(error)
                 listener.trouble(str(error))
             else:
+                if batch.left is not None:
+                    unmarked.append(batch.left)
+                    done.unmarked[claim.batch_id] = batch.last_error
+                    listener.trouble(f"batch {claim.batch_id} is in ClickHouse and not marked: {batch.last_error}")
+                    continue
+                done.unmarked.pop(claim.batch_id, None)
                 done.adopted += claim.adopted
                 done.add(batch)
                 listener.exported(batch)
@@ -187,6 +200,7 @@ def _round(
     done.interrupted = done.interrupted or stopping()
     if left:
         _give_up(outbox, left, done, listener)
+    return unmarked
 
 
 def _give_up(outbox: Outbox, left: Sequence[Claim], done: Drained, listener: Listener) -> None:

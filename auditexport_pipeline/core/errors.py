@@ -7,6 +7,8 @@ translates in exactly one place.
     AuditExportError
     ├── TransientError             yes: wait and run again, nothing has to be repaired
     │   ├── OutboxUnavailable          MySQL: down, deadlock, lock wait, failover
+    │   │   └── RowsLocked                 somebody holds rows locked that are to be marked
+    │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
     │   ├── LeaseLost                  another run has taken the batch over; this one is refused
@@ -16,6 +18,7 @@ translates in exactly one place.
         ├── InvalidConfig              a setting is out of its bounds
         ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
         ├── BatchAltered               rows of a sealed batch no longer read as they were sealed
+        ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
         ├── InsertRefused              ClickHouse refuses rows for good (bisected before it is raised further)
         ├── VerificationFailed         ClickHouse does not hold what it acknowledged
         ├── IncompleteRun              fewer batches arrived at the end of a run than were planned
@@ -37,6 +40,14 @@ class TransientError(AuditExportError):
 
 class OutboxUnavailable(TransientError):
     """MySQL could not be asked, or gave up on us: connection, deadlock, lock wait, failover."""
+
+
+class RowsLocked(OutboxUnavailable):
+    """Somebody holds rows locked that are to be marked."""
+
+
+class BatchUnmarked(TransientError):
+    """ClickHouse has a batch and its rows are not marked; the ledger holds them, so they are not sent again."""
 
 
 class AuditLogUnavailable(TransientError):
@@ -73,6 +84,10 @@ class SetupIncomplete(PermanentError):
 
 class BatchAltered(PermanentError):
     """Rows of a sealed batch were changed or removed before ClickHouse had them."""
+
+
+class MarkRefused(PermanentError):
+    """Rows of the outbox do not keep their mark, or MySQL refuses it: a trigger, or a CHECK, of somebody's."""
 
 
 class InsertRefused(PermanentError):

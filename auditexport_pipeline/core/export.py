@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.batch import (
     Batch,
     Block,
     Claim,
     Counts,
+    Left,
     Receipt,
     State,
     batch_digest,
     pks_of,
     sealed_block,
 )
-from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
+from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost, MarkRefused, RowsLocked
 from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -42,6 +43,8 @@ LEASES_PER_RENEWAL = 3
 # And marks in small chunks: behind the COMMIT of a large one, the application's own waits for its binary and redo log
 # (benchmarks/latency.py; its p99 at 4,000 rows/s was 4.6 ms beside ten chunks a second, and 2.9 ms beside a hundred).
 CHUNKS_PER_SECOND = 100
+# A transaction of the application ends within milliseconds; one that does not is not waited for.
+LOCKED_PATIENCE_S = 2.0
 
 
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
@@ -304,7 +307,11 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
 
     Durable effects: `deleted_at` of the rows, one transaction a chunk, several at once; then the last chunk
     and the ledger's `exported` in one. Every chunk is fenced. Rows that somebody else deleted or marked
-    since the seal are counted and kept in the ledger. Raises `LeaseLost`, `OutboxUnavailable`.
+    since the seal are counted and kept in the ledger.
+
+    Where somebody holds rows locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, what can be
+    marked is, and the batch is left `written`: the returned one says why in `left` and `last_error`. The ledger holds its
+    rows, so that they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
     """
     claim = receipt.claim
     batch = outbox.renew(claim, limits.lease_s)
@@ -312,33 +319,79 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
         if batch.state in (State.EXPORTED, State.VERIFIED, State.DISCREPANT):
             return batch
         raise LeaseLost(f"batch {batch.batch_id} is {batch.state}, not written: its receipt is of another attempt")
-    stamp_ms = batch.exported_at_ms
-    if stamp_ms is None or receipt.digest != batch.digest:
+    if batch.exported_at_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
-    rate = limits.max_rows_per_second
-    # Throttled, each connection commits up to CHUNKS_PER_SECOND small chunks: many short rests, not a burst and a long one.
-    chunk_rows = min(limits.mark_rows, max(1, rate // CHUNKS_PER_SECOND)) if rate else limits.mark_rows
-    *chunks, last = [*batch.pks.chunks(chunk_rows)] or [PkSet()]
-    total = Marked()
-    renewed = time.monotonic()
+    marking = _Marking(outbox, batch, batch.exported_at_ms, limits)
+    try:
+        return marking.all()
+    except RowsLocked:
+        rows = len(marking.locked)
+        why = (
+            f"{rows:,} of {batch.rows:,} rows are held locked, the first is pk {marking.locked.first}. "
+            f"{outbox.holders(marking.locked)}. Nothing has to be done but to end that transaction: the next run marks the rest"
+        )
+        left = Left.LOCKED
+    except MarkRefused as error:
+        why = f"{error}. The rows are in ClickHouse and are not sent again; once it is changed, the next run marks them"
+        left = Left.REFUSED
+    return replace(outbox.leave_written(claim, why), left=left)
 
-    def rest(started: float, rows: int, connections: int) -> None:
-        due = started + rows * connections / rate if rate else 0.0
-        time.sleep(max(0.0, due - time.monotonic()) + limits.mark_pause_ms / 1000)
 
-    def mark_chunk(pks: PkSet) -> Marked:
+class _Marking:
+    """One attempt to mark a batch: its chunks, on several connections, and what is locked of them."""
+
+    def __init__(self, outbox: Outbox, batch: Batch, stamp_ms: int, limits: Limits) -> None:
+        self._outbox = outbox
+        self._batch = batch
+        self._stamp_ms = stamp_ms
+        self._limits = limits
+        self._total = Marked()
+        rate = limits.max_rows_per_second
+        # Throttled, each connection commits up to CHUNKS_PER_SECOND small chunks: many short rests, not a burst and a long one.
+        self._chunk_rows = min(limits.mark_rows, max(1, rate // CHUNKS_PER_SECOND)) if rate else limits.mark_rows
+        self.locked = PkSet()
+
+    def all(self) -> Batch:
+        """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, and `MarkRefused`."""
+        *chunks, last = [*self._batch.pks.chunks(self._chunk_rows)] or [PkSet()]
+        self._mark(chunks)
+        until = time.monotonic() + LOCKED_PATIENCE_S
+        while True:
+            if not self.locked and (batch := self._finish(last)) is not None:
+                return batch
+            if time.monotonic() > until and not last:
+                raise RowsLocked(f"{len(self.locked):,} rows of batch {self._batch.batch_id} are locked; run again")
+            self._mark([*(self.locked | last).chunks(self._chunk_rows)])
+            last = PkSet()
+
+    def _finish(self, pks: PkSet) -> Batch | None:
         began = time.monotonic()
-        marked = outbox.mark(claim, pks, stamp_ms)
-        rest(began, len(pks), limits.mark_connections)
+        try:
+            batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total)
+        except RowsLocked:
+            return None
+        self._rest(began, len(pks), 1)
+        return batch
+
+    def _mark(self, chunks: Sequence[PkSet]) -> None:
+        """Marks what nobody holds locked of these; `locked` is the rest."""
+        self.locked = PkSet()
+        claim, renewed = self._batch.claim, time.monotonic()
+        with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
+            for marked in pool.map(self._mark_chunk, chunks):
+                self._total += marked
+                self.locked |= marked.locked
+                if time.monotonic() - renewed > self._limits.lease_s / LEASES_PER_RENEWAL:
+                    self._outbox.renew(claim, self._limits.lease_s)
+                    renewed = time.monotonic()
+
+    def _mark_chunk(self, pks: PkSet) -> Marked:
+        began = time.monotonic()
+        marked = self._outbox.mark(self._batch.claim, pks, self._stamp_ms)
+        self._rest(began, len(pks), self._limits.mark_connections)
         return marked
 
-    with ThreadPoolExecutor(limits.mark_connections, thread_name_prefix="mark") as pool:
-        for marked in pool.map(mark_chunk, chunks):
-            total += marked
-            if time.monotonic() - renewed > limits.lease_s / LEASES_PER_RENEWAL:
-                outbox.renew(claim, limits.lease_s)
-                renewed = time.monotonic()
-    began = time.monotonic()
-    marked_batch = outbox.finish_mark(claim, last, stamp_ms, total)
-    rest(began, len(last), 1)
-    return marked_batch
+    def _rest(self, started: float, rows: int, connections: int) -> None:
+        rate = self._limits.max_rows_per_second
+        due = started + rows * connections / rate if rate else 0.0
+        time.sleep(max(0.0, due - time.monotonic()) + self._limits.mark_pause_ms / 1000)

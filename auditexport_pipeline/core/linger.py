@@ -28,16 +28,19 @@ def linger(
     """Drains again and again while `stays()`, every `linger_poll_ms`; yields what each drain that found something did.
 
     Each drain is a whole one: claimed, sealed, written, marked, verified. Memory: one batch's rows. Raises what the
-    verbs raise; what is open then is the next run's to finish.
+    verbs raise; what is open then is the next run's to finish. Ends early when a batch could not be marked.
     """
     while stays():
         started = time.monotonic()
         claims = claiming.claim(outbox, owner=owner, dead_owners=(), limits=limits)
+        unmarked = False
         for claim in claims:
             fetched = export.fetch(outbox, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
-            export.mark(outbox, receipt, limits)
+            unmarked |= export.mark(outbox, receipt, limits).left is not None
         if claims:
             verified = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_AT_ONCE))
             yield outbox.batches([claim.batch_id for claim in claims]), verified
+        if unmarked:  # it would be taken up again at every look
+            return
         time.sleep(max(0.0, started + limits.linger_poll_ms / 1000 - time.monotonic()))

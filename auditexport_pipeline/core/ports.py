@@ -77,12 +77,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """What one pass of marking found, in rows: those it stamped, those stamped earlier by this batch, the others."""
+    """What one pass of marking found, in rows: those it stamped, those stamped earlier by this batch, the others.
+
+    `locked` are left as they are, because somebody holds them; they are in no number, and no sum.
+    """
 
     stamped: int = 0
     earlier: int = 0
     elsewhere: int = 0
     vanished: int = 0
+    locked: PkSet = field(default_factory=PkSet)
 
     def __add__(self, other: Marked) -> Marked:
         return Marked(
@@ -206,10 +210,23 @@ class Outbox(Protocol):
         """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch: of this cut and no other."""
         ...
 
-    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked: ...
+    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
+        """Stamps these rows, but for those that somebody holds locked; raises `MarkRefused` when they do not keep it."""
+        ...
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
-        """Marks the last rows and records the batch as exported, in one transaction."""
+        """Marks the last rows and records the batch as exported, in one transaction.
+
+        Raises `RowsLocked` and `MarkRefused`, and has changed nothing then.
+        """
+        ...
+
+    def leave_written(self, claim: Claim, why: str) -> Batch:
+        """Notes why rows of a written batch are not marked; it stays open, and is marked by a later run."""
+        ...
+
+    def holders(self, pks: PkSet) -> str:
+        """Who holds the first of these rows locked, as far as this user may know, or how an administrator can see it."""
         ...
 
     def unverified(self, batches: int) -> list[Batch]: ...

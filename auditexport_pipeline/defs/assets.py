@@ -23,8 +23,8 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.core import claiming, verify
-from auditexport_pipeline.core.batch import Batch, Claim, Receipt
-from auditexport_pipeline.core.errors import IncompleteRun, LeaseLost, VerificationFailed
+from auditexport_pipeline.core.batch import Batch, Claim, Receipt, unmarked
+from auditexport_pipeline.core.errors import BatchUnmarked, IncompleteRun, LeaseLost, VerificationFailed
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
@@ -187,6 +187,9 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         with told_to_dagster(context, to.heartbeat):
             marked = to.ahead.mark(to.mysql.outbox(), receipt, Limits.of(context.op_config))
         batch = marked.batch
+        if batch.left is not None:
+            context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
+            return batch.batch_id
         context.log.info(
             f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {marked.seconds:.2f} s{_others(batch)}"
         )
@@ -229,7 +232,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
             outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
             verified = verify.verify(outbox, log, outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
             batches = outbox.batches(batch_ids)
-            if limits.linger_s and not any(verified.values()):
+            if limits.linger_s and not any(verified.values()) and not unmarked(batches):
                 for more, found in _stay(context, names, to, limits, planned.started_at_s):
                     batches += more
                     verified |= found
@@ -240,7 +243,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
             context.add_output_metadata(
                 run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s)
             )
-            _raise_if_wrong(verified)
+            _raise_if_wrong(verified, unmarked(batches))
         context.log.info(
             f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
         )
@@ -273,8 +276,9 @@ def _stay(
     yield from linger(outbox, log, owner=_owner(context), limits=limits, stays=stays)
 
 
-def _raise_if_wrong(verified: Mapping[int, Discrepancy]) -> None:
+def _raise_if_wrong(verified: Mapping[int, Discrepancy], unmarked: Mapping[int, str]) -> None:
     wrong = {batch_id: found for batch_id, found in verified.items() if found}
+    left = "; ".join(f"batch {batch_id} is in ClickHouse and not marked: {why}" for batch_id, why in unmarked.items())
     if wrong:
         raise VerificationFailed(
             "ClickHouse acknowledged and does not hold as sealed: "
@@ -282,7 +286,10 @@ def _raise_if_wrong(verified: Mapping[int, Discrepancy]) -> None:
                 f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}" for batch_id, found in wrong.items()
             )
             + ". The rows are marked; clear their deleted_at to export them again under the same inserted_at"
+            + (f". Beside that, {left}" if left else "")
         )
+    if left:
+        raise BatchUnmarked(left)
 
 
 def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any) -> dg.AssetsDefinition:

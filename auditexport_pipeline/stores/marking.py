@@ -10,12 +10,17 @@ an application fills to fifteen sixteenths, reorganizes a page for nearly every 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 
+from auditexport_pipeline.core.errors import MarkRefused
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Marked
 from auditexport_pipeline.stores.mysql import SQL, expanding
+from auditexport_pipeline.stores.mysql_errors import LOCK_WAIT_TIMEOUT, code_and_words
+from auditexport_pipeline.stores.session import LOCK_WAIT_S
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
@@ -23,6 +28,16 @@ LIST_ABOVE_RUNS = 8
 # (in_predicate_conversion_threshold) and from 16,000 (optimizer_max_sel_args) it reads the whole outbox, as MySQL does when
 # a list takes more than range_optimizer_max_mem_size: 36,000 in its 8 MB.
 LIST_PKS = 900
+# For a row that the application holds: meanwhile this chunk's other rows are locked by us, and the application may want one.
+MARK_LOCK_WAIT_S = 1
+# What a trigger's own statements end in (no grant, no such column, table or routine, no definer, a signal, this table in use by
+# the statement that fired it), and a CHECK of `deleted_at`.
+_REFUSALS = {1054, 1142, 1143, 1146, 1305, 1364, 1370, 1442, 1449, 1644, 1690, 3819, 4025}
+_SIGNAL = "45"  # the class of SQLSTATE that SIGNAL is meant to have
+ADMINISTRATORS_LOOK = (
+    "SELECT trigger_name, action_timing, action_statement FROM information_schema.triggers WHERE event_object_schema = "
+    "DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'"
+)
 # MariaDB's JSON type is a CHECK (json_valid(payload)), which every UPDATE of a row evaluates, whatever it sets.
 _UNCHECKED = {
     name: expanding(name, text(f"SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}"))
@@ -37,22 +52,102 @@ def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
     return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
 
 
-def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-    """Sets `deleted_at` of the pending ones of these rows, in the caller's transaction, and says what the others are."""
+def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
+    """Sets `deleted_at` of these rows in the caller's transaction; None where somebody holds one of them locked, or some
+    are not as the batch had them: the caller rolls back and goes by `stamp_unlocked`.
+
+    `deleted_at` is read again: the driver counts rows that an UPDATE found, not those that it changed, and a trigger can
+    undo what it set. Raises `MarkRefused` where the UPDATE ends in a trigger's error.
+    """
+    try:
+        stamped = _update(connection, pks, exported_at_ms)
+    except OperationalError as error:
+        if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+            raise
+        return None
+    marked = _marked(connection, pks, exported_at_ms)
+    return Marked(stamped=stamped, earlier=marked - stamped) if marked == len(pks) else None
+
+
+def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+    """As `stamp`, row by row: those that somebody holds locked stay as they are, and are named in the answer.
+
+    Raises `MarkRefused` where rows of ours do not keep the stamp; the caller rolls back.
+    """
+    stamps = _stamps(connection, "lock", pks)
+    pending = PkSet.of(pk for pk, stamp_ms in stamps.items() if stamp_ms is None)
+    if pending:
+        _update(connection, pending, exported_at_ms)
+        undone = len(pending) - _marked(connection, pending, exported_at_ms)
+        if undone:
+            raise MarkRefused(
+                f"{undone:,} of {len(pending):,} rows do not keep their mark: deleted_at is another right after it was set. "
+                + triggers_to_blame(connection)
+            )
+    others = pks - PkSet.of(stamps)
+    stamps |= _stamps(connection, "stamps", others)
+    locked = PkSet.of(pk for pk in others if pk in stamps and stamps[pk] is None)
+    earlier = sum(1 for stamp_ms in stamps.values() if stamp_ms == exported_at_ms)
+    return Marked(
+        stamped=len(pending),
+        earlier=earlier,
+        elsewhere=len(stamps) - len(pending) - len(locked) - earlier,
+        vanished=len(pks) - len(stamps),
+        locked=locked,
+    )
+
+
+def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
     statements = _UNCHECKED if _checks_json_only(connection) else SQL
-    stamped = 0
-    for part, values in by_shape("mark", pks):
-        stamped += connection.execute(statements[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
-    if stamped == len(pks):
-        return Marked(stamped=stamped)
-    ours = elsewhere = 0
-    for part, values in by_shape("marks", pks):
-        for row in connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}):
-            if row.ours:
-                ours += row.n
-            else:
-                elsewhere += row.n
-    return Marked(stamped=stamped, earlier=ours - stamped, elsewhere=elsewhere, vanished=len(pks) - ours - elsewhere)
+    found = 0
+    connection.execute(SQL["wait_for_locks"], {"lock_wait_s": MARK_LOCK_WAIT_S})
+    try:
+        for part, values in by_shape("mark", pks):
+            found += connection.execute(statements[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
+    except DBAPIError as error:
+        if (said := _refusal(error)) is not None:
+            raise MarkRefused(f"MySQL refuses to mark rows ({said}). {triggers_to_blame(connection)}") from None
+        raise
+    finally:
+        with suppress(DBAPIError):  # a connection that is gone; the next one begins with its own
+            connection.execute(SQL["wait_for_locks"], {"lock_wait_s": LOCK_WAIT_S})
+    return found
+
+
+def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
+    return sum(
+        connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).scalar_one()
+        for part, values in by_shape("marked", pks)
+    )
+
+
+def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | None]:
+    return {
+        row.pk: row.deleted_at for part, values in by_shape(kind, pks) for row in connection.execute(SQL[part], values)
+    }
+
+
+def _refusal(error: DBAPIError) -> str | None:
+    """What the server says, where it is this UPDATE that it refuses: our part of it is one integer, so what is wrong is
+    what somebody added. None for a lock, a deadlock, or a connection that is gone.
+    """
+    code, words = code_and_words(error.orig)
+    if isinstance(error, IntegrityError | DataError):
+        return f"error {code}, of a table that a trigger writes to"  # the server's words would quote a value
+    if code in _REFUSALS or str(getattr(error.orig, "sqlstate", "")).startswith(_SIGNAL):
+        return f"error {code}: {words}"
+    return None
+
+
+def triggers_to_blame(connection: Connection) -> str:
+    """The triggers that this user can see on an UPDATE of the outbox, or what an administrator can ask."""
+    seen = [f"{row.name} ({row.timing} UPDATE)" for row in connection.execute(SQL["update_triggers"])]
+    if seen:
+        return f"On clickhouse_outbox there is the trigger {', '.join(seen)}; it has to leave alone what changes deleted_at only"
+    return (
+        "This user sees no trigger on clickhouse_outbox, which takes the TRIGGER privilege; an administrator does: "
+        + ADMINISTRATORS_LOOK
+    )
 
 
 def _checks_json_only(connection: Connection) -> bool:

@@ -27,7 +27,15 @@ from auditexport_pipeline.stores.statements import load
 CONNECT_TIMEOUT_S = 10
 LONGEST_TIMEOUT_S = 3600
 
-_LISTS = {"rows_in": "pks", "mark_in": "pks", "marks_in": "pks", "renew": "batch_ids", "payload_bytes": "pks"}
+_LISTS = {
+    "rows_in": "pks",
+    "mark_in": "pks",
+    "marked_in": "pks",
+    "lock_in": "pks",
+    "stamps_in": "pks",
+    "renew": "batch_ids",
+    "payload_bytes": "pks",
+}
 
 
 def expanding(name: str, statement: TextClause) -> TextClause:

@@ -18,10 +18,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, OutboxUnavailable, SetupIncomplete
 
+# A row's lock, or a table's.
+LOCK_WAIT_TIMEOUT = 1205
 # A rerun gets further without anybody's doing: locks, deadlocks (Galera's at COMMIT too), shutdowns and failovers, killed
 # statements, connections that are used up or lost, memory and disks that are full for a while.
 _PASSES = {
-    *(1020, 1205, 1213, 1412, 1613, 1614, 1615, 3058, 3100, 3101, 3134, 3572),
+    *(1020, LOCK_WAIT_TIMEOUT, 1213, 1412, 1613, 1614, 1615, 3058, 3100, 3101, 3134, 3572),
     *(1042, 1043, 1047, 1053, 1077, 1078, 1079, 1152, 1180, 1181, 1184, 1317, 1927, 3032, 3168, 3169, 4031),
     *(1040, 1154, 1155, 1156, 1157, 1158, 1159, 1160, 1161, 1189, 1190, 1203),
     *(1021, 1026, 1028, 1030, 1037, 1038, 1041, 1105, 1114, 1135, 1206, 1296, 1297, 1637),

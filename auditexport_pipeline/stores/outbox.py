@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -37,13 +37,15 @@ from auditexport_pipeline.core.batch import (
 )
 from auditexport_pipeline.core.errors import (
     LeaseLost,
+    RowsLocked,
     SetupIncomplete,
 )
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
-from auditexport_pipeline.stores.marking import by_shape, stamp
+from auditexport_pipeline.stores.blockers import holders
+from auditexport_pipeline.stores.marking import by_shape, stamp, stamp_unlocked
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
@@ -184,14 +186,35 @@ class MySQLOutbox:
             return _own(connection, claim)
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
-        with self.transaction(f"marking rows of batch {claim.batch_id}") as connection:
+        what = f"marking rows of batch {claim.batch_id}"
+        with suppress(_NotAsUsual), self.transaction(what) as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
-            return stamp(connection, pks, exported_at_ms)
+            return _stamp(connection, pks, exported_at_ms)
+        with self.transaction(what) as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            return stamp_unlocked(connection, pks, exported_at_ms)
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+        with suppress(_NotAsUsual):
+            return self._finish_mark(claim, pks, exported_at_ms, before, _stamp)
+        return self._finish_mark(claim, pks, exported_at_ms, before, stamp_unlocked)
+
+    def _finish_mark(
+        self,
+        claim: Claim,
+        pks: PkSet,
+        exported_at_ms: int,
+        before: Marked,
+        how: Callable[[Connection, PkSet, int], Marked],
+    ) -> Batch:
         with self.transaction(f"marking the last rows of batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.WRITTEN)
-            total = before + stamp(connection, pks, exported_at_ms)
+            last = how(connection, pks, exported_at_ms)
+            if last.locked:
+                raise RowsLocked(
+                    f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again"
+                )
+            total = before + last
             counts = _own(connection, claim).counts
             counts = Counts(
                 dead=counts.dead,
@@ -203,6 +226,15 @@ class MySQLOutbox:
             )
             connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
             return _own(connection, claim)
+
+    def leave_written(self, claim: Claim, why: str) -> Batch:
+        with self.transaction(f"leaving batch {claim.batch_id} unmarked") as connection:
+            _fence(connection, claim, State.WRITTEN)
+            connection.execute(SQL["leave_written"], {"batch_id": claim.batch_id, "error": why[:1000]})
+            return _own(connection, claim)
+
+    def holders(self, pks: PkSet) -> str:
+        return holders(self.engine, "clickhouse_outbox", "pk", pks.first)
 
     def unverified(self, batches: int) -> list[Batch]:
         with self.transaction("listing batches to verify") as connection:
@@ -362,6 +394,17 @@ class MySQLPlanning:
             generation=generation,
             rows=len(pks),
         )
+
+
+class _NotAsUsual(Exception):
+    """Ends a transaction that could not mark a chunk as usual; nothing of it is kept."""
+
+
+def _stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+    marked = stamp(connection, pks, exported_at_ms)
+    if marked is None:
+        raise _NotAsUsual
+    return marked
 
 
 def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:

@@ -214,19 +214,50 @@ WHERE pk IN :pks AND deleted_at IS NULL
 SELECT check_clause FROM information_schema.check_constraints
 WHERE constraint_schema = DATABASE() AND table_name = 'clickhouse_outbox'
 
--- name: marks_between
--- Primary key range; no lock. Asked only when a chunk stamped fewer rows than it holds.
-SELECT deleted_at = :exported_at_ms AS ours, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
-WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL GROUP BY ours
+-- name: wait_for_locks
+SET SESSION innodb_lock_wait_timeout = :lock_wait_s
 
--- name: marks_in
--- Primary key, point by point; otherwise as marks_between.
-SELECT deleted_at = :exported_at_ms AS ours, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
-WHERE pk IN :pks AND deleted_at IS NOT NULL GROUP BY ours
+-- name: update_triggers
+-- The catalogue, of which a user sees the triggers of tables on which TRIGGER is granted; no lock.
+SELECT trigger_name AS name, action_timing AS timing, action_statement AS statement FROM information_schema.triggers
+WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'
+ORDER BY action_timing DESC, action_order
+
+-- name: marked_between
+-- Primary key range, rows that this transaction has just changed; no lock.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at = :exported_at_ms
+
+-- name: marked_in
+-- Primary key, point by point; otherwise as marked_between.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at = :exported_at_ms
+
+-- name: lock_between
+-- Primary key range. Locks the rows that nobody else holds, and leaves out the others. Asked only when a chunk could not be
+-- marked as usual.
+SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk ORDER BY pk FOR UPDATE SKIP LOCKED
+
+-- name: lock_in
+-- Primary key, point by point; otherwise as lock_between.
+SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks ORDER BY pk FOR UPDATE SKIP LOCKED
+
+-- name: stamps_between
+-- Primary key range; no lock. Of the rows that lock_between left out, those that there are.
+SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk BETWEEN :first_pk AND :last_pk ORDER BY pk
+
+-- name: stamps_in
+-- Primary key, point by point; otherwise as stamps_between.
+SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks ORDER BY pk
 
 -- name: record_exported
 -- Primary key; under fence, in the transaction of the last chunk.
-UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_until_ms = 0 WHERE batch_id = :batch_id
+UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_until_ms = 0, last_error = ''
+WHERE batch_id = :batch_id
+
+-- name: leave_written
+-- Primary key; under fence. Why its rows are not marked: the batch stays as it is, held by the ledger.
+UPDATE clickhouse_outbox_batch SET last_error = :error WHERE batch_id = :batch_id AND state = 'written'
 
 -- name: unverified
 -- state_idx; no lock.

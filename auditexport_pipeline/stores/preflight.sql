@@ -96,3 +96,9 @@ WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('a
 -- name: version_tables
 SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN {tables:Array(String)}
+
+-- name: mysql_update_triggers
+-- The catalogue, of which a user sees the triggers of tables on which TRIGGER is granted; no lock.
+SELECT trigger_name AS name, action_timing AS timing, action_statement AS statement FROM information_schema.triggers
+WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'
+ORDER BY action_timing DESC, action_order

@@ -36,6 +36,8 @@ _STATEMENT_OF = {
     ACTIONS: "actions",
     ERASURES: "erasures",
 }
+# In a trigger's body: what can undo or refuse a mark.
+_REFUSING = re.compile(r"\b(?:deleted_at|SIGNAL|RESIGNAL)\b", re.IGNORECASE)
 # A clock that is this far ahead was wrong, not merely late.
 AHEAD_MS = 3_600_000
 # ClickHouse's DateTime ends in 2106, and a TTL counted from beyond it is in the past.
@@ -81,9 +83,29 @@ def look_at_tables(connection: Connection, grants: MySQLGrants, database: str, r
             seen=f"{engines.get(table)}, {len(columns[table])} columns",
             findings=tuple(findings),
         )
+    if role is Role.EXPORTER and OUTBOX in columns:
+        yield _triggers(connection)
     readable = LEDGER in MYSQL_GRANTS[role] and not grants.lacking(database, LEDGER, ("SELECT",))
     if readable and {"batch_id", "inserted_at_ms"} <= columns[LEDGER].keys():
         yield from look_at_head(connection)
+
+
+def _triggers(connection: Connection) -> Look:
+    """Triggers that a mark fires, as far as this user sees them; one that does not touch `deleted_at` or signal is fine."""
+    triggers = list(connection.exec_driver_sql(_SQL["mysql_update_triggers"]))
+    suspect = [f"{row.name} ({row.timing} UPDATE)" for row in triggers if _REFUSING.search(row.statement)]
+    finding = Finding(
+        what=f"the trigger {', '.join(suspect)} on clickhouse_outbox names deleted_at or signals",
+        breaks="if it undoes or refuses the mark of an exported row, its batch stays open and each drain ends with it; the rows "
+        "are in ClickHouse and are not sent again",
+        fix="see that it leaves alone an UPDATE that sets deleted_at only",
+        fatal=False,
+    )
+    return Look(
+        about="MySQL triggers on marks",
+        seen=", ".join(f"{row.name} ({row.timing} UPDATE)" for row in triggers) or "none that this user sees",
+        findings=(finding,) if suspect else (),
+    )
 
 
 def _absent(table: str, role: Role, *, readable: bool) -> Look:

@@ -1,0 +1,204 @@
+"""Marking in a world that resists: rows that the application holds locked, triggers that undo or refuse the mark."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner, Result
+
+from auditexport_pipeline.cli import main
+from auditexport_pipeline.stores import preflight
+from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
+from auditexport_tests.conftest import Stack
+from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger
+from auditexport_tests.prompts import started, urls
+
+
+def drain(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
+    """`auditexport drain` in this process, whatever its exit status."""
+    for name, value in urls(stack).items():
+        monkeypatch.setenv(name, value)
+    return CliRunner().invoke(main, ["drain", *words])
+
+
+@contextmanager
+def held(stack: Stack, statement: str) -> Iterator[int]:
+    """A connection of the application that has said this and not ended its transaction; yields its process id."""
+    with stack.outbox.engine.connect() as connection:
+        process = int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
+        connection.exec_driver_sql(statement)
+        try:
+            yield process
+        finally:
+            connection.exec_driver_sql("UNLOCK TABLES")
+            connection.rollback()
+
+
+@contextmanager
+def as_exporter(stack: Stack) -> Iterator[Stack]:
+    """The same databases, for a MySQL user with the exporter's grants and no other."""
+    database = str(sa.make_url(stack.mysql_url).database)
+    user = f"least_{database[-20:]}"
+    stack.sql(f"CREATE USER {user} IDENTIFIED BY 'least'")
+    for table, privileges in MYSQL_GRANTS[Role.EXPORTER].items():
+        stack.sql(f"GRANT {', '.join(privileges)} ON `{database}`.{table} TO {user}")
+    url = sa.make_url(stack.mysql_url).set(username=user, password="least").render_as_string(hide_password=False)
+    least = MySQLOutbox(url)
+    try:
+        yield replace(stack, mysql_url=url, outbox=least)
+    finally:
+        least.engine.dispose()
+        stack.sql(f"DROP USER {user}")
+
+
+def states(stack: Stack) -> list[str]:
+    return [str(batch.state) for batch in ledger(stack)]
+
+
+# ── locked rows ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_locked_row_holds_up_its_own_mark_and_nothing_else(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One open SELECT … FOR UPDATE of the application kept every tenant's rows unmarked."""
+    pks = stack.put(*events(9))
+    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[4]} FOR UPDATE") as process:
+        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
+        assert stack.pending() == 1, "all but the locked one are marked"
+        assert states(stack) == ["verified", "written", "verified"]
+        assert f"process {process} (" in done.output
+        assert done.exit_code == 1
+    again = drain(stack, monkeypatch)
+    assert again.exit_code == 0, again.output
+    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
+    assert [(str(batch.state), batch.last_error) for batch in ledger(stack)] == [("verified", "")] * 3
+
+
+def test_a_drain_finds_a_loss_although_a_row_is_locked(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at all was verified while somebody held a row: a real loss stayed unseen."""
+    pks = stack.put(*events(6))
+    drain(stack, monkeypatch, "--batch-rows", "3", "--once")
+    stack.sql("UPDATE clickhouse_outbox_batch SET state = 'exported', observed = '' WHERE batch_id = 1")
+    stack.clickhouse("DELETE FROM audit_logs_raw_v1 WHERE event_id = 'evt_1'")
+    pks = stack.put(*events(3, "later"))
+    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[1]} FOR UPDATE"):
+        drain(stack, monkeypatch)
+        assert states(stack)[0] == "discrepant"
+
+
+def test_a_run_verifies_what_it_could_mark_and_then_fails(
+    stack: Stack, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Dagster the others were exported, nothing was verified, and the error named neither batch nor blocker."""
+    pks = stack.put(*events(9))
+    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[4]} FOR UPDATE") as process:
+        run = exporter.drain(raise_on_error=False, batch_rows=3)
+        assert states(stack) == ["verified", "written", "verified"]
+        assert not run.success
+        (line,) = exporter.failures(run.run_id)
+        assert "batch 2 is in ClickHouse and not marked" in line
+        assert f"process {process} (" in line
+    assert exporter.drain().success
+    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
+
+
+def test_a_user_without_process_learns_what_an_administrator_asks(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who holds a lock takes a grant that an exporter does not need: it says the SELECT instead of asking for one."""
+    pks = stack.put(*events(2))
+    with as_exporter(stack) as least, held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[0]} FOR UPDATE"):
+        done = drain(least, monkeypatch)
+        assert stack.pending() == 1
+        assert "SELECT * FROM information_schema.innodb_trx" in done.output
+
+
+# ── triggers ─────────────────────────────────────────────────────────────────────────────────────
+
+UNDOING = {
+    "clears it": "SET NEW.deleted_at = NULL",
+    "keeps the old one": "SET NEW.deleted_at = OLD.deleted_at",
+    "sets another": "SET NEW.deleted_at = 7",
+    "clears some": "SET NEW.deleted_at = IF(NEW.event_id = 'evt_1', NULL, NEW.deleted_at)",
+    "signals": "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'this table is closed on Sundays'",
+    "signals by a number of its own": "SIGNAL SQLSTATE '45123' SET MYSQL_ERRNO = 31234, MESSAGE_TEXT = 'closed'",
+    "writes to a table that is gone": "INSERT INTO changes_of_last_year VALUES (NEW.pk)",
+    "writes to the outbox": "UPDATE clickhouse_outbox SET created_at = 1 WHERE pk = NEW.pk",
+}
+
+
+@pytest.mark.parametrize("body", UNDOING.values(), ids=UNDOING)
+def test_rows_that_cannot_be_marked_are_not_sent_again(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    """A trigger that undid the mark made each drain export the same rows again, and an operator saw green runs."""
+    stack.put(*events(3))
+    stack.sql(f"CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW {body}")
+    for _ in range(2):
+        preflight.forget()
+        done = drain(stack, monkeypatch, "--once", "--mark-rows", "1")
+        assert stack.counts() == (3, 3)
+        assert states(stack) == ["written"]
+        assert done.exit_code == 1, done.output
+        assert "frozen (BEFORE UPDATE)" in done.output
+    stack.sql("DROP TRIGGER frozen")
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending(), states(stack)) == ((3, 3), 0, ["verified"])
+
+
+def test_a_drain_ends_where_a_trigger_undoes_the_mark(stack: Stack) -> None:
+    """It never ended, and sent the same rows at every round."""
+    stack.put(*events(3))
+    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
+    with started(stack, "drain") as process:
+        try:
+            status: int | None = process.wait(30)
+        except subprocess.TimeoutExpired:
+            status = None
+        assert (status, stack.counts()) == (1, (3, 3))
+
+
+def test_a_run_ends_red_where_a_trigger_undoes_the_mark(stack: Stack, exporter: Exporter) -> None:
+    """Each run was green, exported the same rows, and called them verified."""
+    stack.put(*events(3))
+    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
+    for _ in range(2):
+        run = exporter.drain(raise_on_error=False)
+        assert not run.success
+        (line,) = exporter.failures(run.run_id)
+        assert "frozen (BEFORE UPDATE)" in line
+        assert stack.counts() == (3, 3)
+
+
+def test_a_trigger_that_this_user_cannot_see_is_an_administrators_to_find(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MySQL hides triggers from users without TRIGGER, which an exporter does not need."""
+    stack.put(*events(2))
+    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
+    with as_exporter(stack) as least:
+        done = drain(least, monkeypatch, "--once")
+        # MariaDB shows it to whoever may UPDATE the table.
+        assert "FROM information_schema.triggers WHERE" in done.output or "frozen (BEFORE UPDATE)" in done.output
+        assert (states(stack), done.exit_code) == (["written"], 1)
+
+
+def test_doctor_names_update_triggers_and_lets_a_harmless_one_be(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes a history of changes by a trigger must not be kept from exporting; who undoes marks is warned before."""
+    stack.sql("CREATE TABLE changes (pk BIGINT)")
+    stack.sql(
+        "CREATE TRIGGER history AFTER UPDATE ON clickhouse_outbox FOR EACH ROW INSERT INTO changes VALUES (NEW.pk)"
+    )
+    for name, value in urls(stack).items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(main, ["doctor"])
+    assert "history (AFTER UPDATE)" in done.output
+    assert done.exit_code == 0, done.output
+    stack.put(*events(2))
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending()) == ((2, 2), 0)
