@@ -143,7 +143,7 @@ def test_arguments_that_do_not_go_together_are_refused(options: tuple[str, ...],
 # ── the settings that a URL gives ────────────────────────────────────────────────────────────────
 
 
-def test_a_url_gives_settings_for_replicas_to_every_request(stack: Stack) -> None:
+def test_a_url_gives_settings_for_replicas_to_every_statement(stack: Stack) -> None:
     """A look-up without them can ask a replica that has not got what an INSERT with them acknowledged."""
     log = ClickHouseAuditLog(
         stack.clickhouse_url + "?insert_quorum=auto&select_sequential_consistency=1&load_balancing=in_order"
@@ -152,7 +152,7 @@ def test_a_url_gives_settings_for_replicas_to_every_request(stack: Stack) -> Non
         *("insert_quorum", "insert_quorum_parallel", "select_sequential_consistency", "load_balancing"),
         *("prefer_localhost_replica", "skip_unavailable_shards", "optimize_skip_unused_shards"),
     )
-    asked = log.client().query("SELECT " + ", ".join(f"toString(getSetting('{name}'))" for name in names))
+    asked = log.rows("asking", "SELECT " + ", ".join(f"toString(getSetting('{name}'))" for name in names))
     assert asked.result_rows == [("auto", "false", "1", "in_order", "false", "false", "false")]
     plain = stack.log.client().query("SELECT toString(getSetting('insert_quorum'))").result_rows
     assert plain == [("0",)]

@@ -56,7 +56,7 @@ def init(
     mends it. Exit status: 0 all is there, 1 something is not as it should be, 2 the call or a URL is wrong.
     """
     from auditexport_pipeline.stores import preflight, setup
-    from auditexport_pipeline.stores.audit_log import connection_arguments
+    from auditexport_pipeline.stores.clickhouse_connection import connection_arguments
     from auditexport_pipeline.stores.engines import KEEPER_PATH, Engine, Layout
     from auditexport_pipeline.stores.findings import all_findings
     from auditexport_pipeline.stores.roles import Role

@@ -11,12 +11,15 @@ translates in exactly one place.
     │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
+    │   ├── ForeignAnswer              something else than ClickHouse answered: a proxy, a cache, a maintenance page
+    │   ├── SettingsOutdated           ClickHouse does not know a setting; its list is read again, nothing was written
     │   ├── LeaseLost                  another run has taken the batch over; this one is refused
     │   ├── BrokerUnavailable          Celery's broker, or the keeper of its results: down, or refuses us
     │   └── LocalServerFailed          a server of the local stack did not start
     └── PermanentError             no: somebody has to change something first
         ├── InvalidConfig              a setting is out of its bounds
         ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
+        │   └── WrongAddress               something else than ClickHouse answers there, and will again: a redirect, a login
         ├── BatchAltered               rows of a sealed batch no longer read as they were sealed
         ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
         ├── InsertRefused              ClickHouse refuses rows for good (bisected before it is raised further)
@@ -58,6 +61,18 @@ class InsertOutcomeUnknown(AuditLogUnavailable):
     """An INSERT was sent and its answer never came: it may or may not have been written."""
 
 
+class ForeignAnswer(AuditLogUnavailable):
+    """The answer is not ClickHouse's, which may or may not have had the request; `status` is that of the answer (HTTP)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class SettingsOutdated(AuditLogUnavailable):
+    """ClickHouse does not know a setting that it listed: a balancer has servers of several versions. Nothing was written."""
+
+
 class LeaseLost(TransientError):
     """The batch belongs to another run by now; whatever this one does to it is refused."""
 
@@ -80,6 +95,14 @@ class InvalidConfig(PermanentError):
 
 class SetupIncomplete(PermanentError):
     """A table, column, grant or engine setting is missing or not what exactly-once needs."""
+
+
+class WrongAddress(SetupIncomplete):
+    """What answers is not ClickHouse and says so for good, as a redirect does; `status` is that of the answer (HTTP)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class BatchAltered(PermanentError):

@@ -28,7 +28,14 @@ from auditexport_pipeline.core.batch import (
     pks_of,
     sealed_block,
 )
-from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost, MarkRefused, RowsLocked
+from auditexport_pipeline.core.errors import (
+    BatchAltered,
+    InsertOutcomeUnknown,
+    LeaseLost,
+    MarkRefused,
+    RowsLocked,
+    SettingsOutdated,
+)
 from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -252,6 +259,7 @@ def _send_all(
     has questions left, so that a flood of refused rows costs one drain no more than that.
     """
     recutter = Recutter(outbox, log, limits)
+    rereads = 2  # of the server's list of settings: a balancer may choose a server of another version each time
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
             # The fence that ClickHouse itself keeps: a paused process that wakes after its lease and then
@@ -286,9 +294,13 @@ def _send_all(
             ]
             refused: list[tuple[Block, Refusal]] = []
             failure: BaseException | None = None
+            outdated: list[Block] = []
             for block, answer in zip(sending, answers, strict=True):
-                if answer.exception() is not None:
-                    failure = failure or answer.exception()
+                raised = answer.exception()
+                if isinstance(raised, SettingsOutdated) and rereads:
+                    outdated.append(block)
+                elif raised is not None:
+                    failure = failure or raised
                 else:
                     refusal = answer.result()
                     if refusal is not None:
@@ -296,6 +308,10 @@ def _send_all(
             if failure is not None:
                 raise failure
             batch, to_send = recutter.cut(batch, refused, bodies)
+            if outdated:
+                # Refused before anything was read of them; the store knows the server's settings by now.
+                rereads -= 1
+                to_send += [block for block in batch.blocks if block in outdated]
     return batch
 
 

@@ -73,6 +73,11 @@ RESERVED_PARAMETERS: Final = frozenset(
 # chDB's own defaults that a server does not share.
 SERVER_SETTINGS: Final = {"implicit_select": "0"}
 
+# Whatever the profile of a test's user says.
+ABOUT: Final = (
+    "SELECT version(), timezone() SETTINGS limit = 0, offset = 0, additional_result_filter = '', use_query_cache = 0"
+)
+
 BAD_ARGUMENTS: Final = 36
 NOT_IMPLEMENTED: Final = 48
 SYNTAX_ERROR: Final = 62
@@ -469,7 +474,7 @@ class Engine:
         self._path = f"{directory}?config-file={config}" if config is not None else str(directory)
         # The engine stops with its last connection; this one keeps it running between requests.
         self._anchor = self._connect(self._path)
-        about = self._anchor.query("SELECT version(), timezone()", "TabSeparated")
+        about = self._anchor.query(ABOUT, "TabSeparated")
         self.version, self.timezone = about.bytes().decode().strip().split("\t")
         # chDB before 26.9 counts what an INSERT writes only where the data follows, and never runs the task for which
         # DROP … SYNC waits.

@@ -1,8 +1,8 @@
 """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
-What belongs here: putting a version's SQL together, the settings every INSERT carries, and the one place
-where ClickHouse's errors become ours. What does not: the statements (`audit_log.sql`), creating and
-checking tables (`stores.setup`), and any decision about what to send.
+What belongs here: putting a version's SQL together, and what a refusal says. What does not: the statements
+(`audit_log.sql`), what they say about settings (`clickhouse_settings`), requests and answers (`clickhouse_connection`),
+creating and checking tables (`stores.setup`), and any decision about what to send.
 
 A payload crosses as the text that the outbox holds; ClickHouse parses it, in the types of `v.input`.
 """
@@ -11,107 +11,32 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from string import Template
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
-from auditexport_pipeline.core.errors import (
-    AuditExportError,
-    AuditLogUnavailable,
-    InsertOutcomeUnknown,
-    InvalidConfig,
-    LeaseLost,
-    SetupIncomplete,
-)
+from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
 from auditexport_pipeline.core.ports import Refusal, StoredEntry
 from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
+from auditexport_pipeline.stores import clickhouse_connection
+from auditexport_pipeline.stores.clickhouse_connection import (
+    ANSWER_GRACE_S,
+    CONNECT_TIMEOUT_S,
+    LOOK_UP_TIMEOUT_S,
+    Connection,
+    Rows,
+    ServerError,
+    connection_arguments,
+    translated,
+)
+from auditexport_pipeline.stores.clickhouse_settings import CONTENT_SETTINGS, INSERT_SETTINGS, Value, stated
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
 
-CONNECT_TIMEOUT_S = 10
-# The socket waits this much longer than ClickHouse may work: its own answer is worth more than our giving up.
-ANSWER_GRACE_S = 15
-LOOK_UP_TIMEOUT_S = 60
-# What the URL may name beside the server: files, as the driver calls them.
-TLS_FILES = ("ca_cert", "client_cert", "client_cert_key")
-# And settings of ClickHouse's for replicas, with the values that make sense here; every request carries them. Which to
-# choose, and why, is in docs/clickhouse.md.
-REPLICA_SETTINGS = {
-    "insert_quorum": r"auto|[2-9]|[1-9]\d",
-    "insert_quorum_parallel": r"[01]",
-    "select_sequential_consistency": r"[01]",
-    "load_balancing": r"random|nearest_hostname|hostname_levenshtein_distance|in_order|first_or_random|round_robin",
-}
-
-# Every request's: over a Distributed table, all shards answer or nobody does. Which shard a block is on is never worked
-# out, for it stays where it is when shards are added.
-SHARD_SETTINGS: dict[str, Any] = {"skip_unavailable_shards": 0, "optimize_skip_unused_shards": 0}
-
-# How ClickHouse reads JSON wherever we read or write it: keys keep their dots (stored as %2E), or
-# {"a.b": 1} would silently become {"a": {"b": 1}}.
-READ_SETTINGS: dict[str, Any] = {"json_type_escape_dots_in_keys": 1}
-
-# What an INSERT carries, each because leaving it to the server's default changes or loses something.
-INSERT_SETTINGS: dict[str, Any] = {
-    **READ_SETTINGS,
-    "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
-    "wait_end_of_query": 1,
-    "insert_deduplicate": 1,
-    # Into a Distributed table: acknowledged when a shard has the block, not when it is queued on the way there. Any other
-    # table takes no notice of it.
-    "distributed_foreground_insert": 1,
-    # One block and one part: squash until the end, never split.
-    "max_insert_block_size": 10_000_000,
-    "min_insert_block_size_rows": 10_000_000,
-    "min_insert_block_size_bytes": 4 * 1024**3,
-    "max_insert_threads": 1,
-    # No merge of a block with itself: `core.export.fetch` leaves each event in it once, and merging copied every
-    # row, 13 of 27 µs. Parsed by one thread: a block beside it is parsed at the same time, and CPU is 10 % less.
-    "optimize_on_insert": 0,
-    "input_format_parallel_parsing": 0,
-    "input_format_allow_errors_num": 0,
-    "input_format_allow_errors_ratio": 0,
-    "input_format_skip_unknown_fields": 1,
-    "input_format_null_as_default": 0,  # explained at `input` in audit_log_v1.sql
-    # Strings stay strings and booleans booleans: by default "2024-01-01T10:00:00Z" inside a meta becomes
-    # another text, [true, 1] becomes [1, 1] and [1, "a"] becomes ["1", "a"].
-    "input_format_try_infer_dates": 0,
-    "input_format_try_infer_datetimes": 0,
-    "input_format_json_read_bools_as_strings": 0,
-    "input_format_json_read_bools_as_numbers": 0,
-    "input_format_json_read_numbers_as_strings": 0,
-    # "Description" is not description, for msgspec as for everybody else.
-    "input_format_column_name_matching_mode": "match_case",
-    # What cannot be kept is refused, loudly: the row becomes a dead letter with a reason.
-    "type_json_skip_duplicated_paths": 0,
-    "input_format_json_throw_on_bad_escape_sequence": 1,
-}
-# The same, for settings that are newer than the oldest server we support, or that only save work.
-NEWER_INSERT_SETTINGS: dict[str, Any] = {
-    # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
-    # unless the SELECT was sorted (ClickHouse pull request 99206).
-    "deduplicate_insert": "enable",
-    "deduplicate_insert_select": "enable_even_for_bad_queries",
-    # Allowed by default since 26.3: {"a": 1, "a": {"b": 2}} would be stored with both, a null after it with none.
-    "type_json_allow_duplicated_key_with_literal_and_nested_object": 0,
-    # Each path of a JSON column beyond it shares one subcolumn, with the same meaning. A wide part opens some
-    # ten files a path: 10,000 rows of 3,000 distinct keys in three metas ran into a limit of 20,000 files at
-    # the default of 1,024 (and at 512), so that the batch could never be written.
-    "max_dynamic_subcolumns_in_json_type_parsing": 128,
-    # Skip indexes are built when parts merge, as they are again at every merge; a fresh part is one block, pruned
-    # by its only inserted_at. Building them at the INSERT as well took 8 of 35 µs a row.
-    "materialize_skip_indexes_on_insert": 0,
-}
-
-# A SELECT that carries payloads as a parameter: not in the server's query log.
-CONTENT_SETTINGS: dict[str, Any] = {"log_queries": 0}
 # Payloads sent for one comparison at a time; a larger one goes alone.
 CONTENT_BYTES = 1024**2
 # ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
@@ -122,13 +47,6 @@ _ROW_ERRORS = {
     *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 407),
     *(441, 467, 469, 675, 676, 691),
 }
-# Codes that no rerun mends: tables, columns, grants, settings, credentials.
-_SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
-_LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
-_TIMEOUT_EXCEEDED = 159
-# Answers that say that rows may be stored all the same: a quorum that was not seen, a shard or Keeper that was not heard.
-_UNKNOWN_OUTCOMES = {_TIMEOUT_EXCEEDED, 209, 210, 279, 319, 999}
-_ACCESS_DENIED = 497
 
 _PIECES = load("audit_log.sql")
 
@@ -165,8 +83,9 @@ def _sql(name: str, version: str) -> str:
     )
 
 
-def _bound(statement: str, parameters: Mapping[str, int]) -> bytes:
-    """The statement with its `{name:Int64}` parameters given; integers of ours, which need no quoting."""
+def _bound(statement: str, parameters: Mapping[str, int], settings: str) -> bytes:
+    """The statement with its SETTINGS clause and its `{name:Int64}` parameters; integers of ours, which need no quoting."""
+    statement = statement.replace("{settings}", settings)
     for name, value in parameters.items():
         statement = statement.replace(f"{{{name}:Int64}}", str(int(value)))
     return statement.encode()
@@ -197,148 +116,22 @@ def _portions(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         yield payloads[start:]
 
 
-def connection_arguments(url: str) -> dict[str, Any]:
-    """What `clickhouse_connect.get_client` needs, from `http[s]://user:password@host:port/database`.
-
-    Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates
-    are verified by default. A client's certificate stands in for a password; with one, both are shown. Those of
-    `REPLICA_SETTINGS` go along with every request. Raises
-    `InvalidConfig`, which repeats nothing of the URL, for anything else: of a password that is not percent-encoded,
-    any part can look like a port, a database or an option.
-    """
-    try:
-        parts, port = urlsplit(url), urlsplit(url).port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.path or "#" in url:
-        raise InvalidConfig(
-            "AUDITEXPORT_CLICKHOUSE_URL must read http[s]://user:password@host:port/database, with the password "
-            "percent-encoded (/ is %2F, # is %23, ? is %3F)"
-        )
-    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    arguments: dict[str, Any] = {
-        "interface": parts.scheme,
-        "host": parts.hostname,
-        "port": port or (8443 if parts.scheme == "https" else 8123),
-        "username": unquote(parts.username or "default"),
-        "password": unquote(parts.password or ""),
-        "database": parts.path.strip("/") or "default",
-        "verify": options.pop("verify", "true").lower() != "false",
-    }
-    for name in TLS_FILES:
-        if name in options:
-            arguments[name] = options.pop(name)
-    if "client_cert" in arguments and arguments["password"]:
-        arguments["tls_mode"] = "strict"  # or the driver would keep the password to itself
-    settings: dict[str, Any] = {name: options.pop(name) for name in REPLICA_SETTINGS if name in options}
-    for name, value in settings.items():
-        if not re.fullmatch(REPLICA_SETTINGS[name], value):
-            raise InvalidConfig(f"AUDITEXPORT_CLICKHOUSE_URL has a {name} that is not one of {REPLICA_SETTINGS[name]}")
-    if "insert_quorum" in settings:
-        settings.setdefault("insert_quorum_parallel", "0")  # or no look-up could be promised to see the last INSERT
-    if settings.get("load_balancing") == "in_order":
-        settings["prefer_localhost_replica"] = "0"  # or each server that a balancer chooses would begin with itself
-    if settings:
-        arguments["settings"] = settings
-    if options:
-        raise InvalidConfig(
-            f"AUDITEXPORT_CLICKHOUSE_URL has an option beside {', '.join((*TLS_FILES, 'verify', *REPLICA_SETTINGS))}; "
-            "a ? in its password is written %3F"
-        )
-    return arguments
-
-
-@lru_cache(maxsize=256)  # several of each of many outboxes
+@lru_cache(maxsize=256)
 def _client(url: str, timeout_s: int, pid: int) -> Client:
     import clickhouse_connect
 
     arguments = connection_arguments(url)
-    settings = {**SHARD_SETTINGS, **arguments.pop("settings", {})}
-    _check_certificates(arguments)
+    settings = arguments.pop("settings", {})
     return clickhouse_connect.get_client(
         **arguments,
         settings=settings,
-        autogenerate_session_id=False,  # a session allows one query at a time; blocks go out together
+        pool_mgr=clickhouse_connection.connection(url, pid).pool,
+        autogenerate_session_id=False,  # a session allows one query at a time
         connect_timeout=CONNECT_TIMEOUT_S,
         send_receive_timeout=timeout_s,
         client_name="auditexport",
-        form_encode_query_params=True,  # parameters can be payloads, and URLs are logged on every way
+        form_encode_query_params=True,
     )
-
-
-def _check_certificates(arguments: Mapping[str, Any]) -> None:
-    """Loads the files that the URL names, because the driver calls one that it cannot read a connection that failed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    name = "ca_cert"
-    try:
-        if arguments.get(name, "certifi") != "certifi":  # a word of the driver's, for the package of that name
-            context.load_verify_locations(arguments[name])
-        name = "client_cert"
-        if name in arguments:
-            context.load_cert_chain(arguments[name], arguments.get("client_cert_key"))
-    except OSError as error:
-        raise InvalidConfig(
-            f"AUDITEXPORT_CLICKHOUSE_URL names a {name} that cannot be read as one: {arguments[name]} ({error.strerror})"
-        ) from error
-
-
-@contextmanager
-def translated(what: str, *, sending: bool = False) -> Iterator[None]:
-    """The one place where ClickHouse's and HTTP's errors become this project's.
-
-    With `sending`, an error without a code means that rows were sent and no answer came; some codes say as much.
-    """
-    from clickhouse_connect.driver.exceptions import ClickHouseError
-
-    try:
-        yield
-    except AuditExportError:
-        raise
-    except (ClickHouseError, OSError) as error:
-        code = getattr(error, "code", None)
-        name = getattr(error, "name", None) or "no code"
-        if code == _LEASE_ENDED:
-            raise LeaseLost(
-                f"ClickHouse refused {what}: the lease of this run had ended; nothing was written"
-            ) from error
-        if (refused := _certificate_refused(error)) is not None:
-            raise SetupIncomplete(
-                f"ClickHouse's certificate was refused at {what} ({refused}); nothing was sent. Let ca_cert in "
-                "AUDITEXPORT_CLICKHOUSE_URL name the authority that signed it, and the URL a host name that stands in it"
-            ) from error
-        if code in _SETUP_ERRORS:
-            # All that is repeated of its text: what a parser says can quote a payload, a grant cannot.
-            missing = re.search(r"have the grant (.+?)\. \(", str(error)) if code == _ACCESS_DENIED else None
-            lacks = f": the user lacks {missing[1]}" if missing else ""
-            raise SetupIncomplete(
-                f"ClickHouse refuses {what} (code {code}, {name}{lacks}); check AUDITEXPORT_CLICKHOUSE_URL and the grants, "
-                "or run `auditexport init`"
-            ) from error
-        if sending and (code is None or code in _UNKNOWN_OUTCOMES):
-            raise InsertOutcomeUnknown(
-                f"no answer from ClickHouse to {what} ({name}); it may or may not be written, the next attempt looks first"
-            ) from error
-        raise AuditLogUnavailable(f"ClickHouse failed at {what} ({name}); run again") from error
-
-
-def _certificate_refused(error: BaseException | None) -> str | None:
-    """Why a certificate was refused, when that is what lies under a request that failed."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
-        within = [argument for argument in error.args if isinstance(argument, BaseException)]
-        reason = getattr(error, "reason", None)
-        error = next(
-            (
-                cause
-                for cause in (error.__cause__, reason, *within, error.__context__)
-                if isinstance(cause, BaseException)
-            ),
-            None,
-        )
-    return None
 
 
 class ClickHouseAuditLog:
@@ -352,19 +145,28 @@ class ClickHouseAuditLog:
         arguments = connection_arguments(self.url)
         return f"ClickHouseAuditLog({arguments['host']}:{arguments['port']}/{arguments['database']})"
 
+    @property
+    def connection(self) -> Connection:
+        """What everything here goes through, for other questions to the same server."""
+        return clickhouse_connection.connection(self.url, os.getpid())
+
     def client(self, timeout_s: int = LOOK_UP_TIMEOUT_S) -> Client:
-        """A client whose requests may take `timeout_s` in ClickHouse; safe to use from several threads."""
+        """The driver's own client to the same server, for people and tests: no decision rests on its answers."""
         return _client(self.url, timeout_s + ANSWER_GRACE_S, os.getpid())
 
-    @staticmethod
-    def _insert_settings(client: Client) -> dict[str, Any]:
-        """Those of our settings that this server lists: one that it does not know is refused (code 115)."""
-        wanted = {**INSERT_SETTINGS, **NEWER_INSERT_SETTINGS}
-        return {name: value for name, value in wanted.items() if name in client.server_settings}
+    def rows(
+        self,
+        what: str,
+        statement: str,
+        parameters: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Value] | None = None,
+    ) -> Rows:
+        """The rows of a SELECT, proven to be ClickHouse's answer (`Connection.query`); `what` names it in errors."""
+        with translated(what):
+            return self.connection.query(statement, parameters, settings)
 
     def deadline_ms(self, within_s: float) -> int:
-        with translated("asking for the time"):
-            ((now_ms,),) = self.client().query(_PIECES["now_ms"]).result_rows
+        ((now_ms,),) = self.rows("asking for the time", _PIECES["now_ms"]).result_rows
         return int(now_ms) + int(within_s * 1000)
 
     def insert(
@@ -377,7 +179,12 @@ class ClickHouseAuditLog:
         deadline, `AuditLogUnavailable` or `SetupIncomplete` when nothing was written.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
-        return self._post(
+        # Where a proxy keeps ClickHouse's headers to itself, a requeue is proven by what it adds, and a replay of one, which may
+        # add nothing, by its content.
+        looks = batch.generation > 0 and not self.connection.headers_arrive
+        before = self._rows_at(block) if looks else 0
+        kept = [*payloads] if looks and batch.attempts > 1 else []
+        acknowledged = self._post(
             "insert",
             batch.version,
             payloads,
@@ -392,9 +199,32 @@ class ClickHouseAuditLog:
             timeout_s=timeout_s,
             sending=True,
         )
+        if isinstance(acknowledged, Refusal):
+            return acknowledged
+        if not acknowledged and not self._holds(batch, block, before if looks else None, kept):
+            raise ForeignAnswer(
+                f"the answer to {what} is a 200 that does not prove to be ClickHouse's, and ClickHouse does not hold the block. It may "
+                "still be at work on it, the next attempt looks first. Check what answers at AUDITEXPORT_CLICKHOUSE_URL",
+                200,
+            )
+        return None
+
+    def _rows_at(self, block: Block) -> int:
+        found = self.holdings([block.inserted_at_ms]).get(block.inserted_at_ms)
+        return found.rows if found is not None else 0
+
+    def _holds(self, batch: Batch, block: Block, before: int | None, payloads: Sequence[bytes]) -> bool:
+        """Whether ClickHouse has taken this block. Of a requeue, presence alone proves nothing."""
+        rows = self._rows_at(block)
+        if batch.generation == 0:
+            return rows > 0
+        if before is not None and rows >= before + block.rows:
+            return True
+        contents = {entry.content for entry in self.entries_at(block.inserted_at_ms)} if payloads else set()
+        return bool(payloads) and contents.issuperset(self.contents(batch.version, payloads, block.inserted_at_ms))
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
-        return self._post(
+        answer = self._post(
             "probe",
             version,
             payloads,
@@ -404,6 +234,7 @@ class ClickHouseAuditLog:
             timeout_s=timeout_s,
             sending=False,
         )
+        return answer if isinstance(answer, Refusal) else None
 
     def _post(
         self,
@@ -413,39 +244,32 @@ class ClickHouseAuditLog:
         what: str,
         *,
         parameters: dict[str, int],
-        settings: dict[str, Any],
+        settings: dict[str, Value],
         timeout_s: int,
         sending: bool,
-    ) -> Refusal | None:
-        from clickhouse_connect.driver.exceptions import ClickHouseError
-
+    ) -> Refusal | bool:
+        """Sends payloads, which are taken from the list. True when ClickHouse acknowledged, False when a 200 proves nothing."""
+        connection = self.connection
         with translated(what, sending=sending):
             try:
-                client = self.client(timeout_s)
-                # Not `command(data=…)`, which decodes the whole body to look for SQL in it.
-                client.raw_insert(
-                    table="",
-                    insert_block=_request(_bound(_sql(name, version), parameters), payloads),
-                    settings={**self._insert_settings(client), **settings},
-                )
-            except ClickHouseError as error:
-                code = getattr(error, "code", None)
-                if code in _ROW_ERRORS:
-                    return Refusal(code=int(code), name=str(getattr(error, "name", None) or "no name"))
+                wanted = {**INSERT_SETTINGS, **connection.replica_settings, **settings}
+                statement = _bound(_sql(name, version), parameters, stated(wanted, connection.listed()))
+                return connection.insert(_request(statement, payloads), timeout_s=timeout_s)
+            except ServerError as error:
+                if error.code in _ROW_ERRORS:
+                    return Refusal(code=error.code, name=error.name)
+                if error.code == clickhouse_connection.UNKNOWN_SETTING:
+                    connection.read_settings_again()
                 raise
-        return None
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         if not inserted_at_ms:
             return {}
         found: dict[int, Holding] = {}
         for version in VERSIONS:
-            with translated("looking for blocks"):
-                result = self.client().query(
-                    _sql("holdings", version),
-                    parameters={"inserted_at_ms": list(inserted_at_ms)},
-                    settings=READ_SETTINGS,
-                )
+            result = self.rows(
+                "looking for blocks", _sql("holdings", version), {"inserted_at_ms": list(inserted_at_ms)}
+            )
             for at_ms, rows, fingerprint, content, copies in result.result_rows:
                 found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
         return found
@@ -466,18 +290,14 @@ class ClickHouseAuditLog:
         held: set[tuple[str, str]] = set()
         columns = {"workspaces": [workspace_id for workspace_id, _ in ids], "events": [event_id for _, event_id in ids]}
         for version in VERSIONS if ids else ():
-            with translated("looking for events"):
-                rows = self.client().query(_sql("ids_held", version), parameters=columns, settings=READ_SETTINGS)
+            rows = self.rows("looking for events", _sql("ids_held", version), columns)
             held.update((row[0], row[1]) for row in rows.result_rows)
         return held
 
     def _entries(self, name: str, parameters: dict[str, Any]) -> list[StoredEntry]:
         entries: list[StoredEntry] = []
         for version in VERSIONS:
-            with translated("reading entries"):
-                rows = (
-                    self.client().query(_sql(name, version), parameters=parameters, settings=READ_SETTINGS).result_rows
-                )
+            rows = self.rows("reading entries", _sql(name, version), parameters).result_rows
             entries.extend(
                 StoredEntry(
                     key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6]
@@ -495,16 +315,12 @@ class ClickHouseAuditLog:
                 for number, start in enumerate(range(0, len(text), PARAMETER_CHARACTERS))
             }
             whole = ", ".join(["''", *(f"{{{name}:String}}" for name in pieces)])
-            with translated("parsing payloads for a comparison"):
-                rows = (
-                    self.client()
-                    .query(
-                        _sql("contents", version).replace("{payloads:String}", f"concat({whole})"),
-                        parameters={**pieces, "inserted_at_ms": inserted_at_ms},
-                        settings={**self._insert_settings(self.client()), **CONTENT_SETTINGS},
-                    )
-                    .result_rows
-                )
+            rows = self.rows(
+                "parsing payloads for a comparison",
+                _sql("contents", version).replace("{payloads:String}", f"concat({whole})"),
+                {**pieces, "inserted_at_ms": inserted_at_ms},
+                {**INSERT_SETTINGS, **CONTENT_SETTINGS},
+            ).result_rows
             found.extend(row[0] for row in rows)
         return found
 
@@ -512,20 +328,14 @@ class ClickHouseAuditLog:
         """Every `inserted_at` that has entries in [from_ms, to_ms), ascending."""
         found: set[int] = set()
         for version in VERSIONS:
-            with translated("looking for blocks"):
-                rows = self.client().query(
-                    _sql("slots_between", version), parameters={"from_ms": from_ms, "to_ms": to_ms}
-                )
+            rows = self.rows("looking for blocks", _sql("slots_between", version), {"from_ms": from_ms, "to_ms": to_ms})
             found.update(row[0] for row in rows.result_rows)
         return sorted(found)
 
     def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
         counts: dict[tuple[str, int], int] = {}
         for version in VERSIONS:
-            with translated("counting entries"):
-                rows = self.client().query(
-                    _sql("by_workspace", version), parameters={"from_ms": from_ms, "to_ms": to_ms}
-                )
+            rows = self.rows("counting entries", _sql("by_workspace", version), {"from_ms": from_ms, "to_ms": to_ms})
             for workspace_id, day_ms, entries in rows.result_rows:
                 counts[workspace_id, day_ms] = counts.get((workspace_id, day_ms), 0) + entries
         return counts
@@ -536,13 +346,11 @@ class ClickHouseAuditLog:
         """
         counted = [0, 0, 0]
         for version in VERSIONS:
-            with translated("counting repeated events"):
-                rows = self.client().query(_sql("surplus", version), parameters={"from_ms": from_ms, "to_ms": to_ms})
+            rows = self.rows("counting repeated events", _sql("surplus", version), {"from_ms": from_ms, "to_ms": to_ms})
             counted = [total + int(found or 0) for total, found in zip(counted, rows.result_rows[0], strict=True)]
         return counted[0], counted[1], counted[2]
 
     def kept_ms(self) -> int | None:
-        with translated("reading the table's TTL"):
-            found = self.client().query(_PIECES["ttl"], parameters={"table": next(iter(VERSIONS.values())).table})
+        found = self.rows("reading the table's TTL", _PIECES["ttl"], {"table": next(iter(VERSIONS.values())).table})
         days = re.search(r"TTL .*toIntervalDay\((\d+)\)", " ".join(row[0] for row in found.result_rows))
         return int(days.group(1)) * 86_400_000 if days else None

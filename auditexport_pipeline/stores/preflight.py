@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
+from auditexport_pipeline.stores.clickhouse_connection import translated as clickhouse_errors
 from auditexport_pipeline.stores.findings import Finding, Look, all_findings
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.preflight_clickhouse import look_at_clickhouse, look_at_the_table
@@ -98,8 +98,8 @@ def _what_changes(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Iterator[Look
     with outbox.transaction("checking MySQL's settings") as connection:
         yield from look_at_what_changes(connection, Role.EXPORTER)
     with clickhouse_errors("checking the table"):
-        yield from look_at_the_table(log.client(), log.url, Role.EXPORTER, RETENTION_DAYS, fully=False)
-        yield from look_at_other_versions(log.client(), log.url, Role.EXPORTER, fully=False)
+        yield from look_at_the_table(log.connection, log.url, Role.EXPORTER, RETENTION_DAYS, fully=False)
+        yield from look_at_other_versions(log.connection, log.url, Role.EXPORTER, fully=False)
 
 
 def _mysql(outbox: MySQLOutbox, role: Role) -> list[Look]:
@@ -109,7 +109,8 @@ def _mysql(outbox: MySQLOutbox, role: Role) -> list[Look]:
 
 def _clickhouse(log: ClickHouseAuditLog, role: Role, retention_days: int) -> list[Look]:
     with clickhouse_errors("checking ClickHouse"):
-        return list(look_at_clickhouse(log.client(), log.url, role, retention_days))
+        log.connection.read_settings_again()
+        return list(look_at_clickhouse(log.connection.lenient(), log.url, role, retention_days))
 
 
 def _answers(looks: list[Look], server: str, look: Callable[[], list[Look]]) -> bool:
@@ -140,8 +141,10 @@ def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], 
         now_ms = connection.exec_driver_sql(_SQL["mysql_now"]).scalar_one()
         mysql_ms = int(now_ms) - (before_ms + host_ms()) / 2
     with clickhouse_errors("asking for the time"):
+        client = log.connection.lenient()
+        client.listed()
         before_ms = host_ms()
-        ((now_ms,),) = log.client().query(_SQL["clickhouse_now"]).result_rows
+        ((now_ms,),) = client.query(_SQL["clickhouse_now"]).result_rows
         clickhouse_ms = int(now_ms) - (before_ms + host_ms()) / 2
     apart_ms = mysql_ms - clickhouse_ms
     findings = []

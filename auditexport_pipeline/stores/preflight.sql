@@ -88,10 +88,19 @@ WHERE database = {database:String} AND table = {table:String}
 SELECT count(DISTINCT shard_num) AS shards, max(replica_num) AS replicas, min(internal_replication) AS internally
 FROM system.clusters WHERE cluster = {cluster:String}
 
--- name: clickhouse_pinned
--- Settings that this user cannot change, and that are not as an INSERT of ours needs them.
-SELECT name, value FROM system.settings
-WHERE readonly AND (name, value) IN (('distributed_foreground_insert', '0'), ('async_insert', '1'), ('insert_deduplicate', '0'))
+-- name: clickhouse_stated
+SELECT getSetting('log_comment') AS comment
+
+-- name: clickhouse_filters
+-- The plan of reading a table, which needs no grant but SELECT: a row policy on our user is a step of it. With no part to
+-- read, the plan is nothing.
+SELECT countIf(explain ILIKE '%filter%') AS filters
+FROM (EXPLAIN actions = 1 SELECT event_id FROM $table)
+
+-- name: clickhouse_policies
+SELECT short_name FROM system.row_policies
+WHERE database = currentDatabase() AND table = {table:String} AND NOT has(apply_to_except, currentUser())
+  AND (apply_to_all OR hasAny(apply_to_list, arrayConcat([currentUser()], currentRoles())))
 
 -- name: version_tables
 SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables

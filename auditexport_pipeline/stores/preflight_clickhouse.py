@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from string import Template
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, top_level_parts
-from auditexport_pipeline.stores.audit_log import connection_arguments, translated
+from auditexport_pipeline.stores.clickhouse_connection import Connection, connection_arguments, translated
+from auditexport_pipeline.stores.clickhouse_settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
 from auditexport_pipeline.stores.declared import columns_of
 from auditexport_pipeline.stores.engines import TABLE
 from auditexport_pipeline.stores.findings import Finding, Look
@@ -33,9 +34,6 @@ from auditexport_pipeline.stores.preflight_engines import (
 from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
 from auditexport_pipeline.stores.roles import Role, clickhouse_grants
 from auditexport_pipeline.stores.statements import load
-
-if TYPE_CHECKING:
-    from clickhouse_connect.driver.client import Client
 
 _SQL = load("preflight.sql")
 _OURS = next(iter(VERSIONS.values()))
@@ -61,7 +59,7 @@ def clickhouse_version(text: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int) -> Iterator[Look]:
+def look_at_clickhouse(client: Connection, url: str, role: Role, retention_days: int) -> Iterator[Look]:
     """All that can be asked over one client of ours. Source: system tables, CHECK GRANT; nothing is written."""
     version, user, database, _, read_only = client.query(_SQL["clickhouse_server"]).result_rows[0]
     yield _version(str(version))
@@ -76,6 +74,7 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
         # Under it CHECK GRANT denies what was granted, and no GRANT would mend that.
     else:
         yield _profile(client, str(user), role)
+        yield _proxy(client)
         tables = dict(clickhouse_grants(role))
         for table in map(table_of, client.query(_SQL["clickhouse_tables"]).result_rows):
             # A server that is a shard itself asks its own table as the same user.
@@ -83,11 +82,14 @@ def look_at_clickhouse(client: Client, url: str, role: Role, retention_days: int
                 name = under.table if under.database == database else f"{under.database}.{under.table}"
                 tables = {**tables, name: tables[TABLE]}
         yield _grants(client, str(user), str(database), role, tables)
+    there = {table_of(row).name for row in client.query(_SQL["clickhouse_tables"]).result_rows}
+    if role not in (Role.READER, Role.OWNER) and TABLE in there:
+        yield _policies(client, str(user), [TABLE])
     yield from look_at_the_table(client, url, role, retention_days, fully=True)
     yield from look_at_other_versions(client, url, role)
 
 
-def look_at_the_table(client: Client, url: str, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:
+def look_at_the_table(client: Connection, url: str, role: Role, retention_days: int, *, fully: bool) -> Iterator[Look]:
     """Engine, keys and window of audit_logs_raw_v1; with `fully` also columns, replicas, TTL and the view beside it."""
     rows = {table.name: table for table in map(table_of, client.query(_SQL["clickhouse_tables"]).result_rows)}
     about = f"ClickHouse table {TABLE}"
@@ -159,22 +161,78 @@ def _transport(url: str) -> Look:
     return Look(about="ClickHouse transport", seen=seen, findings=(finding,))
 
 
-def _profile(client: Client, user: str, role: Role) -> Look:
+def _profile(client: Connection, user: str, role: Role) -> Look:
+    """Settings that we state in every statement: whether our user may, and what a server without one does differently."""
     about = "ClickHouse profile"
-    pinned = client.query(_SQL["clickhouse_pinned"]).result_rows if role is Role.EXPORTER else []
-    if not pinned:
-        return Look(about=about, seen="leaves an INSERT its settings")
-    shown = ", ".join(f"{name} = {value}" for name, value in pinned)
+    listed = client.listed()
+    wanted = {**READ_SETTINGS, **(INSERT_SETTINGS if role is Role.EXPORTER else {})}
+    pinned = refused(wanted, listed)
+    findings = []
+    if pinned:
+        shown = ", ".join(f"{name} = {stands}" for name, (_, stands) in pinned.items())
+        needed = ", ".join(f"{name} = {value or repr('')}" for name, (value, _) in pinned.items())
+        findings.append(
+            Finding(
+                what=f"the settings profile of {user} pins {shown}",
+                breaks=f"our statements say {needed} and are refused; without saying so, an INSERT would be acknowledged before it "
+                "is stored, stored twice or changed, and a look-up would see half",
+                fix=f"take the constraint on {', '.join(pinned)} out of the profile of {user}",
+            )
+        )
+    absent = missing(wanted, listed)
+    seen = "; ".join(f"no {name}: {instead}" for name, instead in absent.items())
+    seen = f"this server has {seen}" if seen else "leaves our statements their settings"
+    return Look(about=about, seen=shown if pinned else seen, findings=tuple(findings))
+
+
+def _proxy(client: Connection) -> Look:
+    """Whether ClickHouse's own headers arrive, and the settings that a statement carries."""
+    about = "ClickHouse answers"
+    ((comment,),) = client.query(_SQL["clickhouse_stated"], settings={"log_comment": "auditexport"}).result_rows
+    if comment != "auditexport":
+        finding = Finding(
+            what="settings in the SETTINGS clause of a statement do not reach ClickHouse",
+            breaks="tokens and limits of INSERTs get lost on the way",
+            fix="name ClickHouse itself in AUDITEXPORT_CLICKHOUSE_URL, or take what rewrites statements off the way",
+        )
+        return Look(about=about, seen="statements are rewritten", findings=(finding,))
+    if client.headers_arrive:
+        return Look(about=about, seen="with ClickHouse's own headers")
     finding = Finding(
-        what=f"the settings profile of {user} pins {shown}",
-        breaks="an INSERT of ours says otherwise and is refused; without saying so it would be acknowledged before it is "
-        "stored, or stored twice",
-        fix=f"take the constraint on {', '.join(str(name) for name, _ in pinned)} out of the profile of {user}",
+        what="a proxy keeps the X-ClickHouse-… headers to itself",
+        breaks="no answer proves an INSERT; each costs a look-up by inserted_at beside it",
+        fix="let the proxy pass X-ClickHouse-Summary and X-ClickHouse-Query-Id on",
+        fatal=False,
     )
-    return Look(about=about, seen=shown, findings=(finding,))
+    return Look(about=about, seen="without ClickHouse's headers", findings=(finding,))
 
 
-def _grants(client: Client, user: str, database: str, role: Role, tables: Mapping[str, tuple[str, ...]]) -> Look:
+def _policies(client: Connection, user: str, tables: Sequence[str]) -> Look:
+    """Rows that a row policy hides from our user: verification would call them lost, and each repair store them again."""
+    about = "ClickHouse row policies"
+    findings = []
+    for table in tables:
+        ((filters,),) = client.query(Template(_SQL["clickhouse_filters"]).substitute(table=table)).result_rows
+        try:
+            with translated("looking at row policies"):
+                rows = client.query(_SQL["clickhouse_policies"], parameters={"table": table}).result_rows
+        except SetupIncomplete:
+            rows = []
+        names = ", ".join(str(row[0]) for row in rows)
+        if int(filters) or names:
+            policy = f"row policy {names}" if names else "a row policy"
+            findings.append(
+                Finding(
+                    what=f"{policy} on {table} hides rows from {user}",
+                    breaks="what it hides is called missing, and every `reconcile --repair` stores one more copy of it",
+                    fix=f"take {user} out of the policy: ALTER ROW POLICY {names.split(', ')[0] or 'NAME'} ON {table} TO ALL EXCEPT "
+                    f"{user}, or CREATE ROW POLICY auditexport ON {table} USING 1 TO {user} where there are no restrictive ones",
+                )
+            )
+    return Look(about=about, seen="some rows are hidden" if findings else "none on our user", findings=tuple(findings))
+
+
+def _grants(client: Connection, user: str, database: str, role: Role, tables: Mapping[str, tuple[str, ...]]) -> Look:
     about = f"ClickHouse grants of the {role.value}"
     findings = []
     for table, privileges in tables.items():
@@ -199,7 +257,7 @@ def _grants(client: Client, user: str, database: str, role: Role, tables: Mappin
     return Look(about=about, seen=seen, findings=tuple(findings))
 
 
-def _columns(client: Client, table: Table, anew: str) -> Iterator[Finding]:
+def _columns(client: Connection, table: Table, anew: str) -> Iterator[Finding]:
     parameters = {"database": table.database, "table": table.name}
     there: Mapping[str, Sequence[str]] = {
         name: (kind, default)

@@ -11,18 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import SORT_KEY, columns_in, top_level_parts
-from auditexport_pipeline.stores.audit_log import connection_arguments, translated
+from auditexport_pipeline.stores.clickhouse_connection import Connection, connection_arguments, translated
 from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW, DEDUPLICATION_WINDOW_S, Engine, family_of
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.statements import load
-
-if TYPE_CHECKING:
-    from clickhouse_connect.driver.client import Client
 
 _SQL = load("preflight.sql")
 # Fewer tokens than a run can have INSERTs on their way at once, several times over.
@@ -75,7 +71,7 @@ def under_of(table: Table) -> Under | None:
     return Under(cluster=cluster, database=arguments[1] or table.database, table=arguments[2], sharding_key=key)
 
 
-def held_by(client: Client, table: Table) -> Table | None:
+def held_by(client: Connection, table: Table) -> Table | None:
     """The table with keys, window and TTL: under a Distributed one, that of this server, or None where it has none."""
     under = under_of(table)
     if under is None:
@@ -96,7 +92,7 @@ def init_for(table: Table) -> str:
     return "`auditexport init`" if family is Engine.MERGE_TREE else f"`auditexport init --engine {family.value}`"
 
 
-def distributed(client: Client, url: str, name: str, under: Under) -> Look:
+def distributed(client: Connection, url: str, name: str, under: Under) -> Look:
     """A block has to reach one shard whole, and what reads it back has to ask a replica that has it."""
     shards, replicas, internally = 0, 0, 1
     asked = f"cluster {under.cluster}"
@@ -140,7 +136,7 @@ def distributed(client: Client, url: str, name: str, under: Under) -> Look:
     return Look(about=f"ClickHouse table {name}", seen=seen, findings=tuple(findings))
 
 
-def replicas(client: Client, url: str, table: Table) -> Iterator[Look]:
+def replicas(client: Connection, url: str, table: Table) -> Iterator[Look]:
     """Whether an acknowledged block outlives a replica, and whether look-ups see it wherever they arrive."""
     about = "ClickHouse replicas"
     settings = connection_arguments(url).get("settings", {})
@@ -226,7 +222,7 @@ def engine(table: Table, anew: str) -> Iterator[Finding]:
         )
 
 
-def window(client: Client, table: Table) -> Iterator[Finding]:
+def window(client: Connection, table: Table) -> Iterator[Finding]:
     """Whether ClickHouse remembers a token for as long as a replay of its INSERT can come."""
     # Replicated and Shared tables have a window by default; a plain one has none unless it says so.
     replicated = table.engine.startswith(("Replicated", "Shared"))
@@ -254,7 +250,7 @@ def window(client: Client, table: Table) -> Iterator[Finding]:
         )
 
 
-def _defaults(client: Client) -> dict[str, int]:
+def _defaults(client: Connection) -> dict[str, int]:
     try:
         with translated("reading defaults of tables"):
             return {name: int(value) for name, value in client.query(_SQL["clickhouse_table_defaults"]).result_rows}

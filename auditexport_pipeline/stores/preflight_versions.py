@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type
+from auditexport_pipeline.stores.clickhouse_connection import Connection
 from auditexport_pipeline.stores.engines import family_of
 from auditexport_pipeline.stores.findings import Finding, Look
 from auditexport_pipeline.stores.preflight_engines import (
@@ -27,14 +27,11 @@ from auditexport_pipeline.stores.preflight_engines import (
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 
-if TYPE_CHECKING:
-    from clickhouse_connect.driver.client import Client
-
 _SQL = load("preflight.sql")
 _DAYS = re.compile(r"toIntervalDay\((\d+)\)")
 
 
-def look_at_other_versions(client: Client, url: str, role: Role, *, fully: bool = True) -> Iterator[Look]:
+def look_at_other_versions(client: Connection, url: str, role: Role, *, fully: bool = True) -> Iterator[Look]:
     """Looks at the table of each version but the first; with `fully` also columns and TTL. Source: system tables; nothing
     is written.
     """
@@ -92,7 +89,7 @@ def _beside(ours: Table, table: Table) -> Iterator[Finding]:
         )
 
 
-def _kinds(client: Client, table: Table) -> dict[str, str]:
+def _kinds(client: Connection, table: Table) -> dict[str, str]:
     parameters = {"database": table.database, "table": table.name}
     found = client.query(_SQL["clickhouse_columns"], parameters=parameters).result_rows
     return {str(name): str(kind) for name, kind, _ in found}

@@ -17,8 +17,8 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
 from auditexport_pipeline.core.series import DAY_MS, BatchLine, Compared, Grid, LagBin, LetterCount, Servers
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
-from auditexport_pipeline.stores import audit_log
-from auditexport_pipeline.stores.audit_log import LOOK_UP_TIMEOUT_S, ClickHouseAuditLog
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.clickhouse_connection import LOOK_UP_TIMEOUT_S
 from auditexport_pipeline.stores.marking import by_shape
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.preflight_mysql import server_version
@@ -61,8 +61,7 @@ def servers(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Servers:
     """Families and versions of both servers, and the names of the databases."""
     with outbox.transaction("asking for the version") as connection:
         mysql = connection.execute(SQL["server"]).one()
-    with audit_log.translated("asking for the version"):
-        ((clickhouse, database),) = log.client().query(_PIECES["server"]).result_rows
+    ((clickhouse, database),) = log.rows("asking for the version", _PIECES["server"]).result_rows
     family, _ = server_version(mysql.version)
     return Servers(
         mysql=f"{family} {mysql.version.removeprefix('5.5.5-').split('-')[0]}",
@@ -149,20 +148,19 @@ def entries_by_hour(log: ClickHouseAuditLog, these: Compared, grid: Grid) -> Cou
     """How many events ClickHouse holds of these exports in each bin of the grid; copies count once, as in `audit_logs`."""
     counts: Counter[int] = Counter()
     for version in VERSIONS.values():
-        with audit_log.translated("counting entries by hour"):
-            found = log.client().query(
-                _by_hour(version),
-                parameters={
-                    "low_ms": grid.low_ms,
-                    "high_ms": grid.high_ms,
-                    "step_ms": grid.step_ms,
-                    "from_ms": these.from_ms,
-                    "to_ms": these.to_ms,
-                    "excluded": list(these.excluded)
-                    or [-1],  # no inserted_at is negative; an empty list is no list to it
-                },
-                settings={"max_execution_time": LOOK_UP_TIMEOUT_S},
-            )
+        found = log.rows(
+            "counting entries by hour",
+            _by_hour(version),
+            {
+                "low_ms": grid.low_ms,
+                "high_ms": grid.high_ms,
+                "step_ms": grid.step_ms,
+                "from_ms": these.from_ms,
+                "to_ms": these.to_ms,
+                "excluded": list(these.excluded) or [-1],  # no inserted_at is negative; an empty list is no list to it
+            },
+            {"max_execution_time": LOOK_UP_TIMEOUT_S},
+        )
         counts.update({int(number): int(entries) for number, entries in found.result_rows})
     return counts
 

@@ -13,8 +13,10 @@ from sqlalchemy import text
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.stores.audit_log import READ_SETTINGS, ClickHouseAuditLog, connection_arguments
-from auditexport_pipeline.stores.audit_log import translated as clickhouse_errors
+from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.stores.clickhouse_connection import connection_arguments
+from auditexport_pipeline.stores.clickhouse_connection import translated as clickhouse_errors
+from auditexport_pipeline.stores.clickhouse_settings import DDL_SETTINGS
 from auditexport_pipeline.stores.engines import TABLE, Engine, Layout, family_of
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
@@ -60,12 +62,12 @@ def create(
         connection.exec_driver_sql(_SQL["ledger_head"])
 
     with clickhouse_errors("creating tables"):
-        client = log.client()
+        client = log.connection
         engines = {str(name): str(engine) for name, engine in client.query(_SQL["clickhouse_tables"]).result_rows}
         wanted_there = (layout or _beside(engines, cluster)).statements(connection_arguments(log.url)["database"])
         for table, statement in wanted_there.items():
             if table not in engines:
-                client.command(statement, settings=READ_SETTINGS)
+                client.command(statement, settings=DDL_SETTINGS)
                 created.append(table)
     return created
 
