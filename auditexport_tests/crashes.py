@@ -174,8 +174,8 @@ class CrashingOutbox:
         with self.crash_at.around("record_verified"):
             self.real.record_verified(batch, discrepancy, observed)
 
-    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        return self.real.requeued_over(first_pk, last_pk)
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        return self.real.sent_over(first_pk, last_pk)
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         return self.real.batches(batch_ids)
@@ -210,6 +210,11 @@ class CrashingAuditLog:
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
         return self.real.entries_of(keys)
 
+    def keys_held(
+        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
+    ) -> set[tuple[tuple[str, str, int, str], int]]:
+        return self.real.keys_held(keys, inserted_at_ms)
+
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         return self.real.contents(version, payloads, inserted_at_ms)
 
@@ -240,7 +245,7 @@ def drain(
     """
     claims = step(lambda: claiming.claim(outbox, owner=owner, dead_owners=dead_owners, limits=limits))
     for claim in claims:
-        fetched = step(lambda claim=claim: export.fetch(outbox, claim, limits))
+        fetched = step(lambda claim=claim: export.fetch(outbox, log, claim, limits))
         kept = [fetched.bodies] if hand_over else []
         receipt = step(
             lambda claim=claim, kept=kept: export.write(outbox, log, claim, kept.pop() if kept else {}, limits)

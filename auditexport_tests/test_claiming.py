@@ -213,7 +213,7 @@ def test_candidates_are_pks_and_sizes_those_of_a_sample(stack: Stack) -> None:
     rows = put(stack, 3, padding=100)
     with stack.outbox.planning("one", 60) as ledger:
         assert list(ledger.candidates("audit_log.v1", 0, 10)) == rows
-        assert list(ledger.candidates("audit_log.v1", rows[0], 1)) == rows[1:2]
+        assert list(ledger.candidates("audit_log.v1", rows[0] + 1, 1)) == rows[1:2]
         measured = ledger.payload_bytes(rows[1:])
     sizes = stack.sql("SELECT pk, OCTET_LENGTH(payload) AS n FROM clickhouse_outbox ORDER BY pk")
     assert measured == {row.pk: row.n for row in sizes[1:]}
@@ -242,9 +242,9 @@ def test_candidates_are_the_pending_rows_whatever_lies_between_them(stack: Stack
     pending = sorted({*rows} - gone - marked - letters - other)
     with stack.outbox.planning("one", 60) as ledger:
         for limit in (1, 7, 8, 9, 50, 1_000):
-            for after_pk in (0, *chance.sample(rows, k=4), rows[-1]):
-                above = [pk for pk in pending if pk > after_pk][:limit]
-                assert list(ledger.candidates("audit_log.v1", after_pk, limit)) == above, (limit, after_pk)
+            for from_pk in (0, *chance.sample(rows, k=4), rows[-1] + 1):
+                above = [pk for pk in pending if pk >= from_pk][:limit]
+                assert list(ledger.candidates("audit_log.v1", from_pk, limit)) == above, (limit, from_pk)
 
 
 def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monk
     limits = Limits(batch_bytes=20_000)
     (one,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
     assert one.rows == 12
-    fetched = export.fetch(stack.outbox, one, limits)
+    fetched = export.fetch(stack.outbox, stack.log, one, limits)
     assert 1 < fetched.rows < 12
     assert (
         sum(len(payload) for payloads in fetched.bodies.values() for payload in payloads)
@@ -367,7 +367,7 @@ def test_renewing_never_deadlocks_with_batches_that_change_their_state(stack: St
         together.wait(30)
         try:
             for one in claims[1:]:
-                export.fetch(stack.outbox, one, Limits())
+                export.fetch(stack.outbox, stack.log, one, Limits())
         finally:
             at_work.set()
         for done in renewing:

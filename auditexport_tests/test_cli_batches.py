@@ -124,6 +124,6 @@ def test_a_folded_and_a_dead_row_are_in_the_counts(stack: Stack, monkeypatch: py
     """Rows claimed and rows exported differ for reasons, and the reasons are kept."""
     seed_outbox(stack.mysql_url, seed=2, events=20, malformed=3, writers=1)
     (claim,) = claiming.claim(stack.outbox, owner="run-a", dead_owners=(), limits=Limits())
-    export.fetch(stack.outbox, claim, Limits())
+    export.fetch(stack.outbox, stack.log, claim, Limits())
     ask = prompt_in({"AUDITEXPORT_MYSQL_URL": stack.mysql_url}, monkeypatch)
     assert "20 of 23 claimed: 3 dead" in ask("batches", "show", "1").output

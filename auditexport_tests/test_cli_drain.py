@@ -209,7 +209,7 @@ def test_a_batch_whose_rows_were_altered_is_stopped_and_the_others_go_on(stack: 
     """One tampered row must not keep everybody else's events back, and must not be exported as if nothing were."""
     seed_outbox(stack.mysql_url, seed=11, events=40, writers=1)
     claims = claiming.claim(stack.outbox, owner="run-1", dead_owners=(), limits=Limits(batch_rows=20))
-    export.fetch(stack.outbox, claims[0], Limits())
+    export.fetch(stack.outbox, stack.log, claims[0], Limits())
     stack.outbox.begin_write(claims[0], 300)
     first = stack.outbox.batches([1])[0].pks.first
     stack.sql("UPDATE clickhouse_outbox SET payload = JSON_SET(payload, '$.description', 'x') WHERE pk = :pk", pk=first)

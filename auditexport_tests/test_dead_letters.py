@@ -372,7 +372,7 @@ def many(stack: Stack) -> Stack:
     ],
     ids=["open", "reason", "workspace", "version", "age", "pks"],
 )
-@pytest.mark.parametrize("edge", [None, "above", "below"])
+@pytest.mark.parametrize("edge", [None, "from", "below"])
 def test_a_page_of_letters_reads_its_index_in_order(
     many: Stack, which: Which, key: str, rows: int, edge: str | None
 ) -> None:

@@ -192,7 +192,7 @@ def test_one_insert_is_one_part(stack: Stack, monkeypatch: pytest.MonkeyPatch) -
     seed_outbox(stack.mysql_url, seed=3, events=claiming.FIRST_BATCH_ROWS, writers=2)
     limits = Limits()
     (claim,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=limits)
-    fetched = export.fetch(stack.outbox, claim, limits)
+    fetched = export.fetch(stack.outbox, stack.log, claim, limits)
     export.write(stack.outbox, stack.log, claim, fetched.bodies, limits)
 
     # Parts that a merge has replaced are listed for minutes as inactive ones: one row means one part ever.
@@ -328,7 +328,7 @@ def test_of_two_blocks_one_is_there_and_only_the_other_is_sent_again(stack: Stac
 
     claims = claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     receipt = export.write(
-        stack.outbox, stack.log, claims[0], export.fetch(stack.outbox, claims[0], LIMITS).bodies, LIMITS
+        stack.outbox, stack.log, claims[0], export.fetch(stack.outbox, stack.log, claims[0], LIMITS).bodies, LIMITS
     )
     assert (receipt.blocks, receipt.found) == (2, 1)
     assert stack.counts() == (20, 20)
@@ -376,7 +376,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
     _crash(stack, CrashPoint("before record_written 1"))
     log = stack.log if look_first else Blind(stack.log, CrashPoint(NEVER))
     for claim in claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS):
-        bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
+        bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
         export.mark(stack.outbox, export.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
 
     assert stack.counts() == (ROWS + copies, ROWS)
@@ -386,7 +386,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
 
 def sealed(stack: Stack, limits: Limits = LIMITS) -> tuple[Batch, Bodies]:
     claim = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=limits)[0]
-    fetched = export.fetch(stack.outbox, claim, limits)
+    fetched = export.fetch(stack.outbox, stack.log, claim, limits)
     (batch,) = stack.outbox.batches([claim.batch_id])
     return batch, fetched.bodies
 
@@ -403,7 +403,9 @@ def test_one_block_sent_again_and_at_once_stays_once_under_its_token(
     deadline_ms = stack.log.deadline_ms(30)
 
     def send(_: int) -> Refusal | None:
-        return stack.log.insert(batch, batch.blocks[0], [*bodies[0]], deadline_ms=deadline_ms, timeout_s=20)
+        return stack.log.insert(
+            batch, batch.blocks[0], [*bodies[batch.blocks[0].digest]], deadline_ms=deadline_ms, timeout_s=20
+        )
 
     with ThreadPoolExecutor(3) as pool:
         assert [*pool.map(send, range(3)), send(4)] == [None] * 4
@@ -516,13 +518,13 @@ def test_the_verbs_of_a_run_that_was_replaced_are_refused(stack: Stack) -> None:
     fill(stack)
     fill(stack, 20, seed=2)
     claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
-    bodies = [export.fetch(stack.outbox, claim, LIMITS).bodies for claim in claims[:2]]
+    bodies = [export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies for claim in claims[:2]]
     receipt = export.write(stack.outbox, stack.log, claims[0], bodies[0], LIMITS)
     claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     before = both(stack)
 
     with pytest.raises(LeaseLost):
-        export.fetch(stack.outbox, claims[2], LIMITS)
+        export.fetch(stack.outbox, stack.log, claims[2], LIMITS)
     with pytest.raises(LeaseLost):
         export.write(stack.outbox, stack.log, claims[1], bodies[1], LIMITS)
     with pytest.raises(LeaseLost):
@@ -653,7 +655,9 @@ def test_a_sealed_batch_that_cannot_be_read_again_stops_and_later_gives_its_rows
     stack.sql(meddling, pk=pks[0])
     (claim, *others) = claiming.claim(stack.outbox, owner="second", dead_owners={"first"}, limits=LIMITS)
     with pytest.raises(BatchAltered, match=f"batch {claim.batch_id}, block 0"):
-        export.write(stack.outbox, stack.log, claim, export.fetch(stack.outbox, claim, LIMITS).bodies, LIMITS)
+        export.write(
+            stack.outbox, stack.log, claim, export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies, LIMITS
+        )
     assert [batch.state for batch in ledger(stack)] == [State.STOPPED, State.CLAIMED]
 
     # The lease still runs: neither the same claim, nor the same owner, nor a new one may touch it yet.
@@ -816,7 +820,7 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
     put(stack, payload_of("evt_3", description="again"))
     claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
     for claim in claims:
-        bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
+        bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
         export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
     assert len(claims) == 2
     assert stack.counts() == (21, 20)
@@ -848,7 +852,7 @@ def test_what_clickhouse_lost_is_found(stack: Stack) -> None:
     """Verification that cannot fail verifies nothing: a row taken out of ClickHouse is missing, by its id."""
     fill(stack, 20)
     claim = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)[0]
-    bodies = export.fetch(stack.outbox, claim, LIMITS).bodies
+    bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
     export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
     ((event_id,),) = stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1 LIMIT 1")
     stack.clickhouse("SYSTEM START MERGES audit_logs_raw_v1")  # a DELETE is one, as they go

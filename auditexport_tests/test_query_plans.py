@@ -109,15 +109,17 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "candidates": (
         "clickhouse_outbox",
         "drainer_pending_idx",
-        {"version": "audit_log.v1", "after_pk": 0, "row_limit": 100},
+        {"version": "audit_log.v1", "from_pk": 0, "row_limit": 100},
     ),
     "candidates_beside_letters": (
         "outbox",
         "drainer_pending_idx",
-        {"version": "audit_log.v1", "after_pk": 0, "row_limit": 100},
+        {"version": "audit_log.v1", "from_pk": 0, "row_limit": 100},
     ),
     "oldest_pending": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
     "count_pending": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1", "row_limit": 100}),
+    "count_beside_letters": ("outbox", "drainer_pending_idx", {"version": "audit_log.v1", "row_limit": 100}),
+    "versions_like": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1", "row_limit": 100}),
     "pending_version_to_empty": ("clickhouse_outbox", "drainer_pending_idx", {}),
     "next_pending_version": ("clickhouse_outbox", "drainer_pending_idx", {"version": "audit_log.v1"}),
     "rows_between": ("clickhouse_outbox", "PRIMARY", {"first_pk": 20_000, "last_pk": 20_400}),
@@ -142,11 +144,11 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "open_owners": ("clickhouse_outbox_batch", "state_idx", {}),
     "unverified": ("clickhouse_outbox_batch", "state_idx", {"row_limit": 10}),
     "exported_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
-    "requeued_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
+    "sent_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
     "count_dead": ("clickhouse_outbox_dead_letter", "letter_version_idx", {}),
 }
 # A handful of open or overlapping batches, found by an index that cannot also give their order.
-MAY_SORT = {"open_batches", "open_owners", "exported_over", "requeued_over"}
+MAY_SORT = {"open_batches", "open_owners", "exported_over", "sent_over"}
 
 
 def test_hot_statements_use_their_index_and_read_no_history(busy: MySQLOutbox) -> None:
@@ -167,7 +169,7 @@ def test_hot_statements_use_their_index_and_read_no_history(busy: MySQLOutbox) -
 
 def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:
     """Joined the other way round, every claim would begin with all dead letters there ever were."""
-    for name in ("candidates_beside_letters", "oldest_pending"):
+    for name in ("candidates_beside_letters", "count_beside_letters", "oldest_pending"):
         steps = explain(busy, name, STATEMENTS[name][2])
         (letter,) = [step for step in steps if step.table in ("letter", "clickhouse_outbox_dead_letter")]
         assert (letter.key, letter.access) == ("PRIMARY", "eq_ref"), steps
@@ -184,7 +186,7 @@ def test_of_the_standing_letters_only_both_ends_are_read(busy: MySQLOutbox) -> N
 
 def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> None:
     """The sensor asks every few seconds; with payloads in the way it would read them all."""
-    for name in ("count_pending", "pending_version_to_empty", "next_pending_version"):
+    for name in ("count_pending", "versions_like", "pending_version_to_empty", "next_pending_version"):
         steps = explain(busy, name, STATEMENTS[name][2])
         (step,) = [step for step in steps if step.table == "clickhouse_outbox"]
         assert "Using index" in step.extra, steps
@@ -331,5 +333,5 @@ def test_a_page_reads_the_window_that_it_shows_and_not_the_outbox(busy: MySQLOut
     assert (step.key, step.access) == ("PRIMARY", "index"), step  # backwards, until the limit
     assert "filesort" not in step.extra, step
     pending = explain(busy, "pending", {"version": "audit_log.v1", "row_limit": 50}, report.SQL)
-    assert [step.key for step in pending] == ["drainer_pending_idx", "PRIMARY"], pending
+    assert [step.key for step in pending] == ["drainer_pending_idx", "PRIMARY", "PRIMARY"], pending
     assert not any("filesort" in step.extra or step.access == "ALL" for step in pending), pending

@@ -165,7 +165,7 @@ def test_rows_of_an_open_batch_are_left_alone(exported: Stack) -> None:
         *(("ws_0", f"evt_{n}", json.dumps({**json.loads(payload(n)), "workspace_id": "ws_0"})) for n in (90, 91))
     )
     (claim,) = claiming.claim(exported.outbox, owner="at work", dead_owners=(), limits=LIMITS)
-    fetched = export.fetch(exported.outbox, claim, LIMITS)
+    fetched = export.fetch(exported.outbox, exported.log, claim, LIMITS)
     export.write(exported.outbox, exported.log, claim, fetched.bodies, LIMITS)
     exported.sql("UPDATE clickhouse_outbox SET deleted_at = 7 WHERE event_id = 'evt_90'")
     found = again(exported, event_ids=("evt_90", "evt_1"))

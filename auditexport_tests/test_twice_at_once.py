@@ -43,7 +43,7 @@ def _each_verb_twice(stack: Stack, claim: Claim) -> list[BaseException]:
     def stores() -> tuple[MySQLOutbox, ClickHouseAuditLog]:
         return MySQLOutbox(stack.mysql_url), ClickHouseAuditLog(stack.clickhouse_url)
 
-    raised = _twice(lambda: export.fetch(stores()[0], claim, LIMITS))
+    raised = _twice(lambda: export.fetch(*stores(), claim, LIMITS))
     receipts = []
     raised += _twice(lambda: receipts.append(export.write(*stores(), claim, {}, LIMITS)))
     if receipts:
@@ -78,7 +78,7 @@ def test_a_block_that_two_attempts_cut_at_once_is_there_once(stack: Stack, waits
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK description != 'x'")
     stack.put(*events(5), event("evt_refused", description="x"), *events(5, "later"))
     (claim,) = claiming.claim(stack.outbox, owner="run_1", dead_owners=(), limits=LIMITS)
-    fetched = export.fetch(stack.outbox, claim, LIMITS)
+    fetched = export.fetch(stack.outbox, stack.log, claim, LIMITS)
 
     def write(crash_at: CrashPoint) -> None:
         outbox, log = CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at)

@@ -31,7 +31,7 @@ def _filters(*states: str) -> Callable[[Command], Command]:
 
     def added(command: Command) -> Command:
         for option in (
-            click.option("--pk", "pks", type=click.IntRange(min=1), multiple=True, help="Of the row; may be repeated."),
+            click.option("--pk", "pks", type=click.IntRange(min=0), multiple=True, help="Of the row; may be repeated."),
             click.option("--older-than", "older_than_s", type=Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
             click.option("--version", help="The payload's version."),
             click.option("--reason", help="As `list` shows it, such as wrong_type."),
@@ -87,7 +87,7 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
 
 
 @dead_letters.command()
-@click.argument("pk", type=click.IntRange(min=1))
+@click.argument("pk", type=click.IntRange(min=0))
 @click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox holds it now.")
 @json_option
 def show(pk: int, with_payload: bool, as_json: bool) -> None:

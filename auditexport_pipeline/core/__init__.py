@@ -42,9 +42,10 @@ ClickHouse checks against its own clock before it takes a row. So a process that
 and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer
 be reproduced (`stopped`) waits for the end of the lease: then no INSERT of it can be on its way.
 
-After the export. A requeue (`core.requeue`, or a mark cleared by hand) makes rows pending again; the next claim sees
-that a closed batch had them, and sends them as a new generation under their first `inserted_at`, so that copies
-collapse and retention does not start over. Reconciliation (`core.reconcile`) holds both stores against each other
+After the export. A requeue (`core.requeue`, or a mark cleared by hand) makes rows pending again. The next claim sees that a
+closed batch had their pks, and the seal proves which of the rows are the events that were exported (`core.origins`): those
+go out under their first `inserted_at`, so that copies collapse and retention does not start over; the others as new. So
+one batch can hold both, and `Batch.is_requeue` says it of a block. Reconciliation (`core.reconcile`) holds both stores against each other
 long after: by count, by the fingerprint that was sealed, and by a hash of all columns that was observed at the
 verification; where they differ, `core.compare` goes entry by entry and knows what merges, the TTL, requeues and
 recorded erasures take away or add. A batch that was `discrepant` is `verified` again once nothing differs.
@@ -73,4 +74,5 @@ Invariants (the tests are named after them):
  9. Retention deletes only rows that are exported, older than the window and verified present, looked at once more
     right before they go (`core.sweep`).
 10. Payloads are nowhere but in the two databases: not in Dagster, logs, metadata or errors.
+12. Identity is the event, never the pk; what cannot be proven to be a repetition is new.
 """

@@ -17,6 +17,8 @@ from auditexport_pipeline.core.pks import PkSet
 
 # A few hundred kilobytes of usual events: enough that a part costs nothing, little beside the batch.
 PART_ROWS = 512
+# Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
+SMALLEST_BLOCK_ROWS = 5_000
 
 
 class State(str, Enum):
@@ -75,6 +77,10 @@ class Block:
 
     `pks` are the rows whose payloads are sent, in that order; `normalised` are those among them that are
     sent in normal form (`core.event.normal_form`). `digest` and `fingerprint` are empty until the seal.
+
+    `first` says, in a batch of requeues, that this block's rows were not proven to repeat anything and go out as new
+    (`core.origins`); ask `Batch.is_requeue`. `renewed` are those of them that an earlier block had and that ClickHouse may
+    have lost: their earlier entries are not to be called missing.
     """
 
     number: int
@@ -84,6 +90,8 @@ class Block:
     digest: str = ""
     fingerprint: int = 0
     bytes: int = 0
+    first: bool = False
+    renewed: PkSet = field(default_factory=PkSet)
 
     @property
     def rows(self) -> int:
@@ -166,6 +174,15 @@ class Batch:
     def entries(self) -> int:
         return sum(block.rows for block in self.blocks)
 
+    def is_requeue(self, block: Block) -> bool:
+        """Whether a block sends rows again, under the `inserted_at` of their first export."""
+        return self.generation > 0 and not block.first
+
+    @property
+    def first_blocks(self) -> tuple[Block, ...]:
+        """The blocks that went out as new: each has an `inserted_at` that no other block had before."""
+        return tuple(block for block in self.blocks if not self.is_requeue(block))
+
     @property
     def claim(self) -> Claim:
         return Claim(
@@ -204,12 +221,25 @@ class Receipt:
     seconds: float
 
 
+class BlockDigest:
+    """128 bits over everything that fixes what a block puts into ClickHouse; payloads come in the order of the pks."""
+
+    def __init__(self, version: str, inserted_at_ms: int, pks: PkSet) -> None:
+        self._digest = hashlib.sha256(f"{version}\n{inserted_at_ms}\n{pks}".encode())
+
+    def add(self, payloads: Sequence[bytes]) -> None:
+        for part in in_parts(payloads):
+            self._digest.update(part)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:32]
+
+
 def block_digest(version: str, inserted_at_ms: int, pks: PkSet, payloads: Sequence[bytes]) -> str:
-    """128 bits over everything that fixes what a block puts into ClickHouse."""
-    digest = hashlib.sha256(f"{version}\n{inserted_at_ms}\n{pks}".encode())
-    for part in in_parts(payloads):
-        digest.update(part)
-    return digest.hexdigest()[:32]
+    """The `BlockDigest` of a whole block."""
+    digest = BlockDigest(version, inserted_at_ms, pks)
+    digest.add(payloads)
+    return str(digest)
 
 
 def in_parts(payloads: Sequence[bytes]) -> Iterator[bytes]:
@@ -251,6 +281,8 @@ class _Manifest(msgspec.Struct, omit_defaults=True):
     fp: str = ""
     bytes: int = 0
     given_back: bool = False
+    first: bool = False
+    renewed: str = ""
 
 
 def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) -> str:
@@ -265,6 +297,8 @@ def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) ->
                 fp=f"{block.fingerprint:016x}" if block.digest else "",
                 bytes=block.bytes,
                 given_back=left,
+                first=block.first,
+                renewed=str(block.renewed),
             )
             for part, left in ((blocks, False), (given_back, True))
             for block in part
@@ -283,6 +317,7 @@ def compacted_text(blocks: Iterable[Block]) -> str:
                 digest=block.digest,
                 fp=f"{block.fingerprint:016x}",
                 bytes=block.bytes,
+                first=block.first,
             )
             for block in blocks
         ]
@@ -307,6 +342,8 @@ def _block_of(part: _Manifest) -> Block:
         digest=part.digest,
         fingerprint=int(part.fp, 16) if part.fp else 0,
         bytes=part.bytes,
+        first=part.first,
+        renewed=PkSet.parse(part.renewed),
     )
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from itertools import islice
 
-from auditexport_pipeline.core.batch import Claim, State
+from auditexport_pipeline.core.batch import SMALLEST_BLOCK_ROWS, Claim, State
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Outbox, PlannedBlock, Planning
 
-# Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
-SMALLEST_BLOCK_ROWS = 5_000
 # A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
 # that another one is still busy with. With 100,000 rows at once
 # ClickHouse waited four seconds for the first block, and MySQL as long for the first rows to mark.
@@ -23,8 +22,8 @@ FIRST_BATCH_ROWS = 25_000
 FURTHER_BATCHES_GROW = 1.5
 # Rows measured of each page of candidates: few enough to cost nothing, enough to see where large ones begin.
 SAMPLED_ROWS = 64
-# Look-ups for earlier exports of a batch's rows: pending rows lie together, but for a few that came back.
-ORIGIN_SPANS = 8
+# Blocks of one requeue: one INSERT each, and all of a lingering run's drains can be in it.
+MOST_BLOCKS = 256
 # No run can ask for a longer one. A lease that ends later was given before the server's clock was set back, and would
 # keep its batch waiting for as long as the clock went back.
 LONGEST_LEASE_MS = 86_400_000
@@ -61,22 +60,22 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
 
     The first ones are small and grow, so that every stage of the pipeline soon has work.
     """
-    after_pk = 0
+    from_pk = 0
     batches = 0
     batch_rows = min(FIRST_BATCH_ROWS, limits.batch_rows)
     while batches < room:
-        while (run := held.run_of(after_pk + 1)) is not None:
-            after_pk = run[1]
-        page = ledger.candidates(version, after_pk, batch_rows)
+        while (run := held.run_of(from_pk)) is not None:
+            from_pk = run[1] + 1
+        page = ledger.candidates(version, from_pk, batch_rows)
         if not page:
             return
-        after_pk = page.last
+        from_pk = page.last + 1
         free = page - held
         if not free:
             continue
         pks, size = _within_bytes(ledger, free, limits.batch_bytes)
         if len(pks) < len(free):
-            after_pk = pks.last
+            from_pk = pks.last + 1
         for new in islice(_add(ledger, version, pks, size, limits), room - batches):
             batches += 1
             yield new
@@ -107,7 +106,10 @@ def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet,
 
 
 def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) -> Iterator[Claim]:
-    """One batch of rows never exported, and one of rows that are pending again, with their old `inserted_at`."""
+    """One batch of rows never exported, and those of rows that are pending again, with their old `inserted_at`.
+
+    That a pk was exported before is a guess at what its row is: the seal proves it or takes the row for new.
+    """
     row_bytes = size // len(pks)
     again: dict[int, int] = {}
     generation = 0
@@ -135,4 +137,5 @@ def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) 
             PlannedBlock(pks=PkSet.of(sorted(group)), bytes=row_bytes * len(group), inserted_at_ms=at_ms)
             for at_ms, group in sorted(by_time.items())
         ]
-        yield ledger.add(version, generation, blocks)
+        for start in range(0, len(blocks), MOST_BLOCKS):
+            yield ledger.add(version, generation, blocks[start : start + MOST_BLOCKS])

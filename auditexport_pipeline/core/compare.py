@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from auditexport_pipeline.core.actions import Erasure
@@ -42,6 +42,10 @@ class Slot:
 
     inserted_at_ms: int
     blocks: tuple[tuple[Batch, Block], ...]
+    # Rows whose pks a later batch sent under another `inserted_at`: other events; and those among them that may be this
+    # slot's own, sent as new because ClickHouse had lost them.
+    reused: PkSet = field(default_factory=PkSet)
+    renewed: PkSet = field(default_factory=PkSet)
 
     @property
     def version(self) -> str:
@@ -50,7 +54,7 @@ class Slot:
     @property
     def first(self) -> tuple[Batch, Block] | None:
         """The first export; None when only requeues of its rows are looked at."""
-        return next(((batch, block) for batch, block in self.blocks if batch.generation == 0), None)
+        return next(((batch, block) for batch, block in self.blocks if not batch.is_requeue(block)), None)
 
     @property
     def pks(self) -> PkSet:
@@ -74,7 +78,9 @@ class Slot:
 
     def surplus_of_all_but(self, pks: PkSet) -> int:
         """The same, without the copies of these rows."""
-        return sum(len(block.pks - pks) * max(1, batch.attempts) for batch, block in self.blocks if batch.generation)
+        return sum(
+            len(block.pks - pks) * max(1, batch.attempts) for batch, block in self.blocks if batch.is_requeue(block)
+        )
 
     @property
     def baseline(self) -> Holding | None:
@@ -87,10 +93,31 @@ def slots_of(batches: Collection[Batch]) -> list[Slot]:
     they gave back too.
     """
     by_time: dict[int, list[tuple[Batch, Block]]] = {}
-    for batch in sorted(batches, key=lambda batch: batch.batch_id):
-        for block in (*batch.blocks, *batch.given_back):
-            by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
-    return [Slot(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
+    sent = [
+        (batch, block)
+        for batch in sorted(batches, key=lambda batch: batch.batch_id)
+        for block in (*batch.blocks, *batch.given_back)
+    ]
+    for batch, block in sent:
+        by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
+    slots = [Slot(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
+    if len(pks_of([block for _, block in sent])) == sum(len(slot.pks) for slot in slots):
+        return slots  # no pk is in two of them
+    return [_with_successors(slot, sent) for slot in slots]
+
+
+def _with_successors(slot: Slot, sent: Sequence[tuple[Batch, Block]]) -> Slot:
+    own = slot.pks
+    first_id = slot.blocks[0][0].batch_id
+    reused = renewed = PkSet()
+    for batch, block in sent:
+        if batch.batch_id <= first_id:
+            continue
+        if block.inserted_at_ms == slot.inserted_at_ms:
+            reused, renewed = reused - block.pks, renewed - block.pks
+        else:
+            reused, renewed = reused | block.pks & own, renewed | block.renewed & own
+    return replace(slot, reused=reused, renewed=renewed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,6 +140,7 @@ class Comparison:
     erased: int = 0
     expired: int = 0
     unmerged: int = 0  # copies that a requeue added
+    renewed: int = 0  # sent again as new: nothing proved that they were the same events
     requeued: int = 0  # not there, and pending again
     unprovable: int = 0  # gone since an erasure was recorded, and from the outbox too
 
@@ -125,6 +153,7 @@ class Comparison:
             "erased on record": self.erased,
             "past the TTL": self.expired,
             "copies of a requeue": self.unmerged,
+            "exported again as new": self.renewed,
             "requeued and pending": self.requeued,
             "gone since an erasure, unprovable": self.unprovable,
         }
@@ -149,14 +178,28 @@ class _Expected:
     pks: list[int] = field(default_factory=list)
     held: set[tuple[int, int]] = field(default_factory=set)  # fingerprint and content
     pending: bool = False
+    marked: bool = False  # by a batch of this slot
     surplus: int = 0
 
 
 def slot_at(outbox: Outbox, batch: Batch, block: Block) -> Slot:
     """The slot of a batch's block, with the requeues of its rows that have sent something by now."""
-    requeues = outbox.requeued_over(batch.pks.first, batch.pks.last) if batch.pks else []
-    others = [other for other in requeues if other.batch_id != batch.batch_id]
-    return next(slot for slot in slots_of([batch, *others]) if slot.inserted_at_ms == block.inserted_at_ms)
+    sent = outbox.sent_over(batch.pks.first, batch.pks.last) if batch.pks else []
+    others = [other for other in sent if other.batch_id != batch.batch_id]
+    slot = next(slot for slot in slots_of([batch, *others]) if slot.inserted_at_ms == block.inserted_at_ms)
+    return replace(
+        slot,
+        blocks=tuple(
+            (other, part) for other, part in slot.blocks if other.batch_id == batch.batch_id or other.is_requeue(part)
+        ),
+    )
+
+
+def pks_still_of(outbox: Outbox, batch: Batch) -> PkSet:
+    """The rows of a batch, without the pks that a later batch exported as new for other events."""
+    sent = outbox.sent_over(batch.pks.first, batch.pks.last) if batch.pks else []
+    later = [block for other in sent if other.batch_id > batch.batch_id for block in other.first_blocks]
+    return batch.pks - (pks_of(later) - PkSet.union(block.renewed for block in later))
 
 
 def compare_at_rest(
@@ -193,6 +236,7 @@ def compare(
     for entry in log.entries_at(slot.inserted_at_ms):
         stored[entry.key].append(entry)
     found = Comparison()
+    _leave_out_others(slot, expected, stored)
     seen = PkSet.of(sorted(pk for known in expected.values() for pk in known.pks))
     _compare_expected(log, slot, expected, seen, stored, erasures, expired, found)
     if slot.first is None:  # who else has sent these rows is not known here
@@ -208,6 +252,7 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
     decode = VERSIONS[slot.version].decode
     normalised = PkSet.union(block.normalised for _, block in slot.blocks)
     row_bytes = max(block.row_bytes for _, block in slot.blocks)
+    stamps = {batch.exported_at_ms for batch, _ in slot.blocks} - {None}
     for rows in _batched(outbox.read(slot.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
         events = [(row, event) for row in rows if not isinstance(event := decode(row), Undecodable)]
         payloads = [normal_form(row.payload) if row.pk in normalised else row.payload for row, _ in events]
@@ -217,11 +262,44 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
             known.pks.append(row.pk)
             known.held.add((event.fingerprint, content))
             known.pending |= row.exported_at_ms is None
+            known.marked |= row.exported_at_ms in stamps
     for batch, block in slot.blocks:
-        if batch.generation:
+        if batch.is_requeue(block):
             for known in expected.values():
                 known.surplus += sum(max(1, batch.attempts) for pk in known.pks if pk in block.pks)
     return expected
+
+
+def _leave_out_others(slot: Slot, expected: dict[Key, _Expected], stored: dict[Key, list[StoredEntry]]) -> None:
+    """Leaves out rows that are other events under pks of this slot: its own rows are gone from the outbox.
+
+    A row whose event the slot holds is its own. Of the rest, those are others that a later batch sent elsewhere; all,
+    where the slot holds just what was sealed; and, where it holds entries of more rows than are gone, as many of those
+    that no batch of this slot has marked.
+    """
+    absent = [key for key in expected if key not in stored]
+    for key in absent:
+        if all(pk in slot.reused for pk in expected[key].pks):
+            del expected[key]
+    if slot.first is None or slot.added:
+        return
+    absent = [key for key in absent if key in expected]
+    _, block = slot.first
+    baseline = slot.baseline
+    whole = baseline if baseline is not None and baseline.copies == 0 else None
+    rows, fingerprint = (whole.rows, whole.fingerprint) if whole else (block.rows, block.fingerprint)
+    entries = _one_of_each(stored, expected) or []
+    others = sum(1 for key in stored if key not in expected)
+    if (len(entries), sum(entry.fingerprint for entry in entries) % 2**64) == (rows, fingerprint):
+        too_many = len(absent)
+    elif len(stored) <= rows:
+        gone = max(0, block.rows - sum(any(pk in block.pks for pk in known.pks) for known in expected.values()))
+        too_many = max(0, others - gone)
+        absent = [key for key in absent if not expected[key].marked]
+    else:
+        return
+    for key in absent[:too_many]:
+        del expected[key]
 
 
 def _batched(rows: Iterator[StoredRow], size: int) -> Iterator[list[StoredRow]]:
@@ -310,6 +388,8 @@ def _compare_rest(
     # The entry of a row that is gone can have the key of one that was added and is still there.
     by_added = sum(key in stored and not any(pk in block.pks for pk in known.pks) for key, known in expected.items())
     lost = max(0, gone - len(others) - settled - by_added)
+    found.renewed = min(lost, len(slot.renewed - seen))
+    lost -= found.renewed
     if expired:
         found.expired += lost
     elif erasures:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.batch import (
+    SMALLEST_BLOCK_ROWS,
     Batch,
     Block,
     Claim,
@@ -36,8 +37,9 @@ from auditexport_pipeline.core.errors import (
     RowsLocked,
     SettingsOutdated,
 )
-from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable
+from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, Refusal, StoredRow
 from auditexport_pipeline.core.recut import Recutter, give_back, read_payloads
@@ -45,6 +47,9 @@ from auditexport_pipeline.core.versions import VERSIONS
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
 BYTES_TOLERANCE = 1.5
+# Blocks sent under one deadline and one renewed lease: a requeue of what a lingering run exported has one block for each of
+# its small drains.
+BLOCKS_AT_ONCE = 64
 # Marking that is throttled takes longer than a lease, which is renewed each third of its time.
 LEASES_PER_RENEWAL = 3
 # And marks in small chunks: behind the COMMIT of a large one, the application's own waits for its binary and redo log
@@ -57,13 +62,13 @@ LOCKED_PATIENCE_S = 2.0
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
 
 
-# A sealed batch's payloads in the order of its pks, by block number.
-Bodies = dict[int, list[bytes]]
+# A sealed batch's payloads by their block's digest, in the order of its pks: another seal's are never found here.
+Bodies = dict[str, list[bytes]]
 
 
 @dataclass(slots=True, kw_only=True)
 class FetchedBatch:
-    """A sealed batch on its way to ClickHouse: `bodies` are its blocks' payloads by number, if this attempt read them."""
+    """A sealed batch on its way to ClickHouse: `bodies` are its blocks' payloads, if this attempt read them."""
 
     claim: Claim
     bodies: Bodies = field(default_factory=dict)
@@ -72,12 +77,15 @@ class FetchedBatch:
     seconds: float = 0.0
 
 
-def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
+def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
     """Reads a claimed batch's rows by pk, decodes each, and seals what can be exported.
+
+    Rows whose pks were exported before keep their `inserted_at` only if they are proven to be the same events
+    (`core.origins`, which asks ClickHouse); the others go out as new. Batches without such rows cost no question.
 
     Durable effect: the seal (pks, blocks, digest) and the dead letters, in one transaction. A batch that
     is sealed already is left as it is; its rows are read again only if somebody has to send them.
-    Raises `LeaseLost`, `OutboxUnavailable`.
+    Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     started = time.perf_counter()
     batch = outbox.renew(claim, limits.lease_s)
@@ -89,6 +97,7 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
     parts = [_Part(block) for block in batch.blocks]
     last_with_key: dict[int, int] = {}  # by the key's hash: its last row, counted over all parts
     folded: set[int] = set()
+    keys: dict[int, Key] = {}  # by pk, of a requeue only
     kept = found = elsewhere = given_back = sealed_bytes = 0
     oldest_ms: int | None = None
     newest_ms: int | None = None
@@ -119,19 +128,24 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
             last_with_key[place] = kept
             kept += 1
             part.add(row, event.fingerprint)
+            if batch.generation:
+                keys[row.pk] = event.key
             at_ms = event.key[2]
             oldest_ms = at_ms if oldest_ms is None or at_ms < oldest_ms else oldest_ms
             newest_ms = at_ms if newest_ms is None or at_ms > newest_ms else newest_ms
     last_with_key.clear()
 
     folded_pks = PkSet.of(sorted(folded))
+    if keys:
+        parts = _by_origin(outbox, log, batch, parts, folded, keys, limits)
     bodies: Bodies = {}
     blocks: list[Block] = []
     for part in parts:
         pks, payloads, fingerprint = part.without(folded)
         if pks:
-            bodies[part.block.number] = payloads
-            blocks.append(sealed_block(batch.version, part.block, pks, payloads, fingerprint))
+            block = sealed_block(batch.version, part.block, pks, payloads, fingerprint)
+            bodies[block.digest] = payloads
+            blocks.append(block)
     cut = Cut(
         blocks=tuple(blocks),
         pks=pks_of(blocks) | folded_pks,
@@ -146,6 +160,7 @@ def fetch(outbox: Outbox, claim: Claim, limits: Limits) -> FetchedBatch:
         dead_letters=tuple(dead),
         oldest_ms=oldest_ms,
         newest_ms=newest_ms,
+        generation=batch.generation if any(batch.is_requeue(block) for block in blocks) else 0,
     )
     outbox.seal(claim, cut)
     return FetchedBatch(
@@ -183,6 +198,50 @@ class _Part:
         return pks, payloads, fingerprint % 2**64
 
 
+def _by_origin(
+    outbox: Outbox,
+    log: AuditLog,
+    batch: Batch,
+    parts: list[_Part],
+    folded: set[int],
+    keys: dict[int, Key],
+    limits: Limits,
+) -> list[_Part]:
+    """The rows of a requeue in new parts: one for each `inserted_at` that rows are proven to have had, and the rest as new."""
+    for pk in folded:
+        del keys[pk]
+    origins = prove(outbox, log, batch, keys)
+    rows = sorted(
+        (pk, payload, fingerprint)
+        for part in parts
+        for pk, payload, fingerprint in zip(part.pks, part.payloads, part.fingerprints, strict=True)
+        if pk not in folded
+    )
+    new = sum(1 for pk, _, _ in rows if pk not in origins.slots)
+    block_rows = max(SMALLEST_BLOCK_ROWS, -(-new // limits.blocks_per_batch))
+    reserved = iter(outbox.reserve_inserted_at(-(-new // block_rows)) if new else ())
+    by_slot: dict[int, _Part] = {}
+    new_parts: list[_Part] = []
+    for pk, payload, fingerprint in rows:
+        slot_ms = origins.slots.get(pk)
+        if slot_ms is None:
+            if not new_parts or len(new_parts[-1].pks) == block_rows:
+                new_parts.append(_Part(Block(number=0, inserted_at_ms=next(reserved), pks=PkSet(), first=True)))
+            part = new_parts[-1]
+        else:
+            if slot_ms not in by_slot:
+                by_slot[slot_ms] = _Part(Block(number=0, inserted_at_ms=slot_ms, pks=PkSet()))
+            part = by_slot[slot_ms]
+        part.pks.append(pk)
+        part.payloads.append(payload)
+        part.fingerprints.append(fingerprint)
+    again = [*(part for _, part in sorted(by_slot.items())), *new_parts]
+    for number, part in enumerate(again):
+        renewed = origins.renewed & PkSet.of(part.pks) if part.block.first else PkSet()
+        part.block = replace(part.block, number=number, renewed=renewed)
+    return again
+
+
 def _part_of(parts: list[_Part], position: int) -> tuple[_Part, int]:
     """The part that holds the row at this position of the batch, and the row's index in it."""
     for part in parts:
@@ -210,8 +269,8 @@ def _same_event(
 def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
     """Puts every block of a sealed batch into ClickHouse once, and returns the proof.
 
-    `bodies` are the blocks' payloads by number, as `fetch` left them; one that is not there is read again
-    from the outbox and held against the seal. The mapping is emptied on the way.
+    `bodies` are the blocks' payloads by digest, as `fetch` left them; those of a block that are not there are read again
+    from the outbox and compared with the digest. The mapping is emptied on the way.
 
     Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
     token; the ledger's `written`. A first attempt writes at once. Any later one looks first: a block is
@@ -233,9 +292,8 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
         if batch.attempts > 1:
             holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
             # A requeued block shares its inserted_at with the first export: what is there proves nothing.
-            there = [block for block in to_send if batch.generation == 0 and block.inserted_at_ms in holdings]
-            found = len(there)
-            to_send = [block for block in to_send if block not in there]
+            to_send = [block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings]
+            found = len(batch.blocks) - len(to_send)
         batch = _send_all(outbox, log, batch, to_send, bodies, limits)
         batch = outbox.record_written(claim, batch.digest)
     return Receipt(
@@ -269,10 +327,13 @@ def _send_all(
             until_ms = deadline_ms + limits.insert_timeout_s * 1000
             outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
             altered: list[Block] = []
-            for block in to_send:
-                if block.number not in bodies:
+            # What a stopped batch gives back is decided at once.
+            at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
+            group, to_send = to_send[:at_once], to_send[at_once:]
+            for block in group:
+                if block.digest not in bodies:
                     try:
-                        bodies[block.number] = read_payloads(outbox, batch, block)
+                        bodies[block.digest] = read_payloads(outbox, batch, block)
                     except BatchAltered as error:
                         if batch.state is not State.STOPPED:
                             outbox.stop(batch.claim, str(error))
@@ -280,13 +341,13 @@ def _send_all(
                         altered.append(block)
             if batch.state is State.STOPPED:
                 batch = give_back(outbox, batch, altered)
-            sending = [block for block in to_send if block not in altered]
+            sending = [block for block in group if block not in altered]
             answers = [
                 pool.submit(
                     log.insert,
                     batch,
                     block,
-                    bodies.pop(block.number),
+                    bodies.pop(block.digest),
                     deadline_ms=deadline_ms,
                     timeout_s=limits.insert_timeout_s,
                 )
@@ -307,11 +368,12 @@ def _send_all(
                         refused.append((block, refusal))
             if failure is not None:
                 raise failure
-            batch, to_send = recutter.cut(batch, refused, bodies)
+            batch, again = recutter.cut(batch, refused, bodies)
             if outdated:
                 # Refused before anything was read of them; the store knows the server's settings by now.
                 rereads -= 1
-                to_send += [block for block in batch.blocks if block in outdated]
+                again += [block for block in batch.blocks if block in outdated]
+            to_send = [*again, *to_send]
     return batch
 
 

@@ -35,7 +35,7 @@ def linger(
         claims = claiming.claim(outbox, owner=owner, dead_owners=(), limits=limits)
         unmarked = False
         for claim in claims:
-            fetched = export.fetch(outbox, claim, limits)
+            fetched = export.fetch(outbox, log, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
             unmarked |= export.mark(outbox, receipt, limits).left is not None
         if claims:

@@ -73,6 +73,7 @@ class Cut:
     dead_letters: tuple[DeadLetter, ...] = ()
     oldest_ms: int | None = None
     newest_ms: int | None = None
+    generation: int | None = None  # None: as it was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +159,8 @@ class Planning(Protocol):
         """Lets the lease of somebody else's batch end one lease from now."""
         ...
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
-        """The first `rows` pks of pending rows above `after_pk` that no dead letter holds, oldest first."""
+    def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
+        """The first `rows` pks of pending rows from `from_pk` on that no dead letter holds, oldest first."""
         ...
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
@@ -235,8 +236,8 @@ class Outbox(Protocol):
         """Closes the comparison of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
         ...
 
-    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        """Requeues of rows in this range of pks that may have sent something."""
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        """Batches with rows in this range of pks that may have sent something, by ascending id."""
         ...
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
@@ -320,6 +321,12 @@ class AuditLog(Protocol):
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]: ...
 
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...
+
+    def keys_held(
+        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
+    ) -> set[tuple[tuple[str, str, int, str], int]]:
+        """Those of these keys that have an entry under one of these `inserted_at`, and which."""
+        ...
 
     def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         """Those of these pairs of workspace_id and event_id under which there is any entry."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.batch import OPEN, Batch, Holding, State
@@ -28,9 +28,11 @@ from auditexport_pipeline.core.compare import (
     Comparison,
     Key,
     Slot,
+    compare,
     compare_at_rest,
     entries_of,
     keys_absent,
+    slot_at,
     slots_of,
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
@@ -206,13 +208,22 @@ def _batches(
     """Compares the slots of some batches; returns the pks of the rows whose entries are missing."""
     known_slots.update(block.inserted_at_ms for batch in page for block in batch.blocks)
     report.open_batches += sum(1 for batch in page if batch.state in OPEN)
-    # A requeue is looked at with the slot of the first export, wherever that was.
-    firsts = [batch for batch in page if batch.generation == 0 and batch.state not in OPEN and batch.blocks]
-    unverified = [batch for batch in firsts if batch.state is State.EXPORTED]
+    closed = [batch for batch in page if batch.state not in OPEN]
+    unverified = [batch for batch in closed if batch.state is State.EXPORTED]
     if unverified and not dry_run:
         verify(outbox, log, unverified)
         fresh = {batch.batch_id: batch for batch in outbox.batches([batch.batch_id for batch in unverified])}
-        firsts = [fresh.get(batch.batch_id, batch) for batch in firsts]
+        closed = [replace(fresh.get(batch.batch_id, batch), swept=batch.swept) for batch in closed]
+    again = {
+        batch.batch_id: _requeued(outbox, log, batch, erasures, expired_ms)
+        for batch in closed
+        if batch.state is State.DISCREPANT
+    }
+    # A requeue is looked at with the slot of the first export, wherever that was.
+    firsts = [batch for batch in closed if batch.first_blocks]
+    for batch in closed:
+        if not batch.first_blocks and batch.batch_id in again and not again[batch.batch_id] and not dry_run:
+            upkeep.record_reconciled(batch, Discrepancy(), batch.observed)
     if not firsts:
         return PkSet()
     slots = {slot.inserted_at_ms: slot for slot in slots_of(firsts)}
@@ -222,11 +233,11 @@ def _batches(
         line = BatchReport(
             batch_id=batch.batch_id,
             inserted_at_ms=batch.blocks[-1].inserted_at_ms,
-            entries=batch.entries,
+            entries=sum(block.rows for block in batch.first_blocks),
             swept=batch.swept,
         )
         observed = dict(batch.observed)
-        for block in batch.blocks:
+        for block in batch.first_blocks:
             at_ms = block.inserted_at_ms
             if not report.from_ms <= at_ms < report.to_ms:
                 continue
@@ -246,10 +257,24 @@ def _batches(
                 observed[at_ms] = holding  # explained: the next comparison starts from here
         report.found += line.found
         report.batches.append(line)
-        state = State.DISCREPANT if line.found else State.VERIFIED
+        wrong = line.found + again.get(batch.batch_id, Discrepancy())
+        state = State.DISCREPANT if wrong else State.VERIFIED
         if not dry_run and (observed != batch.observed or state is not batch.state):
-            upkeep.record_reconciled(batch, line.found, observed)
+            upkeep.record_reconciled(batch, wrong, observed)
     return PkSet.of(sorted(missing))
+
+
+def _requeued(
+    outbox: Outbox, log: AuditLog, batch: Batch, erasures: Sequence[Erasure], expired_ms: int | None
+) -> Discrepancy:
+    """What ClickHouse lacks of the rows that a batch sent again. The report has it with the slot of their first export."""
+    found = Discrepancy()
+    for block in batch.blocks:
+        if batch.is_requeue(block):
+            expired = expired_ms is not None and block.inserted_at_ms <= expired_ms
+            slot = slot_at(outbox, batch, block)
+            found += compare(outbox, log, slot, erasures=erasures, expired=expired).discrepancy
+    return found
 
 
 def _as_before(slot: Slot, holding: Holding) -> bool:

@@ -62,8 +62,9 @@ def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
     given back, because their copies are not to be called duplicates. From here on the batch is sealed again: its new
     owner is about to send the blocks it kept.
     """
-    if batch.generation:
-        batch = replace(batch, given_back=(*batch.given_back, *altered))
+    again = tuple(block for block in altered if batch.is_requeue(block))
+    if again:
+        batch = replace(batch, given_back=(*batch.given_back, *again))
     kept = tuple(block for block in batch.blocks if block not in altered)
     standing: set[Key] = set()
     if _folded(batch):
@@ -151,7 +152,7 @@ class Recutter:
         self._waiting: list[tuple[Group, Block]] = []
 
     def cut(
-        self, batch: Batch, refused: list[tuple[Block, Refusal]], bodies: dict[int, list[bytes]]
+        self, batch: Batch, refused: list[tuple[Block, Refusal]], bodies: dict[str, list[bytes]]
     ) -> tuple[Batch, list[Block]]:
         """Finds the rows that made ClickHouse refuse these blocks, and cuts the blocks again without them.
 
@@ -174,7 +175,7 @@ class Recutter:
         return batch, again
 
     def _cut_around(
-        self, batch: Batch, block: Block, refusal: Refusal, bodies: dict[int, list[bytes]]
+        self, batch: Batch, block: Block, refusal: Refusal, bodies: dict[str, list[bytes]]
     ) -> tuple[Batch, list[Block]]:
         half = self._halved.get(block.number)
         if half is not None and len(half.rows) > 1:
@@ -239,13 +240,15 @@ class Recutter:
         return self._log.probe(batch.version, payloads, timeout_s=self._limits.insert_timeout_s)
 
     def _halve(
-        self, batch: Batch, block: Block, group: Group, bodies: dict[int, list[bytes]]
+        self, batch: Batch, block: Block, group: Group, bodies: dict[str, list[bytes]]
     ) -> tuple[Batch, list[Block]]:
         """Cuts a block in two, the second half under an `inserted_at` of its own."""
         self._questions.left -= 2
         rows, payloads = _read_sealed(self._outbox, batch, block)
         number = max(other.number for other in batch.blocks) + 1
-        (second_at_ms,) = self._outbox.reserve_inserted_at(1) if batch.generation == 0 else (block.inserted_at_ms,)
+        (second_at_ms,) = (
+            self._outbox.reserve_inserted_at(1) if not batch.is_requeue(block) else (block.inserted_at_ms,)
+        )
         again = []
         for half, part in zip(
             group.halves(), (block, replace(block, number=number, inserted_at_ms=second_at_ms)), strict=True
@@ -272,15 +275,16 @@ class Recutter:
         pks: list[int],
         rows: dict[int, StoredRow],
         payloads: dict[int, bytes],
-        bodies: dict[int, list[bytes]],
+        bodies: dict[str, list[bytes]],
     ) -> Block:
         """The block with these of its rows only, sealed, and its payloads put where the next sending looks."""
         decode = VERSIONS[batch.version].decode
         fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
         body = [payloads[pk] for pk in pks]
         kept = PkSet.of(pks)
-        bodies[block.number] = body
-        return replace(sealed_block(batch.version, block, kept, body, fingerprint), normalised=block.normalised & kept)
+        sealed = sealed_block(batch.version, block, kept, body, fingerprint)
+        bodies[sealed.digest] = body
+        return replace(sealed, normalised=block.normalised & kept, renewed=block.renewed & kept)
 
 
 def _with_parts(batch: Batch, block: Block, parts: list[Block]) -> tuple[Block, ...]:

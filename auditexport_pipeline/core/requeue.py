@@ -1,8 +1,8 @@
 """Requeueing: exporting rows again on purpose, by clearing their marks.
 
 What belongs here: finding the rows that an operator means, leaving out those that must stay, and clearing the
-marks chunk by chunk. What does not: the second export, which the next drain makes: it sees pending rows that a
-closed batch had exported, and sends them as a new generation under their first `inserted_at`.
+marks chunk by chunk. What does not: the second export, which the next drain makes: it sees pending rows whose pks a
+closed batch had, and sends those that are proven to be its events under their first `inserted_at` (`core.origins`).
 
 Clearing a mark by hand in SQL is the same thing, without the record of who and why. Requeueing while a drain
 runs is safe: rows of an open batch are left alone, and a batch never takes a marked row.
@@ -14,8 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import By, RowFilter
-from auditexport_pipeline.core.batch import OPEN, Batch, pks_of
-from auditexport_pipeline.core.compare import compare, keys_absent, slots_of
+from auditexport_pipeline.core.batch import OPEN, Batch
+from auditexport_pipeline.core.compare import compare, keys_absent, pks_still_of, slots_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
@@ -62,7 +62,7 @@ def requeue(
         unknown = sorted(set(wanted.batch_ids) - set(known))
         if unknown:
             raise InvalidConfig(f"batch_ids names {', '.join(map(str, unknown))}, which the ledger does not have")
-        within = PkSet.union(batch.pks for batch in known.values())
+        within = PkSet.union(pks_still_of(outbox, batch) for batch in known.values())
     found = PkSet.union(upkeep.marked(wanted, within))
     return clear(
         outbox,
@@ -128,7 +128,17 @@ def _expired(upkeep: Upkeep, log: AuditLog, batches: Collection[Batch]) -> PkSet
     if kept_ms is None:
         return PkSet()
     too_old_ms = upkeep.now_ms() - kept_ms + LEAST_LEFT_MS
-    return pks_of([block for batch in batches for block in batch.blocks if block.inserted_at_ms < too_old_ms])
+    old = [(batch, block) for batch in batches for block in batch.blocks if block.inserted_at_ms < too_old_ms]
+    if not old:
+        return PkSet()
+    # What a pk stood for in an earlier batch is not what it stands for in the last one.
+    last = {batch.batch_id: PkSet() for batch, _ in old}
+    later = PkSet()
+    for batch in sorted(batches, key=lambda batch: batch.batch_id, reverse=True):
+        if batch.batch_id in last:
+            last[batch.batch_id] = batch.pks - later
+        later |= batch.pks
+    return PkSet.union(block.pks & last[batch.batch_id] for batch, block in old)
 
 
 def _missing(outbox: Outbox, upkeep: Upkeep, log: AuditLog, pks: PkSet, batches: Collection[Batch]) -> PkSet:

@@ -155,7 +155,7 @@ def _last_look(
         baseline = batch.observed.get(block.inserted_at_ms)  # which a requeue does not have
         if expired or (as_sealed and (baseline is None or baseline.content == holding.content)):
             continue
-        if batch.generation:
+        if batch.is_requeue(block):
             found += compare(outbox, log, slot_at(outbox, batch, block), erasures=erasures).discrepancy
         else:
             found += compare_at_rest(outbox, log, batch, block, erasures=erasures).discrepancy
@@ -165,8 +165,13 @@ def _last_look(
 
 
 def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
-    """The rows of this batch that no later batch has exported again, or is about to."""
+    """The rows of this batch that no later batch has exported again, or is about to.
+
+    Where it marked all of them, those with another mark are not its rows: their pks began again.
+    """
     pks = batch.pks
+    if not batch.counts.unmarked and batch.exported_at_ms is not None:
+        pks &= upkeep.stamped(batch.exported_at_ms, (batch.version,))
     for other_id, common in upkeep.held(batch.pks).items():
         if other_id > batch.batch_id:
             pks -= common

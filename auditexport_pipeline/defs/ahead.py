@@ -89,7 +89,7 @@ class _Pipeline:
                 self._room.release()
                 continue
             try:
-                fetched = export.fetch(self._outbox, work.claim, self._limits)
+                fetched = export.fetch(self._outbox, self._log, work.claim, self._limits)
             except BaseException as error:  # whatever it was, it is raised in the step that waits for it
                 self._stopped.set()
                 work.fetched.set_exception(error)
@@ -159,7 +159,7 @@ class Ahead:
     def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
         """`export.fetch`, by this thread or ahead: then without bodies. Raises what `fetch` raises."""
         if claim not in self._planned:
-            return export.fetch(outbox, claim, limits)
+            return export.fetch(outbox, log, claim, limits)
         work = self._pipeline.work(claim) if self._pipeline else None
         if work is None or self._pipeline is None:
             self.close()
@@ -169,7 +169,7 @@ class Ahead:
         try:
             return work.fetched.result()
         except CancelledError:  # another batch failed before the thread came to this one
-            return export.fetch(outbox, claim, limits)
+            return export.fetch(outbox, log, claim, limits)
 
     def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
         """`export.write`, by this thread or ahead. Raises what `write` raises."""

@@ -6,12 +6,18 @@ effects themselves.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import msgspec
 from sqlalchemy import Connection, text
 
 from auditexport_pipeline.core.actions import Action, By
+
+# The column is TEXT: 65,535 bytes.
+LONGEST_SELECTION = 60_000
+# Of a list that does not fit, so many entries are named.
+NAMED_ENTRIES = 100
 
 _ADD = text(
     "INSERT INTO clickhouse_outbox_action (at_ms, verb, who, why, selection, row_count) "
@@ -30,10 +36,34 @@ def record(connection: Connection, verb: str, by: By, selection: Mapping[str, ob
         "verb": verb,
         "who": by.who,
         "why": by.why,
-        "selection": msgspec.json.encode(selection).decode(),
+        "selection": _text_of(selection),
         "rows": rows,
     }
     return int(connection.execute(_ADD, values).lastrowid)
+
+
+def _text_of(selection: Mapping[str, object]) -> str:
+    """The conditions as JSON, as much of them as the column holds: of a list that is too long its first entries, its length
+    and a digest of all of it, and of a long text its beginning.
+    """
+    encoded = msgspec.json.encode(selection)
+    named = NAMED_ENTRIES
+    while len(encoded) > LONGEST_SELECTION:
+        kept: dict[str, object] = {}
+        for name, value in selection.items():
+            whole = msgspec.json.encode(value)
+            if len(whole) <= 64 * max(named, 1):
+                kept[name] = value
+                continue
+            if isinstance(value, (list, tuple)):
+                kept[name] = list(value[:named])
+                kept[f"{name}_count"] = len(value)
+            else:
+                kept[name] = str(value)[: 16 * named]
+            kept[f"{name}_sha256"] = hashlib.sha256(whole).hexdigest()
+        encoded = msgspec.json.encode(kept)
+        named //= 2
+    return encoded.decode()
 
 
 def last(connection: Connection, count: int) -> list[Action]:

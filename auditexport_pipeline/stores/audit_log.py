@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
@@ -37,7 +39,9 @@ from auditexport_pipeline.stores.statements import load
 if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
 
-# Payloads sent for one comparison at a time; a larger one goes alone.
+_Value = TypeVar("_Value")
+
+# Payloads, keys and ids sent with one question at a time; a larger one goes alone.
 CONTENT_BYTES = 1024**2
 # ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
 PARAMETER_CHARACTERS = 30_000
@@ -104,16 +108,46 @@ def _request(statement: bytes, payloads: list[bytes]) -> Generator[bytes, None, 
         yield from in_parts(part)
 
 
-def _portions(payloads: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Consecutive payloads of about `CONTENT_BYTES` together, at least one."""
+def _portions(values: Sequence[_Value], bytes_of: Callable[[_Value], int]) -> Iterator[Sequence[_Value]]:
+    """Consecutive values of about `CONTENT_BYTES` together, at least one."""
     start = size = 0
-    for index, payload in enumerate(payloads):
-        if size and size + len(payload) > CONTENT_BYTES:
-            yield payloads[start:index]
+    for index, value in enumerate(values):
+        value_bytes = bytes_of(value)
+        if size and size + value_bytes > CONTENT_BYTES:
+            yield values[start:index]
             start, size = index, 0
-        size += len(payload)
-    if start < len(payloads):
-        yield payloads[start:]
+        size += value_bytes
+    if start < len(values):
+        yield values[start:]
+
+
+def _key_bytes(key: Sequence[str | int]) -> int:
+    return sum(len(part) if isinstance(part, str) else 20 for part in key) + 20
+
+
+def _in_pieces(name: str, value: str) -> tuple[str, dict[str, str]]:
+    """A text of any length as an expression, and its parameters: ClickHouse takes 128 KB in one."""
+    pieces = {
+        f"{name}_{number}": value[start : start + PARAMETER_CHARACTERS]
+        for number, start in enumerate(range(0, len(value), PARAMETER_CHARACTERS))
+    }
+    whole = ", ".join(["''", *(f"{{{piece}:String}}" for piece in pieces)])
+    return f"concat({whole})", pieces
+
+
+def _with_lists(statement: str, lists: Mapping[str, Sequence[object]]) -> tuple[str, dict[str, str]]:
+    """The statement with its `{name:Array(…)}` parameters given as JSON, in pieces; and the parameters of the pieces.
+
+    A list that is given literally, in a set of a few thousand keys, takes ClickHouse minutes to analyse.
+    """
+    parameters: dict[str, str] = {}
+    for name, values in lists.items():
+        whole, pieces = _in_pieces(name, msgspec.json.encode(values).decode())
+        parameters |= pieces
+        before, _, rest = statement.partition(f"{{{name}:")
+        kind, _, after = rest.partition("}")
+        statement = f"{before}JSONExtract({whole}, '{kind}'){after}"
+    return statement, parameters
 
 
 @lru_cache(maxsize=256)
@@ -181,7 +215,7 @@ class ClickHouseAuditLog:
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
         # Where a proxy keeps ClickHouse's headers to itself, a requeue is proven by what it adds, and a replay of one, which may
         # add nothing, by its content.
-        looks = batch.generation > 0 and not self.connection.headers_arrive
+        looks = batch.is_requeue(block) and not self.connection.headers_arrive
         before = self._rows_at(block) if looks else 0
         kept = [*payloads] if looks and batch.attempts > 1 else []
         acknowledged = self._post(
@@ -216,7 +250,7 @@ class ClickHouseAuditLog:
     def _holds(self, batch: Batch, block: Block, before: int | None, payloads: Sequence[bytes]) -> bool:
         """Whether ClickHouse has taken this block. Of a requeue, presence alone proves nothing."""
         rows = self._rows_at(block)
-        if batch.generation == 0:
+        if not batch.is_requeue(block):
             return rows > 0
         if before is not None and rows >= before + block.rows:
             return True
@@ -266,58 +300,64 @@ class ClickHouseAuditLog:
         if not inserted_at_ms:
             return {}
         found: dict[int, Holding] = {}
-        for version in VERSIONS:
-            result = self.rows(
-                "looking for blocks", _sql("holdings", version), {"inserted_at_ms": list(inserted_at_ms)}
-            )
-            for at_ms, rows, fingerprint, content, copies in result.result_rows:
-                found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
+        lists = {"inserted_at_ms": list(inserted_at_ms)}
+        for at_ms, rows, fingerprint, content, copies in self._look_up("holdings", "looking for blocks", lists):
+            found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
         return found
 
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
-        return self._entries("entries_at", {"inserted_at_ms": inserted_at_ms})
+        return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms})
 
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
-        columns = {
-            "workspaces": [key[0] for key in keys],
-            "buckets": [key[1] for key in keys],
-            "times": [key[2] for key in keys],
-            "events": [key[3] for key in keys],
-        }
-        return self._entries("entries_of", columns) if keys else []
+        return [entry for some in _portions(keys, _key_bytes) for entry in self._entries("entries_of", {"keys": some})]
+
+    def keys_held(
+        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
+    ) -> set[tuple[tuple[str, str, int, str], int]]:
+        held: set[tuple[tuple[str, str, int, str], int]] = set()
+        for some in _portions(keys, _key_bytes):
+            lists: dict[str, Sequence[object]] = {"keys": some, "inserted_at_ms": inserted_at_ms}
+            for row in self._look_up("keys_held", "looking for events", lists):
+                held.add(((row[0], row[1], row[2], row[3]), row[4]))
+        return held
 
     def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         held: set[tuple[str, str]] = set()
-        columns = {"workspaces": [workspace_id for workspace_id, _ in ids], "events": [event_id for _, event_id in ids]}
-        for version in VERSIONS if ids else ():
-            rows = self.rows("looking for events", _sql("ids_held", version), columns)
-            held.update((row[0], row[1]) for row in rows.result_rows)
+        for some in _portions(ids, _key_bytes):
+            lists: dict[str, Sequence[object]] = {"workspaces": sorted({pair[0] for pair in some}), "ids": some}
+            held.update((row[0], row[1]) for row in self._look_up("ids_held", "looking for events", lists))
         return held
 
-    def _entries(self, name: str, parameters: dict[str, Any]) -> list[StoredEntry]:
-        entries: list[StoredEntry] = []
+    def _look_up(
+        self,
+        name: str,
+        what: str,
+        lists: Mapping[str, Sequence[object]] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Iterator[Sequence[Any]]:
+        """The rows of a statement, over the tables of all versions."""
         for version in VERSIONS:
-            rows = self.rows("reading entries", _sql(name, version), parameters).result_rows
-            entries.extend(
-                StoredEntry(
-                    key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6]
-                )
-                for row in rows
-            )
-        return entries
+            statement, pieces = _with_lists(_sql(name, version), lists or {})
+            yield from self.rows(what, statement, {**(parameters or {}), **pieces}).result_rows
+
+    def _entries(
+        self,
+        name: str,
+        lists: Mapping[str, Sequence[object]] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> list[StoredEntry]:
+        return [
+            StoredEntry(key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6])
+            for row in self._look_up(name, "reading entries", lists, parameters)
+        ]
 
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         found: list[int] = []
-        for part in _portions(payloads):
-            text = b"\n".join(part).decode()
-            pieces = {
-                f"payloads_{number}": text[start : start + PARAMETER_CHARACTERS]
-                for number, start in enumerate(range(0, len(text), PARAMETER_CHARACTERS))
-            }
-            whole = ", ".join(["''", *(f"{{{name}:String}}" for name in pieces)])
+        for part in _portions(payloads, len):
+            whole, pieces = _in_pieces("payloads", b"\n".join(part).decode())
             rows = self.rows(
                 "parsing payloads for a comparison",
-                _sql("contents", version).replace("{payloads:String}", f"concat({whole})"),
+                _sql("contents", version).replace("{payloads:String}", whole),
                 {**pieces, "inserted_at_ms": inserted_at_ms},
                 {**INSERT_SETTINGS, **CONTENT_SETTINGS},
             ).result_rows

@@ -24,7 +24,7 @@ SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 SELECT inserted_at, count() AS rows, sum($fingerprint) AS fingerprint, sum($content AS content) AS content_sum,
        rows - uniqExact(content) AS copies
 FROM $table
-WHERE inserted_at IN {inserted_at_ms:Array(Int64)}
+WHERE inserted_at IN (SELECT arrayJoin({inserted_at_ms:Array(Int64)}))
 GROUP BY inserted_at
 
 -- name: entries_at
@@ -34,18 +34,24 @@ FROM $table
 WHERE inserted_at = {inserted_at_ms:Int64}
 
 -- name: entries_of
--- Primary key: the four arrays are the sort key's columns, zipped.
+-- Primary key: the set is built before the table is read.
 SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
 FROM $table
-WHERE (workspace_id, bucket, time, event_id) IN
-  arrayZip({workspaces:Array(String)}, {buckets:Array(String)}, {times:Array(Int64)}, {events:Array(String)})
+WHERE (workspace_id, bucket, time, event_id) IN (SELECT arrayJoin({keys:Array(Tuple(String, String, Int64, String))}))
+
+-- name: keys_held
+-- Primary key, and the minmax index on inserted_at. Reads no column but these five.
+SELECT DISTINCT workspace_id, bucket, time, event_id, inserted_at
+FROM $table
+WHERE (workspace_id, bucket, time, event_id) IN (SELECT arrayJoin({keys:Array(Tuple(String, String, Int64, String))}))
+  AND inserted_at IN (SELECT arrayJoin({inserted_at_ms:Array(Int64)}))
 
 -- name: ids_held
 -- Primary key by workspace, which is the sort key's first column. For rows of which nothing but these two ids is known.
 SELECT DISTINCT workspace_id, event_id
 FROM $table
-WHERE workspace_id IN {workspaces:Array(String)}
-  AND (workspace_id, event_id) IN arrayZip({workspaces:Array(String)}, {events:Array(String)})
+WHERE workspace_id IN (SELECT arrayJoin({workspaces:Array(String)}))
+  AND (workspace_id, event_id) IN (SELECT arrayJoin({ids:Array(Tuple(String, String))}))
 
 -- name: contents
 -- The payloads through the same parser and the same SELECT as an INSERT, into the columns' types, and hashed as

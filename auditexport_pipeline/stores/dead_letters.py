@@ -84,9 +84,10 @@ def page(
 
     Source: one index of `clickhouse_outbox_dead_letter`, by the narrowest condition; no lock, no payload.
     """
-    edge = None if beyond_pk is None else ("below" if newest_first else "above")
+    edge = None if beyond_pk is None else ("below" if newest_first else "from")
     direction = "DESC" if newest_first else "ASC"
-    values = {**_values(which), "edge_pk": beyond_pk, "row_limit": letters}
+    from_pk = beyond_pk if beyond_pk is None or newest_first else beyond_pk + 1
+    values = {**_values(which), "edge_pk": from_pk, "row_limit": letters}
     with outbox.transaction("listing dead letters") as connection:
         return [_letter(row) for row in connection.execute(_about("page", which, edge, direction=direction), values)]
 
@@ -119,7 +120,8 @@ def show(outbox: MySQLOutbox, pk: int, *, with_payload: bool = False) -> LetterD
             return None
         letter = _letter(row)
         action = connection.execute(_sql("action"), {"action_id": letter.action_id}).one_or_none()
-        payload = connection.execute(_sql("payload"), {"pk": pk}).scalar() if with_payload else None
+        wanted = with_payload and row.outbox_pk is not None
+        payload = connection.execute(_sql("payload"), {"pk": pk}).scalar() if wanted else None
     here = RowState.PENDING if row.deleted_at is None else RowState.EXPORTED
     return LetterDetails(
         letter=letter,
@@ -202,18 +204,18 @@ def _act(
 
 def _chunks(outbox: MySQLOutbox, which: Which, state: LetterState | None = None) -> Iterator[PkSet]:
     """The pks of the letters that are meant, in chunks, each read when it is asked for."""
-    after_pk = 0
+    from_pk = 0
     given = list(which.pks.chunks(CHUNK_LETTERS)) if which.pks is not None else [None]
     for part in given:
         while True:
             chosen = which.in_state(state or which.state).of_pks(part)
-            values = {**_values(chosen), "edge_pk": after_pk, "row_limit": CHUNK_LETTERS}
+            values = {**_values(chosen), "edge_pk": from_pk, "row_limit": CHUNK_LETTERS}
             with outbox.transaction("finding dead letters") as connection:
-                pks = PkSet.of(connection.execute(_about("page_pks", chosen, "above"), values).scalars())
+                pks = PkSet.of(connection.execute(_about("page_pks", chosen, "from"), values).scalars())
             if not pks:
                 break
             yield pks
-            after_pk = pks.last
+            from_pk = pks.last + 1
 
 
 def _locked(connection: Connection, pks: PkSet, states: Sequence[LetterState]) -> PkSet:

@@ -4,13 +4,16 @@
 -- $source, $conditions, $column and $direction stand for pieces of this file and never for data (`stores/dead_letters.py`).
 
 -- name: add
--- Primary key. A row whose retry failed again reopens its letter. Nothing but parameters between the parentheses:
+-- Primary key. A row whose retry failed again reopens its letter; another row of the same pk takes its place. Nothing but parameters between the parentheses:
 -- only then does PyMySQL send many rows as one statement: a batch of 100,000 bad rows was fetched in 3.5 s instead of 8.
 INSERT INTO clickhouse_outbox_dead_letter
   (pk, state, version, workspace_id, event_id, reason, json_path, detail, batch_id, created_at_ms, updated_at_ms)
 VALUES
   (:pk, :state, :version, :workspace_id, :event_id, :reason, :json_path, :detail, :batch_id, :now_ms, :now_ms)
 ON DUPLICATE KEY UPDATE
+  created_at_ms = IF(version = VALUES(version) AND workspace_id = VALUES(workspace_id) AND event_id = VALUES(event_id),
+                     created_at_ms, VALUES(created_at_ms)),
+  version = VALUES(version), workspace_id = VALUES(workspace_id), event_id = VALUES(event_id),
   state = VALUES(state), reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
   batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
 
@@ -41,13 +44,13 @@ clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
 letter.state = :state
 
 -- name: where.workspace_id
-letter.workspace_id = :workspace_id
+letter.workspace_id = :workspace_id AND CAST(letter.workspace_id AS BINARY) = CAST(:workspace_id AS BINARY)
 
 -- name: where.reason
 letter.reason = :reason
 
 -- name: where.version
-letter.version = :version
+letter.version = :version AND CAST(letter.version AS BINARY) = CAST(:version AS BINARY)
 
 -- name: where.older_than_s
 letter.created_at_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :older_than_s
@@ -55,8 +58,8 @@ letter.created_at_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :
 -- name: where.pks
 letter.pk IN :pks
 
--- name: where.above
-letter.pk > :edge_pk
+-- name: where.from
+letter.pk >= :edge_pk
 
 -- name: where.below
 letter.pk < :edge_pk
@@ -83,7 +86,12 @@ GROUP BY letter.$column ORDER BY n DESC, name LIMIT :row_limit
 SELECT letter.pk, letter.state, letter.version, letter.workspace_id, letter.event_id, letter.reason, letter.json_path,
        letter.detail, letter.batch_id, letter.created_at_ms, letter.updated_at_ms, letter.action_id,
        outbox.pk AS outbox_pk, outbox.deleted_at
-FROM clickhouse_outbox_dead_letter AS letter LEFT JOIN clickhouse_outbox AS outbox ON outbox.pk = letter.pk
+FROM clickhouse_outbox_dead_letter AS letter
+LEFT JOIN clickhouse_outbox AS outbox
+  ON outbox.pk = letter.pk
+  AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+  AND CAST(CONVERT(outbox.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+  AND CAST(CONVERT(outbox.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
 WHERE letter.pk = :pk
 
 -- name: payload
@@ -99,8 +107,15 @@ SELECT pk FROM clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
 WHERE pk IN :pks AND state IN :states ORDER BY pk FOR UPDATE
 
 -- name: pending
--- Primary key, point by point; no lock on the outbox. A row that goes in between leaves a letter that says `retried`.
-SELECT pk FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at IS NULL ORDER BY pk
+-- Primary keys, point by point; no lock on the outbox. A row that goes in between leaves a letter that says `retried`.
+-- Another row of the same pk is not the letter's.
+SELECT letter.pk FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+  ON held.pk = letter.pk AND held.deleted_at IS NULL
+  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+WHERE letter.pk IN :pks ORDER BY letter.pk
 
 -- name: change
 -- Primary key; under lock, in the transaction of the action.

@@ -155,6 +155,7 @@ class MySQLOutbox:
                     "inserted_at_ms": max((block.inserted_at_ms for block in cut.blocks), default=0),
                     "oldest_ms": cut.oldest_ms,
                     "newest_ms": cut.newest_ms,
+                    "generation": cut.generation,
                 },
             )
             dead_letters.add(connection, claim, cut.dead_letters)
@@ -255,9 +256,9 @@ class MySQLOutbox:
                 },
             )
 
-    def requeued_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        with self.transaction("reading requeues") as connection:
-            found = connection.execute(SQL["requeued_over"], {"first_pk": first_pk, "last_pk": last_pk})
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        with self.transaction("reading the ledger") as connection:
+            found = connection.execute(SQL["sent_over"], {"first_pk": first_pk, "last_pk": last_pk})
             return [batch_of(row) for row in found]
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
@@ -330,11 +331,11 @@ class MySQLPlanning:
             adopted=True,
         )
 
-    def candidates(self, version: str, after_pk: int, rows: int) -> PkSet:
-        page = {"version": version, "after_pk": after_pk, "row_limit": rows}
+    def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
+        page = {"version": version, "from_pk": from_pk, "row_limit": rows}
         pks = PkSet(tuple(self._read("candidates", page)))
         first_letter, last_letter = self._standing_letters
-        if pks and first_letter <= pks.last and last_letter >= pks.first:
+        if pks and first_letter <= last_letter and first_letter <= pks.last and last_letter >= pks.first:
             return PkSet(tuple(self._read("candidates_beside_letters", page)))
         return pks
 

@@ -34,12 +34,14 @@ ORDER BY batch_id
 -- sort. No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
 -- Covered by the index: measuring payloads here read every row twice and took a tenth of a drain.
 -- The answer is runs of consecutive pks, made here: reading pks one by one took three times as long.
+-- The index compares versions by the column's collation, which may pad, fold case or ignore letters: so once more by bytes.
 SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk
 FROM (
-  SELECT pk, pk - ROW_NUMBER() OVER (ORDER BY pk) AS run
+  SELECT pk, pk - (ROW_NUMBER() OVER (ORDER BY pk) - 1) AS run
   FROM (
     SELECT pk FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
-    WHERE deleted_at IS NULL AND version = :version AND pk > :after_pk
+    WHERE deleted_at IS NULL AND version = :version AND pk >= :from_pk
+      AND CAST(CONVERT(version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
     ORDER BY pk
     LIMIT :row_limit
   ) AS page
@@ -62,15 +64,22 @@ FROM (
 -- name: candidates_beside_letters
 -- The same where dead letters may lie among the rows: they do not count for the limit. Asking for each row's letter takes
 -- half as long again, so not otherwise. By their primary key: NOT EXISTS would begin with all letters there ever were.
+-- A letter holds the row that it was made of and no other of the same pk, so a row that has a letter is read itself.
 SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk
 FROM (
-  SELECT pk, pk - ROW_NUMBER() OVER (ORDER BY pk) AS run
+  SELECT pk, pk - (ROW_NUMBER() OVER (ORDER BY pk) - 1) AS run
   FROM (
     SELECT outbox.pk
     FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
     LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
       ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
-    WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk > :after_pk AND letter.pk IS NULL
+    LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+      ON held.pk = letter.pk
+      AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+      AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+      AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+    WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND outbox.pk >= :from_pk AND held.pk IS NULL
+      AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
     ORDER BY outbox.pk
     LIMIT :row_limit
   ) AS page
@@ -166,7 +175,7 @@ ORDER BY pk
 -- Primary key; under fence. A stopped batch that is cut again is a sealed one again: what its new owner has sent
 -- can be running, so rows that change from here on stop it once more.
 UPDATE clickhouse_outbox_batch
-SET state = 'sealed',
+SET state = 'sealed', generation = COALESCE(:generation, generation),
     sealed_at_ms = COALESCE(sealed_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)),
     row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
     pks = :pks, manifest = :manifest, counts = :counts, digest = :digest,
@@ -265,12 +274,12 @@ SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts
        oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
--- name: requeued_over
--- last_pk_idx; no lock. Requeues of rows in this range of pks that may have sent something.
+-- name: sent_over
+-- last_pk_idx; no lock. Batches with rows in this range of pks that may have sent something.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch
-WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND generation > 0
+WHERE last_pk >= :first_pk AND first_pk <= :last_pk
   AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
 ORDER BY batch_id
 
@@ -283,10 +292,27 @@ WHERE batch_id = :batch_id AND state = 'exported' AND digest = :digest
 -- ── the backlog probe: O(1) in the size of the table ────────────────────────────────────────────
 
 -- name: count_pending
--- drainer_pending_idx, covering; stops at row_limit.
+-- drainer_pending_idx, covering; stops at row_limit. By bytes too, as `candidates`.
 SELECT COUNT(*) AS n FROM
   (SELECT 1 FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
-   WHERE deleted_at IS NULL AND version = :version LIMIT :row_limit) AS pending
+   WHERE deleted_at IS NULL AND version = :version
+     AND CAST(CONVERT(version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
+   LIMIT :row_limit) AS pending
+
+-- name: count_beside_letters
+-- The same without the rows that dead letters hold, as `candidates_beside_letters`.
+SELECT COUNT(*) AS n FROM
+  (SELECT 1 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
+   LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+     ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
+   LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+     ON held.pk = letter.pk
+     AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+     AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+     AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+   WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND held.pk IS NULL
+     AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
+   LIMIT :row_limit) AS pending
 
 -- name: oldest_pending
 -- drainer_pending_idx in order, first row that no dead letter holds.
@@ -294,7 +320,13 @@ SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - outbox.created_at AS lag_
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
 LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
   ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND letter.pk IS NULL
+LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+  ON held.pk = letter.pk
+  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND held.pk IS NULL
+  AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
 ORDER BY outbox.pk LIMIT 1
 
 -- name: pending_version_to_empty
@@ -306,6 +338,13 @@ WHERE deleted_at IS NULL AND version <= '' ORDER BY version LIMIT 1
 -- drainer_pending_idx, one step per version present.
 SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
 WHERE deleted_at IS NULL AND version > :version ORDER BY version LIMIT 1
+
+-- name: versions_like
+-- drainer_pending_idx, covering; stops after row_limit rows. What the column's collation takes for one version, by bytes.
+SELECT CAST(CONVERT(version USING utf8mb4) AS BINARY) AS exact, COUNT(*) AS n FROM
+  (SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+   WHERE deleted_at IS NULL AND version = :version LIMIT :row_limit) AS pending
+GROUP BY exact
 
 -- name: count_dead
 -- letter_version_idx in its own order, covering.

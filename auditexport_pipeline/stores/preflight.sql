@@ -49,6 +49,14 @@ SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms, inserted_at_ms,
          AS stamped_ms
 FROM clickhouse_outbox_batch WHERE batch_id = 0
 
+-- name: mysql_next_pk
+-- The catalogue as it is now: MySQL's information_schema may answer with what it was yesterday.
+SHOW CREATE TABLE clickhouse_outbox
+
+-- name: last_exported_pk
+-- last_pk_idx, its last entry.
+SELECT MAX(last_pk) AS last_pk FROM clickhouse_outbox_batch
+
 -- name: largest_pending
 -- drainer_pending_idx for the oldest few, whose payloads are then measured one by one. Beyond max_allowed_packet
 -- MySQL reads a JSON as an empty text, with a warning and no error; MariaDB reads NULL through our CAST.

@@ -88,6 +88,9 @@ def look_at_tables(connection: Connection, grants: MySQLGrants, database: str, r
     readable = LEDGER in MYSQL_GRANTS[role] and not grants.lacking(database, LEDGER, ("SELECT",))
     if readable and {"batch_id", "inserted_at_ms"} <= columns[LEDGER].keys():
         yield from look_at_head(connection)
+    sees_outbox = OUTBOX in MYSQL_GRANTS[role] and not grants.lacking(database, OUTBOX, ("SELECT",))
+    if readable and sees_outbox and OUTBOX in columns and "last_pk" in columns[LEDGER]:
+        yield look_at_pks(connection)
 
 
 def _triggers(connection: Connection) -> Look:
@@ -259,6 +262,29 @@ def look_at_head(connection: Connection) -> Iterator[Look]:
         fatal=head.inserted_at_ms > LAST_STAMP_MS,
     )
     yield Look(about=about, seen=seen, findings=(finding,))
+
+
+def look_at_pks(connection: Connection) -> Look:
+    """Whether the outbox hands out pks that batches of the ledger had already."""
+    about = "pks of the outbox"
+    created = str(connection.exec_driver_sql(_SQL["mysql_next_pk"]).one()[1])
+    last_pk = connection.exec_driver_sql(_SQL["last_exported_pk"]).scalar()
+    if "AUTO_INCREMENT" not in created or last_pk is None:
+        return Look(about=about, seen="nothing to compare")
+    found = re.search(r"\bAUTO_INCREMENT=(\d+)", created.rpartition(")")[2])
+    next_pk = int(found[1]) if found else 1
+    seen = f"the next is {next_pk:,}, the ledger's last {last_pk:,}"
+    if next_pk > last_pk:
+        return Look(about=about, seen=seen)
+    finding = Finding(
+        what=f"{OUTBOX}'s pks repeat: the next one is {next_pk:,}, and batches of the ledger had pks up to {last_pk:,} (a "
+        "TRUNCATE, a new table, AUTO_INCREMENT set back, or a restore)",
+        breaks="new events are exported as such, each after a look whether it is a repetition; what ClickHouse has lost of "
+        "earlier batches cannot be exported again from here",
+        fix=f"nothing has to be done; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} saves the looks",
+        fatal=False,
+    )
+    return Look(about=about, seen=seen, findings=(finding,))
 
 
 def can_be_sampled(connection: Connection) -> bool:

@@ -33,7 +33,13 @@ SELECT outbox.pk
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
 LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
   ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND letter.pk IS NULL
+LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+  ON held.pk = letter.pk
+  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND held.pk IS NULL
+  AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
 ORDER BY outbox.pk LIMIT :row_limit
 
 -- name: mysql.lag

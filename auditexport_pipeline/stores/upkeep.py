@@ -23,16 +23,16 @@ from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of
 from auditexport_pipeline.stores.statements import load
 
 _LISTS = {
-    "stamped": "versions",
-    "dead_among": "pks",
-    "marked_between": "event_ids",
-    "workspaces_in": "pks",
-    "unmark_in": "pks",
-    "count_due_in": "pks",
-    "delete_in": "pks",
+    "stamped": ("versions", "exact_versions"),
+    "dead_among": ("pks",),
+    "marked_between": ("event_ids",),
+    "workspaces_in": ("pks",),
+    "unmark_in": ("pks",),
+    "count_due_in": ("pks",),
+    "delete_in": ("pks",),
 }
 SQL: dict[str, TextClause] = {
-    name: text(statement).bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else text(statement)
+    name: text(statement).bindparams(*(bindparam(each, expanding=True) for each in _LISTS.get(name, ())))
     for name, statement in load("upkeep.sql").items()
 }
 # Rows looked at by one statement of a scan: a few megabytes of pages, some ten milliseconds.
@@ -109,7 +109,12 @@ class MySQLUpkeep:
 
     def stamped(self, stamp_ms: int, versions: Sequence[str]) -> PkSet:
         with self.outbox.transaction("reading marks") as connection:
-            rows = connection.execute(SQL["stamped"], {"stamp_ms": stamp_ms, "versions": list(versions)})
+            values = {
+                "stamp_ms": stamp_ms,
+                "versions": list(versions),
+                "exact_versions": [v.encode() for v in versions],
+            }
+            rows = connection.execute(SQL["stamped"], values)
             return PkSet.of(row.pk for row in rows)
 
     def dead_among(self, pks: PkSet) -> PkSet:
@@ -280,7 +285,7 @@ def _conditions(wanted: RowFilter) -> dict[str, object]:
     return {
         "workspace_id": wanted.workspace_id,
         "any_event": 0 if wanted.event_ids else 1,
-        "event_ids": list(wanted.event_ids) or [""],
+        "event_ids": [event_id.encode() for event_id in wanted.event_ids] or [b""],
         "from_event_ms": wanted.from_event_ms,
         "to_event_ms": wanted.to_event_ms,
     }

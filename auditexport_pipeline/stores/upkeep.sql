@@ -55,7 +55,8 @@ SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WH
 -- name: stamped
 -- drainer_pending_idx, covering; sorted.
 SELECT pk FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
-WHERE deleted_at = :stamp_ms AND version IN :versions ORDER BY pk
+WHERE deleted_at = :stamp_ms AND version IN :versions
+  AND CAST(CONVERT(version USING utf8mb4) AS BINARY) IN :exact_versions ORDER BY pk
 
 -- name: stamped_between
 -- drainer_pending_idx, covering; sorted.
@@ -64,7 +65,13 @@ WHERE deleted_at >= :from_ms AND deleted_at < :to_ms ORDER BY pk
 
 -- name: dead_among
 -- Primary key, point by point; no lock.
-SELECT pk FROM clickhouse_outbox_dead_letter WHERE pk IN :pks AND state != 'retried' ORDER BY pk
+SELECT letter.pk FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
+JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
+  ON held.pk = letter.pk
+  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
+  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
+  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+WHERE letter.pk IN :pks AND letter.state != 'retried' ORDER BY letter.pk
 
 -- name: outbox_ends
 -- Primary key, both ends.
@@ -75,11 +82,12 @@ SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk FROM clickhouse_outbox
 SELECT MIN(pk) AS pk FROM clickhouse_outbox WHERE pk >= :pk
 
 -- name: marked_between
--- Primary key range; no lock. A condition that is not asked for is a constant.
+-- Primary key range; no lock. A condition that is not asked for is a constant. Ids are compared by bytes: whatever a
+-- collation calls equal, another tenant's rows are not meant.
 SELECT pk FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
-  AND (:workspace_id IS NULL OR workspace_id = :workspace_id)
-  AND (:any_event = 1 OR event_id IN :event_ids)
+  AND (:workspace_id IS NULL OR CAST(CONVERT(workspace_id USING utf8mb4) AS BINARY) = CAST(:workspace_id AS BINARY))
+  AND (:any_event = 1 OR CAST(CONVERT(event_id USING utf8mb4) AS BINARY) IN :event_ids)
   AND (:from_event_ms IS NULL OR CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED) >= :from_event_ms)
   AND (:to_event_ms IS NULL OR CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED) < :to_event_ms)
 ORDER BY pk

@@ -62,7 +62,7 @@ def _drained(stack: LocalStack, name: str, bad_rows: int) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         for claim in claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits):
-            fetched = export.fetch(stack.outbox, claim, limits)
+            fetched = export.fetch(stack.outbox, stack.log, claim, limits)
             export.mark(stack.outbox, export.write(stack.outbox, log, claim, fetched.bodies, limits), limits)
     finally:
         for what in counted:

@@ -104,7 +104,7 @@ def _drain(
         claiming.FIRST_BATCH_ROWS = first
     for claim in claims:
         under("fetch")
-        fetched = export.fetch(stack.outbox, claim, limits)
+        fetched = export.fetch(stack.outbox, stack.log, claim, limits)
         under("write")
         receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies if hands_over else {}, limits)
         under("mark")

@@ -81,7 +81,7 @@ def drain_for(mysql_url: str, clickhouse_url: str, seconds: float, rows_per_s: i
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         for claim in claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits):
-            fetched = export.fetch(outbox, claim, limits)
+            fetched = export.fetch(outbox, log, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
             export.mark(outbox, receipt, limits)
             if time.monotonic() > until:

@@ -87,7 +87,7 @@ def _drain(stack: LocalStack, stages: Stages) -> None:
         claims = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
     for claim in claims:
         with stages.stage("fetch: read, decode, seal"):
-            fetched = export.fetch(outbox, claim, limits)
+            fetched = export.fetch(outbox, log, claim, limits)
         (sealed,) = outbox.batches([claim.batch_id])
         with stages.stage("read again, on a worker"):
             for block in sealed.blocks:

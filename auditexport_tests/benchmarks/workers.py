@@ -119,7 +119,7 @@ def _work(urls: tuple[str, str], limits: Limits, claims: Any, done: Any) -> None
     outbox.open_owners()
     done.put(None)  # connected
     while (claim := claims.get()) is not None:
-        export.fetch(outbox, claim, limits)
+        export.fetch(outbox, log, claim, limits)
         # Nothing is handed over: between steps in different processes the rows are only in the outbox.
         export.mark(outbox, export.write(outbox, log, claim, {}, limits), limits)
         done.put(claim.batch_id)

@@ -297,7 +297,11 @@ def _drain(run: Run, told: Told) -> None:
 
     def export_batch(claim: Claim) -> bool:
         fetched = step(
-            lambda: ahead.fetch(outbox, writing_log, claim, limits) if ahead else export.fetch(outbox, claim, limits)
+            lambda: (
+                ahead.fetch(outbox, writing_log, claim, limits)
+                if ahead
+                else export.fetch(outbox, writing_log, claim, limits)
+            )
         )
         if fetched is None:
             return False
@@ -344,7 +348,7 @@ def _marked_first(outbox: Any, log: Any, claim: Claim, bodies: Any, limits: Limi
     export.mark(outbox, receipt, limits)
     for block in batch.blocks:
         deadline_ms = log.deadline_ms(limits.lease_s)
-        payloads = bodies.get(block.number)
+        payloads = bodies.get(block.digest)
         if payloads:
             log.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=limits.insert_timeout_s)
     return receipt
