@@ -33,7 +33,13 @@ from auditexport_pipeline.stores.clickhouse_connection import (
     connection_arguments,
     translated,
 )
-from auditexport_pipeline.stores.clickhouse_settings import CONTENT_SETTINGS, INSERT_SETTINGS, Value, stated
+from auditexport_pipeline.stores.clickhouse_settings import (
+    CONTENT_SETTINGS,
+    EVERYWHERE,
+    INSERT_SETTINGS,
+    Value,
+    stated,
+)
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
@@ -286,7 +292,7 @@ class ClickHouseAuditLog:
         connection = self.connection
         with translated(what, sending=sending):
             try:
-                wanted = {**INSERT_SETTINGS, **connection.replica_settings, **settings}
+                wanted = {**EVERYWHERE, **INSERT_SETTINGS, **connection.replica_settings, **settings}
                 statement = _bound(_sql(name, version), parameters, stated(wanted, connection.listed()))
                 return connection.insert(_request(statement, payloads), timeout_s=timeout_s)
             except ServerError as error:

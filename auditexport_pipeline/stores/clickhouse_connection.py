@@ -253,10 +253,10 @@ class Connection:
         arguments = connection_arguments(url)
         check_certificates(arguments)
         scheme, host, port = arguments["interface"], arguments["host"], arguments["port"]
-        self.where = f"{host}:{port}"
+        self.where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.database: str = arguments["database"]
         self.replica_settings: dict[str, Value] = arguments.get("settings", {})
-        self._base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
+        self._base = f"{scheme}://{self.where}/"
         self._proxy = check_env_proxy(scheme, host, port)
         files: dict[str, Any] = {name: arguments[name] for name in TLS_FILES if name in arguments}
         proxy: dict[str, Any] = {f"{scheme}_proxy": self._proxy} if self._proxy else {}
@@ -566,11 +566,14 @@ def _no_answer(error: BaseException, tls: bool, wait_s: float, proxy: str | None
             "Check what keeps ClickHouse busy (system.processes), and proxies",
             sent=True,
         )
-    if (
-        among(ConnectionResetError, BrokenPipeError, http.client.RemoteDisconnected, exceptions.IncompleteRead)
-        is not None
-    ):
-        also = "" if tls else f", and {tls_port}"
+    if (tunnel := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, causes)))) is not None:
+        return NoAnswer(
+            f"the proxy refused the way{through} (HTTP {tunnel[1]})",
+            "Check http_proxy and https_proxy in the environment",
+            sent=False,
+        )
+    if among(ConnectionResetError, BrokenPipeError, http.client.HTTPException, exceptions.ProtocolError) is not None:
+        also = "" if tls else ", and, where the port is its https_port (8443), let the URL begin with https://"
         return NoAnswer(
             f"the connection was closed before the answer was whole{through}",
             f"Check that ClickHouse runs{also}",

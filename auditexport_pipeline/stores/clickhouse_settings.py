@@ -19,7 +19,7 @@ DEFAULT = "DEFAULT"
 
 # What every statement of ours says. `compatibility` stands first: it takes back what an older default would change, and
 # leaves alone what a profile names itself, which is why the others are named too.
-_EVERYWHERE: dict[str, Value] = {
+EVERYWHERE: dict[str, Value] = {
     "compatibility": "",
     # Each adds a clause, a filter or an end to statements that have none.
     "limit": 0,
@@ -110,15 +110,14 @@ _EVERYWHERE: dict[str, Value] = {
 }
 
 READ_SETTINGS: dict[str, Value] = {
-    **_EVERYWHERE,
+    **EVERYWHERE,
     # Ours is the form of the answer too: JSON, and valid whatever bytes somebody else's entry holds.
     "output_format_json_validate_utf8": 1,
     "http_write_exception_in_output_format": 0,
 }
 
-# What an INSERT carries, each because leaving it to the server's default changes or loses something.
+# What an INSERT says beside `EVERYWHERE`, each because leaving it to the server's default changes or loses something.
 INSERT_SETTINGS: dict[str, Value] = {
-    **_EVERYWHERE,
     "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
     "insert_deduplicate": 1,
     # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
