@@ -24,8 +24,21 @@ PARTS = ("core", "stores", "report", "cli", "defs")
 # The methods and functions by which SQL reaches a driver, and the keywords that they take it under.
 SINKS = {
     *("text", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
-    *("command", "query", "raw_query", "raw_insert", "raw_stream", "query_df", "query_np", "query_arrow"),
+    *(
+        "command",
+        "query",
+        "raw_query",
+        "raw_insert",
+        "raw_stream",
+        "query_df",
+        "query_np",
+        "query_arrow",
+        "insert",
+        "rows",
+    ),
 }
+# Those that take it second, after what it is for.
+SECOND = {"rows"}
 SQL_KEYWORDS = {"statement", "query", "cmd", "insert_block", "text"}
 # Statements by name, as `statements.load` reads them from a file beside the store.
 NAMED = {"SQL", "_SQL", "_PIECES"}
@@ -51,6 +64,7 @@ ALLOWED = {
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
     ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
     ("stores/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
+    ("stores/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
     ("stores/audit_log.py", "_sql(…)"): "a statement of audit_log.sql by name, with the pieces of a registered version",
     ("stores/audit_log.py", "_request(…)"): "`_bound` writes integers into it, through int(); the payloads are data",
     ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', f'concat({whole})')"): (
@@ -61,6 +75,9 @@ ALLOWED = {
     ),
     ("stores/setup.py", "statement"): "setup.sql, or a version's own ddl, with an engine and a setting, both constants",
     ("stores/report.py", "_by_hour(…)"): "report.sql with the table of a registered version",
+    ("stores/preflight_clickhouse.py", "Template(_SQL['clickhouse_filters']).substitute(table=table)"): (
+        "preflight.sql with the name of our table, a constant"
+    ),
     (
         "stores/preflight_clickhouse.py",
         "f'CHECK GRANT {privilege} ON {table}'",
@@ -77,7 +94,11 @@ def handed_over(source: str) -> list[str]:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name not in SINKS:
             continue
-        given = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg in SQL_KEYWORDS)]
+        place = 1 if name in SECOND else 0
+        given = [
+            *node.args[place : place + 1],
+            *(keyword.value for keyword in node.keywords if keyword.arg in SQL_KEYWORDS),
+        ]
         found.extend(_shown(expression) for expression in given if not _is_ours(expression))
     return found
 
