@@ -67,8 +67,14 @@ ALLOWED = {
     ("stores/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
     ("stores/audit_log.py", "_sql(…)"): "a statement of audit_log.sql by name, with the pieces of a registered version",
     ("stores/audit_log.py", "_request(…)"): "`_bound` writes integers into it, through int(); the payloads are data",
-    ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', f'concat({whole})')"): (
+    ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', whole)"): (
         "numbered parameters, as many as there are portions"
+    ),
+    ("stores/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
+    ("stores/blockers.py", "statement"): "from blockers.sql, when the module is imported",
+    ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}'"): "a constant of the module",
+    ("stores/blockers.py", "f'SELECT {column} FROM {table} WHERE {column} = {int(value)} FOR UPDATE'"): (
+        "our own tables and their keys, and an integer through int()"
     ),
     ("stores/setup.py", "Template(_SQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
