@@ -34,7 +34,14 @@ LAST_DRAINS = 12
 THEME_WITHIN_S = 60.0
 # Hits that are told by their victims, and the action that brings them about.
 BROUGHT_ABOUT_BY = {"deadlock": "lock rows", "lock wait": "lock ledger", "window overflowed": "kill run"}
-EXPECTED_ERRORS = {"OutboxUnavailable", "AuditLogUnavailable", "InsertOutcomeUnknown", "LeaseLost", "BatchAltered"}
+EXPECTED_ERRORS = {
+    "OutboxUnavailable",
+    "AuditLogUnavailable",
+    "ForeignAnswer",
+    "InsertOutcomeUnknown",
+    "LeaseLost",
+    "BatchAltered",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
