@@ -940,14 +940,16 @@ def test_a_key_given_twice_is_exported_in_normal_form(stack: Stack) -> None:
     assert stack.outbox.dead_by_reason() == {}
 
 
-def test_rows_against_a_constraint_of_the_table_become_dead_letters(stack: Stack) -> None:
+def test_rows_against_a_constraint_of_the_table_are_held(stack: Stack) -> None:
     """The parser takes them and the table does not, so parsing alone finds no culprit: the block is halved."""
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK description != 'x'")
     payloads = [payload_of(f"evt_{n}", description="x" if n in (0, 7, 8, 39) else "y") for n in range(40)]
     pks = put(stack, *payloads)
     run(stack)
 
-    letters = stack.sql("SELECT pk, reason, detail FROM clickhouse_outbox_dead_letter ORDER BY pk")
+    letters = stack.sql("SELECT pk, state, reason, detail FROM clickhouse_outbox_dead_letter ORDER BY pk")
     assert [letter.pk for letter in letters] == [pks[n] for n in (0, 7, 8, 39)]
-    assert {(letter.reason, "469" in str(letter.detail)) for letter in letters} == {("refused_by_clickhouse", True)}
+    assert {(letter.state, letter.reason, str(letter.detail)) for letter in letters} == {
+        ("held", "refused_by_table", "constraint no_x (code 469, VIOLATED_CONSTRAINT)")
+    }
     assert_everything_once(stack, 36, dead=4)

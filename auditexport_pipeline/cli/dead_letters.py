@@ -62,7 +62,7 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list")
-@_filters("open", "discarded", "retried", "gone", _ANY)
+@_filters("open", "discarded", "held", "retried", "gone", _ANY)
 @click.option("--limit", "letters", type=click.IntRange(1, 10_000), default=PAGE_LETTERS, show_default=True)
 @click.option("--newest", is_flag=True, help="Newest row first; the oldest otherwise.")
 @click.option("--beyond", "beyond_pk", type=int, help="Begin beyond this pk: the last one of the page before.")

@@ -84,11 +84,13 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     """
     from auditexport_pipeline.core.drain import drain
     from auditexport_pipeline.defs.ahead import Ahead
+    from auditexport_pipeline.stores.held import release
     from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
     settings = Limits.of({name: value for name, value in limits.items() if value != ()})
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
+    release(mysql, clickhouse)
     owner = owners.this_process()
     began = time.monotonic()
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
@@ -114,7 +116,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         print_json(totals(done, left, owner=owner, seconds=seconds))
     else:
         _say(done, left, seconds)
-    if done.discrepant or done.altered or done.unmarked:
+    if done.discrepant or done.altered or done.unmarked or done.waiting:
         sys.exit(BAD_OUTCOME)
     if done.interrupted:
         sys.exit(INTERRUPTED)
@@ -235,6 +237,8 @@ class _Progress:
             self._bar.update(self._task, total=total, description="exporting")
 
     def exported(self, batch: Batch) -> None:
+        if batch.view_note:
+            self.trouble(f"warning: batch {batch.batch_id}: {batch.view_note}")
         self._rows += batch.marked_rows
         rate = self._rows / max(0.001, time.monotonic() - self._began)
         left = max(0, self._backlog.rows - self._rows)
@@ -284,6 +288,8 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
         "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
         "altered": {str(batch_id): why for batch_id, why in done.altered.items()},
         "unmarked": {str(batch_id): why for batch_id, why in done.unmarked.items()},
+        "waiting": {str(batch_id): str(why) for batch_id, why in done.waiting.items()},
+        "views_failed": {str(batch_id): note for batch_id, note in done.views.items()},
         "lost_batches": done.lost,
         "released_batches": done.released,
         "interrupted": done.interrupted,
@@ -292,6 +298,7 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
         "unknown_rows": left.unknown_rows,
         "unknown_versions": ", ".join(left.unknown_versions) or "none",
         "dead_letters_standing": left.dead_rows,
+        "held_rows": left.held_rows,
         "open_batches": left.open_batches,
     }
 
@@ -302,6 +309,11 @@ def _say(done: Drained, left: Backlog, seconds: float) -> None:
         f"exported {done.rows:,} rows in {done.batches:,} batches, {shown_s(seconds)}, {rate:,.0f} rows/s; "
         f"{done.dead_letters:,} dead letters; {len(done.verified) - len(done.discrepant):,} batches verified"
     )
+    if left.held_rows:
+        click.echo(
+            f"{left.held_rows:,} rows are held because the ClickHouse table refuses them; auditexport status says why",
+            err=True,
+        )
     if done.interrupted:
         given = f"{len(done.released):,} batches were given back, " if done.released else ""
         click.echo(f"interrupted: {given}the next drain goes on from here")

@@ -95,6 +95,7 @@ def _lines(now: Status) -> list[tuple[str, str]]:
         f"{backlog.unknown_rows:,} rows of unknown versions{_by(backlog.unknown_by_version)}"
         if backlog.unknown_rows
         else "no unknown versions",
+        *([f"{backlog.held_rows:,} held rows{_by(now.held_by_detail)}"] if backlog.held_rows else []),
     ]
     checked = [
         f"{now.unverified_batches:,} batches not verified yet"

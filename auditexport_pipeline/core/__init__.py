@@ -15,7 +15,8 @@ States. The ledger, a table in the outbox's own database, is the one source of t
 * fetch   Rows are read by pk and validated; what cannot be decoded becomes a dead letter; the rest is
           sealed: pks, order, block cuts, `inserted_at` and a digest of the bytes never change again.
 * write   One block is one INSERT, one partition, one part, one deduplication token. First attempts
-          write at once; later ones look first, by `inserted_at`, which is unique per block.
+          write at once; later ones look first, by `inserted_at`, which is unique per block. So does an attempt after any
+          error (`core.attempt`): a materialized view fails after the block is stored.
 * mark    `deleted_at` in chunks, each fenced by the ledger row; the last chunk and `exported` commit together. Read again
           right after: where rows are locked, or a trigger undoes the mark, the batch stays `written` and is marked later.
 * verify  Count and fingerprint, computed here from the outbox and there from the columns.
@@ -33,6 +34,8 @@ What each crash leaves, and why it is harmless:
     `exported`                    exported                  verifies
     a refused block               sealed, cut as before     is refused again, and cuts again
     the new cut of one            sealed, cut anew          sends the new blocks; rows given back are pending
+    a failing view's INSERT       sealed, 1 attempt         looks first: the block is there, and counts as written
+    the mark on a large block     sealed, marked            splits it, once no INSERT of it can be at work
 
 Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
 because the ledger holds another epoch and key. (The key, random for each plan, is for a failover that loses commits: then
@@ -66,7 +69,8 @@ Invariants (the tests are named after them):
  1. A row is marked only after ClickHouse acknowledged the batch that holds it: `mark` takes a receipt.
  2. The same sealed batch always yields the same blocks and tokens; nothing at write time reads a clock.
  3. One batch: one version. One block: one INSERT, one `inserted_at`, one partition, one token, one part.
- 4. After the first write attempt a batch is only replayed, never regrouped.
+ 4. After the first write attempt a batch is only replayed, never regrouped; but for a block that ClickHouse does not hold
+    once no INSERT of it can be at work any more (`inserts_until_ms`, by ClickHouse's clock): that may be split.
  5. No MySQL transaction is open while ClickHouse, Dagster or the network is asked. READ COMMITTED, stated.
  6. Every effect of an owner is fenced.
  7. Rows of an unknown version are never touched, and always visible as a number.

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from auditexport_pipeline.core.status import RATE_WINDOW_S, OpenBatchStatus, Status, shown_counts, shown_name, shown_s
+from auditexport_pipeline.core.status import (
+    RATE_WINDOW_S,
+    VIEWS_WINDOW_S,
+    OpenBatchStatus,
+    Status,
+    shown_counts,
+    shown_name,
+    shown_s,
+)
 from auditexport_pipeline.core.targets import Targets
 
 # Batches named in a sentence; `auditexport batches list` has them all.
@@ -49,6 +57,8 @@ def advice(status: Status, targets: Targets) -> list[Advice]:
         *_lag(status, targets),
         *_open_batches(status, targets),
         *_unverified(status, targets),
+        *_views(status),
+        *_held(status),
         *_dead_letters(status, targets),
         *_unknown_versions(status, targets),
         *_sweep(status, targets),
@@ -216,6 +226,36 @@ def _unverified(status: Status, targets: Targets) -> list[Advice]:
             what=f"{status.unverified_batches:,} exported batches are not verified, the oldest for "
             f"{shown_s(status.unverified_age_s)} (target {targets.batch_open_minutes:g} min)",
             todo="auditexport drain; it verifies what an interrupted run left",
+        )
+    ]
+
+
+def _views(status: Status) -> list[Advice]:
+    if not status.view_failures:
+        return []
+    newest = next(iter(status.view_failures))
+    return [
+        Advice(
+            severity=Severity.WARNING,
+            about="views",
+            what=f"a materialized view failed on {_counted(len(status.view_failures), 'batch', 'batches')} of the last "
+            f"{shown_s(VIEWS_WINDOW_S)}; the entries are stored. The newest, batch {newest}: {status.view_failures[newest]}",
+            todo="fix or drop the view and fill its target; see A view fails in runbook.md, and auditexport batches show "
+            f"{newest}",
+        )
+    ]
+
+
+def _held(status: Status) -> list[Advice]:
+    held = status.backlog.held_rows
+    if not held:
+        return []
+    return [
+        Advice(
+            severity=Severity.WARNING,
+            about="held",
+            what=f"{_counted(held, 'row')} parse and the ClickHouse table refuses them: {shown_counts(status.held_by_detail)}",
+            todo="SHOW CREATE TABLE audit_logs_raw_v1; then drop or mend that column or constraint: the next drain sends them",
         )
     ]
 

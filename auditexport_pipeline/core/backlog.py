@@ -28,6 +28,7 @@ class Backlog:
     open_batches: int
     waiting_batches: int  # stopped ones whose lease has not ended: nobody may take them up yet
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
+    held_rows: int = 0  # rows that the ClickHouse table refuses: they go out once its definition changes
     unknown_by_version: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -89,6 +90,8 @@ def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None, fai
         numbers += f", {backlog.unknown_rows:,} rows of unknown versions {', '.join(backlog.unknown_versions)}"
     if backlog.dead_rows:
         numbers += f", {backlog.dead_rows:,} dead letters"
+    if backlog.held_rows:
+        numbers += f", {backlog.held_rows:,} rows held because the ClickHouse table refuses them"
     if at_work is not None:
         return Decision(launch=False, reason=f"{at_work} is at work: {numbers}")
     if failures.wait_s > 0:

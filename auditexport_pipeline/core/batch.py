@@ -15,6 +15,12 @@ import msgspec
 
 from auditexport_pipeline.core.pks import PkSet
 
+# A sealed batch's payloads by their block's digest, in the order of its pks: another seal's are never found here.
+Bodies = dict[str, list[bytes]]
+
+# How a note on a view begins in the ledger's column `last_error`; the statements know it too.
+VIEW_NOTE = "view "
+
 # A few hundred kilobytes of usual events: enough that a part costs nothing, little beside the batch.
 PART_ROWS = 512
 # Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
@@ -81,6 +87,9 @@ class Block:
     `first` says, in a batch of requeues, that this block's rows were not proven to repeat anything and go out as new
     (`core.origins`); ask `Batch.is_requeue`. `renewed` are those of them that an earlier block had and that ClickHouse may
     have lost: their earlier entries are not to be called missing.
+
+    `limit` is what ClickHouse, or a proxy, answered when the block exceeded a limit; such a block is not sent again
+    as it is once it was refused `strikes` times. `fits` tells that another row was taken beside its last refusal.
     """
 
     number: int
@@ -92,6 +101,9 @@ class Block:
     bytes: int = 0
     first: bool = False
     renewed: PkSet = field(default_factory=PkSet)
+    limit: str = ""
+    strikes: int = 0
+    fits: bool = False
 
     @property
     def rows(self) -> int:
@@ -171,6 +183,11 @@ class Batch:
         return 0 if self.state in OPEN else self.rows - self.counts.unmarked
 
     @property
+    def view_note(self) -> str:
+        """What the ledger says of a materialized view that failed after entries of the batch were stored, or ""."""
+        return self.last_error if self.last_error.startswith(VIEW_NOTE) else ""
+
+    @property
     def entries(self) -> int:
         return sum(block.rows for block in self.blocks)
 
@@ -219,6 +236,7 @@ class Receipt:
     bytes: int
     found: int  # blocks that an earlier attempt had written already
     seconds: float
+    note: str = ""  # what the operator should know although everything was written, such as a view that fails
 
 
 class BlockDigest:
@@ -283,6 +301,9 @@ class _Manifest(msgspec.Struct, omit_defaults=True):
     given_back: bool = False
     first: bool = False
     renewed: str = ""
+    limit: str = ""
+    strikes: int = 0
+    fits: bool = False
 
 
 def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) -> str:
@@ -299,6 +320,9 @@ def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) ->
                 given_back=left,
                 first=block.first,
                 renewed=str(block.renewed),
+                limit=block.limit,
+                strikes=block.strikes,
+                fits=block.fits,
             )
             for part, left in ((blocks, False), (given_back, True))
             for block in part
@@ -344,6 +368,9 @@ def _block_of(part: _Manifest) -> Block:
         bytes=part.bytes,
         first=part.first,
         renewed=PkSet.parse(part.renewed),
+        limit=part.limit,
+        strikes=part.strikes,
+        fits=part.fits,
     )
 
 

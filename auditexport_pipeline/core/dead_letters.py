@@ -9,7 +9,9 @@ one that `LetterDetails` carries when somebody asked for it.
       ├──discard──▶ discarded ──retry──▶ retried        an operator gave it up, and may think again
       └──upkeep──▶ gone                                 its row was deleted or marked by somebody
 
-Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked.
+Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked. A row that parses and
+that the ClickHouse table refuses is no dead letter, but kept here as `held`: by itself it becomes `retried`, and so pending,
+when the table's definition changes (`stores.held`).
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ class LetterState(str, Enum):
     DISCARDED = "discarded"
     RETRIED = "retried"
     GONE = "gone"
+    HELD = "held"  # no dead letter: the table refuses the row, which goes out once the table's definition changes
 
     def __str__(self) -> str:
         return self.value
 
 
-HELD = (LetterState.OPEN, LetterState.DISCARDED)
+HELD = (LetterState.OPEN, LetterState.DISCARDED, LetterState.HELD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

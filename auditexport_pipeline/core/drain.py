@@ -17,7 +17,7 @@ from typing import Protocol
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left, Receipt
-from auditexport_pipeline.core.errors import BatchAltered, LeaseLost, TransientError
+from auditexport_pipeline.core.errors import BatchAltered, BatchWaits, LeaseLost, TableRefuses, TransientError
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
@@ -26,6 +26,9 @@ from auditexport_pipeline.core.verify import verify
 # As often as a step of Dagster's graph is tried again; after that the error is the operator's to see.
 RETRIES = 4
 FIRST_WAIT_S = 1.0
+# A block is split in ever more parts: by then it is down to single rows.
+WAITS_WITHOUT_PROGRESS = 12
+LOOK_FOR_STOP_S = 0.2
 # Batches of earlier runs that died before they verified; the rest waits for the next round.
 VERIFY_LEFTOVERS = 200
 
@@ -70,6 +73,10 @@ class Drained:
     unmarked: dict[int, str] = field(
         default_factory=dict
     )  # batches that ClickHouse has, and why their rows are not marked
+    waiting: dict[int, BatchWaits | TableRefuses] = field(
+        default_factory=dict
+    )  # batches that have to be split later, and why
+    views: dict[int, str] = field(default_factory=dict)  # batches that are stored while a view failed, and which
     lost: list[int] = field(default_factory=list)  # batches that another run took over
     released: list[int] = field(default_factory=list)  # claimed and given back, because somebody interrupted
     interrupted: bool = False
@@ -80,6 +87,7 @@ class Drained:
 
     def add(self, batch: Batch) -> None:
         self.batches += 1
+        self.waiting.pop(batch.batch_id, None)
         self.rows += batch.marked_rows
         self.entries += batch.entries
         self.bytes += batch.bytes
@@ -87,6 +95,8 @@ class Drained:
         self.folded_rows += batch.counts.folded
         self.deleted_by_others_rows += batch.counts.vanished
         self.marked_by_others_rows += batch.counts.elsewhere
+        if batch.view_note:
+            self.views[batch.batch_id] = batch.view_note
 
 
 class Listener(Protocol):
@@ -118,14 +128,15 @@ def drain(
 
     A plan that is not full has claimed everything there was, so rows that keep arriving do not keep it here. When
     `stopping()`, the batch at hand is finished and the rest of the plan given back: its leases end at once. Transient errors are
-    tried again by a new plan, which adopts what this owner had claimed; `dead_owners` says which of the owners of open
-    batches are known to be dead. Durable effects: those of the verbs. Raises what they raise, but for a batch that another
-    run took over, whose rows were altered, or whose rows could not be marked: the others go on, and the result tells of it.
-    A plan with a batch whose mark was refused is the last one, for the next batches would be refused as well.
+    tried again by a new plan, and so are batches that have to wait, once the others are done. It adopts what this owner had
+    claimed; `dead_owners` says which of the owners of open batches are known to be dead. Durable effects: those of the verbs.
+    Raises what they raise, but for a batch that another run took over, whose rows were altered, which has to wait, or whose
+    rows could not be marked: the others go on, and the result tells of it. A plan with a batch whose mark was refused is the
+    last one, for the next batches would be refused as well.
     """
     done = Drained()
     began = time.monotonic()
-    failures = 0
+    failures = waits = 0
     while True:
         exported_before = done.batches
         try:
@@ -149,10 +160,23 @@ def drain(
         # A plan of nothing but batches that stay as they are would be made again and again.
         if done.interrupted or once or len(left) == len(claims) or Left.REFUSED in left:
             return done
+        if done.waiting:
+            waits = 0 if done.batches > exported_before else waits + 1
+            wait_s = max(error.wait_s for error in done.waiting.values())
+            if not wait_s or waits > WAITS_WITHOUT_PROGRESS:
+                return done
+            _sleep(wait_s, stopping)
+            continue
         if len(claims) < limits.max_batches:
             pending = backlog()
             if not pending.rows or pending.lag_s <= time.monotonic() - began:
                 return done
+
+
+def _sleep(seconds: float, stopping: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while not stopping() and (left_s := until - time.monotonic()) > 0:
+        time.sleep(min(left_s, LOOK_FOR_STOP_S))
 
 
 def _round(
@@ -181,6 +205,9 @@ def _round(
                 batch = stages.mark(outbox, receipt, limits).batch
             except LeaseLost as error:
                 done.lost.append(claim.batch_id)
+                listener.trouble(str(error))
+            except (BatchWaits, TableRefuses) as error:
+                done.waiting[claim.batch_id] = error
                 listener.trouble(str(error))
             except BatchAltered as error:
                 done.altered[claim.batch_id] = str(error)

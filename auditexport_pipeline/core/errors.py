@@ -13,6 +13,7 @@ translates in exactly one place.
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
     │   ├── ForeignAnswer              something else than ClickHouse answered: a proxy, a cache, a maintenance page
     │   ├── SettingsOutdated           ClickHouse does not know a setting; its list is read again, nothing was written
+    │   ├── BatchWaits                 a block is too large for ClickHouse; it is split once no INSERT of it can be at work
     │   ├── LeaseLost                  another run has taken the batch over; this one is refused
     │   ├── BrokerUnavailable          Celery's broker, or the keeper of its results: down, or refuses us
     │   └── LocalServerFailed          a server of the local stack did not start
@@ -20,6 +21,7 @@ translates in exactly one place.
         ├── InvalidConfig              a setting is out of its bounds
         ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
         │   └── WrongAddress               something else than ClickHouse answers there, and will again: a redirect, a login
+        │   └── TableRefuses               the ClickHouse table refuses every row of a batch that parses
         ├── BatchAltered               rows of a sealed batch no longer read as they were sealed
         ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
         ├── InsertRefused              ClickHouse refuses rows for good (bisected before it is raised further)
@@ -73,6 +75,16 @@ class SettingsOutdated(AuditLogUnavailable):
     """ClickHouse does not know a setting that it listed: a balancer has servers of several versions. Nothing was written."""
 
 
+class BatchWaits(InsertOutcomeUnknown):
+    """A batch cannot go on and the others can: before an instant of ClickHouse's clock, `wait_s` from now, or, with 0,
+    before somebody raises a limit.
+    """
+
+    def __init__(self, message: str, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
 class LeaseLost(TransientError):
     """The batch belongs to another run by now; whatever this one does to it is refused."""
 
@@ -103,6 +115,12 @@ class WrongAddress(SetupIncomplete):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class TableRefuses(SetupIncomplete):
+    """The ClickHouse table refuses every row of a batch although all of them parse: its definition is wrong."""
+
+    wait_s = 0.0
 
 
 class BatchAltered(PermanentError):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from auditexport_pipeline.core.attempt import Attempt
 from auditexport_pipeline.core.batch import (
     SMALLEST_BLOCK_ROWS,
     Batch,
@@ -29,6 +30,7 @@ from auditexport_pipeline.core.batch import (
     pks_of,
     sealed_block,
 )
+from auditexport_pipeline.core.batch import Bodies as Bodies
 from auditexport_pipeline.core.errors import (
     BatchAltered,
     InsertOutcomeUnknown,
@@ -41,8 +43,8 @@ from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, Refusal, StoredRow
-from auditexport_pipeline.core.recut import Recutter, give_back, read_payloads
+from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, StoredRow
+from auditexport_pipeline.core.recut import give_back, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
@@ -60,10 +62,6 @@ LOCKED_PATIENCE_S = 2.0
 
 
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
-
-
-# A sealed batch's payloads by their block's digest, in the order of its pks: another seal's are never found here.
-Bodies = dict[str, list[bytes]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -276,12 +274,14 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
     token; the ledger's `written`. A first attempt writes at once. Any later one looks first: a block is
     atomic, so ClickHouse has all of it (done), none of it (the same block goes out under the same token)
     or something in between, which means that somebody removed rows: it counts as written here and
-    verification reports it.
-    Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `LeaseLost`, `BatchAltered`.
+    verification reports it. An INSERT that was answered by an error is looked for in the same way (`core.attempt`).
+    Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
+    can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
     started = time.perf_counter()
     batch = outbox.begin_write(claim, limits.lease_s)
     found = 0
+    note = ""
     if batch.state in (State.SEALED, State.STOPPED):
         to_send = list(batch.blocks)
         if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:
@@ -294,7 +294,10 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
             # A requeued block shares its inserted_at with the first export: what is there proves nothing.
             to_send = [block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings]
             found = len(batch.blocks) - len(to_send)
-        batch = _send_all(outbox, log, batch, to_send, bodies, limits)
+        attempt = Attempt(outbox, log, limits, batch)
+        attempt.found([block for block in batch.blocks if block not in to_send])
+        batch = _send_all(outbox, log, batch, to_send, bodies, limits, attempt)
+        note = attempt.note(batch)
         batch = outbox.record_written(claim, batch.digest)
     return Receipt(
         claim=claim,
@@ -304,19 +307,29 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
         bytes=batch.bytes,
         found=found,
         seconds=time.perf_counter() - started,
+        note=note,
     )
 
 
 def _send_all(
-    outbox: Outbox, log: AuditLog, batch: Batch, to_send: list[Block], bodies: Bodies, limits: Limits
+    outbox: Outbox,
+    log: AuditLog,
+    batch: Batch,
+    to_send: list[Block],
+    bodies: Bodies,
+    limits: Limits,
+    attempt: Attempt,
 ) -> Batch:
     """Sends blocks, several at once, until ClickHouse has them all or refuses nothing any more.
 
-    A refused block was not written. It is cut again around the offending rows, the ledger holds the new
+    A block that was refused and is not there is cut again around the offending rows, the ledger holds the new
     cut before any of it is sent, and the loop goes on with the new blocks: for so long as `core.culprits`
-    has questions left, so that a flood of refused rows costs one drain no more than that.
+    has questions left, so that a flood of refused rows costs one drain no more than that. Blocks that are too large
+    come last: nothing may be sent of the batch for a while before they are split.
     """
-    recutter = Recutter(outbox, log, limits)
+    to_send = attempt.hold_back(to_send)
+    if not to_send:
+        batch, to_send = attempt.split_too_large(batch, bodies)
     rereads = 2  # of the server's list of settings: a balancer may choose a server of another version each time
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
@@ -325,6 +338,7 @@ def _send_all(
             # before the ledger is: whoever is paused in between has lost the batch by then, or holds it.
             deadline_ms = log.deadline_ms(limits.lease_s - limits.insert_timeout_s)
             until_ms = deadline_ms + limits.insert_timeout_s * 1000
+            attempt.until_ms = max(attempt.until_ms, until_ms)
             outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
             altered: list[Block] = []
             # What a stopped batch gives back is decided at once.
@@ -342,6 +356,7 @@ def _send_all(
             if batch.state is State.STOPPED:
                 batch = give_back(outbox, batch, altered)
             sending = [block for block in group if block not in altered]
+            attempt.count_before(batch, sending)
             answers = [
                 pool.submit(
                     log.insert,
@@ -353,27 +368,24 @@ def _send_all(
                 )
                 for block in sending
             ]
-            refused: list[tuple[Block, Refusal]] = []
-            failure: BaseException | None = None
-            outdated: list[Block] = []
-            for block, answer in zip(sending, answers, strict=True):
-                raised = answer.exception()
-                if isinstance(raised, SettingsOutdated) and rereads:
-                    outdated.append(block)
-                elif raised is not None:
-                    failure = failure or raised
-                else:
-                    refusal = answer.result()
-                    if refusal is not None:
-                        refused.append((block, refusal))
-            if failure is not None:
-                raise failure
-            batch, again = recutter.cut(batch, refused, bodies)
+            # Refused before anything was read of them; the store knows the server's settings by now.
+            outdated = [
+                block
+                for block, answer in zip(sending, answers, strict=True)
+                if rereads and isinstance(answer.exception(), SettingsOutdated)
+            ]
+            outcomes = [
+                (block, answer.exception() or answer.result())
+                for block, answer in zip(sending, answers, strict=True)
+                if block not in outdated
+            ]
+            batch, again = attempt.settle(batch, outcomes, bodies)
             if outdated:
-                # Refused before anything was read of them; the store knows the server's settings by now.
                 rereads -= 1
                 again += [block for block in batch.blocks if block in outdated]
             to_send = [*again, *to_send]
+            if not to_send:
+                batch, to_send = attempt.split_too_large(batch, bodies)
     return batch
 
 

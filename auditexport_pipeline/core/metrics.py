@@ -82,6 +82,8 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_open_batch_target_seconds", "What it should stay below (AUDITEXPORT_TARGET_BATCH_OPEN_MINUTES).", ()),
     ("auditexport_oldest_unverified_batch_seconds", "Age of the oldest exported batch that is not verified.", ()),
     ("auditexport_dead_letters", "Open dead letters by reason.", ("reason",)),
+    ("auditexport_held_rows", "Rows that parse and that the ClickHouse table refuses.", ()),
+    ("auditexport_view_failures", "Batches of the last day on which a materialized view failed.", ()),
     ("auditexport_unknown_rows", "Pending rows by version, of versions that this release does not know.", ("version",)),
     ("auditexport_last_export_timestamp_seconds", "When the last batch was exported, by MySQL's clock.", ()),
     ("auditexport_last_verified_timestamp_seconds", "When a batch was verified in ClickHouse last.", ()),
@@ -131,6 +133,8 @@ def metrics_of(read: Read | None, targets: Targets, *, at_s: float) -> list[Metr
             put("auditexport_batches", count, state=str(state))
         put("auditexport_oldest_open_batch_seconds", status.oldest_open_age_s)
         put("auditexport_oldest_unverified_batch_seconds", status.unverified_age_s)
+        put("auditexport_held_rows", status.backlog.held_rows)
+        put("auditexport_view_failures", len(status.view_failures))
         for reason, letters in status.dead_by_reason.items():
             put("auditexport_dead_letters", letters, reason=reason)
         for version, rows in backlog.unknown_by_version.items():

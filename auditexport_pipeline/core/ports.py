@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from auditexport_pipeline.core.actions import By, RecordedErasure, RowFilter
@@ -37,6 +38,7 @@ class DeadLetter:
     event_id: str
     workspace_id: str
     problem: Undecodable
+    held: bool = False  # the table refuses it: json_path has the definition of the table
 
     @classmethod
     def of(cls, row: StoredRow, problem: Undecodable) -> DeadLetter:
@@ -63,7 +65,10 @@ class PlannedBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a batch is sent: its blocks, the rows it will mark, and what became of the others."""
+    """How a batch is sent: its blocks, the rows it will mark, and what became of the others.
+
+    `note` is a line for the operator that the ledger keeps beside the batch; None leaves what is there.
+    """
 
     blocks: tuple[Block, ...]
     pks: PkSet
@@ -74,6 +79,7 @@ class Cut:
     oldest_ms: int | None = None
     newest_ms: int | None = None
     generation: int | None = None  # None: as it was
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +114,48 @@ class StoredEntry:
     content: int
 
 
+class RefusalKind(str, Enum):
+    """What ClickHouse's answer speaks of, as far as its text says so.
+
+    ROWS: values of the rows, or a constraint or column of the table. VIEW: a materialized view that the block was pushed
+    to. MEMORY, SIZE and TIME: a limit that the block exceeds; a proxy's 413 and 504 are among them.
+    """
+
+    ROWS = "rows"
+    VIEW = "view"
+    MEMORY = "memory"
+    SIZE = "size"
+    TIME = "time"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# A block that exceeds one of these can be taken in parts.
+LIMITS_OF_A_BLOCK = (RefusalKind.MEMORY, RefusalKind.SIZE, RefusalKind.TIME)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """ClickHouse's answer that it will never take some rows: its error code and name, never its text."""
+    """An error as ClickHouse answered it to an INSERT or a probe: code, name and identifiers, never its text.
+
+    It does not say whether the block is stored: an error of a view is answered after the block was committed.
+    `view`, `constraint` and `column` are names from the server's schema, as the answer gives them, or "".
+    `permanent` tells that only a change of the schema or of grants can help.
+    """
 
     code: int
     name: str
+    kind: RefusalKind = RefusalKind.ROWS
+    view: str = ""
+    constraint: str = ""
+    column: str = ""
+    permanent: bool = False
+    definition: str = ""  # of the table that refused rows, as a hash; of an INSERT only
+    meaning: str = ""  # of a status that a proxy answered in ClickHouse's stead
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.meaning}" if self.meaning else f"code {self.code}, {self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +351,10 @@ class AuditLog(Protocol):
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
-        """One synchronous INSERT under the block's token; None when acknowledged. Empties `payloads`."""
+        """One synchronous INSERT under the block's token; None when acknowledged. Empties `payloads`.
+
+        A `Refusal` is an answer of ClickHouse's, or of a proxy's, that says nothing about whether the block is stored.
+        """
         ...
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from auditexport_pipeline.core.batch import (
     Batch,
     Block,
+    Bodies,
     Counts,
     State,
     batch_digest,
@@ -21,13 +22,31 @@ from auditexport_pipeline.core.batch import (
     sealed_block,
 )
 from auditexport_pipeline.core.culprits import Group, Questions, search, take_next
-from auditexport_pipeline.core.errors import BatchAltered, InsertRefused
+from auditexport_pipeline.core.errors import BatchAltered, InsertRefused, TableRefuses
 from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, normal_form
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Outbox, Refusal, StoredRow
+from auditexport_pipeline.core.ports import (
+    LIMITS_OF_A_BLOCK,
+    AuditLog,
+    Cut,
+    DeadLetter,
+    Outbox,
+    Refusal,
+    StoredRow,
+)
 from auditexport_pipeline.core.versions import VERSIONS
 
+# A block that is too large is cut into twice as many parts each time, and into this many at most.
+MOST_PIECES = 16
+# A row that any limit leaves room for; a version takes from it what it knows.
+SMALL_ROW = (
+    b'{"event_id":"evt_small","time":1700000000000,"workspace_id":"ws_small","bucket":"b","source":"platform","event":"a.b",'
+    b'"description":"a small row","actor":{"type":"user","id":"u","name":"n","meta":{"k":1}},"meta":{"k":[1,"a"]},'
+    b'"targets":[{"type":"key","id":"k","name":"n","meta":{"k":1}}]}'
+)
+# Rows that tell whether a table refuses everything.
+SAMPLE = 3
 # Rows explained between two signs of life: half a second at 25 µs a row.
 EXPLAINED_AT_ONCE = 20_000
 Key = tuple[str, str, int, str]
@@ -92,10 +111,11 @@ def _without(
     if folded and (dead or released):
         rows = outbox.read(folded, row_bytes=-(-batch.bytes // max(1, batch.entries)))
         orphans = PkSet.of(row.pk for row in rows if (key := _key(batch, row)) is None or orphaned(key))
+    held = sum(letter.held for letter in dead)
     counts = replace(
         batch.counts,
-        dead=batch.counts.dead + len(dead),
-        released=batch.counts.released + len(released) + len(orphans),
+        dead=batch.counts.dead + len(dead) - held,
+        released=batch.counts.released + len(released) + len(orphans) + held,
         folded=batch.counts.folded - len(orphans),
     )
     pks = batch.pks - PkSet.of(sorted(letter.pk for letter in dead)) - released - orphans
@@ -118,9 +138,18 @@ def _recut(
     pks: PkSet,
     counts: Counts,
     dead: tuple[DeadLetter, ...],
+    note: str | None = None,
 ) -> Batch:
     digest = batch_digest(blocks, pks - pks_of(blocks))
-    cut = Cut(blocks=blocks, pks=pks, counts=counts, digest=digest, given_back=batch.given_back, dead_letters=dead)
+    cut = Cut(
+        blocks=blocks,
+        pks=pks,
+        counts=counts,
+        digest=digest,
+        given_back=batch.given_back,
+        dead_letters=dead,
+        note=note,
+    )
     outbox.recut(batch.claim, cut, instead_of=batch.digest)
     return replace(
         batch,
@@ -131,6 +160,23 @@ def _recut(
         digest=digest,
         bytes=sum(block.bytes for block in blocks),
     )
+
+
+def annotate(outbox: Outbox, batch: Batch, blocks: tuple[Block, ...], note: str | None = None) -> Batch:
+    """Records what was learnt of the blocks, or a note for the operator; what is sent stays as it is."""
+    return _recut(outbox, batch, blocks, batch.pks, batch.counts, (), note)
+
+
+def new_number(outbox: Outbox, batch: Batch, block: Block) -> tuple[Batch, Block]:
+    """Gives a requeued block another number, and so another token. The copy under the old one may be there as well."""
+    renewed = replace(block, number=_next_number(batch))
+    batch = replace(batch, given_back=(*batch.given_back, block))
+    return _recut(outbox, batch, _with_parts(batch, block, [renewed]), batch.pks, batch.counts, ()), renewed
+
+
+def _next_number(batch: Batch) -> int:
+    """A block number that no block of this batch has or had; tokens are made from it."""
+    return max(block.number for block in (*batch.blocks, *batch.given_back)) + 1
 
 
 class Recutter:
@@ -150,6 +196,10 @@ class Recutter:
         # probe tells about them, so each half is a block of its own, and its INSERT is the question.
         self._halved: dict[int, Group] = {}
         self._waiting: list[tuple[Group, Block]] = []
+        # Single rows that the table refuses, with its answer: they are held once another row was taken.
+        self._suspects: list[tuple[Block, Refusal]] = []
+        self._sampled = False
+        self.taken = False  # whether ClickHouse has any row of the batch
 
     def cut(
         self, batch: Batch, refused: list[tuple[Block, Refusal]], bodies: dict[str, list[bytes]]
@@ -161,9 +211,12 @@ class Recutter:
         their payloads.
         """
         again: list[Block] = []
-        for block, refusal in refused:
+        # Single rows first: where the table refuses several of them, larger blocks are not sampled once more.
+        for block, refusal in sorted(refused, key=lambda one: one[0].rows):
             batch, parts = self._cut_around(batch, block, refusal, bodies)
             again += parts
+        if self._suspects:
+            batch = self._hold(batch, again)
         while self._waiting and not again:
             if self._questions.left < 2:
                 return self._give_up(batch), []
@@ -200,11 +253,15 @@ class Recutter:
                     dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
         if not dead and not normalised and not unresolved:
             group = Group.of({pk: row.workspace_id for pk, row in rows.items()})
-            if len(group.rows) > 1:
-                self._halved[block.number] = group
-                self._waiting.append((group, block))
+            if len(group.rows) == 1:
+                self._suspects.append((block, refusal))
                 return batch, []
-            dead = {pk: DeadLetter.of(row, _refused(refusal)) for pk, row in rows.items()}
+            may_be_all = not self.taken and not self._sampled and len(self._suspects) < SAMPLE
+            if may_be_all and len(group.rows) > SAMPLE and self._questions.left > 2 * SAMPLE:
+                return self._sample(batch, block, group, rows, payloads, bodies)
+            self._halved[block.number] = group
+            self._waiting.append((group, block))
+            return batch, []
 
         kept = [pk for pk in rows if pk not in dead and pk not in unresolved]
         as_sent = block.normalised | PkSet.of(sorted(normalised))
@@ -219,6 +276,57 @@ class Recutter:
             lambda key: key in lost,
         )
         return batch, again
+
+    def _sample(
+        self,
+        batch: Batch,
+        block: Block,
+        group: Group,
+        rows: dict[int, StoredRow],
+        payloads: dict[int, bytes],
+        bodies: Bodies,
+    ) -> tuple[Batch, list[Block]]:
+        """Takes a few rows out into blocks of their own: where all of them are refused too, the table refuses everything."""
+        self._sampled = True
+        self._questions.left -= SAMPLE + 1
+        chosen = {len(group.rows) * n // SAMPLE for n in range(SAMPLE)}
+        rest = Group([row for index, row in enumerate(group.rows) if index not in chosen])
+        groups = [rest, *(Group([group.rows[index]]) for index in sorted(chosen))]
+        number = _next_number(batch)
+        slots = [block.inserted_at_ms] * SAMPLE if batch.is_requeue(block) else self._outbox.reserve_inserted_at(SAMPLE)
+        parts = [block] + [replace(block, number=number + n, inserted_at_ms=slots[n]) for n in range(SAMPLE)]
+        again = []
+        for part, those in zip(parts, groups, strict=True):
+            self._halved[part.number] = those
+            again.append(self._part(batch, part, those.pks, rows, payloads, bodies))
+        return _recut(self._outbox, batch, _with_parts(batch, block, again), batch.pks, batch.counts, ()), again
+
+    def _hold(self, batch: Batch, again: list[Block]) -> Batch:
+        """Holds the single rows that the table refuses. Raises `TableRefuses` where it has refused all rows that it was sent."""
+        suspects, self._suspects = self._suspects, []
+        if not self.taken and not again and len(suspects) >= SAMPLE:
+            self._waiting = []
+            raise TableRefuses(
+                f"{VERSIONS[batch.version].table} refuses all rows of batch {batch.batch_id} ({batch.entries:,}), and all of "
+                f"them parse: {_by_what(suspects[0][1])}. The table's definition is wrong, not the rows: look at SHOW CREATE "
+                "TABLE for a column, constraint or index that somebody added, and drop or mend it. Nothing was set aside, "
+                "and the next run sends the rows"
+            )
+        for block, refusal in suspects:
+            rows, _ = _read_sealed(self._outbox, batch, block)
+            letters = tuple(
+                replace(
+                    DeadLetter.of(
+                        row,
+                        Undecodable(reason="refused_by_table", json_path=refusal.definition, detail=_by_what(refusal)),
+                    ),
+                    held=True,
+                )
+                for row in rows.values()
+            )
+            lost = {_key(batch, row) for row in rows.values()} if _folded(batch) else set()
+            batch = _without(self._outbox, batch, _with_parts(batch, block, []), letters, PkSet(), lost.__contains__)
+        return batch
 
     def _explain(self, batch: Batch, payloads: dict[int, bytes]) -> dict[int, Undecodable | None]:
         """The problem of each row that has one, by pk: None for a repeated key, whose payload is put in normal form."""
@@ -245,7 +353,7 @@ class Recutter:
         """Cuts a block in two, the second half under an `inserted_at` of its own."""
         self._questions.left -= 2
         rows, payloads = _read_sealed(self._outbox, batch, block)
-        number = max(other.number for other in batch.blocks) + 1
+        number = _next_number(batch)
         (second_at_ms,) = (
             self._outbox.reserve_inserted_at(1) if not batch.is_requeue(block) else (block.inserted_at_ms,)
         )
@@ -256,6 +364,64 @@ class Recutter:
             self._halved[part.number] = half
             again.append(self._part(batch, part, half.pks, rows, payloads, bodies))
         return _recut(self._outbox, batch, _with_parts(batch, block, again), batch.pks, batch.counts, ()), again
+
+    def payloads(self, batch: Batch, block: Block) -> list[bytes]:
+        """The block's payloads, read again and held against the seal; raises `BatchAltered`."""
+        return read_payloads(self._outbox, batch, block)
+
+    def only_this_row_is_too_large(self, batch: Batch, block: Block) -> bool:
+        """Whether the parser runs into a limit with this row and not with a small one."""
+        (row,) = read_payloads(self._outbox, batch, block)
+        if self._probe(batch, [SMALL_ROW]) is not None:
+            return False
+        refusal = self._probe(batch, [row])
+        return refusal is not None and refusal.kind in LIMITS_OF_A_BLOCK
+
+    def split(self, batch: Batch, block: Block, bodies: Bodies) -> tuple[Batch, list[Block]]:
+        """Splits a block that is too large; a single row becomes a dead letter, or is sent as it is if `fits` is unset.
+
+        The caller has made sure that ClickHouse lacks the block and that no INSERT of it can be at work. Each part of a
+        first export gets an `inserted_at` of its own. Of a requeue the parts keep theirs, and what an earlier attempt
+        may have sent under it is kept as given back.
+        """
+        rows, payloads = _read_sealed(self._outbox, batch, block)
+        if block.rows == 1 and block.fits:
+            return self._set_aside(batch, block, rows), []
+        if block.rows == 1:
+            again = replace(block, limit="")
+            bodies[block.digest] = list(payloads.values())
+            return annotate(self._outbox, batch, _with_parts(batch, block, [again])), [again]
+        pieces = min(block.rows, MOST_PIECES, 2 ** max(1, block.strikes - 1))
+        pks = list(rows)
+        parts = [pks[len(pks) * n // pieces : len(pks) * (n + 1) // pieces] for n in range(pieces)]
+        if batch.is_requeue(block):
+            slots = [block.inserted_at_ms] * pieces
+            batch = replace(batch, given_back=(*batch.given_back, block))
+        else:
+            slots = self._outbox.reserve_inserted_at(pieces)
+        number = _next_number(batch)
+        parts_of_it = [
+            self._part(
+                batch,
+                replace(block, number=number + n, inserted_at_ms=slots[n], limit="", fits=False),
+                part,
+                rows,
+                payloads,
+                bodies,
+            )
+            for n, part in enumerate(parts)
+        ]
+        blocks = _with_parts(batch, block, parts_of_it)
+        return _recut(self._outbox, batch, blocks, batch.pks, batch.counts, ()), parts_of_it
+
+    def _set_aside(self, batch: Batch, block: Block, rows: dict[int, StoredRow]) -> Batch:
+        letters = tuple(
+            DeadLetter.of(row, Undecodable(reason="too_large_for_clickhouse", detail=block.limit))
+            for row in rows.values()
+        )
+        lost = {_key(batch, row) for row in rows.values()}
+        blocks = _with_parts(batch, block, [])
+        return _without(self._outbox, batch, blocks, letters, PkSet(), lambda key: key in lost)
 
     def _give_up(self, batch: Batch) -> Batch:
         """Gives the rows of the blocks that are still waiting back to pending: none of them was written."""
@@ -295,6 +461,17 @@ def _with_parts(batch: Batch, block: Block, parts: list[Block]) -> tuple[Block, 
 
 def _refused(refusal: Refusal) -> Undecodable:
     return Undecodable(reason="refused_by_clickhouse", detail=f"code {refusal.code} ({refusal.name})")
+
+
+def _by_what(refusal: Refusal) -> str:
+    what = (
+        f"constraint {refusal.constraint}"
+        if refusal.constraint
+        else f"column {refusal.column}"
+        if refusal.column
+        else ""
+    )
+    return f"{what or 'a column or an index of the table'} ({refusal})"
 
 
 def _fingerprint(event: Event | Undecodable) -> int:

@@ -8,7 +8,7 @@ prompt, asset checks, metrics), and whether a run is worth starting (`core.backl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -19,6 +19,8 @@ from auditexport_pipeline.core.ports import Discrepancy
 
 # What "recently" means for the rate: a few drains of the sensor's or one of the schedule's.
 RATE_WINDOW_S = 900
+# How long a view that failed is shown: whoever looks once a day sees it.
+VIEWS_WINDOW_S = 86_400
 # From the worst for whoever looks on: what needs a person, what is under way, what is done.
 _WORST_FIRST = (
     State.DISCREPANT,
@@ -160,6 +162,9 @@ class Status:
     oldest_unswept_age_s: float  # since the oldest rows that a sweep could take were exported; 0 when there are none
     last_sweep: LastSweep | None
     last_reconcile: LastReconcile | None
+    # Batch id → what failed, of batches exported within VIEWS_WINDOW_S: stored, but a materialized view lacks rows.
+    view_failures: Mapping[int, str] = field(default_factory=dict)
+    held_by_detail: Mapping[str, int] = field(default_factory=dict)  # rows that the table refuses, by what refuses them
     # Whether this user may read what operators did: not so for one with the exporter's grants only.
     actions_read: bool = True
 
@@ -195,10 +200,12 @@ class Status:
             "unknown_rows": self.backlog.unknown_rows,
             "unknown_versions": ", ".join(self.backlog.unknown_versions) or "none",
             "dead_letters_standing": self.backlog.dead_rows,
+            "held_rows": self.backlog.held_rows,
             "open_batches": self.backlog.open_batches,
             "oldest_open_batch_s": round(self.oldest_open_age_s, 1),
             "unverified_batches": self.unverified_batches,
             "discrepant_batches": self.discrepant_batches,
+            "view_failures": len(self.view_failures),
             "oldest_unswept_s": round(self.oldest_unswept_age_s, 1),
             "reconciled_s_ago": None
             if self.last_reconcile is None

@@ -35,6 +35,7 @@ from auditexport_pipeline.defs.executors import tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, run_metadata
+from auditexport_pipeline.stores.held import release
 from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
 # Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
@@ -109,6 +110,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         with told_to_dagster(context, to.heartbeat):
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
+            release(outbox, to.clickhouse.audit_log())
             dead_owners = _finished(context.instance, outbox.open_owners())
             claims = claiming.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
         to.ahead.plan(claims)
@@ -169,6 +171,8 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
             f"bytes, {receipt.seconds:.2f} s"
             + (f"; {receipt.found} blocks were there already" if receipt.found else "")
         )
+        if receipt.note:
+            context.log.warning(f"batch {claim.batch_id} is stored, but {receipt.note}")
         return receipt
 
     return write_clickhouse

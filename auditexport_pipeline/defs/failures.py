@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, LeaseLost, TransientError
+from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, BatchWaits, LeaseLost, TransientError
 from auditexport_pipeline.defs.resources import HeartbeatResource
 
 # Long enough for a restart or a failover that takes seconds, short enough to stay within one lease;
@@ -42,6 +42,8 @@ def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource
         # What a run left unmarked is marked by the next one, which claims it; this step has no claim.
         if again and not isinstance(error, BatchUnmarked) and context.retry_number < STEP_RETRIES:
             wait_s = FIRST_WAIT_S * 2**context.retry_number * random.uniform(0.5, 1.5)
+            if isinstance(error, BatchWaits):
+                wait_s = max(wait_s, error.wait_s)
             context.log.warning(f"{error} — trying again in {wait_s:.1f} s")
             raise dg.RetryRequested(max_retries=STEP_RETRIES, seconds_to_wait=wait_s) from error
         if heartbeat is not None:

@@ -30,6 +30,7 @@ def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | flo
         "unknown_rows": backlog.unknown_rows,
         "unknown_versions": ", ".join(backlog.unknown_versions) or "none",
         "dead_letters_standing": backlog.dead_rows,
+        **({"held_rows": backlog.held_rows} if backlog.held_rows else {}),
         "open_batches": backlog.open_batches,
     }
 
@@ -61,6 +62,8 @@ def run_metadata(
         "dead_letters_by_reason": dg.MetadataValue.md(counts_table("reason", dead_by_reason)),
         "per_batch": dg.MetadataValue.md(batch_table(batches, verified)),
     }
+    if views := {batch.batch_id: batch.view_note for batch in batches if batch.view_note}:
+        metadata["views_failed"] = "\n".join(f"batch {batch_id}: {note}" for batch_id, note in views.items())
     if oldest and newest:
         metadata["oldest_event"] = (
             dg.MetadataValue.timestamp(min(oldest) / 1000) if _datable(min(oldest)) else str(min(oldest))
@@ -86,6 +89,7 @@ def batch_metadata(batch: Batch, *, write_s: float, mark_s: float) -> dict[str, 
         "mark_s": round(mark_s, 3),
         "digest": batch.digest,
         "in_the_ledger": f"auditexport batches show {batch.batch_id}",
+        **({"view_failed": batch.view_note} if batch.view_note else {}),
     }
 
 

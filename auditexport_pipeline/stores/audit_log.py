@@ -9,9 +9,11 @@ A payload crosses as the text that the outbox holds; ClickHouse parses it, in th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from string import Template
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +22,7 @@ import msgspec
 
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
-from auditexport_pipeline.core.ports import Refusal, StoredEntry
+from auditexport_pipeline.core.ports import Refusal, RefusalKind, StoredEntry
 from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.stores import clickhouse_connection
 from auditexport_pipeline.stores.clickhouse_connection import (
@@ -28,6 +30,7 @@ from auditexport_pipeline.stores.clickhouse_connection import (
     CONNECT_TIMEOUT_S,
     LOOK_UP_TIMEOUT_S,
     Connection,
+    NotClickHouse,
     Rows,
     ServerError,
     connection_arguments,
@@ -40,6 +43,7 @@ from auditexport_pipeline.stores.clickhouse_settings import (
     Value,
     stated,
 )
+from auditexport_pipeline.stores.refusals import is_fence, refusal_of, refusal_of_status
 from auditexport_pipeline.stores.statements import load
 
 if TYPE_CHECKING:
@@ -51,12 +55,6 @@ _Value = TypeVar("_Value")
 CONTENT_BYTES = 1024**2
 # ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
 PARAMETER_CHARACTERS = 30_000
-
-# Codes that speak of the rows: parsing, ranges, depth, constraints. Such a block is refused for good.
-_ROW_ERRORS = {
-    *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 407),
-    *(441, 467, 469, 675, 676, 691),
-}
 
 _PIECES = load("audit_log.sql")
 
@@ -214,9 +212,9 @@ class ClickHouseAuditLog:
     ) -> Refusal | None:
         """One synchronous INSERT of one block; None when ClickHouse acknowledged it. `payloads` is emptied.
 
-        Durable effect: `block.rows` rows and one part in the version's table, or nothing. Raises
-        `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
-        deadline, `AuditLogUnavailable` or `SetupIncomplete` when nothing was written.
+        Durable effect: `block.rows` rows and one part in the version's table, or nothing; after a `Refusal` either can
+        be the case. Raises `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
+        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a limit.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
         # Where a proxy keeps ClickHouse's headers to itself, a requeue is proven by what it adds, and a replay of one, which may
@@ -296,11 +294,23 @@ class ClickHouseAuditLog:
                 statement = _bound(_sql(name, version), parameters, stated(wanted, connection.listed()))
                 return connection.insert(_request(statement, payloads), timeout_s=timeout_s)
             except ServerError as error:
-                if error.code in _ROW_ERRORS:
-                    return Refusal(code=error.code, name=error.name)
                 if error.code == clickhouse_connection.UNKNOWN_SETTING:
                     connection.read_settings_again()
-                raise
+                refusal = None if is_fence(error.code, error.text) else refusal_of(error.code, error.name, error.text)
+                if refusal is None:
+                    raise
+            except NotClickHouse as error:
+                refusal = refusal_of_status(error.status, clickhouse_connection.FOREIGN.get(error.status, ""))
+                if refusal is None:
+                    raise
+        if sending and refusal.kind is RefusalKind.ROWS:
+            refusal = replace(refusal, definition=self.definition(version))
+        return refusal
+
+    def definition(self, version: str) -> str:
+        """A hash of how the version's table is defined, its columns, constraints and indexes included."""
+        found = self.rows("reading the table's definition", _PIECES["definition"], {"table": VERSIONS[version].table})
+        return "definition " + hashlib.sha256("\n".join(row[0] for row in found.result_rows).encode()).hexdigest()[:32]
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         if not inserted_at_ms:

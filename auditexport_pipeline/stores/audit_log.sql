@@ -91,3 +91,8 @@ FROM (
 -- The table's definition: the server has no column for its TTL alone. A Distributed one has none; that under it has.
 SELECT engine_full FROM system.tables
 WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local'))
+
+-- name: definition
+-- What a row must fulfil; of a Distributed table also the one under it.
+SELECT create_table_query FROM system.tables
+WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local')) ORDER BY name

@@ -28,6 +28,7 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
     """
     dead = list(connection.execute(SQL["count_dead"]))
     dead_rows = sum(row.n for row in dead if row.state == "open")
+    held_rows = sum(row.n for row in dead if row.state == "held")
     # A letter holds the row that it was made of, which may be gone: so rows are counted, and letters are not subtracted.
     count = SQL["count_beside_letters" if dead else "count_pending"]
     rows = 0
@@ -45,6 +46,7 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
         unknown_rows=sum(unknown.values()),
         unknown_versions=tuple(unknown),
         dead_rows=dead_rows,
+        held_rows=held_rows,
         open_batches=len(open_batches),
         waiting_batches=sum(1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired),
         leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),

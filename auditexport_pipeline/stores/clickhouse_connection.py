@@ -40,6 +40,7 @@ from auditexport_pipeline.core.errors import (
     WrongAddress,
 )
 from auditexport_pipeline.stores.clickhouse_settings import READ_SETTINGS, Listed, Value, literal, stated
+from auditexport_pipeline.stores.refusals import SETUP_CODES, is_fence
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -61,10 +62,7 @@ REPLICA_SETTINGS = {
 
 UNKNOWN_SETTING = 115
 _ACCESS_DENIED = 497
-_LEASE_ENDED = 395  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO: the fence in `insert`
 _TIMEOUT_EXCEEDED = 159
-# Codes that no rerun mends: tables, columns, grants, settings, credentials.
-_SETUP_ERRORS = {16, 36, 46, 47, 60, 62, 81, UNKNOWN_SETTING, 164, 192, 193, 194, 291, 452, _ACCESS_DENIED, 516}
 # Answers that say that rows may be stored all the same: a quorum that was not seen, a shard or Keeper that was not heard.
 _UNKNOWN_OUTCOMES = {_TIMEOUT_EXCEEDED, 209, 210, 279, 319, 999}
 
@@ -77,7 +75,7 @@ _TAIL_BYTES = 65_536
 _FIRST_SELECT = re.compile(r"\A((?:\s|--[^\n]*\n)*SELECT\b(?:\s+DISTINCT\b)?)", re.IGNORECASE)
 
 # What the answer of something else says about the rows of a request, and what to do; by its status.
-_FOREIGN: dict[int, str] = {
+FOREIGN: dict[int, str] = {
     401: "a proxy asks for a login of its own, and passed nothing on; name ClickHouse itself in AUDITEXPORT_CLICKHOUSE_URL, "
     "or let the proxy pass",
     403: "a proxy or firewall forbids the request, and passed nothing on; allow this host there",
@@ -611,14 +609,14 @@ def translated(what: str, *, sending: bool = False) -> Iterator[None]:
 
 
 def _of_server(error: ServerError, what: str, place: str, sending: bool) -> AuditExportError:
-    if error.code == _LEASE_ENDED and "auditexport: the lease of this batch has ended" in error.text:
+    if is_fence(error.code, error.text):
         return LeaseLost(f"ClickHouse refused {what}: the lease of this run had ended; nothing was written")
     if error.code == UNKNOWN_SETTING:
         return SettingsOutdated(
             f"{place} does not know a setting that it listed ({', '.join(_settings_named(error)[:3])}) at {what}; servers of several "
             "versions answer there. Nothing was written; run again"
         )
-    if error.code in _SETUP_ERRORS:
+    if error.code in SETUP_CODES:
         # All that is repeated of its text: what a parser says can quote a payload, a grant and a setting cannot.
         missing = re.search(r"have the grant (.+?)\. \(", error.text) if error.code == _ACCESS_DENIED else None
         lacks = f": the user lacks {missing[1]}" if missing else ""
@@ -649,7 +647,7 @@ def _of_another(error: NotClickHouse, what: str, place: str) -> AuditExportError
             "AUDITEXPORT_CLICKHOUSE_URL name where it leads to",
             status,
         )
-    meaning = _FOREIGN.get(status)
+    meaning = FOREIGN.get(status)
     if meaning is None:
         meaning = (
             "a maintenance page, a cache or a login; the request may or may not have reached ClickHouse, the next attempt looks first"

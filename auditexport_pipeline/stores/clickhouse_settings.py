@@ -120,6 +120,10 @@ READ_SETTINGS: dict[str, Value] = {
 INSERT_SETTINGS: dict[str, Value] = {
     "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
     "insert_deduplicate": 1,
+    # A replay reaches the targets of materialized views too: those with a deduplication window take a block once.
+    "deduplicate_blocks_in_dependent_materialized_views": 1,
+    # A view that fails is answered as an error, so that the operator learns of it.
+    "materialized_views_ignore_errors": 0,
     # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
     # unless the SELECT was sorted (ClickHouse pull request 99206). Servers before that go by insert_deduplicate alone.
     "deduplicate_insert": "enable",

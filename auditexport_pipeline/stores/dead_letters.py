@@ -41,6 +41,8 @@ CHUNK_LETTERS = 2_000
 # The workspaces that a count names; reasons and versions are few.
 TOP_WORKSPACES = 10
 TOP_OTHERS = 1_000
+# Held rows that are read to say why.
+HELD_LOOKED_AT = 10_000
 # The first of these conditions that is given chooses the index.
 _NARROWEST = ("pks", "reason", "workspace_id", "version", "state")
 
@@ -54,7 +56,7 @@ def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> 
             [
                 {
                     "pk": letter.pk,
-                    "state": LetterState.OPEN.value,
+                    "state": (LetterState.HELD if letter.held else LetterState.OPEN).value,
                     "version": claim.version,
                     "workspace_id": letter.workspace_id,
                     "event_id": letter.event_id,
@@ -67,6 +69,12 @@ def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> 
                 for letter in letters[start : start + CHUNK_LETTERS]
             ],
         )
+
+
+def held_by_detail(connection: Connection) -> dict[str, int]:
+    """Held rows by what refuses them, most frequent first."""
+    values = {"looked_at": HELD_LOOKED_AT, "row_limit": TOP_WORKSPACES}
+    return {row.detail: row.n for row in connection.execute(_sql("held_by_detail"), values)}
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────

@@ -132,3 +132,22 @@ WHERE pk IN :pks
 -- name: action
 -- Primary key; no lock.
 SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action WHERE action_id = :action_id
+
+-- ── rows that the table refuses, held until its definition changes ──────────────────────────────
+
+-- name: held_versions
+-- letter_version_idx, covering, the entries of one state; no lock.
+SELECT DISTINCT version FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_version_idx) WHERE state = 'held'
+
+-- name: release_held
+-- letter_version_idx, the entries of one state and version; locks the rows that it changes, for one statement. Their
+-- json_path holds the definition that refused them.
+UPDATE clickhouse_outbox_dead_letter
+SET state = 'retried', updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+WHERE state = 'held' AND version = :version AND json_path != :definition
+
+-- name: held_by_detail
+-- letter_pk_idx, the entries of one state, at most as many as `looked_at`; no lock.
+SELECT detail, COUNT(*) AS n
+FROM (SELECT detail FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_pk_idx) WHERE state = 'held' LIMIT :looked_at) AS held
+GROUP BY detail ORDER BY n DESC, detail LIMIT :row_limit

@@ -156,6 +156,7 @@ class MySQLOutbox:
                     "oldest_ms": cut.oldest_ms,
                     "newest_ms": cut.newest_ms,
                     "generation": cut.generation,
+                    "note": cut.note[:1000] if cut.note is not None else None,
                 },
             )
             dead_letters.add(connection, claim, cut.dead_letters)

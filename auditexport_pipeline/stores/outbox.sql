@@ -50,7 +50,7 @@ GROUP BY run
 ORDER BY first_pk
 
 -- name: standing_letters
--- letter_pk_idx, both ends of each state. Open and discarded letters hold their row; retried ones and those whose row
+-- letter_pk_idx, both ends of each state. Open and discarded letters and held rows stay out of batches; retried ones and those whose row
 -- was gone do not.
 SELECT MIN(first_pk) AS first_pk, MAX(last_pk) AS last_pk
 FROM (
@@ -59,6 +59,9 @@ FROM (
   UNION ALL
   SELECT MIN(pk), MAX(pk)
   FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_pk_idx) WHERE state = 'discarded'
+  UNION ALL
+  SELECT MIN(pk), MAX(pk)
+  FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_pk_idx) WHERE state = 'held'
 ) AS ends
 
 -- name: candidates_beside_letters
@@ -72,7 +75,7 @@ FROM (
     SELECT outbox.pk
     FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
     LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-      ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
+      ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
     LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
       ON held.pk = letter.pk
       AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
@@ -180,7 +183,8 @@ SET state = 'sealed', generation = COALESCE(:generation, generation),
     row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
     pks = :pks, manifest = :manifest, counts = :counts, digest = :digest,
     inserted_at_ms = GREATEST(inserted_at_ms, :inserted_at_ms),
-    oldest_event_ms = COALESCE(:oldest_ms, oldest_event_ms), newest_event_ms = COALESCE(:newest_ms, newest_event_ms)
+    oldest_event_ms = COALESCE(:oldest_ms, oldest_event_ms), newest_event_ms = COALESCE(:newest_ms, newest_event_ms),
+    last_error = COALESCE(:note, last_error)
 WHERE batch_id = :batch_id
 
 -- name: begin_write
@@ -200,10 +204,12 @@ UPDATE clickhouse_outbox_batch SET inserts_until_ms = GREATEST(inserts_until_ms,
 WHERE batch_id = :batch_id AND epoch = :epoch AND claim_key = :claim_key
 
 -- name: record_written
--- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one.
+-- Primary key; under fence. Fixes the stamp once, so that every row of the batch carries the same one. What is said of a
+-- view stays with the batch: the view lacks its rows for good.
 UPDATE clickhouse_outbox_batch
 SET state = 'written', written_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED),
-    exported_at_ms = COALESCE(exported_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)), last_error = ''
+    exported_at_ms = COALESCE(exported_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)),
+    last_error = IF(last_error LIKE 'view %', last_error, '')
 WHERE batch_id = :batch_id
 
 -- name: mark_between
@@ -261,7 +267,7 @@ SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :
 
 -- name: record_exported
 -- Primary key; under fence, in the transaction of the last chunk.
-UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_until_ms = 0, last_error = ''
+UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_until_ms = 0, last_error = IF(last_error LIKE 'view %', last_error, '')
 WHERE batch_id = :batch_id
 
 -- name: leave_written
@@ -286,7 +292,8 @@ ORDER BY batch_id
 -- name: record_verified
 -- Primary key. The state guard lets two verifiers meet: the second changes nothing. The digest is that of what was compared.
 UPDATE clickhouse_outbox_batch
-SET state = :state, last_error = :error, observed = :observed, verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
+SET state = :state, last_error = IF(:error = '' AND last_error LIKE 'view %', last_error, :error), observed = :observed,
+    verified_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
 WHERE batch_id = :batch_id AND state = 'exported' AND digest = :digest
 
 -- ── the backlog probe: O(1) in the size of the table ────────────────────────────────────────────
@@ -304,7 +311,7 @@ SELECT COUNT(*) AS n FROM
 SELECT COUNT(*) AS n FROM
   (SELECT 1 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
    LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-     ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
+     ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
    LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
      ON held.pk = letter.pk
      AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
@@ -319,7 +326,7 @@ SELECT COUNT(*) AS n FROM
 SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - outbox.created_at AS lag_ms
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
 LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
+  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
 LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
   ON held.pk = letter.pk
   AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
@@ -349,7 +356,7 @@ GROUP BY exact
 -- name: count_dead
 -- letter_version_idx in its own order, covering.
 SELECT state, version, COUNT(*) AS n FROM clickhouse_outbox_dead_letter FORCE INDEX (letter_version_idx)
-WHERE state IN ('open', 'discarded') GROUP BY state, version
+WHERE state IN ('open', 'discarded', 'held') GROUP BY state, version
 
 -- name: dead_by_reason
 -- letter_reason_idx, covering.

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.limits import RETENTION_DAYS
@@ -22,6 +23,8 @@ from auditexport_pipeline.stores.preflight_mysql import look_at_mysql, look_at_w
 from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline.stores.status import SQL as STATUS_SQL
+from auditexport_pipeline.stores.status import view_failures
 
 _SQL = load("preflight.sql")
 # For so long a clean look is not repeated in full. What a failover, a restart or one statement of somebody turns
@@ -52,6 +55,8 @@ def examine(
     answers.append(_answers(looks, "ClickHouse", lambda: _clickhouse(log, role, retention_days)))
     if all(answers):
         looks.append(_clocks(outbox, log, host_ms))
+    with suppress(AuditExportError):  # without the ledger, or without a grant on it, the looks above have said so
+        looks.append(_views(outbox))
     return looks
 
 
@@ -131,6 +136,25 @@ def _answers(looks: list[Look], server: str, look: Callable[[], list[Look]]) -> 
         )
         return False
     return True
+
+
+def _views(outbox: MySQLOutbox) -> Look:
+    """The materialized views that failed within the last day, as the ledger remembers."""
+    with outbox.transaction("reading the ledger") as connection:
+        failures = view_failures(connection, int(connection.execute(STATUS_SQL["now_ms"]).scalar_one()))
+    return Look(
+        about="materialized views",
+        seen=f"failed on {len(failures):,} batches of the last day" if failures else "none failed in the last day",
+        findings=tuple(
+            Finding(
+                what=f"batch {batch_id}: {note}",
+                breaks="the export goes on; whoever reads the view's target misses these entries",
+                fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
+                fatal=False,
+            )
+            for batch_id, note in list(failures.items())[:1]
+        ),
+    )
 
 
 def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], float]) -> Look:

@@ -32,7 +32,7 @@ FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks GROUP BY bin
 SELECT outbox.pk
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
 LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded')
+  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
 LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
   ON held.pk = letter.pk
   AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)

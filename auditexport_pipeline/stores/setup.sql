@@ -53,7 +53,7 @@ VALUES (0, 0, 0, '', 'head', '', 0, 0, 0, 0, 0, '', '[]', '', '', 0, 0, '', 0)
 -- name: dead_letters
 CREATE TABLE IF NOT EXISTS clickhouse_outbox_dead_letter (
   pk BIGINT UNSIGNED NOT NULL COMMENT 'of the outbox row, which stays where it is, unmarked',
-  state VARCHAR(16) NOT NULL COMMENT 'open and discarded keep the row out of batches; retried and gone do not',
+  state VARCHAR(16) NOT NULL COMMENT 'open, discarded and held keep the row out of batches; retried and gone do not',
   version VARCHAR(64) NOT NULL,
   workspace_id VARCHAR(48) NOT NULL,
   event_id VARCHAR(48) NOT NULL,

@@ -18,6 +18,7 @@ from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
+    VIEWS_WINDOW_S,
     BatchTimes,
     LastReconcile,
     LastSweep,
@@ -28,6 +29,7 @@ from auditexport_pipeline.core.status import (
 )
 from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
@@ -39,6 +41,8 @@ COUNT_BACKLOG_TO = 1_000_000
 LAST_BATCHES = 1_000
 # Open, unverified or discrepant batches that are looked at; `auditexport batches list` pages through all of them.
 STANDING_BATCHES = 200
+# Batches of a day that are looked at for a note on a view: twenty milliseconds.
+VIEWS_LOOKED_AT = 20_000
 # Runs that are told of.
 LAST_RUNS = 5
 
@@ -75,6 +79,8 @@ def read_status(
             row.batch_id: row.last_error
             for row in connection.execute(SQL["discrepant"], {"row_limit": STANDING_BATCHES})
         }
+        failures = view_failures(connection, now_ms)
+        held = dead_letters.held_by_detail(connection) if backlog.held_rows else {}
         unswept = _not_swept(connection, State.VERIFIED, 1)
         last_exported_at_ms = connection.execute(SQL["last_exported"]).scalar()
         first_claimed_at_ms = connection.execute(SQL["first_claimed"]).scalar()
@@ -101,7 +107,19 @@ def read_status(
         last_sweep=LastSweep.of(swept) if swept is not None else None,
         last_reconcile=LastReconcile.of(reconciled) if reconciled is not None else None,
         actions_read=actions_read,
+        view_failures=failures,
+        held_by_detail=held,
     )
+
+
+def view_failures(connection: Connection, now_ms: int) -> dict[int, str]:
+    """Batches of the last day that are stored while a materialized view failed on them, newest first, and the view."""
+    values = {
+        "from_ms": now_ms - VIEWS_WINDOW_S * 1000,
+        "looked_at": VIEWS_LOOKED_AT,
+        "row_limit": STANDING_BATCHES,
+    }
+    return {row.batch_id: row.last_error for row in connection.execute(SQL["view_failures"], values)}
 
 
 def _open_batches(connection: Connection, now_ms: int) -> tuple[OpenBatchStatus, ...]:

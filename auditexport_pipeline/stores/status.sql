@@ -45,6 +45,15 @@ ORDER BY exported_at_ms LIMIT :row_limit
 SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (state_idx)
 WHERE state = 'discrepant' ORDER BY batch_id LIMIT :row_limit
 
+-- name: view_failures
+-- exported_idx, from its end; at most as many entries of it as `looked_at`, among them the batches with a note on a view.
+SELECT batch_id, last_error
+FROM (
+  SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
+  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+) AS recent
+WHERE last_error LIKE 'view %' LIMIT :row_limit
+
 -- name: last_action
 -- verb_idx, from the end of one verb.
 SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)

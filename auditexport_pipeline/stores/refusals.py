@@ -1,0 +1,100 @@
+"""ClickHouse's error answers to an INSERT or a probe, read into `core.ports.Refusal`.
+
+The text is only searched for names of the schema (view, constraint, column). Anything else in it may quote a payload
+and stays out.
+"""
+
+from __future__ import annotations
+
+import re
+
+from auditexport_pipeline.core.ports import Refusal, RefusalKind
+
+# Codes that speak of values: parsing, ranges, depth, constraints.
+ROW_CODES = {
+    *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 395, 407),
+    *(441, 467, 469, 675, 676, 691),
+}
+# Codes that no rerun fixes: tables, columns, grants, settings, credentials.
+SETUP_CODES = {16, 36, 46, 47, 60, 62, 81, 115, 164, 192, 193, 194, 291, 452, 497, 516}
+LIMIT_CODES = {
+    **dict.fromkeys((241, 173, 735), RefusalKind.MEMORY),
+    **dict.fromkeys((158, 307, 396, 161), RefusalKind.SIZE),
+    **dict.fromkeys((159, 160), RefusalKind.TIME),
+}
+# The same from a proxy, by HTTP status.
+LIMIT_STATUSES = {413: RefusalKind.SIZE, 504: RefusalKind.TIME, 408: RefusalKind.TIME}
+# The words of `insert` in audit_log.sql: our own fence, which another throwIf() shares only the code with.
+FENCE = "auditexport: the lease of this batch has ended"
+FENCE_CODE = 395
+
+_NAME = r"(?:`(?:[^`\\]|\\.)+`|[\w$-]+)"
+_QUALIFIED = rf"({_NAME}(?:\.{_NAME})?)"
+# ClickHouse appends one for each view on the way, the innermost first, at the very end of the text: what stands before can
+# quote a payload, which may say the same words.
+_VIEWS = re.compile(
+    rf"((?:: while pushing to view {_QUALIFIED})+)\. \([A-Z0-9_]+\)(?: \(version [\w. ()+-]*\))?(?: \(for url \S+\))?\s*$"
+)
+_VIEW = re.compile(rf": while pushing to view {_QUALIFIED}")
+# A view whose target is gone is found before anything is written; ClickHouse gives the inserted table for the view here.
+_TARGET_GONE = re.compile(r"^Target table '([^']+)' of view '")
+_CONSTRAINT = re.compile(rf"^Constraint ({_NAME}) for table ")
+# A default expression is evaluated under its own text; the column's name is there only where a value is converted.
+_COLUMN = re.compile(rf"to destination column {_QUALIFIED}")
+_MESSAGE = re.compile(r"DB::Exception: (.*)", re.DOTALL)
+_LONGEST_NAME = 200
+
+
+def refusal_of_status(status: int, meaning: str) -> Refusal | None:
+    """The same for an answer that is not ClickHouse's: a proxy's limit, by its HTTP status."""
+    kind = LIMIT_STATUSES.get(status)
+    return Refusal(code=status, name=f"HTTP {status}", kind=kind, meaning=meaning) if kind is not None else None
+
+
+def is_fence(code: int, text: str) -> bool:
+    """Whether this is our own deadline, which the INSERT carries, and not a throwIf() of somebody else's."""
+    message = _message(text)
+    return code == FENCE_CODE and message.startswith(FENCE) and not _VIEWS.search(message)
+
+
+def refusal_of(code: int, name: str, text: str) -> Refusal | None:
+    """The answer as a value, or None for one that speaks neither of rows nor of a view nor of a limit."""
+    message = _message(text)
+    pushed = _VIEWS.search(message)
+    if pushed:
+        return Refusal(
+            code=code,
+            name=name,
+            kind=RefusalKind.VIEW,
+            view=_plain(_VIEW.findall(pushed[1])[0]),
+            constraint=_first(_CONSTRAINT, message),
+            permanent=code in SETUP_CODES,
+        )
+    if code in SETUP_CODES and (gone := _TARGET_GONE.match(message)):
+        return Refusal(
+            code=code,
+            name=name,
+            kind=RefusalKind.VIEW,
+            view=f"with the target {_plain(gone[1])}, which does not exist",
+            permanent=True,
+        )
+    if code in LIMIT_CODES:
+        return Refusal(code=code, name=name, kind=LIMIT_CODES[code])
+    if code in ROW_CODES:
+        return Refusal(code=code, name=name, constraint=_first(_CONSTRAINT, message), column=_first(_COLUMN, message))
+    return None
+
+
+def _message(text: str) -> str:
+    found = _MESSAGE.search(text)
+    return found[1] if found else text
+
+
+def _first(pattern: re.Pattern[str], message: str) -> str:
+    found = pattern.search(message)
+    return _plain(found[1]) if found else ""
+
+
+def _plain(name: str) -> str:
+    """A name on one line, printable and not endless: it goes to logs and pages."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name.replace("`", ""))[:_LONGEST_NAME]
