@@ -173,7 +173,7 @@ INSERT_SETTINGS: dict[str, Value] = {
     "input_format_json_defaults_for_missing_elements_in_named_tuple": 1,
     "input_format_json_ignore_unnecessary_fields": 1,
     "input_format_json_max_depth": 1000,
-    "precise_float_parsing": 1,  # the default since 26.3, and another number before
+    "precise_float_parsing": 1,  # off by default in 25.8: the last digit of a number may differ
     "date_time_input_format": "basic",
     # "Description" is not description, for msgspec as for everybody else. Servers before 26.9 have no other mode.
     "input_format_column_name_matching_mode": "match_case",
