@@ -63,7 +63,7 @@ def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> 
     for _ in range(VERSIONS_LOOKED_AT):
         if found is None:
             break
-        values = {"version": found, "row_limit": max(count_to, ALIKE_LOOKED_AT)}
+        values = {"version": found, "row_limit": ALIKE_LOOKED_AT if found in versions else count_to}
         for row in connection.execute(SQL["versions_like"], values):
             version = bytes(row.exact).decode()
             if version not in versions:
