@@ -55,6 +55,7 @@ def advice(status: Status, targets: Targets) -> list[Advice]:
         *_discrepant(status),
         *_reconcile(status, targets),
         *_lag(status, targets),
+        *_created_at(status),
         *_open_batches(status, targets),
         *_unverified(status, targets),
         *_views(status),
@@ -139,6 +140,21 @@ def _reconcile(status: Status, targets: Targets) -> list[Advice]:
             what=f"{f'the last reconciliation was {ago} ago' if last else f'exporting began {ago} ago and nobody has reconciled'} "
             f"(target: every {targets.reconcile_hours:g} h)",
             todo="auditexport reconcile; then turn reconcile_schedule on",
+        )
+    ]
+
+
+def _created_at(status: Status) -> list[Advice]:
+    backlog = status.backlog
+    if not backlog.odd_created_rows:
+        return []
+    return [
+        Advice(
+            severity=Severity.WARNING,
+            about="created_at",
+            what=f"{backlog.odd_created_rows:,} of the oldest pending rows have a created_at that is no epoch milliseconds, the "
+            f"first with pk {backlog.odd_created_pk}; the lag is taken from other rows, or from the last claim",
+            todo="let the application write created_at in milliseconds since 1970, by a clock that is kept",
         )
     ]
 

@@ -21,7 +21,7 @@ class Backlog:
 
     rows: int
     rows_at_least: bool  # the probe stopped counting here
-    lag_s: float  # age of the oldest pending row by its created_at; 0 when there is none
+    lag_s: float  # age of the oldest pending row by a sound created_at, else since the last claim; 0 when there is none
     unknown_rows: int
     unknown_versions: tuple[str, ...]
     dead_rows: int  # open dead letters: those that wait for an operator
@@ -30,6 +30,9 @@ class Backlog:
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
     held_rows: int = 0  # rows that the ClickHouse table refuses: they go out once its definition changes
     unknown_by_version: Mapping[str, int] = field(default_factory=dict)
+    # Of the oldest pending rows, those whose created_at cannot be epoch milliseconds, and the first of them.
+    odd_created_rows: int = 0
+    odd_created_pk: int | None = None
 
     @property
     def shown_rows(self) -> str:
@@ -92,6 +95,8 @@ def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None, fai
         numbers += f", {backlog.dead_rows:,} dead letters"
     if backlog.held_rows:
         numbers += f", {backlog.held_rows:,} rows held because the ClickHouse table refuses them"
+    if backlog.odd_created_rows:
+        numbers += f", {backlog.odd_created_rows:,} with a created_at that is no epoch milliseconds"
     if at_work is not None:
         return Decision(launch=False, reason=f"{at_work} is at work: {numbers}")
     if failures.wait_s > 0:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
@@ -30,6 +29,7 @@ Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
 
 # Rows decoded and parsed again together.
 ROWS_AT_ONCE = 1_000
+BYTES_AT_ONCE = 8 * 1024**2
 KEYS_AT_ONCE = 1_000
 NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
 # What a row is expected to take where nothing says more.
@@ -303,7 +303,16 @@ def _leave_out_others(slot: Slot, expected: dict[Key, _Expected], stored: dict[K
 
 
 def _batched(rows: Iterator[StoredRow], size: int) -> Iterator[list[StoredRow]]:
-    while some := list(islice(rows, size)):
+    """Lists of at most `size` rows, shorter where they are large."""
+    some: list[StoredRow] = []
+    taken = 0
+    for row in rows:
+        if some and (len(some) == size or taken + len(row.payload) > BYTES_AT_ONCE):
+            yield some
+            some, taken = [], 0
+        some.append(row)
+        taken += len(row.payload)
+    if some:
         yield some
 
 

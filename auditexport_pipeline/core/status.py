@@ -194,6 +194,7 @@ class Status:
         return {
             "backlog_rows": self.backlog.rows,
             "lag_s": round(self.backlog.lag_s, 1),
+            "odd_created_rows": self.backlog.odd_created_rows,
             "rows_per_s": round(self.rows_per_s, 1),
             "eta_s": None if self.eta_s is None else round(self.eta_s, 1),
             "recent_rows": self.recent_rows,

@@ -51,10 +51,10 @@ class _OfStatus:
 _OF_STATUS = (
     _OfStatus(
         name="lag_within_target",
-        about=("lag",),
-        numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s"),
+        about=("lag", "created_at"),
+        numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s", "odd_created_rows"),
         description="The oldest pending row is younger than the target (AUDITEXPORT_TARGET_LAG_S, 300 s). A warning while a drain is "
-        "at work on it, an error when none is.",
+        "at work on it, an error when none is; a warning too where created_at is no epoch milliseconds.",
     ),
     _OfStatus(
         name="no_unknown_versions",

@@ -18,6 +18,8 @@ from auditexport_pipeline.stores.mysql import SQL
 VERSIONS_LOOKED_AT = 50
 # Rows of one version, as the column's collation compares, among which others are looked for: some ten milliseconds.
 ALIKE_LOOKED_AT = 10_000
+# The oldest pending rows of a version whose created_at is looked at: each is one look-up by primary key.
+ROWS_LOOKED_AT = 100
 
 
 def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Backlog:
@@ -31,25 +33,40 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
     held_rows = sum(row.n for row in dead if row.state == "held")
     # A letter holds the row that it was made of, which may be gone: so rows are counted, and letters are not subtracted.
     count = SQL["count_beside_letters" if dead else "count_pending"]
-    rows = 0
-    lag_ms = 0
+    rows = odd_rows = 0
+    lags_ms: list[int] = []
+    odd_pk: int | None = None
     for version in versions:
         rows += connection.execute(count, {"version": version, "row_limit": count_to}).scalar_one()
-        oldest = connection.execute(SQL["oldest_pending"], {"version": version}).scalar()
-        lag_ms = max(lag_ms, oldest or 0)
+        oldest = connection.execute(
+            SQL["oldest_pending"], {"version": version, "row_limit": ROWS_LOOKED_AT}
+        ).one_or_none()
+        if oldest is None:
+            continue
+        if oldest.odd_rows:
+            odd_rows += int(oldest.odd_rows)
+            odd_pk = oldest.odd_pk if odd_pk is None else min(odd_pk, oldest.odd_pk)
+        # Rows that say nothing sound have waited since the last claim at the longest.
+        lag_ms = oldest.lag_ms if oldest.lag_ms is not None else connection.execute(SQL["last_claim_ago"]).scalar_one()
+        lags_ms.append(int(lag_ms))
     unknown = _unknown(connection, versions, count_to)
     open_batches = list(connection.execute(SQL["open_batches"]))
     return Backlog(
         rows=rows,
         rows_at_least=rows >= count_to,
-        lag_s=lag_ms / 1000,
+        lag_s=max(0, *lags_ms, 0) / 1000,
+        odd_created_rows=odd_rows,
+        odd_created_pk=odd_pk,
         unknown_rows=sum(unknown.values()),
         unknown_versions=tuple(unknown),
         dead_rows=dead_rows,
         held_rows=held_rows,
         open_batches=len(open_batches),
         waiting_batches=sum(1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired),
-        leasing_owners=tuple(sorted({row.owner for row in open_batches if not row.lease_expired})),
+        leasing_owners=tuple(
+            # Nobody works on a stopped batch: it waits for the end of its lease.
+            sorted({row.owner for row in open_batches if not row.lease_expired and row.state != State.STOPPED.value})
+        ),
         unknown_by_version=unknown,
     )
 

@@ -45,12 +45,16 @@ from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch,
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.blockers import holders
-from auditexport_pipeline.stores.marking import by_shape, stamp, stamp_unlocked
+from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, stamp, stamp_unlocked
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
 READ_BYTES = 8 * 1024**2
+# How many times the average a payload may be, and still come with the others.
+SHARES = 4
+# No server takes a longer one (max_allowed_packet).
+LONGEST_PAYLOAD_BYTES = 1024**3
 # The width of the ledger's column.
 KEY_LETTERS = 32
 
@@ -111,15 +115,22 @@ class MySQLOutbox:
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
         """The rows of these pks that exist, by ascending pk, marked or not.
 
-        In memory at a time: `READ_ROWS` rows, or fewer where they are large, so that one read stays at about
-        `READ_BYTES`. Source: the outbox's primary key; no lock.
+        In memory at a time: `READ_ROWS` rows, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
+        whatever `row_bytes` says: one SELECT brings no more than a share of each payload. Payloads beyond their share are
+        read after that, as many together as come to `READ_BYTES`, or one alone. Source: the outbox's primary key; no lock.
         """
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
-            with self.transaction("reading outbox rows") as connection:
-                found = [
-                    row for part, values in by_shape("rows", chunk) for row in _driver_rows(connection, part, values)
-                ]
-            for pk, event_id, workspace_id, exported_at_ms, payload in found:
+            share = SHARES * READ_BYTES // len(chunk)
+            found = self._rows(chunk, share)
+            cut_off = [row[0] for row in found if len(row[-1] or b"") == share]
+            whole = self._whole(cut_off)
+            large = set(cut_off)
+            for row in found:
+                if row[0] in large:
+                    row = next(whole)
+                    if row is None:  # gone since the first look
+                        continue
+                pk, event_id, workspace_id, exported_at_ms, payload = row
                 yield StoredRow(
                     pk=pk,
                     event_id=event_id,
@@ -127,6 +138,32 @@ class MySQLOutbox:
                     exported_at_ms=exported_at_ms,
                     payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
                 )
+
+    def _rows(self, pks: PkSet, most_bytes: int) -> list[Any]:
+        with self.transaction("reading outbox rows") as connection:
+            return [
+                row
+                for part, values in by_shape("rows", pks)
+                for row in _driver_rows(connection, part, {**values, "most_bytes": most_bytes})
+            ]
+
+    def _whole(self, pks: Sequence[int]) -> Iterator[Any]:
+        """These rows with all of their payload, one for each pk in its order, None for one that is gone."""
+        if not pks:
+            return
+        sizes: dict[int, int] = {}
+        with self.transaction("measuring outbox rows") as connection:
+            for at in range(0, len(pks), LIST_PKS):
+                sizes.update(_driver_rows(connection, "payload_bytes", {"pks": list(pks[at : at + LIST_PKS])}))
+        start = size = 0
+        for end, pk in enumerate([*pks, None]):
+            more = (sizes.get(pk) or 0) if pk is not None else READ_BYTES + 1
+            if end > start and size + more > READ_BYTES:
+                group = pks[start:end]
+                found = {row[0]: row for row in self._rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES)}
+                yield from (found.pop(one, None) for one in group)
+                start, size = end, 0
+            size += more
 
     def seal(self, claim: Claim, cut: Cut) -> None:
         self._cut(claim, cut, State.CLAIMED)

@@ -63,6 +63,12 @@ SELECT MAX(last_pk) AS last_pk FROM clickhouse_outbox_batch
 SELECT MAX(OCTET_LENGTH(payload)) AS bytes, SUM(OCTET_LENGTH(payload) = 0) AS empty_ones FROM
   (SELECT payload FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NULL LIMIT 500) AS oldest
 
+-- name: odd_created
+-- As `oldest_pending` of the backlog's probe, whatever the version and the letters.
+SELECT COUNT(*) AS odd_rows, MIN(pk) AS odd_pk FROM
+  (SELECT pk, created_at FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NULL LIMIT 500) AS oldest
+WHERE created_at NOT BETWEEN 1262304000000 AND CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + 60000
+
 -- name: clickhouse_server
 SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS database_name,
        toUnixTimestamp64Milli(now64(3)) AS now_ms, getSetting('readonly') AS read_only

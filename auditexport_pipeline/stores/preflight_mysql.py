@@ -45,6 +45,8 @@ def look_at_mysql(connection: Connection, url: str, role: Role) -> Iterator[Look
     )
     readable = not grants.lacking(server.database_name, OUTBOX, ("SELECT",))
     yield _packet(connection, variables, sampled=role is Role.EXPORTER and readable)
+    if role is Role.EXPORTER and readable and can_be_sampled(connection):
+        yield _created_at(connection)
     user, at, host = server.granted_to.rpartition("@")
     yield _grants(grants, server.database_name, f"'{user}'{at}'{host}'", role)
     yield from look_at_tables(connection, grants, server.database_name, role)
@@ -193,6 +195,20 @@ def _packet(connection: Connection, variables: Mapping[str, str], *, sampled: bo
                 )
             )
     return Look(about="MySQL packets", seen=seen, findings=tuple(findings))
+
+
+def _created_at(connection: Connection) -> Look:
+    oldest = connection.exec_driver_sql(_SQL["odd_created"]).one()
+    if not oldest.odd_rows:
+        return Look(about="MySQL created_at", seen="the oldest pending rows have epoch milliseconds")
+    finding = Finding(
+        what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is no epoch milliseconds, the first with pk "
+        f"{oldest.odd_pk}",
+        breaks="their age is unknown: the lag is taken from other rows, or from the last claim",
+        fix="let the application write created_at in milliseconds since 1970, by a clock that is kept",
+        fatal=False,
+    )
+    return Look(about="MySQL created_at", seen=f"{oldest.odd_rows} odd ones", findings=(finding,))
 
 
 def _grants(grants: MySQLGrants, database: str, user: str, role: Role) -> Look:
