@@ -289,7 +289,7 @@ class Recutter:
         """Takes a few rows out into blocks of their own: where all of them are refused too, the table refuses everything."""
         self._sampled = True
         self._questions.left -= SAMPLE + 1
-        chosen = {len(group.rows) * n // SAMPLE for n in range(SAMPLE)}
+        chosen = {(len(group.rows) - 1) * n // (SAMPLE - 1) for n in range(SAMPLE)}
         rest = Group([row for index, row in enumerate(group.rows) if index not in chosen])
         groups = [rest, *(Group([group.rows[index]]) for index in sorted(chosen))]
         number = _next_number(batch)
@@ -301,10 +301,16 @@ class Recutter:
             again.append(self._part(batch, part, those.pks, rows, payloads, bodies))
         return _recut(self._outbox, batch, _with_parts(batch, block, again), batch.pks, batch.counts, ()), again
 
+    def _workspaces(self, batch: Batch, suspects: list[tuple[Block, Refusal]]) -> set[str]:
+        rows = (row for block, _ in suspects for row in self._outbox.read(block.pks, row_bytes=block.row_bytes))
+        return {row.workspace_id for row in rows}
+
     def _hold(self, batch: Batch, again: list[Block]) -> Batch:
         """Holds the single rows that the table refuses. Raises `TableRefuses` where it has refused all rows that it was sent."""
         suspects, self._suspects = self._suspects, []
-        if not self.taken and not again and len(suspects) >= SAMPLE:
+        all_refused = not self.taken and not again and len(suspects) >= SAMPLE
+        # Of one workspace it can be a flood of its own, which is searched and held.
+        if all_refused and len(self._workspaces(batch, suspects)) > 1:
             self._waiting = []
             raise TableRefuses(
                 f"{VERSIONS[batch.version].table} refuses all rows of batch {batch.batch_id} ({batch.entries:,}), and all of "
