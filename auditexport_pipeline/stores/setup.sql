@@ -121,9 +121,11 @@ CREATE TABLE IF NOT EXISTS $table$on_cluster AS $local
 ENGINE = Distributed('$cluster', '$database', '$local', inserted_at)
 
 -- name: audit_logs
--- The read side: each event once, also while two copies of it have not merged yet.
+-- The read side: each event once, also while two copies of it have not merged yet. Copies under different months are in
+-- different partitions and never merge: FINAL shows one of them unless a profile sets
+-- do_not_merge_across_partitions_select_final, so the view states it. A reader's filter still goes by the primary key.
 CREATE VIEW IF NOT EXISTS audit_logs$on_cluster AS
-SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL
+SELECT *, meta_text, targets_meta_text FROM audit_logs_raw_v1 FINAL SETTINGS do_not_merge_across_partitions_select_final = 0
 
 -- name: clickhouse_tables
 SELECT name, engine FROM system.tables WHERE database = currentDatabase()
