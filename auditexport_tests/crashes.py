@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
@@ -215,6 +216,15 @@ class CrashingAuditLog:
     ) -> set[tuple[tuple[str, str, int, str], int]]:
         return self.real.keys_held(keys, inserted_at_ms)
 
+    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
+        return self.real.some_entries_at(inserted_at_ms, most)
+
+    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
+        return self.real.workspaces_at(inserted_at_ms)
+
+    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
+        return self.real.count_at(inserted_at_ms)
+
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         return self.real.contents(version, payloads, inserted_at_ms)
 
@@ -223,6 +233,20 @@ class CrashingAuditLog:
 
     def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
         return self.real.by_workspace(from_ms, to_ms)
+
+    def named_by(self, erasure: Erasure, until_ms: int) -> int:
+        return self.real.named_by(erasure, until_ms)
+
+    def ttl(self, version: str) -> str:
+        return self.real.ttl(version)
+
+    def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
+        return self.real.past_ttl(version, inserted_at_ms, ahead_s=ahead_s)
+
+    def past_ttl_of(
+        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
+    ) -> dict[tuple[str, str, int, str], bool | None]:
+        return self.real.past_ttl_of(version, inserted_at_ms, keys)
 
     def kept_ms(self) -> int | None:
         return self.real.kept_ms()

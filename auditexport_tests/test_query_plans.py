@@ -235,7 +235,7 @@ STATUS: dict[str, tuple[str, dict[str, object]]] = {
     "first_claimed": ("PRIMARY", {}),
     "not_swept": ("sweep_idx", {"state": "verified", "row_limit": 1}),
     "discrepant": ("state_idx", {"row_limit": 200}),
-    "last_action": ("verb_idx", {"verb": "sweep"}),
+    "last_actions": ("verb_idx", {"verb": "sweep", "row_limit": 50}),
 }
 
 

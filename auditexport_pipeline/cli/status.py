@@ -241,5 +241,6 @@ def status_values(now: Status, found: list[Advice]) -> dict[str, Any]:
         "last_reconcile": {**asdict(now.last_reconcile), "clean": now.last_reconcile.clean}
         if now.last_reconcile
         else None,
+        "findings": [{**asdict(one), "found": str(one.found)} for one in now.open_findings],
         "todo": [{**asdict(one), "severity": str(one.severity)} for one in found],
     }

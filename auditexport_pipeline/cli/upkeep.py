@@ -29,6 +29,7 @@ from auditexport_pipeline.cli.shared import (
 )
 from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
 from auditexport_pipeline.core.actions import Erasure, RowFilter
+from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
@@ -114,19 +115,26 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 @click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
 @click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
 @click.option("--max-rows", type=int, default=10_000_000, show_default=True, help="The rest waits for the next sweep.")
+@click.option(
+    "--ttl-days",
+    type=float,
+    help="Where ClickHouse cannot evaluate the table's TTL: it keeps an entry this long. Recorded; counts until the TTL reads "
+    "otherwise.",
+)
 @dry_run_option
 @who_option
 @json_option
-def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> None:
+def sweep(ttl_days: float | None, dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> None:
     """Delete exported rows past retention, once ClickHouse is seen to hold them. May be ended at any moment.
 
-    Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, 2 the call or the setup is wrong.
+    Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, or because nobody can tell whether it is past
+    the TTL, 2 the call or the setup is wrong.
     """
     from auditexport_pipeline.core.sweep import Retention, sweep
 
     wanted = Retention(**retention)
     whose = by(who, f"retention of {wanted.outbox_days:g} days")
-    done = sweep(outbox(), upkeep(), audit_log(), wanted, whose, dry_run=dry_run)
+    done = sweep(outbox(), upkeep(), audit_log(), wanted, whose, ttl_days=ttl_days, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -135,6 +143,8 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
                 "held_back_batches": done.held_back,
                 "discrepant_batches": len(done.discrepant),
                 "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
+                "ttl_unknown_batches": len(done.ttl_unknown),
+                "ttl_unknown": {str(batch_id): str(found) for batch_id, found in done.ttl_unknown.items()},
                 "dead_letters_closed": done.letters_closed,
                 "compacted_batches": done.compacted,
                 "stopped_early": done.stopped_early,
@@ -150,7 +160,11 @@ def sweep(dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> No
             click.echo("  max-rows was reached; sweep again for the rest")
         for batch_id, found in done.discrepant.items():
             click.echo(f"  batch {batch_id} was left: ClickHouse no longer holds it ({found})", err=True)
-    if done.discrepant:
+        for batch_id, found in done.ttl_unknown.items():
+            click.echo(f"  batch {batch_id} was left: {found} in ClickHouse, and its TTL cannot be evaluated", err=True)
+        if done.ttl_unknown:
+            click.echo(f"  {TTL_UNKNOWN_TODO}", err=True)
+    if done.discrepant or done.ttl_unknown:
         sys.exit(BAD_OUTCOME)
 
 
@@ -238,6 +252,7 @@ def _report_values(report: Report) -> dict[str, object]:
         "event_ids": list(report.found.event_ids),
         "explained": dict(report.explained),
         "open_batches": report.open_batches,
+        "ttl_unknown": report.ttl_unknown,
         "marked_by_others": report.marked_by_others,
         "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "unrecorded": report.unrecorded,
@@ -270,6 +285,10 @@ def _show_report(report: Report) -> None:
     )
     for what, count in report.explained.items():
         click.echo(f"  explained: {count:,} {what}")
+    if report.ttl_unknown:
+        click.echo(
+            f"  {report.ttl_unknown:,} of the missing may be past the TTL, which cannot be evaluated. {TTL_UNKNOWN_TODO}"
+        )
     if report.unrecorded:
         click.echo(f"  not recorded that it was looked: {report.unrecorded}", err=True)
     if report.open_batches:

@@ -104,8 +104,9 @@ class Erasure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedErasure:
-    """An erasure as the record has it."""
+    """An erasure as the record has it. `newest_pk` was the outbox's highest pk then; 0 where the record does not say."""
 
     erasure: Erasure
     at_ms: int
     by: By
+    newest_pk: int = 0

@@ -119,6 +119,7 @@ def _reconcile(status: Status, targets: Targets) -> list[Advice]:
             )
         ]
     last = status.last_reconcile
+    standing = _open_findings(status)
     if last is not None and not last.clean:
         return [
             Advice(
@@ -127,8 +128,11 @@ def _reconcile(status: Status, targets: Targets) -> list[Advice]:
                 what=f"the last reconciliation, {shown_s((status.at_ms - last.at_ms) / 1000)} ago by {last.who}, found "
                 f"{last.found}",
                 todo="auditexport reconcile --repair; then a drain, and reconcile again",
-            )
+            ),
+            *standing,
         ]
+    if standing:
+        return standing
     since_ms = last.at_ms if last is not None else status.first_claimed_at_ms
     if since_ms is None or status.at_ms - since_ms <= targets.reconcile_hours * 3_600_000:
         return []
@@ -155,6 +159,27 @@ def _created_at(status: Status) -> list[Advice]:
             what=f"{backlog.odd_created_rows:,} of the oldest pending rows have a created_at that is no epoch milliseconds, the "
             f"first with pk {backlog.odd_created_pk}; the lag is taken from other rows, or from the last claim",
             todo="let the application write created_at in milliseconds since 1970, by a clock that is kept",
+        )
+    ]
+
+
+def _open_findings(status: Status) -> list[Advice]:
+    """What an earlier reconciliation found: a later one that looked elsewhere says nothing about it."""
+    found = status.open_findings
+    if not found:
+        return []
+    first, *more = found
+    total = first.found
+    for one in more:
+        total += one.found
+    others = f", and {len(more):,} later ones" if more else ""
+    return [
+        Advice(
+            severity=Severity.ERROR,
+            about="reconcile",
+            what=f"a reconciliation {shown_s((status.at_ms - first.at_ms) / 1000)} ago{others} found {total}, and none has looked "
+            "there again since",
+            todo=f"auditexport reconcile --from {min(one.from_ms for one in found)} --repair; then a drain, and the same again",
         )
     ]
 

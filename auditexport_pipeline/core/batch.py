@@ -132,13 +132,15 @@ class Holding:
     """What ClickHouse holds under one `inserted_at`: entries, and two sums over them modulo 2^64.
 
     `fingerprint` is over what the payload fixes byte by byte (`core.verify`), `content` over every column as
-    ClickHouse stores it, metas included. `copies` are entries that equal another one here in every column.
+    ClickHouse stores it, metas included. `copies` are entries that equal another one here in every column. `workspaces` is
+    what was sent, by workspace, where that was few and the rows are swept: an erasure of another one explains no loss.
     """
 
     rows: int
     fingerprint: int
     content: int
     copies: int = 0
+    workspaces: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,6 +384,7 @@ class _Observed(msgspec.Struct, omit_defaults=True):
     fp: str
     content: str
     copies: int = 0
+    ws: dict[str, int] = {}
 
 
 def observed_to_text(observed: Mapping[int, Holding]) -> str:
@@ -393,6 +396,7 @@ def observed_to_text(observed: Mapping[int, Holding]) -> str:
                 fp=f"{holding.fingerprint:016x}",
                 content=f"{holding.content:016x}",
                 copies=holding.copies,
+                ws=dict(holding.workspaces),
             )
             for at_ms, holding in sorted(observed.items())
         ]
@@ -402,7 +406,11 @@ def observed_to_text(observed: Mapping[int, Holding]) -> str:
 def observed_from_text(text: str | None) -> dict[int, Holding]:
     return {
         part.at: Holding(
-            rows=part.rows, fingerprint=int(part.fp, 16), content=int(part.content, 16), copies=part.copies
+            rows=part.rows,
+            fingerprint=int(part.fp, 16),
+            content=int(part.content, 16),
+            copies=part.copies,
+            workspaces=part.ws,
         )
         for part in (msgspec.json.decode(text, type=list[_Observed]) if text else ())
     }

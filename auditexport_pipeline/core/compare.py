@@ -14,13 +14,13 @@ same `inserted_at`, until they merge. What is left after all that is a discrepan
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
 from auditexport_pipeline.core.event import Undecodable, normal_form
+from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import NAMED_EVENTS, AuditLog, Discrepancy, Outbox, StoredEntry, StoredRow
 from auditexport_pipeline.core.versions import VERSIONS
@@ -143,6 +143,7 @@ class Comparison:
     renewed: int = 0  # sent again as new: nothing proved that they were the same events
     requeued: int = 0  # not there, and pending again
     unprovable: int = 0  # gone since an erasure was recorded, and from the outbox too
+    ttl_unknown: int = 0  # of the missing: those that may be past a TTL that cannot be evaluated
 
     @property
     def explained(self) -> dict[str, int]:
@@ -176,6 +177,7 @@ class _Expected:
     """One event of a slot: its rows, and what an entry of it may hold, which rows of one event need not agree on."""
 
     pks: list[int] = field(default_factory=list)
+    again_ms: int | None = None  # when one of them was exported last, if by a requeue
     held: set[tuple[int, int]] = field(default_factory=set)  # fingerprint and content
     pending: bool = False
     marked: bool = False  # by a batch of this slot
@@ -208,28 +210,24 @@ def compare_at_rest(
     batch: Batch,
     block: Block,
     *,
-    erasures: Sequence[Erasure] = (),
-    expired: bool = False,
+    excuses: Excuses | None = None,
 ) -> Comparison:
     """As `compare`, of a first export's slot. A requeue that arrives while entries are read is no discrepancy: what
     differs is looked at again, until nobody has begun to send anything to the slot meanwhile.
     """
     slot = slot_at(outbox, batch, block)
     while True:
-        found = compare(outbox, log, slot, erasures=erasures, expired=expired)
+        found = compare(outbox, log, slot, excuses=excuses)
         before, slot = slot, slot_at(outbox, batch, block)
         if not found.discrepancy or slot.senders == before.senders:
             return found
 
 
-def compare(
-    outbox: Outbox, log: AuditLog, slot: Slot, *, erasures: Sequence[Erasure] = (), expired: bool = False
-) -> Comparison:
+def compare(outbox: Outbox, log: AuditLog, slot: Slot, *, excuses: Excuses | None = None) -> Comparison:
     """Reads a slot's rows and entries, and says how they differ. Changes nothing.
 
-    Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for what is not there. With
-    `expired`, the table's TTL has passed for this slot and whatever is gone is gone rightly. Memory: three
-    numbers and a key per row of the slot; payloads a thousand at a time.
+    Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for what is not there. `excuses` say what is
+    gone rightly; without, nothing is. Memory: three numbers and a key per row of the slot; payloads a thousand at a time.
     """
     expected = _expected(outbox, log, slot)
     stored: defaultdict[Key, list[StoredEntry]] = defaultdict(list)
@@ -238,12 +236,12 @@ def compare(
     found = Comparison()
     _leave_out_others(slot, expected, stored)
     seen = PkSet.of(sorted(pk for known in expected.values() for pk in known.pks))
-    _compare_expected(log, slot, expected, seen, stored, erasures, expired, found)
+    _compare_expected(log, slot, expected, seen, stored, excuses, found)
     if slot.first is None:  # who else has sent these rows is not known here
         found.unmerged += sum(found.duplicated.values())
         found.duplicated.clear()
     else:
-        _compare_rest(slot, expected, seen, stored, bool(erasures), expired, found)
+        _compare_rest(slot, expected, seen, stored, excuses, found)
     return found
 
 
@@ -266,7 +264,10 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
     for batch, block in slot.blocks:
         if batch.is_requeue(block):
             for known in expected.values():
-                known.surplus += sum(max(1, batch.attempts) for pk in known.pks if pk in block.pks)
+                again = [pk for pk in known.pks if pk in block.pks]
+                known.surplus += len(again) * max(1, batch.attempts)
+                if again:
+                    known.again_ms = max(known.again_ms or 0, batch.exported_at_ms or 0)
     return expected
 
 
@@ -322,8 +323,7 @@ def _compare_expected(
     expected: dict[Key, _Expected],
     seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
-    erasures: Sequence[Erasure],
-    expired: bool,
+    excuses: Excuses | None,
     found: Comparison,
 ) -> None:
     absent = []
@@ -348,17 +348,25 @@ def _compare_expected(
             found.duplicated[key] = len(copies) - 1 - unmerged
     # Two copies of one event collapse into the one that was written later, under its `inserted_at`.
     elsewhere = {entry.key for entry in entries_of(log, absent)}
+    found.superseded += len(elsewhere)
+    gone = []
     for key in absent:
         if key in elsewhere:
-            found.superseded += 1
-        elif any(erasure.covers(key) for erasure in erasures):
+            continue
+        known = expected[key]
+        if excuses and excuses.erased(key, known.pks, slot_ms=slot.inserted_at_ms, again_ms=known.again_ms):
             found.erased += 1
-        elif expired:
+        else:
+            gone.append(key)
+    past = excuses.past_of(slot.version, slot.inserted_at_ms, gone) if excuses else {}
+    for key in gone:
+        if past.get(key):
             found.expired += 1
         elif expected[key].pending:
             found.requeued += 1
         else:
             found.missing[key] = tuple(expected[key].pks)
+            found.ttl_unknown += int(key in past and past[key] is None)
 
 
 def _compare_rest(
@@ -366,8 +374,7 @@ def _compare_rest(
     expected: dict[Key, _Expected],
     seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
-    erasures: bool,
-    expired: bool,
+    excuses: Excuses | None,
     found: Comparison,
 ) -> None:
     """Entries whose rows are gone from the outbox: their number, and their sum where nothing else differs."""
@@ -399,12 +406,14 @@ def _compare_rest(
     lost = max(0, gone - len(others) - settled - by_added)
     found.renewed = min(lost, len(slot.renewed - seen))
     lost -= found.renewed
-    if expired:
+    past = excuses.past(slot.version, [slot.inserted_at_ms])[slot.inserted_at_ms] if excuses and lost else False
+    if past:
         found.expired += lost
-    elif erasures:
-        found.unprovable += lost
     else:
-        found.unnamed_missing += lost
+        erased = excuses.erased_unseen(slot.inserted_at_ms, lost, _lost_of(baseline, stored)) if excuses and lost else 0
+        found.unprovable += erased
+        found.unnamed_missing += lost - erased
+        found.ttl_unknown += (lost - erased) * int(past is None)
     # Of two rows of one event, the one that was added may have taken the other's place.
     comparable = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy
     entries = _one_of_each(stored, expected) if comparable and not lost else None
@@ -416,6 +425,14 @@ def _compare_rest(
         )
         if now.rows == baseline.rows and now != baseline:
             found.unnamed_altered += 1
+
+
+def _lost_of(baseline: Holding | None, stored: dict[Key, list[StoredEntry]]) -> dict[str, int] | None:
+    """How many entries each workspace can have lost, where the ledger kept whose they were."""
+    if baseline is None or not baseline.workspaces:
+        return None
+    held = Counter(key[0] for key in stored)
+    return {name: rows - held[name] for name, rows in baseline.workspaces.items() if rows > held[name]}
 
 
 def _one_of_each(stored: dict[Key, list[StoredEntry]], expected: dict[Key, _Expected]) -> list[StoredEntry] | None:
@@ -435,27 +452,3 @@ def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
     ordered = list(keys)
     for start in range(0, len(ordered), KEYS_AT_ONCE):
         yield from log.entries_of(ordered[start : start + KEYS_AT_ONCE])
-
-
-def keys_absent(outbox: Outbox, log: AuditLog, pks: PkSet) -> list[int]:
-    """Those of these rows, of any known version, whose events ClickHouse does not hold anywhere.
-
-    A row that does not decode is looked for by the ids of its columns alone: another exporter may have sent it.
-    """
-    absent: list[int] = []
-    for chunk in pks.chunks(KEYS_AT_ONCE):
-        keys: defaultdict[Key, list[int]] = defaultdict(list)
-        ids: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-        for row in outbox.read(chunk, row_bytes=ROW_BYTES):
-            for version in VERSIONS.values():
-                event = version.decode(row)
-                if not isinstance(event, Undecodable):
-                    keys[event.key].append(row.pk)
-                    break
-            else:
-                ids[row.workspace_id, row.event_id].append(row.pk)
-        held = {entry.key for entry in entries_of(log, keys)}
-        absent.extend(pk for key, found in keys.items() if key not in held for pk in found)
-        ids_held = log.ids_held(list(ids))
-        absent.extend(pk for pair, found in ids.items() if pair not in ids_held for pk in found)
-    return absent

@@ -92,7 +92,7 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_last_sweep_timestamp_seconds", "When a sweep deleted something last.", ()),
     ("auditexport_last_sweep_rows", "Rows that it deleted.", ()),
     ("auditexport_last_reconcile_timestamp_seconds", "When both stores were reconciled last.", ()),
-    ("auditexport_last_reconcile_entries", "Entries in which they differed then, by kind.", ("kind",)),
+    ("auditexport_last_reconcile_entries", "Entries in which they differed then, or before where nobody has looked again, by kind.", ("kind",)),
     ("auditexport_reconcile_target_seconds", "How often they should be (AUDITEXPORT_TARGET_RECONCILE_HOURS).", ()),
     ("auditexport_advice", "1 for each thing that needs an operator, as auditexport status names it.", ("about", "severity")),
 )  # fmt: skip
@@ -148,7 +148,7 @@ def metrics_of(read: Read | None, targets: Targets, *, at_s: float) -> list[Metr
         if status.last_reconcile is not None:
             put("auditexport_last_reconcile_timestamp_seconds", _seconds(status.last_reconcile.at_ms))
             for kind in ("missing", "duplicated", "unexpected", "altered"):
-                put("auditexport_last_reconcile_entries", getattr(status.last_reconcile.found, kind), kind=kind)
+                put("auditexport_last_reconcile_entries", getattr(status.differing, kind), kind=kind)
         for one in advice(status, targets):
             if one.severity is not Severity.NOTE:
                 put("auditexport_advice", 1, about=one.about, severity=str(one.severity))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from auditexport_pipeline.core.actions import By, RecordedErasure, RowFilter
+from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, Holding
 from auditexport_pipeline.core.event import OutboxRow, Undecodable
 from auditexport_pipeline.core.pks import PkSet
@@ -177,8 +177,12 @@ class Discrepancy:
             event_ids=(self.event_ids + other.event_ids)[:NAMED_EVENTS],
         )
 
+    @property
+    def total(self) -> int:
+        return self.missing + self.duplicated + self.unexpected + self.altered
+
     def __bool__(self) -> bool:
-        return bool(self.missing or self.duplicated or self.unexpected or self.altered)
+        return bool(self.total)
 
     def __str__(self) -> str:
         found = {
@@ -306,8 +310,8 @@ class Upkeep(Protocol):
 
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None: ...
 
-    def strange_stamps(self) -> list[int]:
-        """Values of `deleted_at` that no batch has set, ascending."""
+    def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
+        """Rows whose `deleted_at`, in [first, last], no batch has set: pk to `deleted_at`, in portions by ascending mark."""
         ...
 
     def count_stamped(self, stamp_ms: int) -> int: ...
@@ -340,6 +344,14 @@ class Upkeep(Protocol):
 
     def erasures(self) -> list[RecordedErasure]: ...
 
+    def last_actions(self, verb: str, count: int) -> list[Action]:
+        """The last actions of one verb, newest first."""
+        ...
+
+    def created_at(self, pks: PkSet) -> dict[int, int]:
+        """The application's `created_at` of those rows that exist, by pk."""
+        ...
+
 
 class AuditLog(Protocol):
     """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`."""
@@ -365,6 +377,18 @@ class AuditLog(Protocol):
 
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]: ...
 
+    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
+        """At most so many of the entries of one `inserted_at`."""
+        ...
+
+    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
+        """How many entries each workspace has under one `inserted_at`."""
+        ...
+
+    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
+        """How many entries there are under these `inserted_at`s together."""
+        ...
+
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...
 
     def keys_held(
@@ -389,6 +413,26 @@ class AuditLog(Protocol):
         """Entries by workspace and by UTC day of their `inserted_at` (its first millisecond), in [from, to)."""
         ...
 
+    def named_by(self, erasure: Erasure, until_ms: int) -> int:
+        """How many entries with an `inserted_at` up to `until_ms` an erasure names, and ClickHouse still holds."""
+        ...
+
+    def ttl(self, version: str) -> str:
+        """The TTL clause of the version's table, in ClickHouse's words; empty when it has none."""
+        ...
+
+    def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
+        """Whether the table's TTL lets ClickHouse delete entries with these `inserted_at`s, as ClickHouse evaluates it
+        (`ahead_s` from now). None: that cannot be told from the `inserted_at`.
+        """
+        ...
+
+    def past_ttl_of(
+        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
+    ) -> dict[tuple[str, str, int, str], bool | None]:
+        """As `past_ttl`, of entries whose sort keys are known."""
+        ...
+
     def kept_ms(self) -> int | None:
-        """How long the tables' TTL, which is the first version's, keeps an entry after its `inserted_at`; None for ever."""
+        """The longest that any table's TTL keeps an entry after its `inserted_at`; None: for ever, or not to be told."""
         ...

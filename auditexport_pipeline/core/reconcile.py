@@ -10,7 +10,7 @@ Three questions, each from another side, so that none can hide what another woul
 * ClickHouse asks the ledger: is there an `inserted_at` that no batch ever had?
 * the outbox asks both: is there a mark that no batch has set, on a row that ClickHouse does not hold?
 
-The window is of `inserted_at`, the time of the first export; of marks, all are looked at. Rows that were swept leave
+The window is of `inserted_at`, the time of the first export; of marks that no batch has set, of the mark. Rows that were swept leave
 counts and sums to compare, and no names. A batch that is not closed yet is left to the drain.
 """
 
@@ -20,23 +20,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.actions import By, Erasure
+from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.batch import OPEN, Batch, Holding, State
 from auditexport_pipeline.core.compare import (
     NO_ENTRIES,
-    ROW_BYTES,
     Comparison,
     Key,
     Slot,
     compare,
     compare_at_rest,
     entries_of,
-    keys_absent,
     slot_at,
     slots_of,
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.event import Undecodable
+from auditexport_pipeline.core.excuses import Excuses
+from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for
+from auditexport_pipeline.core.looks import LOOKS_READ, OpenFinding, open_findings, record_of
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 from auditexport_pipeline.core.requeue import Requeue, clear
@@ -47,8 +47,12 @@ DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 100
 # A batch is listed by the latest of its slots; its others lie at most this far before.
 SLOTS_APART_MS = 60_000
-# Entries of a slot that no batch had, read to say whose events they are. What is beyond counts as unexpected.
-STRANGERS_READ = 100_000
+# Entries of a slot that no batch had, read to say whose events they are: the usual batch of another exporter several times.
+STRANGERS_READ = 10_000
+# Keys remembered of rows that others have exported, to know their entries by.
+KEYS_OF_OTHERS = 1_000_000
+# Another exporter marks its rows after its INSERT, at most so much later.
+MARKED_AFTER_MS = 600_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,11 +104,27 @@ class Report:
     explained: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     missing_pks: PkSet = field(default_factory=PkSet)
     repaired: Requeue | None = None
+    ttl_unknown: int = 0  # of the missing: those that may be past a TTL that cannot be evaluated
     unrecorded: str = ""  # why no action tells of it, when one was asked for
+
+    loose: OpenFinding | None = None  # of `found`, what belongs to no batch, and where
 
     @property
     def clean(self) -> bool:
         return not self.found
+
+    def add_loose(self, found: Discrepancy, at_ms: int) -> None:
+        """Adds what belongs to no batch, under its `inserted_at` or mark."""
+        if not found:
+            return
+        self.found += found
+        before = self.loose
+        self.loose = OpenFinding(
+            at_ms=self.to_ms,
+            from_ms=min(at_ms, before.from_ms) if before else at_ms,
+            to_ms=max(at_ms + 1, before.to_ms) if before else at_ms + 1,
+            found=before.found + found if before else found,
+        )
 
 
 def reconcile(
@@ -133,15 +153,13 @@ def reconcile(
     now_ms = upkeep.now_ms()
     # What is claimed from here on lies after the window.
     report = Report(from_ms=from_ms, to_ms=min(to_ms, now_ms), count_places=count_places)
-    kept_ms = log.kept_ms()
-    expired_ms = now_ms - kept_ms if kept_ms is not None else None
-    erasures = [recorded.erasure for recorded in upkeep.erasures()]
+    excuses = Excuses(upkeep, log)
     stored_slots = log.slots_between(report.from_ms, report.to_ms)
     known_slots: set[int] = set()
     missing = PkSet()
     for page in _pages(upkeep, report.from_ms, report.to_ms + SLOTS_APART_MS):
-        missing |= _batches(outbox, upkeep, log, page, erasures, expired_ms, known_slots, report, dry_run=dry_run)
-    unexported, keys_of_others = _marks(outbox, upkeep, log, report)
+        missing |= _batches(outbox, upkeep, log, page, excuses, known_slots, report, dry_run=dry_run)
+    unexported, keys_of_others = _marks(outbox, upkeep, log, excuses, report)
     report.missing_pks = missing | unexported
     strangers = [slot for slot in stored_slots if slot not in known_slots]
     _strangers(upkeep, log, strangers, keys_of_others, others_write, report)
@@ -163,14 +181,15 @@ def reconcile(
         )
     if by is not None and not dry_run:
         try:
-            upkeep.record_action("reconcile", by, _record(report))
+            still_open = open_findings(upkeep.last_actions("reconcile", LOOKS_READ))
+            upkeep.record_action("reconcile", by, _record(report, still_open))
         except SetupIncomplete as error:  # what was found counts for more than the record of having looked
             report.unrecorded = str(error)
     return report
 
 
-def _record(report: Report) -> dict[str, int]:
-    """What the action of a reconciliation keeps: its window and its counts."""
+def _record(report: Report, still_open: Sequence[OpenFinding]) -> dict[str, int]:
+    """What the action of a reconciliation keeps: its window, its counts, and what `core.looks` needs of it."""
     return {
         "from_ms": report.from_ms,
         "to_ms": report.to_ms,
@@ -180,6 +199,7 @@ def _record(report: Report) -> dict[str, int]:
         "duplicated": report.found.duplicated,
         "unexpected": report.found.unexpected,
         "altered": report.found.altered,
+        **record_of((report.from_ms, report.to_ms), report.loose, still_open),
     }
 
 
@@ -198,8 +218,7 @@ def _batches(
     upkeep: Upkeep,
     log: AuditLog,
     page: Sequence[Batch],
-    erasures: Sequence[Erasure],
-    expired_ms: int | None,
+    excuses: Excuses,
     known_slots: set[int],
     report: Report,
     *,
@@ -215,9 +234,7 @@ def _batches(
         fresh = {batch.batch_id: batch for batch in outbox.batches([batch.batch_id for batch in unverified])}
         closed = [replace(fresh.get(batch.batch_id, batch), swept=batch.swept) for batch in closed]
     again = {
-        batch.batch_id: _requeued(outbox, log, batch, erasures, expired_ms)
-        for batch in closed
-        if batch.state is State.DISCREPANT
+        batch.batch_id: _requeued(outbox, log, batch, excuses) for batch in closed if batch.state is State.DISCREPANT
     }
     # A requeue is looked at with the slot of the first export, wherever that was.
     firsts = [batch for batch in closed if batch.first_blocks]
@@ -245,35 +262,37 @@ def _batches(
             report.slots += 1
             line.stored += holding.rows
             _count_rows(upkeep, batch, block.pks, at_ms, report)
-            expired = expired_ms is not None and at_ms <= expired_ms
+            if (before := batch.observed.get(at_ms)) is not None:
+                holding = replace(holding, workspaces=before.workspaces)
             if _as_before(slots[at_ms], holding):
                 observed[at_ms] = holding
                 continue
             report.slots_read += 1
-            found = compare_at_rest(outbox, log, batch, block, erasures=erasures, expired=expired)
+            found = compare_at_rest(outbox, log, batch, block, excuses=excuses)
             _add_comparison(found, at_ms, line, report)
             missing.update(pk for pks in found.missing.values() for pk in pks)
-            if not found.discrepancy:
+            if not found.discrepancy and not found.unprovable:
                 observed[at_ms] = holding  # explained: the next comparison starts from here
         report.found += line.found
         report.batches.append(line)
         wrong = line.found + again.get(batch.batch_id, Discrepancy())
+        # A slot outside the window was not looked at: what is wrong there stands.
+        seen = all(report.from_ms <= block.inserted_at_ms < report.to_ms for block in batch.blocks)
+        if not wrong and not seen and batch.state is State.DISCREPANT:
+            continue
         state = State.DISCREPANT if wrong else State.VERIFIED
         if not dry_run and (observed != batch.observed or state is not batch.state):
             upkeep.record_reconciled(batch, wrong, observed)
     return PkSet.of(sorted(missing))
 
 
-def _requeued(
-    outbox: Outbox, log: AuditLog, batch: Batch, erasures: Sequence[Erasure], expired_ms: int | None
-) -> Discrepancy:
+def _requeued(outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses) -> Discrepancy:
     """What ClickHouse lacks of the rows that a batch sent again. The report has it with the slot of their first export."""
     found = Discrepancy()
     for block in batch.blocks:
         if batch.is_requeue(block):
-            expired = expired_ms is not None and block.inserted_at_ms <= expired_ms
             slot = slot_at(outbox, batch, block)
-            found += compare(outbox, log, slot, erasures=erasures, expired=expired).discrepancy
+            found += compare(outbox, log, slot, excuses=excuses).discrepancy
     return found
 
 
@@ -313,6 +332,7 @@ def _add_comparison(found: Comparison, at_ms: int, line: BatchReport, report: Re
         line.explained[name] = line.explained.get(name, 0) + count
         report.explained[name] += count
     line.found += found.discrepancy
+    report.ttl_unknown += found.ttl_unknown
 
 
 def _day(at_ms: int) -> int:
@@ -322,29 +342,53 @@ def _day(at_ms: int) -> int:
 # ── the outbox asks both ─────────────────────────────────────────────────────────────────────────
 
 
-def _marks(outbox: Outbox, upkeep: Upkeep, log: AuditLog, report: Report) -> tuple[PkSet, set[Key]]:
-    """Marks that no batch has set: the pks of rows that ClickHouse lacks, and the keys of the others."""
-    unexported = PkSet()
+def _marks(outbox: Outbox, upkeep: Upkeep, log: AuditLog, excuses: Excuses, report: Report) -> tuple[PkSet, set[Key]]:
+    """Marks of the window that no batch has set: the pks of rows that ClickHouse lacks, and the keys of the others."""
+    unexported: set[int] = set()
     keys_of_others: set[Key] = set()
-    stamps = [(stamp_ms, upkeep.stamped(stamp_ms, tuple(VERSIONS))) for stamp_ms in upkeep.strange_stamps()]
-    for line in report.batches:
-        stamps.extend(_borrowed(outbox, upkeep, line.batch_id))
-    for stamp_ms, pks in stamps:
+    for marked_at in _foreign_marks(outbox, upkeep, excuses.now_ms, report):
+        pks = PkSet.of(sorted(marked_at))
+        # Marked by somebody else before its batch could. The batch has sent it, and so may they: of two copies either merges away.
+        sent = PkSet()
         for held in upkeep.held(pks).values():
-            pks -= held  # marked by somebody else before its batch could; the batch has sent it
+            sent |= held
+        pks -= sent
+        keys_of_others.update(keys_of(outbox, sent))
         pks -= upkeep.dead_among(pks)
-        if not pks:
-            continue
-        absent = PkSet.of(sorted(keys_absent(outbox, log, pks)))
-        unexported |= absent
-        report.marked_by_others += len(pks) - len(absent)
-        keys_of_others |= _keys(outbox, pks - absent, STRANGERS_READ - len(keys_of_others))
-        for workspace_id, rows in upkeep.by_workspace(absent).items():
-            report.places[workspace_id, _day(stamp_ms)].missing += rows
-    if unexported:
-        ids = tuple(row.event_id for row in outbox.read(next(unexported.chunks(10)), row_bytes=ROW_BYTES))
-        report.found += Discrepancy(missing=len(unexported), event_ids=ids)
-    return unexported, keys_of_others
+        found = look_for(outbox, log, excuses, {pk: marked_at[pk] for pk in pks})
+        beyond = {pk for pk in found.missing if marked_at[pk] >= report.to_ms}
+        for pk, key in found.missing.items():
+            if pk not in beyond:
+                unexported.add(pk)
+                report.places[key[0], _day(marked_at[pk])].missing += 1
+                report.add_loose(Discrepancy(missing=1, event_ids=(key[3],)), marked_at[pk])
+        report.marked_by_others += sum(1 for pk in found.held if marked_at[pk] < report.to_ms)
+        report.ttl_unknown += found.ttl_unknown
+        for what, count in (("erased on record", found.erased), ("past the TTL", found.expired)):
+            if count:
+                report.explained[what] += count
+        if len(keys_of_others) < KEYS_OF_OTHERS:
+            keys_of_others.update(key for key in found.held.values() if key is not None)
+    return PkSet.of(sorted(unexported)), keys_of_others
+
+
+def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) -> Iterator[dict[int, int]]:
+    """Rows of the window with a mark that no batch has set, by pk with the time of their export, in portions."""
+    first_ms, last_ms = max(report.from_ms, FIRST_TIME_MS), min(report.to_ms + MARKED_AFTER_MS, now_ms + AHEAD_MS)
+    if first_ms <= last_ms:
+        yield from upkeep.foreign_marks(first_ms, last_ms, tuple(VERSIONS))
+    for low_ms, high_ms in ((0, FIRST_TIME_MS - 1), (now_ms + AHEAD_MS + 1, 2**63 - 1)):
+        for marks in upkeep.foreign_marks(low_ms, high_ms, tuple(VERSIONS)):
+            created = upkeep.created_at(PkSet.of(sorted(marks)))
+            yield {
+                # One that is no time either counts as of now: it is looked at, and nothing excuses it.
+                pk: at_ms if is_time(at_ms, now_ms) else report.to_ms - 1
+                for pk, at_ms in created.items()
+                if report.from_ms <= at_ms < report.to_ms or not is_time(at_ms, now_ms)
+            }
+    for line in report.batches:
+        for stamp_ms, pks in _borrowed(outbox, upkeep, line.batch_id):
+            yield dict.fromkeys(pks, min(stamp_ms, report.to_ms - 1))
 
 
 def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[int, PkSet]]:
@@ -352,20 +396,6 @@ def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[i
     for batch in outbox.batches([batch_id]):
         if batch.exported_at_ms is not None and upkeep.count_stamped(batch.exported_at_ms) > batch.marked_rows:
             yield batch.exported_at_ms, upkeep.stamped(batch.exported_at_ms, tuple(VERSIONS)) - batch.pks
-
-
-def _keys(outbox: Outbox, pks: PkSet, most: int) -> set[Key]:
-    keys: set[Key] = set()
-    for chunk in pks.chunks(1_000):
-        if len(keys) >= most:
-            break
-        for row in outbox.read(chunk, row_bytes=ROW_BYTES):
-            for version in VERSIONS.values():
-                event = version.decode(row)
-                if not isinstance(event, Undecodable):
-                    keys.add(event.key)
-                    break
-    return keys
 
 
 # ── ClickHouse asks the ledger ───────────────────────────────────────────────────────────────────
@@ -381,29 +411,42 @@ def _strangers(
 ) -> None:
     """Entries under an `inserted_at` that no batch had: copies of our events, somebody else's export, or unexpected."""
     ours_since_ms = upkeep.first_inserted_ms()
-    for slot_ms in slots:
-        if ours_since_ms is None or slot_ms < ours_since_ms:
-            report.explained["before the first batch"] += log.holdings([slot_ms])[slot_ms].rows
+    earlier = [slot for slot in slots if ours_since_ms is None or slot < ours_since_ms]
+    if earlier:
+        report.explained["before the first batch"] += log.count_at(earlier)
+    for slot_ms in slots[len(earlier) :]:
+        if upkeep.slot_owner(slot_ms) is None:
+            _stranger(log, slot_ms, keys_of_others, others_write, report)
+
+
+def _stranger(log: AuditLog, slot_ms: int, keys_of_others: set[Key], others_write: bool, report: Report) -> None:
+    """One such slot. Its entries are counted in ClickHouse; some are read, and what is beyond counts as unexpected."""
+    left = log.workspaces_at(slot_ms)
+    entries = log.some_entries_at(slot_ms, STRANGERS_READ)
+    elsewhere = {
+        entry.key for entry in entries_of(log, {entry.key for entry in entries}) if entry.inserted_at_ms != slot_ms
+    }
+    named: list[Key] = []
+    duplicated = unexpected = 0
+    for entry in entries:
+        workspace_id = entry.key[0]
+        left[workspace_id] = left.get(workspace_id, 1) - 1
+        place = report.places[workspace_id, _day(slot_ms)]
+        if entry.key in elsewhere:
+            duplicated += 1
+            place.duplicated += 1
+        elif entry.key in keys_of_others or others_write:
+            report.explained["written by others"] += 1
             continue
-        if upkeep.slot_owner(slot_ms) is not None:
-            continue
-        entries = log.entries_at(slot_ms)
-        keys = {entry.key for entry in entries[:STRANGERS_READ]}
-        elsewhere = {entry.key for entry in entries_of(log, keys) if entry.inserted_at_ms != slot_ms}
-        named: list[Key] = []
-        duplicated = unexpected = 0
-        for entry in entries:
-            place = report.places[entry.key[0], _day(slot_ms)]
-            if entry.key in elsewhere:
-                duplicated += 1
-                place.duplicated += 1
-            elif entry.key in keys_of_others or others_write:
-                report.explained["written by others"] += 1
-                continue
-            else:
-                unexpected += 1
-                place.unexpected += 1
-            named.append(entry.key)
-        report.found += Discrepancy(
-            duplicated=duplicated, unexpected=unexpected, event_ids=tuple(key[3] for key in named[:10])
-        )
+        else:
+            unexpected += 1
+            place.unexpected += 1
+        named.append(entry.key)
+    for workspace_id, count in left.items():
+        if count > 0 and others_write:
+            report.explained["written by others"] += count
+        elif count > 0:
+            unexpected += count
+            report.places[workspace_id, _day(slot_ms)].unexpected += count
+    event_ids = tuple(key[3] for key in named[:10])
+    report.add_loose(Discrepancy(duplicated=duplicated, unexpected=unexpected, event_ids=event_ids), slot_ms)

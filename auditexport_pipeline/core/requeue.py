@@ -10,13 +10,16 @@ runs is safe: rows of an open batch are left alone, and a batch never takes a ma
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.batch import OPEN, Batch
-from auditexport_pipeline.core.compare import compare, keys_absent, pks_still_of, slots_of
+from auditexport_pipeline.core.compare import ROW_BYTES, compare, pks_still_of, slots_of
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.excuses import Excuses
+from auditexport_pipeline.core.foreign import is_time, look_for
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
 
@@ -94,11 +97,12 @@ def clear(
     open_rows = len(pks & held)
     pks -= held
     batches = {batch.batch_id: batch for batch in outbox.batches(sorted(upkeep.held(pks)))}
-    expired = _expired(upkeep, log, batches.values()) & pks
+    excuses = Excuses(upkeep, log)
+    expired = _expired(excuses, batches.values()) & pks
     pks -= expired
     present = PkSet()
     if missing_only:
-        present = pks - _missing(outbox, upkeep, log, pks, batches.values())
+        present = pks - _missing(outbox, log, excuses, pks, batches.values())
         pks -= present
     by_batch: dict[int, int] = {}
     left = pks
@@ -123,35 +127,39 @@ def clear(
     )
 
 
-def _expired(upkeep: Upkeep, log: AuditLog, batches: Collection[Batch]) -> PkSet:
-    kept_ms = log.kept_ms()
-    if kept_ms is None:
-        return PkSet()
-    too_old_ms = upkeep.now_ms() - kept_ms + LEAST_LEFT_MS
-    old = [(batch, block) for batch in batches for block in batch.blocks if block.inserted_at_ms < too_old_ms]
-    if not old:
-        return PkSet()
+def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
+    """The rows whose entries the TTL would take soon. Where that is unknown, they are exported again."""
+    slots: defaultdict[str, set[int]] = defaultdict(set)
+    for batch in batches:
+        slots[batch.version].update(block.inserted_at_ms for block in batch.blocks)
+    past = {version: excuses.past_soon(version, sorted(of), LEAST_LEFT_MS) for version, of in slots.items()}
     # What a pk stood for in an earlier batch is not what it stands for in the last one.
-    last = {batch.batch_id: PkSet() for batch, _ in old}
+    old = []
     later = PkSet()
     for batch in sorted(batches, key=lambda batch: batch.batch_id, reverse=True):
-        if batch.batch_id in last:
-            last[batch.batch_id] = batch.pks - later
+        if any(past[batch.version][block.inserted_at_ms] for block in batch.blocks):
+            own = batch.pks - later
+            old += [block.pks & own for block in batch.blocks if past[batch.version][block.inserted_at_ms]]
         later |= batch.pks
-    return PkSet.union(block.pks & last[batch.batch_id] for batch, block in old)
+    return PkSet.union(old)
 
 
-def _missing(outbox: Outbox, upkeep: Upkeep, log: AuditLog, pks: PkSet, batches: Collection[Batch]) -> PkSet:
+def _missing(outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, batches: Collection[Batch]) -> PkSet:
     """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them."""
-    erasures = [recorded.erasure for recorded in upkeep.erasures()]
     missing: set[int] = set()
     slots = slots_of([batch for batch in batches if batch.state not in OPEN])
     for slot in slots:
         wanted = slot.pks & pks
         if wanted:
-            for found in compare(outbox, log, slot, erasures=erasures).missing.values():
+            for found in compare(outbox, log, slot, excuses=excuses).missing.values():
                 missing.update(pk for pk in found if pk in wanted)
     # The batches' too: a folded row went out as another one.
     known = PkSet.union([*(slot.pks for slot in slots), *(batch.pks for batch in batches)])
-    missing.update(keys_absent(outbox, log, pks - known))
+    # Rows that no batch has had: a mark that is no time excuses nothing.
+    others = {
+        row.pk: at_ms if (at_ms := row.exported_at_ms or 0) and is_time(at_ms, excuses.now_ms) else excuses.now_ms
+        for chunk in (pks - known).chunks(CHUNK_ROWS)
+        for row in outbox.read(chunk, row_bytes=ROW_BYTES)
+    }
+    missing.update(look_for(outbox, log, excuses, others).missing)
     return PkSet.of(sorted(missing))

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, State
+from auditexport_pipeline.core.looks import OpenFinding, told_by
 from auditexport_pipeline.core.ports import Discrepancy
 
 # What "recently" means for the rate: a few drains of the sensor's or one of the schedule's.
@@ -124,10 +123,7 @@ class LastReconcile:
     @classmethod
     def of(cls, action: Action) -> LastReconcile:
         """From the record that `core.reconcile` leaves; what an older record does not tell counts as 0."""
-        try:
-            told = msgspec.json.decode(action.selection, type=dict[str, int])
-        except msgspec.DecodeError:
-            told = {}
+        told = told_by(action)
         return cls(
             at_ms=action.at_ms,
             who=action.by.who,
@@ -165,6 +161,8 @@ class Status:
     # Batch id → what failed, of batches exported within VIEWS_WINDOW_S: stored, but a materialized view lacks rows.
     view_failures: Mapping[int, str] = field(default_factory=dict)
     held_by_detail: Mapping[str, int] = field(default_factory=dict)  # rows that the table refuses, by what refuses them
+    # What earlier reconciliations found beside batches, and no later one has looked at again; oldest first.
+    open_findings: tuple[OpenFinding, ...] = ()
     # Whether this user may read what operators did: not so for one with the exporter's grants only.
     actions_read: bool = True
 
@@ -189,6 +187,14 @@ class Status:
         return max((batch.age_s for batch in self.open_batches), default=0.0)
 
     @property
+    def differing(self) -> Discrepancy:
+        """In entries, what the last reconciliation found and what earlier ones did that nobody has looked at again."""
+        total = self.last_reconcile.found if self.last_reconcile is not None else Discrepancy()
+        for finding in self.open_findings:
+            total += finding.found
+        return total
+
+    @property
     def numbers(self) -> dict[str, int | float | str | None]:
         """The one-number-a-name form, under the names that runs and checks use on Dagster's page."""
         return {
@@ -208,6 +214,7 @@ class Status:
             "discrepant_batches": self.discrepant_batches,
             "view_failures": len(self.view_failures),
             "oldest_unswept_s": round(self.oldest_unswept_age_s, 1),
+            "open_findings": len(self.open_findings),
             "reconciled_s_ago": None
             if self.last_reconcile is None
             else (self.at_ms - self.last_reconcile.at_ms) / 1000,

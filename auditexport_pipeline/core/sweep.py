@@ -4,26 +4,30 @@ What belongs here: which batches are due, the last look at ClickHouse before the
 things are recorded. What does not: the DELETE itself (`stores.upkeep`), and schedules.
 
 A batch is due when it was exported longer ago than the retention and stands verified. Its slots are looked at
-once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost. A
-row goes with the batch that exported it last: one that was requeued stays until its newer batch is due.
+once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost: each
+entry is there, or past the table's TTL as ClickHouse evaluates it, or erased on record. Where the TTL is unknown, what is
+gone may be lost, and its rows stay until an operator has said how long the table keeps an entry. A row goes with the batch that exported it last: one that was requeued stays until its newer batch is due.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.actions import By, Erasure
-from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.batch import Batch, Holding
 from auditexport_pipeline.core.compare import NO_ENTRIES, compare, compare_at_rest, slot_at
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 
 DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 50
+# Of a swept slot the ledger keeps the names of so many workspaces at most: some hundred bytes.
+WORKSPACES_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,8 @@ class Sweep:
     batches: int = 0  # of which no row is left
     by_batch: dict[int, int] = field(default_factory=dict)
     discrepant: dict[int, Discrepancy] = field(default_factory=dict)  # not swept: ClickHouse no longer holds them
+    # Not swept: what ClickHouse lacks of them may be past a TTL that cannot be evaluated.
+    ttl_unknown: dict[int, Discrepancy] = field(default_factory=dict)
     held_back: int = 0  # batches due by age that were never verified, or are discrepant
     letters_closed: int = 0
     compacted: int = 0
@@ -76,25 +82,31 @@ def sweep(
     retention: Retention,
     by: By,
     *,
+    ttl_days: float | None = None,
     dry_run: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Sweep:
     """Deletes the rows of due batches, chunk by chunk, oldest batch first; then compacts the ledger.
+
+    `ttl_days` is an operator's word on how long the tables keep an entry, for a TTL that cannot be evaluated; it is
+    recorded, and counts until the TTL reads otherwise.
 
     Durable effects: one action; per chunk its deleted rows, counted in the batch and the action; `swept_at_ms` of
     each batch that is done; a batch that ClickHouse no longer holds becomes `discrepant`. It may be ended at any
     moment and begun again: what is deleted is counted, what is not is still due.
     Raises `InvalidConfig` when the ledger would forget batches whose entries ClickHouse still keeps.
     """
-    kept_ms = log.kept_ms()
-    now_ms = upkeep.now_ms()
+    if ttl_days is not None and not dry_run:
+        declare_ttl(upkeep, log, by, ttl_days)
+    excuses = Excuses(upkeep, log, ttl_days=ttl_days if dry_run else None)
+    kept_ms = excuses.kept_ms()
+    now_ms = excuses.now_ms
     if kept_ms is not None and retention.ledger_days * DAY_MS < kept_ms:
         raise InvalidConfig(
             f"ledger_days is {retention.ledger_days} and ClickHouse keeps entries for {kept_ms // DAY_MS} days: the record "
             "of a batch must stay longer than its entries; raise ledger_days"
         )
     before_ms = now_ms - int(retention.outbox_days * DAY_MS)
-    erasures = [recorded.erasure for recorded in upkeep.erasures()]
     done = Sweep(held_back=upkeep.held_back(before_ms))
     selection = {"before_ms": before_ms, "outbox_days": retention.outbox_days}
     action_id: int | None = None
@@ -102,11 +114,21 @@ def sweep(
     while due := upkeep.sweepable(before_ms, after_id, BATCHES_AT_ONCE):
         for batch in due:
             after_id = batch.batch_id
-            found = _last_look(outbox, upkeep, log, batch, erasures, kept_ms, now_ms, dry_run=dry_run)
-            if found:
-                done.discrepant[batch.batch_id] = found
-                continue
+            found, ttl_unknown, observed = _last_look(outbox, log, batch, excuses)
             pks = _last_exported_by(upkeep, batch)
+            if not found and not dry_run:
+                # What is explained by rows that go now cannot be explained again.
+                named = _with_workspaces(upkeep, batch, pks, observed)
+                if named or observed != batch.observed:
+                    upkeep.record_reconciled(batch, found, observed | named)
+            if found:
+                if ttl_unknown:
+                    done.ttl_unknown[batch.batch_id] = found
+                    continue
+                done.discrepant[batch.batch_id] = found
+                if not dry_run:
+                    upkeep.record_reconciled(batch, found, batch.observed)
+                continue
             if dry_run:
                 rows = upkeep.count_due(pks, before_ms)
             else:
@@ -135,33 +157,45 @@ def sweep(
 
 
 def _last_look(
-    outbox: Outbox,
-    upkeep: Upkeep,
-    log: AuditLog,
-    batch: Batch,
-    erasures: list[Erasure],
-    kept_ms: int | None,
-    now_ms: int,
-    *,
-    dry_run: bool,
-) -> Discrepancy:
-    """What ClickHouse no longer holds of a batch, right before its rows go."""
+    outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses
+) -> tuple[Discrepancy, bool, dict[int, Holding]]:
+    """What ClickHouse no longer holds of a batch, right before its rows go; whether the TTL may have taken all of that, which
+    cannot be told; and what later comparisons begin with.
+    """
     holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
     found = Discrepancy()
+    ttl_unknown = 0
+    observed = dict(batch.observed)
     for block in batch.blocks:
         holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
-        expired = kept_ms is not None and block.inserted_at_ms + kept_ms <= now_ms
         as_sealed = (holding.rows, holding.fingerprint) == (block.rows, block.fingerprint)
         baseline = batch.observed.get(block.inserted_at_ms)  # which a requeue does not have
-        if expired or (as_sealed and (baseline is None or baseline.content == holding.content)):
+        if as_sealed and (baseline is None or baseline.content == holding.content):
+            continue
+        if excuses.past(batch.version, [block.inserted_at_ms])[block.inserted_at_ms]:
             continue
         if batch.is_requeue(block):
-            found += compare(outbox, log, slot_at(outbox, batch, block), erasures=erasures).discrepancy
+            compared = compare(outbox, log, slot_at(outbox, batch, block), excuses=excuses)
         else:
-            found += compare_at_rest(outbox, log, batch, block, erasures=erasures).discrepancy
-    if found and not dry_run:
-        upkeep.record_reconciled(batch, found, batch.observed)
-    return found
+            compared = compare_at_rest(outbox, log, batch, block, excuses=excuses)
+            if not compared.discrepancy and not compared.unprovable:
+                observed[block.inserted_at_ms] = replace(holding, workspaces=baseline.workspaces if baseline else {})
+        found += compared.discrepancy
+        ttl_unknown += compared.ttl_unknown
+    return found, bool(ttl_unknown) and found.total == ttl_unknown, observed
+
+
+def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
+    """The holdings of slots whose rows are all there for the last time, with the rows' workspaces where those are few."""
+    named = {}
+    for block in batch.blocks:
+        holding = observed.get(block.inserted_at_ms)
+        if holding is None or holding.workspaces or batch.is_requeue(block) or block.pks - own:
+            continue
+        counts = upkeep.by_workspace(block.pks)
+        if len(counts) <= WORKSPACES_KEPT and sum(counts.values()) == block.rows:
+            named[block.inserted_at_ms] = replace(holding, workspaces=counts)
+    return named
 
 
 def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:

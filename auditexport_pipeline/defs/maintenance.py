@@ -13,6 +13,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig, VerificationFailed
+from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, sweep
@@ -136,6 +137,11 @@ SWEEP = {
     "max_rows": dg.Field(
         int, default_value=_DEFAULTS.max_rows, description="Rows of one sweep at most; the rest waits for the next."
     ),
+    "ttl_days": _optional(
+        float,
+        "Where ClickHouse cannot evaluate the table's TTL: it keeps an entry this many days after `inserted_at`. Recorded; "
+        "counts until the TTL reads otherwise.",
+    ),
     "dry_run": _DRY_RUN,
     "who": _WHO,
 }
@@ -165,6 +171,7 @@ def sweep_job(names: Names) -> dg.JobDefinition:
                 names.clickhouse_of(context).audit_log(),
                 retention,
                 by_of(context, f"retention of {retention.outbox_days:g} days"),
+                ttl_days=settings["ttl_days"],
                 dry_run=settings["dry_run"],
             )
             context.add_output_metadata(sweep_metadata(done))
@@ -172,6 +179,13 @@ def sweep_job(names: Names) -> dg.JobDefinition:
                 f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
                 f"{done.held_back} batches held back, {done.compacted} compacted"
             )
+            if done.ttl_unknown and not done.discrepant:
+                raise VerificationFailed(
+                    "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
+                    "evaluated: "
+                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.ttl_unknown.items())[:10])
+                    + f". {TTL_UNKNOWN_TODO}"
+                )
             if done.discrepant:
                 raise VerificationFailed(
                     "batches past retention that ClickHouse no longer holds as it did were not swept: "

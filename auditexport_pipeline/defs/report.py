@@ -146,6 +146,7 @@ def sweep_metadata(done: Sweep) -> dict[str, dg.MetadataValue | int | float | st
         "batches": done.batches,
         "held_back_batches": done.held_back,
         "discrepant_batches": len(done.discrepant),
+        "ttl_unknown_batches": len(done.ttl_unknown),
         "dead_letters_closed": done.letters_closed,
         "compacted_batches": done.compacted,
     }
@@ -164,6 +165,7 @@ def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | flo
         "entries_expected": sum(line.entries for line in report.batches),
         "entries_stored": sum(line.stored for line in report.batches),
         "open_batches": report.open_batches,
+        "ttl_unknown": report.ttl_unknown,
         "marked_by_others": report.marked_by_others,
         "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "report": dg.MetadataValue.md(reconcile_table(report)),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from auditexport_pipeline.core.actions import Action, By
 
@@ -68,14 +69,16 @@ def _text_of(selection: Mapping[str, object]) -> str:
 
 def last(connection: Connection, count: int) -> list[Action]:
     """The last `count` actions, newest first."""
-    return [
-        Action(
-            action_id=row.action_id,
-            at_ms=row.at_ms,
-            verb=row.verb,
-            by=By(who=row.who, why=row.why),
-            selection=row.selection,
-            rows=row.row_count,
-        )
-        for row in connection.execute(_LAST, {"row_limit": count})
-    ]
+    return [action_of(row) for row in connection.execute(_LAST, {"row_limit": count})]
+
+
+def action_of(row: Row[Any]) -> Action:
+    """An action as a row of its table."""
+    return Action(
+        action_id=row.action_id,
+        at_ms=row.at_ms,
+        verb=row.verb,
+        by=By(who=row.who, why=row.why),
+        selection=row.selection,
+        rows=row.row_count,
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
 from auditexport_pipeline.core.ports import Refusal, RefusalKind, StoredEntry
@@ -45,6 +45,7 @@ from auditexport_pipeline.stores.clickhouse_settings import (
 )
 from auditexport_pipeline.stores.refusals import is_fence, refusal_of, refusal_of_status
 from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline.stores.ttl import CANNOT_EVALUATE, CannotEvaluate, TtlReader
 
 if TYPE_CHECKING:
     from clickhouse_connect.driver.client import Client
@@ -170,6 +171,21 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
         client_name="auditexport",
         form_encode_query_params=True,
     )
+
+
+def ttl_reader(connection: Connection) -> TtlReader:
+    """What reads and evaluates the TTL of this server's tables."""
+
+    def ask(statement: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        with translated("reading a table's TTL"):
+            try:
+                return connection.query(statement, parameters, {"session_timezone": ""}).result_rows
+            except ServerError as error:
+                if error.code in CANNOT_EVALUATE:
+                    raise CannotEvaluate from error
+                raise
+
+    return TtlReader(ask)
 
 
 class ClickHouseAuditLog:
@@ -324,6 +340,26 @@ class ClickHouseAuditLog:
     def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
         return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms})
 
+    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
+        return self._entries("some_entries_at", parameters={"inserted_at_ms": inserted_at_ms, "most": most})[:most]
+
+    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for version in VERSIONS:
+            rows = self.rows("counting entries", _sql("workspaces_at", version), {"inserted_at_ms": inserted_at_ms})
+            for workspace_id, entries in rows.result_rows:
+                counts[workspace_id] = counts.get(workspace_id, 0) + entries
+        return counts
+
+    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
+        total = 0
+        for start in range(0, len(inserted_at_ms), 1_000):
+            for version in VERSIONS:
+                parameters = {"inserted_at_ms": list(inserted_at_ms[start : start + 1_000])}
+                ((entries,),) = self.rows("counting entries", _sql("count_at", version), parameters).result_rows
+                total += entries
+        return total
+
     def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
         return [entry for some in _portions(keys, _key_bytes) for entry in self._entries("entries_of", {"keys": some})]
 
@@ -406,7 +442,38 @@ class ClickHouseAuditLog:
             counted = [total + int(found or 0) for total, found in zip(counted, rows.result_rows[0], strict=True)]
         return counted[0], counted[1], counted[2]
 
+    def named_by(self, erasure: Erasure, until_ms: int) -> int:
+        values = {
+            "workspace": erasure.workspace_id,
+            "event": erasure.event_id,
+            "from_ms": erasure.from_ms if erasure.from_ms is not None else -(2**63),
+            "to_ms": erasure.to_ms if erasure.to_ms is not None else 2**63 - 1,
+            "until_ms": until_ms,
+        }
+        entries = 0
+        for version in VERSIONS:
+            ((found,),) = self.rows("counting what an erasure names", _sql("named_by", version), values).result_rows
+            entries += found
+        return entries
+
+    # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
+
+    def _ttls(self) -> TtlReader:
+        return ttl_reader(self.connection)
+
+    def ttl(self, version: str) -> str:
+        ttl = self._ttls().ttl(VERSIONS[version].table)
+        return ttl.text
+
+    def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
+        past = self._ttls().past_slots(VERSIONS[version].table, inserted_at_ms, ahead_s=ahead_s)
+        return dict(zip(inserted_at_ms, past, strict=True))
+
+    def past_ttl_of(
+        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
+    ) -> dict[tuple[str, str, int, str], bool | None]:
+        return dict(zip(keys, self._ttls().past_keys(VERSIONS[version].table, inserted_at_ms, keys), strict=True))
+
     def kept_ms(self) -> int | None:
-        found = self.rows("reading the table's TTL", _PIECES["ttl"], {"table": next(iter(VERSIONS.values())).table})
-        days = re.search(r"TTL .*toIntervalDay\((\d+)\)", " ".join(row[0] for row in found.result_rows))
-        return int(days.group(1)) * 86_400_000 if days else None
+        kept = [self._ttls().kept_ms(version.table) for version in VERSIONS.values()]
+        return None if None in kept else max(one for one in kept if one is not None)

@@ -33,6 +33,22 @@ SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS finger
 FROM $table
 WHERE inserted_at = {inserted_at_ms:Int64}
 
+-- name: some_entries_at
+SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
+FROM $table
+WHERE inserted_at = {inserted_at_ms:Int64}
+LIMIT {most:UInt64}
+
+-- name: workspaces_at
+-- minmax index on inserted_at; one column.
+SELECT workspace_id, count() AS entries
+FROM $table
+WHERE inserted_at = {inserted_at_ms:Int64}
+GROUP BY workspace_id
+
+-- name: count_at
+SELECT count() AS entries FROM $table WHERE inserted_at IN {inserted_at_ms:Array(Int64)}
+
 -- name: entries_of
 -- Primary key: the set is built before the table is read.
 SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
@@ -52,6 +68,13 @@ SELECT DISTINCT workspace_id, event_id
 FROM $table
 WHERE workspace_id IN (SELECT arrayJoin({workspaces:Array(String)}))
   AND (workspace_id, event_id) IN (SELECT arrayJoin({ids:Array(Tuple(String, String))}))
+
+-- name: named_by
+-- Primary key by workspace. What an erasure names, as far as it had been exported when the erasure was recorded.
+SELECT count() AS entries
+FROM $table
+WHERE workspace_id = {workspace:String} AND ({event:String} = '' OR event_id = {event:String})
+  AND time >= {from_ms:Int64} AND time < {to_ms:Int64} AND inserted_at <= {until_ms:Int64}
 
 -- name: contents
 -- The payloads through the same parser and the same SELECT as an INSERT, into the columns' types, and hashed as
@@ -86,11 +109,6 @@ FROM (
   WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
   GROUP BY workspace_id, bucket, time, event_id
 )
-
--- name: ttl
--- The table's definition: the server has no column for its TTL alone. A Distributed one has none; that under it has.
-SELECT engine_full FROM system.tables
-WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local'))
 
 -- name: definition
 -- What a row must fulfil; of a Distributed table also the one under it.

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, top_level_parts
+from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS
+from auditexport_pipeline.stores.audit_log import ttl_reader
 from auditexport_pipeline.stores.clickhouse_connection import Connection, connection_arguments, translated
 from auditexport_pipeline.stores.clickhouse_settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
 from auditexport_pipeline.stores.declared import columns_of
@@ -34,25 +35,15 @@ from auditexport_pipeline.stores.preflight_engines import (
 from auditexport_pipeline.stores.preflight_versions import look_at_other_versions
 from auditexport_pipeline.stores.roles import Role, clickhouse_grants
 from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline.stores.ttl import ttl_of
 
 _SQL = load("preflight.sql")
 _OURS = next(iter(VERSIONS.values()))
 _DECLARED = columns_of(_OURS.pieces["ddl"])
 OLDEST = (25, 8)
 _COPIED = ", ".join(f"`{name}`" for name, column in _DECLARED.items() if "MATERIALIZED" not in column.declaration)
-_DAYS = {
-    "Second": 1 / 86_400,
-    "Minute": 1 / 1_440,
-    "Hour": 1 / 24,
-    "Day": 1,
-    "Week": 7,
-    "Month": 28,
-    "Quarter": 89,
-    "Year": 365,
-}
 # On a cluster, with ON CLUSTER.
 _VIEW_ANEW = "CREATE OR REPLACE VIEW audit_logs AS " + load("setup.sql")["audit_logs"].partition(" AS\n")[2]
-_TTL = re.compile(r"\bTTL (?P<what>.+?)(?= SETTINGS | COMMENT |$)", re.DOTALL)
 
 
 def clickhouse_version(text: str) -> tuple[int, int]:
@@ -121,7 +112,7 @@ def look_at_the_table(client: Connection, url: str, role: Role, retention_days: 
         yield Look(about=about, seen=seen, findings=tuple(findings))
         if fully:
             yield from replicas(client, url, table)
-            yield _ttl(table, role, retention_days)
+            yield _ttl(client, table, role, retention_days)
     if fully and (role is Role.READER or "audit_logs" in rows):
         yield _view(rows.get("audit_logs"))
 
@@ -305,34 +296,26 @@ def _plain(kind: str) -> str:
     return re.sub(r"JSON\([^()]*\)", "JSON", re.sub(r"LowCardinality\((\w+)\)", r"\1", kind))
 
 
-def _ttl(table: Table, role: Role, retention_days: int) -> Look:
+def _ttl(client: Connection, table: Table, role: Role, retention_days: int) -> Look:
     about = "ClickHouse retention"
-    found = _TTL.search(table.engine_full)
-    expiring = (
-        []
-        if found is None
-        else [
-            part
-            for part in map(str.strip, top_level_parts(found["what"]))
-            if not re.search(r" TO (DISK|VOLUME) | RECOMPRESS ", part + " ")
-        ]
-    )
-    if not expiring:
+    ttl = ttl_of(table.engine_full)
+    if not ttl.deletions and not ttl.unreadable:
         return Look(about=about, seen="entries stay for ever")
-    seen = ", ".join(expiring)
     mend = f"ALTER TABLE {table.name} MODIFY TTL toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC')) + INTERVAL {max(90, 3 * retention_days)} DAY"
-    for part in expiring:
-        named = set(re.findall(r"\w+", part)) & set(_DECLARED)
-        days = sum(
-            int(count) * _DAYS[unit] for unit, count in re.findall(r"toInterval(\w+?)\((\d+)\)", part) if unit in _DAYS
-        )
-        if "inserted_at" not in named:
+    if ttl.unreadable:
+        return Look(about=about, seen=ttl.text, findings=(_ttl_unknown(table, ttl.text, ttl.unreadable, mend),))
+    seen = ", ".join(map(str, ttl.deletions))
+    for deletion in ttl.deletions:
+        named = set(re.findall(r"\w+", deletion.at)) & set(_DECLARED)
+        kept_ms = ttl_reader(client).kept_by(deletion.at)
+        days = kept_ms / 86_400_000 if kept_ms is not None else None
+        if not named or ("inserted_at" not in named and not deletion.where):
             finding = Finding(
-                what=f"the TTL of {table.name} counts from {', '.join(sorted(named)) or 'no column of ours'}: {part}",
+                what=f"the TTL of {table.name} counts from {', '.join(sorted(named)) or 'no column of ours'}: {deletion}",
                 breaks="an old event that is exported today is dropped as soon as it arrives",
                 fix=mend,
             )
-        elif days <= retention_days:
+        elif days is not None and days <= retention_days:
             finding = Finding(
                 what=f"the TTL of {table.name} is {days:g} days and exported rows stay {retention_days} days in the outbox",
                 breaks="a requeued entry keeps its inserted_at, so one older than the TTL is dropped as soon as it arrives"
@@ -340,10 +323,28 @@ def _ttl(table: Table, role: Role, retention_days: int) -> Look:
                 fix=mend,
                 fatal=role is Role.OPERATOR or days <= 1,
             )
+        elif deletion.where or days is None:
+            finding = _ttl_unknown(
+                table,
+                str(deletion),
+                "it deletes some rows and not others"
+                if deletion.where
+                else "it cannot be evaluated from inserted_at alone",
+                mend,
+            )
         else:
             continue
         return Look(about=about, seen=seen, findings=(finding,))
     return Look(about=about, seen=seen)
+
+
+def _ttl_unknown(table: Table, text: str, why: str, mend: str) -> Finding:
+    return Finding(
+        what=f"whether an entry of {table.name} is past its TTL cannot always be told: {why}: {text}",
+        breaks="of entries that are gone, those are called missing, and the sweep keeps their rows",
+        fix=f"{mend}; or say how long it keeps an entry: `auditexport sweep --ttl-days DAYS`",
+        fatal=False,
+    )
 
 
 def _view(view: Table | None) -> Look:

@@ -7,7 +7,6 @@ version can be exported at all (`core.versions`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type
@@ -26,9 +25,9 @@ from auditexport_pipeline.stores.preflight_engines import (
 )
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline.stores.ttl import TableTtl, ttl_of
 
 _SQL = load("preflight.sql")
-_DAYS = re.compile(r"toIntervalDay\((\d+)\)")
 
 
 def look_at_other_versions(client: Connection, url: str, role: Role, *, fully: bool = True) -> Iterator[Look]:
@@ -72,8 +71,7 @@ def look_at_other_versions(client: Connection, url: str, role: Role, *, fully: b
         if fully:
             findings += _columns(version, held.name, _kinds(client, held))
             if first_held is not None:
-                kept = _DAYS.findall(first_held.engine_full)
-                findings += _retention(held.name, _DAYS.findall(held.engine_full), kept)
+                findings += _retention(held.name, ttl_of(held.engine_full), ttl_of(first_held.engine_full))
         yield Look(
             about=about, seen=f"{held.engine}, by {held.partition_key or 'no partition'}", findings=tuple(findings)
         )
@@ -111,12 +109,15 @@ def _columns(version: PayloadVersion, table: str, there: dict[str, str]) -> Iter
             )
 
 
-def _retention(table: str, days: list[str], kept: list[str]) -> Iterator[Finding]:
-    if days != kept:
+def _retention(table: str, ttl: TableTtl, kept: TableTtl) -> Iterator[Finding]:
+    if ttl.deletions != kept.deletions:
         yield Finding(
-            what=f"{table} keeps entries {' + '.join(days) or 'for ever'} and the first version's table "
-            f"{' + '.join(kept) or 'for ever'}, in days",
-            breaks="sweep, requeue and reconciliation go by the first version's retention for all",
+            what=f"{table} keeps entries {_kept(ttl)} and the first version's table {_kept(kept)}",
+            breaks="one retention cannot be right for both: the ledger keeps a batch as long as the longer one needs it",
             fix=f"give {table} the same TTL",
             fatal=False,
         )
+
+
+def _kept(ttl: TableTtl) -> str:
+    return f"until {', '.join(map(str, ttl.deletions))}" if ttl.deletions else "for ever"

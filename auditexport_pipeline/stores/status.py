@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, TextClause, text
 
-from auditexport_pipeline.core.actions import Action, By
+from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.looks import LOOKS_READ, open_findings
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -29,7 +30,7 @@ from auditexport_pipeline.core.status import (
 )
 from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.stores import dead_letters
+from auditexport_pipeline.stores import actions, dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.statements import load
@@ -84,7 +85,7 @@ def read_status(
         unswept = _not_swept(connection, State.VERIFIED, 1)
         last_exported_at_ms = connection.execute(SQL["last_exported"]).scalar()
         first_claimed_at_ms = connection.execute(SQL["first_claimed"]).scalar()
-    swept, reconciled, actions_read = _last_actions(outbox)
+    swept, looks, actions_read = _last_actions(outbox)
     recent_rows, rows_per_s = rate_of(
         [batch for batch in exported if batch.state not in OPEN],
         [batch for batch in last if batch.state in OPEN and batch.leased],
@@ -105,7 +106,11 @@ def read_status(
         first_claimed_at_ms=first_claimed_at_ms,
         oldest_unswept_age_s=_age_s(unswept, now_ms),
         last_sweep=LastSweep.of(swept) if swept is not None else None,
-        last_reconcile=LastReconcile.of(reconciled) if reconciled is not None else None,
+        last_reconcile=LastReconcile.of(looks[0]) if looks else None,
+        # The last one's own findings are told of as its.
+        open_findings=tuple(finding for finding in open_findings(looks) if finding.at_ms != looks[0].at_ms)
+        if looks
+        else (),
         actions_read=actions_read,
         view_failures=failures,
         held_by_detail=held,
@@ -180,24 +185,16 @@ def _age_s(exported_at_ms: list[int], now_ms: int) -> float:
     return max(0.0, (now_ms - exported_at_ms[0]) / 1000) if exported_at_ms else 0.0
 
 
-def _last_actions(outbox: MySQLOutbox) -> tuple[Action | None, Action | None, bool]:
-    """The last sweep, the last reconciliation, and whether this user may read them: the exporter's need not."""
+def _last_actions(outbox: MySQLOutbox) -> tuple[Action | None, list[Action], bool]:
+    """The last sweep, the last reconciliations, newest first, and whether this user may read them: the exporter's need not."""
     try:
         with outbox.transaction("reading what was done") as connection:
-            return _last_action(connection, "sweep"), _last_action(connection, "reconcile"), True
+            swept = _actions(connection, "sweep", 1)
+            return swept[0] if swept else None, _actions(connection, "reconcile", LOOKS_READ), True
     except SetupIncomplete:
-        return None, None, False
+        return None, [], False
 
 
-def _last_action(connection: Connection, verb: str) -> Action | None:
-    row = connection.execute(SQL["last_action"], {"verb": verb}).one_or_none()
-    if row is None:
-        return None
-    return Action(
-        action_id=row.action_id,
-        at_ms=row.at_ms,
-        verb=row.verb,
-        by=By(who=row.who, why=row.why),
-        selection=row.selection,
-        rows=row.row_count,
-    )
+def _actions(connection: Connection, verb: str, count: int) -> list[Action]:
+    rows = connection.execute(SQL["last_actions"], {"verb": verb, "row_limit": count})
+    return [actions.action_of(row) for row in rows]

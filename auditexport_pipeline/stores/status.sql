@@ -54,7 +54,7 @@ FROM (
 ) AS recent
 WHERE last_error LIKE 'view %' LIMIT :row_limit
 
--- name: last_action
+-- name: last_actions
 -- verb_idx, from the end of one verb.
 SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
-WHERE verb = :verb ORDER BY at_ms DESC LIMIT 1
+WHERE verb = :verb ORDER BY at_ms DESC, action_id DESC LIMIT :row_limit

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, Row, TextClause, bindparam, text
 
 from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
@@ -24,12 +25,14 @@ from auditexport_pipeline.stores.statements import load
 
 _LISTS = {
     "stamped": ("versions", "exact_versions"),
+    "marks_between": ("versions", "exact_versions"),
     "dead_among": ("pks",),
     "marked_between": ("event_ids",),
     "workspaces_in": ("pks",),
     "unmark_in": ("pks",),
     "count_due_in": ("pks",),
     "delete_in": ("pks",),
+    "created_at": ("pks",),
 }
 SQL: dict[str, TextClause] = {
     name: text(statement).bindparams(*(bindparam(each, expanding=True) for each in _LISTS.get(name, ())))
@@ -37,6 +40,8 @@ SQL: dict[str, TextClause] = {
 }
 # Rows looked at by one statement of a scan: a few megabytes of pages, some ten milliseconds.
 SCAN_PKS = 20_000
+# Marks of another exporter read by one statement: its batches are of some thousand rows.
+STAMPS_AT_ONCE = 20
 
 
 class MySQLUpkeep:
@@ -97,11 +102,26 @@ class MySQLUpkeep:
 
     # ── the outbox's marks ───────────────────────────────────────────────────────────────────────
 
-    def strange_stamps(self) -> list[int]:
-        """Values of `deleted_at` that no batch of the ledger has set, ascending."""
+    def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
+        """Rows whose `deleted_at`, in [first, last], no batch has set: pk to `deleted_at`, in portions by ascending mark.
+
+        Source: `drainer_pending_idx`; one statement for `STAMPS_AT_ONCE` marks that no mark of ours lies between.
+        """
         with self.outbox.transaction("reading marks") as connection:
-            marks = {row.stamp_ms for row in connection.execute(SQL["outbox_stamps"])}
-            return sorted(marks - {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])})
+            limits = {"first_ms": first_ms, "last_ms": last_ms}
+            stamps = sorted(row.stamp_ms for row in connection.execute(SQL["outbox_stamps"], limits))
+            ours = {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])} if stamps else set()
+        for run in _runs(stamps, ours):
+            with self.outbox.transaction("reading marks") as connection:
+                values: dict[str, object] = {
+                    "first_ms": run[0],
+                    "last_ms": run[-1],
+                    "versions": list(versions),
+                    "exact_versions": [v.encode() for v in versions],
+                }
+                marks = {row.pk: row.stamp_ms for row in connection.execute(SQL["marks_between"], values)}
+            if marks:
+                yield marks
 
     def count_stamped(self, stamp_ms: int) -> int:
         with self.outbox.transaction("counting marks") as connection:
@@ -241,7 +261,8 @@ class MySQLUpkeep:
         """Records erasures, all or none, and returns the action's id."""
         with self.outbox.transaction("recording erasures") as connection:
             workspaces = sorted({erasure.workspace_id for erasure in erasures})
-            selection = {"workspaces": workspaces[:20], "erasures": len(erasures)}
+            newest_pk = connection.execute(SQL["outbox_ends"]).one().last_pk or 0
+            selection = {"workspaces": workspaces[:20], "erasures": len(erasures), "newest_pk": newest_pk}
             action_id = actions.record(connection, "erasure", by, selection, len(erasures))
             for erasure in erasures:
                 values = {
@@ -263,12 +284,52 @@ class MySQLUpkeep:
                     ),
                     at_ms=row.at_ms,
                     by=By(who=row.who, why=row.why),
+                    newest_pk=_newest_pk(row.selection),
                 )
                 for row in connection.execute(SQL["erasures"])
             ]
 
+    def last_actions(self, verb: str, count: int) -> list[Action]:
+        with self.outbox.transaction("reading what was done") as connection:
+            rows = connection.execute(SQL["last_actions"], {"verb": verb, "row_limit": count})
+            return [actions.action_of(row) for row in rows]
+
+    def created_at(self, pks: PkSet) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for chunk in pks.chunks(5_000):
+            with self.outbox.transaction("reading rows") as connection:
+                rows = connection.execute(SQL["created_at"], {"pks": list(chunk)})
+                found.update((row.pk, row.created_at) for row in rows)
+        return found
+
 
 _NOW = text("SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms")
+
+
+def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
+    """Ascending marks of others, as far as none of ours lies between them, at most `STAMPS_AT_ONCE` together."""
+    run: list[int] = []
+    for stamp in stamps:
+        if stamp in ours or len(run) == STAMPS_AT_ONCE:
+            if run:
+                yield run
+            run = []
+        if stamp not in ours:
+            run.append(stamp)
+    if run:
+        yield run
+
+
+def _newest_pk(selection: str) -> int:
+    """What the action of an erasure keeps of the outbox; records of earlier releases do not."""
+    try:
+        return msgspec.json.decode(selection, type=_ErasureRecord).newest_pk
+    except msgspec.DecodeError:
+        return 0
+
+
+class _ErasureRecord(msgspec.Struct):
+    newest_pk: int = 0
 
 
 def _with_sweep(row: Row[Any]) -> Batch:

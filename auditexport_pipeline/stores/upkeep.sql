@@ -46,7 +46,14 @@ WHERE batch_id = :batch_id AND state IN ('verified', 'discrepant')
 
 -- name: outbox_stamps
 -- drainer_pending_idx, one step per distinct deleted_at (loose scan).
-SELECT DISTINCT deleted_at AS stamp_ms FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx) WHERE deleted_at IS NOT NULL
+SELECT DISTINCT deleted_at AS stamp_ms FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at >= :first_ms AND deleted_at <= :last_ms
+
+-- name: marks_between
+-- drainer_pending_idx, covering, in its own order.
+SELECT pk, deleted_at AS stamp_ms FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
+WHERE deleted_at >= :first_ms AND deleted_at <= :last_ms AND version IN :versions
+  AND CAST(CONVERT(version USING utf8mb4) AS BINARY) IN :exact_versions
 
 -- name: count_stamped
 -- drainer_pending_idx, covering.
@@ -170,13 +177,23 @@ WHERE batch_id = :batch_id AND state = 'verified' AND swept_at_ms IS NOT NULL
 -- Primary key; in the transaction of the effect.
 UPDATE clickhouse_outbox_action SET row_count = row_count + :rows WHERE action_id = :action_id
 
+-- name: last_actions
+-- verb_idx, from the end of one verb.
+SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
+WHERE verb = :verb ORDER BY at_ms DESC, action_id DESC LIMIT :row_limit
+
+-- name: created_at
+-- Primary key, point by point; no lock.
+SELECT pk, created_at FROM clickhouse_outbox WHERE pk IN :pks
+
 -- name: add_erasure
 INSERT INTO clickhouse_outbox_erasure (action_id, workspace_id, event_id, from_ms, to_ms)
 VALUES (:action_id, :workspace_id, :event_id, :from_ms, :to_ms)
 
 -- name: erasures
 -- Primary key; all of them: there is one for each request to forget.
-SELECT erasure.workspace_id, erasure.event_id, erasure.from_ms, erasure.to_ms, action.at_ms, action.who, action.why
+SELECT erasure.workspace_id, erasure.event_id, erasure.from_ms, erasure.to_ms, action.at_ms, action.who, action.why,
+       action.selection
 FROM clickhouse_outbox_erasure AS erasure
 JOIN clickhouse_outbox_action AS action ON action.action_id = erasure.action_id
 ORDER BY erasure.erasure_id

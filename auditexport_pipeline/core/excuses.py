@@ -1,0 +1,188 @@
+"""What may rightly be gone from ClickHouse: entries past the table's TTL, and entries that were erased on record.
+
+What belongs here: which entry or number of entries an excuse reaches. What does not: finding out what is gone
+(`core.compare`), and reading a TTL clause (`stores.ttl`).
+
+Both rules are narrow, because the sweep deletes the last copy of what is excused:
+
+* The TTL is evaluated by ClickHouse. Where that is impossible it is unknown, and what is unknown is not past, until an
+  operator has declared how long the table keeps an entry. A declaration holds as long as the TTL clause reads the same.
+* An erasure explains what it names, and only what had been exported, or waited to be, when it was recorded. Of entries whose
+  rows are gone from the outbox, it explains at most as many as it can apply to, and none while ClickHouse holds what it names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
+
+from auditexport_pipeline.core.actions import By, RecordedErasure
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import AuditLog, Upkeep
+from auditexport_pipeline.core.versions import VERSIONS
+
+Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
+
+DAY_MS = 86_400_000
+LONGEST_TTL_DAYS = 36_500
+TTL_UNKNOWN_TODO = (
+    "To do: `auditexport doctor` shows the TTL. If it keeps an entry DAYS days after inserted_at, say so once: "
+    "`auditexport sweep --ttl-days DAYS`; otherwise `auditexport reconcile --repair`"
+)
+
+
+class _Declared(msgspec.Struct, frozen=True):
+    """The selection of an action with the verb `ttl`: the clauses by payload version, and how long they keep an entry."""
+
+    ttl: dict[str, str] = {}
+    days: float = 0.0
+
+
+class Excuses:
+    """The excuses of one moment. Reads recorded erasures and declarations at once, and TTLs when they are needed."""
+
+    def __init__(self, upkeep: Upkeep, log: AuditLog, *, ttl_days: float | None = None) -> None:
+        """`ttl_days` is a declaration that is not recorded, as of a dry run."""
+        self._upkeep = upkeep
+        self._log = log
+        self.now_ms = upkeep.now_ms()
+        self.erasures = upkeep.erasures()
+        self._by_workspace: defaultdict[str, list[int]] = defaultdict(list)
+        for index, recorded in enumerate(self.erasures):
+            self._by_workspace[recorded.erasure.workspace_id].append(index)
+        self._clauses: dict[str, str] = {}
+        self._past: dict[tuple[str, int], bool | None] = {}
+        self._carried_out: dict[int, bool] = {}
+        self._named: set[int] = set()  # erasures of one event that explained the entry of a row
+        self._taken: defaultdict[int, dict[int, int]] = defaultdict(dict)  # per erasure: entries without a row, by slot
+        self._declared = _declaration(upkeep) if ttl_days is None else _Declared(ttl=clauses(log), days=ttl_days)
+
+    # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
+
+    def past(self, version: str, slots: Collection[int]) -> dict[int, bool | None]:
+        """Whether entries with these `inserted_at`s are past the TTL; None where nobody can tell."""
+        self._look(version, slots)
+        return {slot: self._or_declared(version, slot, self._past[version, slot]) for slot in slots}
+
+    def past_of(self, version: str, slot_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
+        """As `past`, of entries whose keys are known: a TTL may count from the event's time."""
+        if not keys:
+            return {}
+        self._look(version, [slot_ms])
+        whole = self._past[version, slot_ms]
+        if whole is not None:
+            return dict.fromkeys(keys, whole)
+        past = self._log.past_ttl_of(version, slot_ms, keys)
+        return {key: self._or_declared(version, slot_ms, past[key]) for key in keys}
+
+    def past_soon(self, version: str, slots: Collection[int], ahead_ms: int) -> dict[int, bool | None]:
+        """As `past`, so long from now."""
+        past = self._log.past_ttl(version, list(slots), ahead_s=ahead_ms // 1000)
+        return {slot: self._or_declared(version, slot - ahead_ms, past[slot]) for slot in slots}
+
+    def kept_ms(self) -> int | None:
+        """The longest that an entry is kept; None: for ever, or nobody can tell."""
+        kept_ms = self._log.kept_ms()
+        if kept_ms is None and any(self._declared_for(version) for version in VERSIONS):
+            return int(self._declared.days * DAY_MS)
+        return kept_ms
+
+    def _look(self, version: str, slots: Collection[int]) -> None:
+        unseen = [slot for slot in slots if (version, slot) not in self._past]
+        if unseen:
+            found = self._log.past_ttl(version, unseen)
+            self._past.update({(version, slot): past for slot, past in found.items()})
+
+    def _or_declared(self, version: str, slot_ms: int, past: bool | None) -> bool | None:
+        if past is not None or not self._declared_for(version):
+            return past
+        return slot_ms + self._declared.days * DAY_MS <= self.now_ms
+
+    def _declared_for(self, version: str) -> bool:
+        if not self._declared.ttl.get(version):
+            return False
+        if version not in self._clauses:
+            self._clauses[version] = self._log.ttl(version)
+        return self._declared.ttl[version] == self._clauses[version]
+
+    # ── erasures ─────────────────────────────────────────────────────────────────────────────────
+
+    def erased(self, key: Key, pks: Sequence[int], *, slot_ms: int, again_ms: int | None) -> bool:
+        """Whether the entry of these rows is one that an erasure names, and existed when that was recorded.
+
+        `again_ms` is when the rows were exported last, if that was by a requeue: it sent them after the first export.
+        """
+        for index in self._by_workspace.get(key[0], ()):
+            recorded = self.erasures[index]
+            if not recorded.erasure.covers(key):
+                continue
+            sent_ms = slot_ms if again_ms is None else again_ms
+            if sent_ms <= recorded.at_ms or (again_ms is None and self._waited(recorded, pks)):
+                if recorded.erasure.event_id:
+                    self._named.add(index)
+                return True
+        return False
+
+    def _waited(self, recorded: RecordedErasure, pks: Sequence[int]) -> bool:
+        """Whether these rows were in the outbox when it was recorded, and were exported later."""
+        if any(pk > recorded.newest_pk for pk in pks):
+            return False
+        created = self._upkeep.created_at(PkSet.of(sorted(pks)))
+        return all(pk in created and created[pk] <= recorded.at_ms for pk in pks)
+
+    def erased_unseen(self, slot_ms: int, lost: int, lost_by_workspace: Mapping[str, int] | None = None) -> int:
+        """Of `lost` entries of a slot whose rows are gone from the outbox: how many recorded erasures may have taken.
+
+        With `lost_by_workspace`, an erasure explains losses of its own workspace only.
+        """
+        left = dict(lost_by_workspace) if lost_by_workspace is not None else None
+        erased = 0
+        for index, recorded in enumerate(self.erasures):
+            if erased >= lost:
+                break
+            workspace_id, event_id = recorded.erasure.workspace_id, recorded.erasure.event_id
+            most = lost - erased if left is None else min(lost - erased, left.get(workspace_id, 0))
+            if event_id:  # one entry, of one slot
+                elsewhere = sum(taken for at_ms, taken in self._taken[index].items() if at_ms != slot_ms)
+                most = min(most, 0 if index in self._named else 1 - elsewhere)
+            if most <= 0 or slot_ms > recorded.at_ms or not self._was_carried_out(index):
+                continue
+            self._taken[index][slot_ms] = most
+            erased += most
+            if left is not None:
+                left[workspace_id] -= most
+        return erased
+
+    def _was_carried_out(self, index: int) -> bool:
+        if index not in self._carried_out:
+            recorded = self.erasures[index]
+            self._carried_out[index] = self._log.named_by(recorded.erasure, recorded.at_ms) == 0
+        return self._carried_out[index]
+
+
+def clauses(log: AuditLog) -> dict[str, str]:
+    """The TTL clauses of all payload versions, without those that have none."""
+    found = {version: log.ttl(version) for version in VERSIONS}
+    return {version: text for version, text in found.items() if text}
+
+
+def declare_ttl(upkeep: Upkeep, log: AuditLog, by: By, days: float) -> int:
+    """Records how long the tables' TTL, as its clause reads now, keeps an entry after its `inserted_at`; returns the action.
+
+    It counts only where ClickHouse cannot say. Raises `InvalidConfig` for a number of days out of bounds.
+    """
+    if not 0 < days <= LONGEST_TTL_DAYS:
+        raise InvalidConfig(f"ttl_days is {days:g}; it must be above 0, and {LONGEST_TTL_DAYS:,} at most")
+    return upkeep.record_action("ttl", by, {"ttl": clauses(log), "days": float(days)})
+
+
+def _declaration(upkeep: Upkeep) -> _Declared:
+    for action in upkeep.last_actions("ttl", 1):
+        try:
+            return msgspec.json.decode(action.selection, type=_Declared)
+        except msgspec.DecodeError:
+            break
+    return _Declared()

@@ -1,0 +1,105 @@
+"""Marks that no batch has set: rows of an exporter before or beside us, or marked by hand.
+
+What belongs here: whether ClickHouse holds their events, and what excuses it when not. What does not: which marks a window
+covers (`core.reconcile`), and clearing them (`core.requeue`).
+
+Such a row has no `inserted_at` of ours. Its mark is the time of its export, for the TTL, for erasures and for the window; a
+mark that is no time (set by hand to 1, say) stands for nothing, and the application's `created_at` takes its place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from auditexport_pipeline.core.compare import KEYS_AT_ONCE, ROW_BYTES, Key, entries_of
+from auditexport_pipeline.core.event import Undecodable
+from auditexport_pipeline.core.excuses import DAY_MS, Excuses
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import AuditLog, Outbox
+from auditexport_pipeline.core.versions import VERSIONS
+
+# A mark before 2000 or more than a day ahead is no time of an export.
+FIRST_TIME_MS = 946_684_800_000
+AHEAD_MS = DAY_MS
+
+
+@dataclass(slots=True, kw_only=True)
+class Foreign:
+    """What became of some rows that no batch has exported."""
+
+    missing: dict[int, Key] = field(default_factory=dict)  # by pk
+    held: dict[int, Key | None] = field(default_factory=dict)  # by pk; None: looked for by its ids alone
+    erased: int = 0
+    expired: int = 0
+    ttl_unknown: int = 0  # of the missing
+
+
+def is_time(stamp_ms: int, now_ms: int) -> bool:
+    return FIRST_TIME_MS <= stamp_ms <= now_ms + AHEAD_MS
+
+
+def keys_of(outbox: Outbox, pks: PkSet) -> Iterator[Key]:
+    """The keys of these rows, as far as they decode."""
+    for row in outbox.read(pks, row_bytes=ROW_BYTES) if pks else ():
+        for version in VERSIONS.values():
+            event = version.decode(row)
+            if not isinstance(event, Undecodable):
+                yield event.key
+                break
+
+
+def look_for(outbox: Outbox, log: AuditLog, excuses: Excuses, marked_at: Mapping[int, int]) -> Foreign:
+    """Looks for the events of rows that no batch has, by pk and the time of their export, a thousand rows at a time.
+
+    A row that does not decode is looked for by the ids of its columns alone: another exporter may have sent it.
+    """
+    found = Foreign()
+    for chunk in PkSet.of(sorted(marked_at)).chunks(KEYS_AT_ONCE):
+        keys: dict[int, tuple[str, Key]] = {}
+        bare: dict[int, Key] = {}
+        for row in outbox.read(chunk, row_bytes=ROW_BYTES):
+            for version in VERSIONS.values():
+                event = version.decode(row)
+                if not isinstance(event, Undecodable):
+                    keys[row.pk] = (version.name, event.key)
+                    break
+            else:
+                bare[row.pk] = (row.workspace_id, "", marked_at[row.pk], row.event_id)
+        stored = {entry.key for entry in entries_of(log, {key for _, key in keys.values()})}
+        ids = log.ids_held(sorted({(key[0], key[3]) for key in bare.values()}))
+        gone: dict[int, tuple[str, Key]] = {}
+        for pk, (name, key) in keys.items():
+            if key in stored:
+                found.held[pk] = key
+            else:
+                gone[pk] = (name, key)
+        for pk, key in bare.items():
+            if (key[0], key[3]) in ids:
+                found.held[pk] = None
+            else:
+                gone[pk] = (next(iter(VERSIONS)), key)
+        _excuse(excuses, gone, marked_at, found)
+    return found
+
+
+def _excuse(
+    excuses: Excuses, gone: Mapping[int, tuple[str, Key]], marked_at: Mapping[int, int], found: Foreign
+) -> None:
+    left = {}
+    times: defaultdict[str, set[int]] = defaultdict(set)
+    for pk, (version, key) in gone.items():
+        if excuses.erased(key, (pk,), slot_ms=marked_at[pk], again_ms=None):
+            found.erased += 1
+        else:
+            left[pk] = (version, key)
+            times[version].add(marked_at[pk])
+    past = {version: excuses.past(version, sorted(of)) for version, of in times.items()}
+    for pk, (version, key) in left.items():
+        over = past[version][marked_at[pk]]
+        if over:
+            found.expired += 1
+        else:
+            found.missing[pk] = key
+            found.ttl_unknown += int(over is None)
