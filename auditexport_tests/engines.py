@@ -53,8 +53,10 @@ def interpreter(engine: str) -> Path | None:
 
 
 def local_clickhouse(directory: Path, **options: Any) -> LocalClickHouse:
-    """The embedded ClickHouse on the engine of this test run."""
-    return LocalClickHouse(directory, python=interpreter(chosen()), **options)
+    """The embedded ClickHouse on the engine of this test run; without a password, for proxies and gates of the tests stand
+    before it and ask for their own.
+    """
+    return LocalClickHouse(directory, **{"python": interpreter(chosen()), "password": "", **options})
 
 
 def install(engine: str) -> None:

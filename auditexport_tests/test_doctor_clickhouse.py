@@ -27,7 +27,11 @@ KEY = ("workspace_id", "bucket", "time", "event_id", "inserted_at")
         ("MODIFY SETTING non_replicated_deduplication_window = 0", "no deduplication window", True),
         ("MODIFY SETTING non_replicated_deduplication_window = 5", "a deduplication window of 5 blocks", False),
         ("MODIFY COLUMN description Nullable(String)", "description is Nullable(String)", True),
-        ("MODIFY COLUMN event LowCardinality(Nullable(String))", "event is LowCardinality(Nullable(String))", True),
+        (
+            "DROP INDEX event_idx, MODIFY COLUMN event LowCardinality(Nullable(String))",
+            "event is LowCardinality(Nullable(String))",
+            True,
+        ),
         ("MODIFY COLUMN `targets.name` Array(Nullable(String))", "targets.name is Array(Nullable(String))", True),
         ("MODIFY COLUMN actor_meta String", "actor_meta is String", True),
         ("MODIFY COLUMN meta_text REMOVE MATERIALIZED", "meta_text is a plain column", False),

@@ -8,6 +8,8 @@ module needs neither) and the tables in it.
 from __future__ import annotations
 
 import http.client
+import os
+import secrets
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); "
     "from auditexport_pipeline.local.clickhouse_server import main; main()"
 )
+PASSWORD_VARIABLE = "AUDITEXPORT_EMBEDDED_CLICKHOUSE_PASSWORD"
 # A ping is answered by the event loop, whatever the engine is busy with.
 PING_WITHIN_S = 2.0
 
@@ -31,16 +34,24 @@ class LocalClickHouse:
 
     The port is chosen at the first `start()` unless given, and kept from then on. `config` is a configuration file
     of ClickHouse's for the next `start()`; without, its one user may do everything. `python` is the interpreter whose
-    environment has the engine, by default this one. As a context manager it is started on entry and stopped on exit.
+    environment has the engine, by default this one. `password` is that of its one user, made at random unless given; an empty
+    one lets every program of this machine in. As a context manager it is started on entry and stopped on exit.
     Not thread-safe.
     """
 
     def __init__(
-        self, directory: Path, *, port: int | None = None, config: Path | None = None, python: Path | None = None
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        config: Path | None = None,
+        python: Path | None = None,
+        password: str | None = None,
     ) -> None:
         self.directory = directory
         self.config = config
         self.python = python
+        self._password = secrets.token_urlsafe(24) if password is None else password
         self._port = port
         self._child: Child | None = None
 
@@ -62,6 +73,7 @@ class LocalClickHouse:
                 *(("--config", str(self.config)) if self.config is not None else ()),
             ],
             log=self.directory / "server.log",
+            env={**os.environ, PASSWORD_VARIABLE: self._password},  # not an argument, which every user can list
         )
         self._child = child
         try:
@@ -97,7 +109,8 @@ class LocalClickHouse:
         """For `clickhouse_connect.get_client(dsn=…)`. Raises `LocalServerFailed` before `start()`."""
         if self._port is None:
             raise LocalServerFailed("the embedded ClickHouse has no port yet; call start() first")
-        return f"http://default@127.0.0.1:{self._port}/default"
+        password = f":{self._password}" if self._password else ""
+        return f"http://default{password}@127.0.0.1:{self._port}/default"
 
     def __enter__(self) -> LocalClickHouse:
         self.start()

@@ -22,6 +22,8 @@ import contextlib
 import email.parser
 import email.policy
 import gzip
+import hmac
+import ipaddress
 import json
 import os
 import re
@@ -39,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
+from urllib.parse import urlsplit
 
 import lz4.frame  # type: ignore[import-untyped]
 import uvicorn
@@ -47,6 +50,8 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+
+from auditexport_pipeline.local.clickhouse import PASSWORD_VARIABLE
 
 HOST: Final = "127.0.0.1"
 
@@ -83,13 +88,14 @@ NOT_IMPLEMENTED: Final = 48
 SYNTAX_ERROR: Final = 62
 QUERY_IS_TOO_LARGE: Final = 307
 CANNOT_DECOMPRESS: Final = 271
+ACCESS_DENIED: Final = 497
 AUTHENTICATION_FAILED: Final = 516
 POCO_EXCEPTION: Final = 1000
 UNKNOWN_EXCEPTION: Final = 1002
 # ClickHouse, exceptionCodeToHTTPStatus.cpp; whatever is not listed there is 500.
 STATUS_OF_CODE: Final = {
     **dict.fromkeys((6, 15, 25, 26, 27, 36, 38, 41, 44, 53, 62, 72, 117, 321, 376, 427, 441), 400),
-    **dict.fromkeys((192, 193, 497, AUTHENTICATION_FAILED), 403),
+    **dict.fromkeys((192, 193, ACCESS_DENIED, AUTHENTICATION_FAILED), 403),
     **dict.fromkeys((46, 47, 50, 56, 60, 63, 73, 81, 115), 404),
     159: 408,
     QUERY_IS_TOO_LARGE: 413,
@@ -137,6 +143,9 @@ LAST_FORMAT = re.compile(rb"\bFORMAT\s+([A-Za-z]\w*)\s*(?:SETTINGS\b[^()]*)?;?\s
 # of ten columns begins with a line feed of its own.
 DATA_START = re.compile(rb"[ \t\f]*(\r?\n)?")
 CALL = re.compile(rb"\s*\(")
+CALL_AFTER_BLANKS = re.compile(rb"(?:\s|--[^\n]*(?:\n|\Z)|\#[ !][^\n]*(?:\n|\Z)|/\*.*?\*/)*\(", re.DOTALL)
+# What holds no name at all, skipped at once: data of an INSERT … VALUES, mostly.
+UNREACHING = re.compile(rb"\s+|'[^'\\]*'(?!')")
 ASSIGNMENT = re.compile(rb"\s*[A-Za-z_]\w*\s*=")
 # Statements whose answer is rows; a client tells an empty result from no result by the format header.
 ROWS_FOLLOW = re.compile(
@@ -259,6 +268,105 @@ def one_statement(sql: bytes) -> bytes:
 
 def literal(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+# --- What a request may not reach -----------------------------------------------------------------
+
+# Table functions and engines that stay inside this server. Whatever else the engine has reaches files, programs or
+# networks, and a request gets none of it. Remote has a rule of its own, for it can be this server itself.
+SAFE_FUNCTIONS: Final = frozenset(
+    """clusterless dictionary format fuzzjson fuzzquery generate_series generateseries generaterandom input loop merge
+    mergetreeanalyzeindexes mergetreeindex mergetreeparts mergetreeprojection mergetreetextindex null numbers numbers_mt
+    primes timeseriesdata timeseriesmetrics timeseriesselector timeseriestags values view viewexplain viewifpermitted
+    zeros zeros_mt""".split()  # noqa: SIM905 - a list of quoted words hides the words
+)
+SAFE_ENGINES = re.compile(
+    rb"(?:Replicated|Shared)?(?:(?:Replacing|Summing|Aggregating|Collapsing|VersionedCollapsing|Coalescing|Graphite)?"
+    rb"MergeTree)|Memory|Null|Set|Join|Buffer|Distributed|Dictionary|Merge|View|MaterializedView|GenerateRandom|"
+    rb"EmbeddedRocksDB|KeeperMap|Log|TinyLog|StripeLog|Atomic|Ordinary|Lazy|Replicated|Remote",
+    re.IGNORECASE,
+)
+SAFE_SOURCES: Final = frozenset((b"CLICKHOUSE", b"NULL"))
+# Regular functions and statements that reach further than the data.
+READING_FUNCTIONS: Final = frozenset(("file", "catboostevaluate", "python", "filesystem", "executable"))
+REMOTE: Final = frozenset((b"REMOTE", b"REMOTESECURE"))
+LOOPBACK = re.compile(rb"\s*\(\s*'(?:(?:127\.0\.0\.\d{1,3}|localhost)(?::\d+)?[,|]?)+'")
+# Pairs of words, and first words of statements, that move data out or in by a way of their own.
+FORBIDDEN_PAIRS: Final = frozenset(
+    (
+        (b"INTO", b"OUTFILE"),
+        (b"FROM", b"INFILE"),
+        (b"NAMED", b"COLLECTION"),
+        (b"SYSTEM", b"SHUTDOWN"),
+        (b"SYSTEM", b"KILL"),
+    )
+)
+TABLES_FOLLOW: Final = frozenset((b"FROM", b"JOIN", b"INTO", b"TABLE", b"DESCRIBE", b"DESC", b"EXISTS"))
+TABLES_END: Final = frozenset(
+    b"SELECT WITH WHERE PREWHERE ON USING GROUP ORDER LIMIT SETTINGS VALUES HAVING UNION WINDOW QUALIFY FORMAT".split()
+)
+DEFINING: Final = frozenset((b"CREATE", b"ATTACH", b"REPLACE"))
+FORBIDDEN_STATEMENTS: Final = frozenset((b"BACKUP", b"RESTORE"))
+
+
+def refuse_reaching_out(sql: bytes, reaching: frozenset[bytes]) -> None:
+    """Raises `Refused` (497) when a statement names what reaches files, programs or networks.
+
+    `reaching` has the names, in capitals, of all functions that do. Names are compared as ClickHouse reads them:
+    without comments, in any case, and quoted ones too.
+    """
+    position = 0
+    before = first = b""
+    # For each open bracket, whether names of tables are read there: this engine reads a table's name as a path, too.
+    tables = [False]
+    while token := UNREACHING.match(sql, position) or TOKEN.match(sql, position):
+        position, kind = token.end(), token.lastgroup
+        if kind in ("blank", "number"):
+            continue
+        if kind is None:
+            if b"'" in token[0] and tables[-1] and b"/" in token[0]:
+                raise _reaches_out(b"path as a table")
+            continue
+        word = token[0].upper()
+        quoted = kind == "quoted" and word[:1] in b'"`'
+        if quoted:
+            word = word[1:-1]
+        if b"/" in word and (quoted or (kind == "quoted" and tables[-1])):
+            raise _reaches_out(b"path as a table")
+        if word in OPENING:
+            tables.append(word == b"(" and tables[-1] and before in (*TABLES_FOLLOW, b",", b"("))
+        elif word in CLOSING and len(tables) > 1:
+            tables.pop()
+        if kind == "word":
+            tables[-1] = word in TABLES_FOLLOW or (tables[-1] and word not in TABLES_END)
+        if kind == "word" or quoted:
+            if not first and kind == "word":
+                first = word
+                if word in FORBIDDEN_STATEMENTS:
+                    raise _reaches_out(word)
+            if quoted and b"\\" in word:
+                raise _reaches_out(b"a quoted name with a backslash")
+            if (before, word) in FORBIDDEN_PAIRS:
+                raise _reaches_out(word)
+            if before == b"ENGINE" and first in DEFINING and not SAFE_ENGINES.fullmatch(word):
+                raise _reaches_out(b"ENGINE = " + word)
+            if before == b"SOURCE(" and word not in SAFE_SOURCES:
+                raise _reaches_out(b"SOURCE " + word)
+            follows = CALL_AFTER_BLANKS.match(sql, position)
+            if word in REMOTE and follows and not LOOPBACK.match(sql, position):
+                raise _reaches_out(word)
+            if follows and word in reaching and before != b"INDEX":
+                raise _reaches_out(word)
+        if word == b"=" and before == b"ENGINE":
+            continue
+        before = b"SOURCE(" if word == b"(" and before == b"SOURCE" else word
+
+
+def _reaches_out(name: bytes) -> Refused:
+    reason = (
+        f"the embedded ClickHouse takes no {name.decode(errors='replace')} from a request: it reaches outside of it"
+    )
+    return Refused.because(ACCESS_DENIED, "ACCESS_DENIED", reason)
 
 
 # --- Bodies: decompressed part by part, spooled without a name ------------------------------------
@@ -478,6 +586,9 @@ class Engine:
         self.version, self.timezone = about.bytes().decode().strip().split("\t")
         # chDB before 26.9 counts what an INSERT writes only where the data follows, and never runs the task for which
         # DROP … SYNC waits.
+        functions = self._anchor.query("SELECT name FROM system.table_functions", "TabSeparated").bytes().decode()
+        names = ({*functions.lower().split()} - SAFE_FUNCTIONS - {"remote", "remotesecure"}) | READING_FUNCTIONS
+        self._reaching = frozenset(name.upper().encode() for name in names)
         self._counts_written = self._drops_sync = hasattr(about, "rows_written")
 
     def run(self, body: Body, scope: Scope) -> Result:
@@ -491,6 +602,7 @@ class Engine:
             statement = body.end()
             for sql in scope.statements():
                 connection.query(sql, "TabSeparated")
+            refuse_reaching_out(body.insert.sql if body.insert is not None else statement, self._reaching)
             if body.insert is not None:
                 # input() with data in the text inserts nothing without an error: the rows have to come from a file.
                 assert body.data is not None
@@ -560,8 +672,26 @@ def read_form(content_type: str, body: bytes) -> dict[str, str]:
     return fields
 
 
-def authenticate(request: Request) -> None:
-    """Lets in `default` without a password, the one user there is."""
+def refuse_other_sites(request: Request) -> None:
+    """Refuses what a browser sends for somebody's page, and names that only lead here by DNS rebinding."""
+    host = urlsplit("//" + request.headers.get("host", "")).hostname or ""
+    site = request.headers.get("sec-fetch-site", "none")
+    if not _is_local_name(host) or "origin" in request.headers or site != "none":
+        reason = (
+            "requests come from programs of this machine, not from web pages: Host must be an address, without Origin"
+        )
+        raise Refused.because(ACCESS_DENIED, "ACCESS_DENIED", reason)
+
+
+def _is_local_name(host: str) -> bool:
+    """An address, or localhost: no DNS server of anybody's can lead either of them here."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return host == "localhost"
+
+
+def authenticate(request: Request, wanted: str) -> None:
+    """Lets in `default` with the password of this start, the one user there is."""
     user, password = "default", ""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
@@ -573,7 +703,7 @@ def authenticate(request: Request) -> None:
         user = scheme
     user = request.query_params.get("user", request.headers.get("x-clickhouse-user", user))
     password = request.query_params.get("password", request.headers.get("x-clickhouse-key", password))
-    if (user, password) != ("default", ""):
+    if user != "default" or not hmac.compare_digest(password.encode(), wanted.encode()):
         reason = f"{user}: Authentication failed: password is incorrect, or there is no user with such name"
         raise Refused.because(AUTHENTICATION_FAILED, "AUTHENTICATION_FAILED", reason)
 
@@ -581,9 +711,10 @@ def authenticate(request: Request) -> None:
 class Server:
     """The HTTP application over one engine; `spool` is a private directory for request bodies."""
 
-    def __init__(self, engine: Engine, spool: Path) -> None:
+    def __init__(self, engine: Engine, spool: Path, password: str) -> None:
         self._engine = engine
         self._spool = spool
+        self._password = password
         self._statements = ThreadPoolExecutor(MAX_STATEMENTS, thread_name_prefix="statement")
         # The process id lets the starter tell this server from another one on the same port.
         self._display_name = f"embedded-{os.getpid()}"
@@ -622,7 +753,8 @@ class Server:
         return Response(data, headers=headers, media_type="application/octet-stream")
 
     async def _answer(self, request: Request) -> tuple[Result, str, bytes]:
-        authenticate(request)
+        refuse_other_sites(request)
+        authenticate(request, self._password)
         loop = asyncio.get_running_loop()
         query = request.query_params.get("query", "").encode()
         decoder = decoder_for(request.headers.get("content-encoding", "").strip().lower())
@@ -651,7 +783,7 @@ class Server:
         return result, encoding, await loop.run_in_executor(None, ENCODERS[encoding], result.data)
 
 
-def serve(directory: Path, port: int, config: Path | None = None) -> None:
+def serve(directory: Path, port: int, password: str, config: Path | None = None) -> None:
     """Serves `directory` until SIGTERM or SIGINT. Acknowledged inserts survive SIGKILL."""
     directory.mkdir(parents=True, exist_ok=True)
     # Bound first: a port in use is found at once.
@@ -663,8 +795,9 @@ def serve(directory: Path, port: int, config: Path | None = None) -> None:
     spool = directory / "tmp"
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir(mode=0o700)
+    os.chdir(spool)  # the engine reads the name of a table that does not exist as a file's, from here
     config = uvicorn.Config(
-        Server(engine, spool).app,
+        Server(engine, spool, password).app,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -697,7 +830,10 @@ def main(arguments: list[str] | None = None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS calls the hard limit unlimited and then refuses that
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    serve(options.directory.resolve(), options.port, options.config)
+    password = os.environ.pop(PASSWORD_VARIABLE, None)
+    if password is None:
+        parser.error(f"{PASSWORD_VARIABLE} must hold the password of the user default; it may be empty")
+    serve(options.directory.resolve(), options.port, password, options.config and options.config.resolve())
 
 
 if __name__ == "__main__":

@@ -114,3 +114,8 @@ FROM (
 -- What a row must fulfil; of a Distributed table also the one under it.
 SELECT create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local')) ORDER BY name
+
+-- name: canary
+-- Made-up payloads through the parser, the SELECT and the column types of an INSERT; reads and writes no table. The types
+-- are the table's own, and so are the expressions of its mirrors.
+SELECT $shown FROM (SELECT $typed FROM format(JSONEachRow, '$input', {payloads:String}))

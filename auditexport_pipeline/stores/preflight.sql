@@ -125,3 +125,7 @@ WHERE database = currentDatabase() AND name IN {tables:Array(String)}
 SELECT trigger_name AS name, action_timing AS timing, action_statement AS statement FROM information_schema.triggers
 WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'
 ORDER BY action_timing DESC, action_order
+
+-- name: clickhouse_expressions
+SELECT name, default_expression FROM system.columns
+WHERE database = {database:String} AND table = {table:String} AND default_kind = 'MATERIALIZED'

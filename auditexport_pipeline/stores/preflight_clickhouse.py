@@ -14,6 +14,7 @@ from string import Template
 
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS
+from auditexport_pipeline.stores import canary
 from auditexport_pipeline.stores.audit_log import ttl_reader
 from auditexport_pipeline.stores.clickhouse_connection import Connection, connection_arguments, translated
 from auditexport_pipeline.stores.clickhouse_settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
@@ -110,6 +111,8 @@ def look_at_the_table(client: Connection, url: str, role: Role, retention_days: 
             findings += _columns(client, table, anew)
         seen = f"{table.engine}, by {table.partition_key or 'no partition'}"
         yield Look(about=about, seen=seen, findings=tuple(findings))
+        if role is Role.EXPORTER:
+            yield from canary.sings(client, url, table, again=fully)
         if fully:
             yield from replicas(client, url, table)
             yield _ttl(client, table, role, retention_days)

@@ -56,7 +56,7 @@ def json_rows(count: int, *, first: int = 0) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClickHouse]:
-    with local_clickhouse(tmp_path_factory.mktemp("clickhouse")) as running:
+    with local_clickhouse(tmp_path_factory.mktemp("clickhouse"), password=None) as running:
         yield running
 
 
@@ -68,7 +68,8 @@ def client(server: LocalClickHouse) -> Iterator[Client]:
 
 @pytest.fixture
 def http(server: LocalClickHouse) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address(server), timeout=60, trust_env=False) as connected:
+    login = ("default", httpx.URL(server.url).password)
+    with httpx.Client(base_url=address(server), auth=login, timeout=60, trust_env=False) as connected:
         yield connected
 
 
@@ -149,9 +150,10 @@ class TestBodies:
         """The rows that did arrive are whole lines, so nothing but the missing end tells."""
         client.command(f"CREATE TABLE {table} (pk UInt64, note String) ENGINE = MergeTree ORDER BY pk")
         body = b"".join(json_rows(1000))
+        login = base64.b64encode(f"default:{httpx.URL(server.url).password}".encode()).decode()
         head = (
             f"POST /?query=INSERT%20INTO%20{table}%20FORMAT%20JSONEachRow HTTP/1.1\r\n"
-            f"Host: x\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+            f"Host: 127.0.0.1\r\nAuthorization: Basic {login}\r\nContent-Length: {len(body) + 1}\r\n\r\n"
         )
         port = httpx.URL(server.url).port
         assert port is not None
@@ -334,7 +336,8 @@ class TestStatements:
         wrong: list[tuple[int, str]] = []
 
         def ask(number: int) -> None:
-            with httpx.Client(base_url=address(server), timeout=60, trust_env=False) as http:
+            login = ("default", httpx.URL(server.url).password)
+            with httpx.Client(base_url=address(server), auth=login, timeout=60, trust_env=False) as http:
                 for turn in range(40):
                     value = 1 + number * 1000 + turn
                     answer = http.post(
@@ -427,12 +430,79 @@ class TestErrors:
         answer = http.post("/", files={"query": (None, "SELECT 1 + 1")})
         assert (answer.status_code, answer.text) == (200, "2\n")
 
-    def test_only_the_user_without_a_password_is_let_in(self, http: httpx.Client) -> None:
-        """A wrong credential must fail here as it fails in production."""
-        token = base64.b64encode(b"default:secret").decode()
-        answer = http.post("/", content="SELECT 1", headers={"Authorization": f"Basic {token}"})
-        assert (answer.status_code, answer.headers["X-ClickHouse-Exception-Code"]) == (403, "516")
-        assert http.post("/", content="SELECT 1", headers={"X-ClickHouse-User": "default"}).status_code == 200
+    def test_only_the_password_of_this_start_is_let_in(self, server: LocalClickHouse, tmp_path: Path) -> None:
+        """Whatever runs on this machine finds the port; the password is in the URL that the starter has, and nowhere else."""
+        password = httpx.URL(server.url).password
+        assert len(password) >= 16
+        given = [None, ("default", ""), ("default", "secret"), ("other", password), ("default", password)]
+        answers = [httpx.post(address(server), content="SELECT 1", auth=login, trust_env=False) for login in given]
+        assert [answer.status_code for answer in answers] == [403, 403, 403, 403, 200]
+        assert answers[0].headers["X-ClickHouse-Exception-Code"] == "516"
+        assert password not in (server.directory / "server.log").read_text()
+        with LocalClickHouse(tmp_path, python=server.python) as another:
+            assert httpx.URL(another.url).password != password
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"Origin": "https://example.com"},
+            {"Origin": "null"},
+            {"Host": "rebound.example.com"},
+            {"Host": "127.0.0.1.example.com:8123"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Sec-Fetch-Site": "same-site"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("method", ["GET", "POST"])
+    def test_a_web_page_gets_nothing(self, http: httpx.Client, method: str, headers: dict[str, str]) -> None:
+        """A page that is open on the same machine can send requests here, by address or by DNS rebinding."""
+        answer = http.request(method, "/", params={"query": "SELECT 1"}, headers=headers)
+        assert (answer.status_code, answer.headers.get("X-ClickHouse-Exception-Code")) == (403, "497")
+
+    @pytest.mark.parametrize(
+        "reaching",
+        [
+            "SELECT * FROM file('{path}', LineAsString)",
+            "SELECT * FROM FILE /* a comment */ ('{path}', LineAsString)",
+            "SELECT * FROM `file`('{path}', LineAsString)",
+            "SELECT * FROM \"fi\\x6ce\"('{path}', LineAsString)",
+            "SELECT file('{path}')",
+            "SELECT * FROM '{path}'",
+            "SELECT * FROM `{path}`",
+            "SELECT * FROM default.`{path}`",
+            "SELECT 1 FROM numbers(1), '{path}'",
+            "CREATE TABLE reaching (a String) ENGINE = File(LineAsString, '{path}')",
+            "CREATE TABLE reaching (a String) ENGINE URL('http://127.0.0.1:1/', LineAsString)",
+            "CREATE DATABASE reaching ENGINE = Filesystem('/tmp')",
+            "CREATE DICTIONARY reaching (a String) PRIMARY KEY a SOURCE(FILE(path '{path}' format 'CSV')) "
+            "LAYOUT(HASHED()) LIFETIME(0)",
+            "CREATE VIEW reaching AS SELECT * FROM url('http://127.0.0.1:1/', LineAsString)",
+            "INSERT INTO FUNCTION file('{path}', LineAsString) SELECT 'x'",
+            "INSERT INTO FUNCTION file('{path}', LineAsString) FORMAT CSV\nx",
+            "SELECT 'x' INTO OUTFILE '{path}' TRUNCATE FORMAT CSV",
+            "INSERT INTO reaching FROM INFILE '{path}' FORMAT CSV",
+            "BACKUP DATABASE default TO File('{path}')",
+            "SELECT * FROM remote('192.0.2.1', system.one)",
+            "SELECT * FROM mysql('127.0.0.1:1', 'd', 't', 'u', 'p')",
+            "SELECT * FROM s3('http://127.0.0.1:1/x', 'CSV', 'a String')",
+            "SELECT * FROM executable('cat', CSV, 'a String')",
+        ],
+    )
+    def test_files_and_networks_are_out_of_a_requests_reach(
+        self, http: httpx.Client, tmp_path: Path, reaching: str
+    ) -> None:
+        """The engine runs with the rights of whoever started it; a statement must not."""
+        path = tmp_path / "kept.csv"
+        path.write_text("kept")
+        answer = http.post("/", content=reaching.replace("{path}", str(path)))
+        assert (answer.status_code, answer.headers.get("X-ClickHouse-Exception-Code")) == (403, "497")
+        assert path.read_text() == "kept"
+
+    def test_names_that_only_look_like_reaching_out_are_let_in(self, http: httpx.Client) -> None:
+        """Columns and texts are called file and url everywhere."""
+        harmless = "SELECT number AS file, '/a' AS url, 'file(' AS `a.b` FROM numbers(1) WHERE url IN ('/a', 'url(')"
+        assert http.post("/", content=harmless).text == "0\t/a\tfile(\n"
 
     def test_what_is_not_supported_is_refused_and_not_guessed(self, http: httpx.Client) -> None:
         """A body read under the wrong encoding would be rubbish in the table."""
@@ -550,7 +620,7 @@ class TestProcess:
         assert client.query(f"SELECT count(), uniqExact(pk) FROM {table}").result_rows == [(1500, 1500)]
 
     def test_it_listens_on_loopback_only(self, server: LocalClickHouse) -> None:
-        """It has no password, so nobody outside this machine may reach it."""
+        """Nobody outside this machine may even try a password."""
         listening = [
             connection.laddr
             for connection in psutil.Process(server.pid).net_connections(kind="inet")

@@ -70,6 +70,10 @@ ALLOWED = {
     ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', whole)"): (
         "numbered parameters, as many as there are portions"
     ),
+    (
+        "stores/canary.py",
+        "statement",
+    ): "audit_log.sql with the types and expressions of our table's columns, as ClickHouse has them",
     ("stores/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
     ("stores/blockers.py", "statement"): "from blockers.sql, when the module is imported",
     ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}'"): "a constant of the module",
