@@ -142,6 +142,8 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
     "open_batches": ("clickhouse_outbox_batch", "state_idx", {}),
     "open_owners": ("clickhouse_outbox_batch", "state_idx", {}),
+    "states": ("clickhouse_outbox_batch", "state_idx", {}),
+    "in_state": ("clickhouse_outbox_batch", "state_idx", {"state": "archiving"}),
     "unverified": ("clickhouse_outbox_batch", "state_idx", {"row_limit": 10}),
     "exported_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
     "sent_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),

@@ -79,6 +79,7 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
                 "open_rows": done.open_rows,
                 "expired_rows": done.expired_rows,
                 "present_rows": done.present_rows,
+                "unknown_rows": done.unknown_rows,
                 "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()},
                 "action_id": done.action_id,
                 "dry_run": dry_run,
@@ -91,6 +92,7 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
         "left alone, in a batch that is still open": done.open_rows,
         "left alone, past ClickHouse's TTL": done.expired_rows,
         "left alone, ClickHouse has them": done.present_rows,
+        "left alone, of a version that no installed package registers": done.unknown_rows,
     }
     for what, rows in left.items():
         if rows:
@@ -253,6 +255,7 @@ def _report_values(report: Report) -> dict[str, object]:
         "explained": dict(report.explained),
         "open_batches": report.open_batches,
         "ttl_unknown": report.ttl_unknown,
+        "batches_of_unknown_versions": dict(report.left_alone),
         "marked_by_others": report.marked_by_others,
         "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "unrecorded": report.unrecorded,
@@ -293,6 +296,8 @@ def _show_report(report: Report) -> None:
         click.echo(f"  not recorded that it was looked: {report.unrecorded}", err=True)
     if report.open_batches:
         click.echo(f"  {report.open_batches} batches are not closed yet: the next drain sees to them")
+    for version, batches in report.left_alone.items():
+        click.echo(f"  not compared: {batches} batches of {version}, which no installed package registers", err=True)
     if report.found.event_ids:
         click.echo(f"  events: {', '.join(report.found.event_ids)}")
     wrong = [line for line in report.batches if line.found]

@@ -42,6 +42,13 @@ class State(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @classmethod
+    def _missing_(cls, value: object) -> State:
+        """A state of a later release: it can be shown, and is none of ours."""
+        state = str.__new__(cls, value)
+        state._name_, state._value_ = str(value), str(value)
+        return state
+
 
 class Left(str, Enum):
     """Why a batch that ClickHouse has is not marked yet."""

@@ -6,7 +6,7 @@ rows. What does not: reading payloads (`core.export`), and how candidates are fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from auditexport_pipeline.core.batch import SMALLEST_BLOCK_ROWS, Claim, State
@@ -14,6 +14,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Outbox, PlannedBlock, Planning
+from auditexport_pipeline.core.versions import VERSIONS
 
 # A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
 # that another one is still busy with. With 100,000 rows at once
@@ -29,19 +30,39 @@ MOST_BLOCKS = 256
 LONGEST_LEASE_MS = 86_400_000
 
 
-def claim(outbox: Outbox, *, owner: str, dead_owners: Collection[str], limits: Limits) -> list[Claim]:
+def claim(
+    outbox: Outbox,
+    *,
+    owner: str,
+    dead_owners: Collection[str],
+    limits: Limits,
+    left_alone: Callable[[str], None] = lambda line: None,
+) -> list[Claim]:
     """Adopts what dead owners left open, then cuts new batches from pending rows, oldest pk first.
 
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
     in the ledger under a new epoch. Loads pks only for what it claims. Idempotent: run again by the same
-    owner it adopts what it claimed before.
+    owner it adopts what it claimed before. `left_alone` hears of open batches that this release or this installation cannot
+    go on with, a line each: their rows stay theirs.
     """
     with outbox.planning(owner, limits.lease_s) as ledger:
         claims: list[Claim] = []
         open_batches = ledger.open_batches()
-        held = PkSet.union(open_batch.batch.pks for open_batch in open_batches)
+        unreadable = ledger.unreadable()
+        held = PkSet.union([*(open_batch.batch.pks for open_batch in open_batches), *(one.pks for one in unreadable)])
+        for one in unreadable:
+            left_alone(
+                f"batch {one.batch_id} is {one.state}, a state that this release does not know: it is left alone. Run the release "
+                "that made it"
+            )
         for open_batch in open_batches:
             batch = open_batch.batch
+            if batch.version not in VERSIONS:
+                left_alone(
+                    f"batch {batch.batch_id} is open ({batch.state}, {batch.rows:,} rows) and of {batch.version}, which no installed "
+                    "package registers: it is left alone. Install the package again, and the next run continues it"
+                )
+                continue
             abandoned = open_batch.lease_expired
             if batch.state is not State.STOPPED:  # a stopped one waits until no INSERT of it can be running
                 abandoned = abandoned or batch.owner == owner or batch.owner in dead_owners

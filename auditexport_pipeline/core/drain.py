@@ -137,10 +137,18 @@ def drain(
     done = Drained()
     began = time.monotonic()
     failures = waits = 0
+    said: set[str] = set()
+
+    def left_alone(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            listener.trouble(line)
+
     while True:
         exported_before = done.batches
         try:
-            claims = claiming.claim(outbox, owner=owner, dead_owners=dead_owners(outbox.open_owners()), limits=limits)
+            dead = dead_owners(outbox.open_owners())
+            claims = claiming.claim(outbox, owner=owner, dead_owners=dead, limits=limits, left_alone=left_alone)
             listener.claimed(claims)
             done.rounds += 1
             left = _round(outbox, log, stages, claims, limits, stopping, done, listener)

@@ -194,10 +194,21 @@ class Discrepancy:
         return ", ".join(f"{count} {what}" for what, count in found.items() if count) or "none"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadableBatch:
+    """A batch in a state that this release does not know, perhaps a later one's: nobody else may take its rows."""
+
+    batch_id: int
+    state: str
+    pks: PkSet
+
+
 class Planning(Protocol):
     """One planner's turn: a short transaction that holds the ledger's lock and none on the outbox."""
 
     def open_batches(self) -> list[OpenBatch]: ...
+
+    def unreadable(self) -> list[UnreadableBatch]: ...
 
     def adopt(self, batch: Batch) -> Claim: ...
 

@@ -16,7 +16,7 @@ counts and sums to compare, and no names. A batch that is not closed yet is left
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -100,6 +100,7 @@ class Report:
     slots: int = 0
     slots_read: int = 0  # those of which rows and entries were compared one by one
     open_batches: int = 0  # not closed yet: left to the drain
+    left_alone: Counter[str] = field(default_factory=Counter)  # batches by version, of those that are not installed
     marked_by_others: int = 0  # marks that no batch has set, on rows that ClickHouse holds
     explained: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     missing_pks: PkSet = field(default_factory=PkSet)
@@ -227,6 +228,10 @@ def _batches(
     """Compares the slots of some batches; returns the pks of the rows whose entries are missing."""
     known_slots.update(block.inserted_at_ms for batch in page for block in batch.blocks)
     report.open_batches += sum(1 for batch in page if batch.state in OPEN)
+    for batch in page:
+        if batch.version not in VERSIONS:
+            report.left_alone[batch.version] += 1
+    page = [batch for batch in page if batch.version in VERSIONS]
     closed = [batch for batch in page if batch.state not in OPEN]
     unverified = [batch for batch in closed if batch.state is State.EXPORTED]
     if unverified and not dry_run:

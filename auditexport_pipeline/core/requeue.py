@@ -22,6 +22,7 @@ from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import is_time, look_for
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+from auditexport_pipeline.core.versions import VERSIONS
 
 # One UPDATE's rows: as a marking chunk, a few megabytes of binary log.
 CHUNK_ROWS = 5_000
@@ -39,6 +40,7 @@ class Requeue:
     open_rows: int = 0  # left alone: a batch that is not closed yet has them
     expired_rows: int = 0  # left alone: ClickHouse's TTL would drop them on arrival
     present_rows: int = 0  # left alone with `missing_only`: ClickHouse has them
+    unknown_rows: int = 0  # left alone: their version is not installed, and no drain would export them
     action_id: int | None = None  # None in a dry run, and when there was nothing to do
 
 
@@ -97,6 +99,9 @@ def clear(
     open_rows = len(pks & held)
     pks -= held
     batches = {batch.batch_id: batch for batch in outbox.batches(sorted(upkeep.held(pks)))}
+    unknown = PkSet.union(batch.pks for batch in batches.values() if batch.version not in VERSIONS) & pks
+    pks -= unknown
+    batches = {batch_id: batch for batch_id, batch in batches.items() if batch.version in VERSIONS}
     excuses = Excuses(upkeep, log)
     expired = _expired(excuses, batches.values()) & pks
     pks -= expired
@@ -123,6 +128,7 @@ def clear(
         open_rows=open_rows,
         expired_rows=len(expired),
         present_rows=len(present),
+        unknown_rows=len(unknown),
         action_id=action_id,
     )
 

@@ -23,6 +23,7 @@ from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
+from auditexport_pipeline.core.versions import VERSIONS
 
 DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 50
@@ -69,7 +70,8 @@ class Sweep:
     discrepant: dict[int, Discrepancy] = field(default_factory=dict)  # not swept: ClickHouse no longer holds them
     # Not swept: what ClickHouse lacks of them may be past a TTL that cannot be evaluated.
     ttl_unknown: dict[int, Discrepancy] = field(default_factory=dict)
-    held_back: int = 0  # batches due by age that were never verified, or are discrepant
+    # Batches due by age that were never verified, are discrepant, or of a version that is not installed.
+    held_back: int = 0
     letters_closed: int = 0
     compacted: int = 0
     stopped_early: bool = False  # max_rows was reached
@@ -114,6 +116,9 @@ def sweep(
     while due := upkeep.sweepable(before_ms, after_id, BATCHES_AT_ONCE):
         for batch in due:
             after_id = batch.batch_id
+            if batch.version not in VERSIONS:
+                done.held_back += 1
+                continue
             found, ttl_unknown, observed = _last_look(outbox, log, batch, excuses)
             pks = _last_exported_by(upkeep, batch)
             if not found and not dry_run:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from auditexport_pipeline.core.batch import Batch, Block, Holding
 from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, compare_at_rest
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.versions import VERSIONS
 
 
 def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int, Discrepancy]:
@@ -25,8 +26,10 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
 
     Source: one grouped look-up by `inserted_at` in `audit_logs_raw_v1` for all blocks. Only where count or
     fingerprint differ, and for requeued batches, are rows read again. Durable effect: the ledger's
-    `verified` or `discrepant`, and what was seen, against which reconciliation holds ClickHouse later.
+    `verified` or `discrepant`, and what was seen, against which reconciliation holds ClickHouse later. Batches of a
+    version that is not installed stay as they are: nobody can say what their entries should be.
     """
+    batches = [batch for batch in batches if batch.version in VERSIONS]
     holdings = log.holdings([block.inserted_at_ms for batch in batches for block in batch.blocks])
     outcome: dict[int, Discrepancy] = {}
     for batch in batches:

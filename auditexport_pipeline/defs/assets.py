@@ -112,7 +112,13 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
             release(outbox, to.clickhouse.audit_log())
             dead_owners = _finished(context.instance, outbox.open_owners())
-            claims = claiming.claim(outbox, owner=_owner(context), dead_owners=dead_owners, limits=limits)
+            claims = claiming.claim(
+                outbox,
+                owner=_owner(context),
+                dead_owners=dead_owners,
+                limits=limits,
+                left_alone=context.log.warning,
+            )
         to.ahead.plan(claims)
         adopted = sum(1 for claim in claims if claim.adopted)
         context.log.info(

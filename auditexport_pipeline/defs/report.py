@@ -135,6 +135,7 @@ def requeue_metadata(done: Requeue) -> dict[str, dg.MetadataValue | int | float 
         "open_rows": done.open_rows,
         "expired_rows": done.expired_rows,
         "present_rows": done.present_rows,
+        "unknown_rows": done.unknown_rows,
         "per_batch": dg.MetadataValue.md("\n".join(table)),
     }
 
@@ -166,6 +167,8 @@ def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | flo
         "entries_stored": sum(line.stored for line in report.batches),
         "open_batches": report.open_batches,
         "ttl_unknown": report.ttl_unknown,
+        "batches_of_unknown_versions": ", ".join(f"{version}: {n}" for version, n in report.left_alone.items())
+        or "none",
         "marked_by_others": report.marked_by_others,
         "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "report": dg.MetadataValue.md(reconcile_table(report)),

@@ -7,6 +7,7 @@ What belongs here: how we connect. What does not: what a session states (`stores
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import ssl
 import struct
@@ -173,6 +174,12 @@ def default_tls(url: str) -> dict[str, ssl.SSLContext]:
     return {"ssl": ssl.create_default_context()} if silent and travels else {}
 
 
+# The pool's own log tells, with a traceback, of a connection that was killed while it lay idle or was given back: the next use
+# takes another one, and what was lost in a transaction is an error of ours.
+_POOL = "auditexport"
+logging.getLogger(f"sqlalchemy.pool.impl.QueuePool.{_POOL}").setLevel(logging.CRITICAL)
+
+
 @lru_cache(maxsize=256)  # several of each of many outboxes
 def engine_for(url: str, pid: int) -> Engine:
     """One pool per server and process: a forked child must not share its parent's connections."""
@@ -185,6 +192,7 @@ def engine_for(url: str, pid: int) -> Engine:
         pool_size=20,
         max_overflow=20,
         pool_pre_ping=True,
+        pool_logging_name=_POOL,
         pool_recycle=1800,
         # An error's text would repeat what was sent.
         hide_parameters=True,

@@ -41,7 +41,16 @@ from auditexport_pipeline.core.errors import (
     SetupIncomplete,
 )
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import Cut, Discrepancy, Marked, OpenBatch, PlannedBlock, StoredRow
+from auditexport_pipeline.core.ports import (
+    Cut,
+    Discrepancy,
+    Marked,
+    OpenBatch,
+    PlannedBlock,
+    StoredRow,
+    UnreadableBatch,
+)
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.blockers import holders
@@ -55,6 +64,8 @@ READ_BYTES = 8 * 1024**2
 SHARES = 4
 # No server takes a longer one (max_allowed_packet).
 LONGEST_PAYLOAD_BYTES = 1024**3
+# Exported batches of a version that is not installed, which are looked past.
+LEFT_ALONE_AT_MOST = 1_000
 # The width of the ledger's column.
 KEY_LETTERS = 32
 
@@ -277,7 +288,9 @@ class MySQLOutbox:
 
     def unverified(self, batches: int) -> list[Batch]:
         with self.transaction("listing batches to verify") as connection:
-            return [batch_of(row) for row in connection.execute(SQL["unverified"], {"row_limit": batches})]
+            # Those of a version that is not installed stay as they are, and must not take everybody's place.
+            rows = connection.execute(SQL["unverified"], {"row_limit": batches + LEFT_ALONE_AT_MOST})
+            return [batch_of(row) for row in rows if row.version in VERSIONS][:batches]
 
     def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         state = State.DISCREPANT if discrepancy else State.VERIFIED
@@ -350,6 +363,15 @@ class MySQLPlanning:
         return [
             OpenBatch(batch=batch_of(row), lease_expired=bool(row.lease_expired), lease_left_ms=row.lease_left_ms)
             for row in rows
+        ]
+
+    def unreadable(self) -> list[UnreadableBatch]:
+        known = {str(state) for state in State} | {"head"}
+        states = {row.state for row in self._connection.execute(SQL["states"])} - known
+        return [
+            UnreadableBatch(batch_id=row.batch_id, state=state, pks=PkSet.parse(row.pks))
+            for state in sorted(states)
+            for row in self._connection.execute(SQL["in_state"], {"state": state})
         ]
 
     def begin_lease_again(self, batch: Batch) -> None:

@@ -29,6 +29,14 @@ FROM clickhouse_outbox_batch
 WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
 ORDER BY batch_id
 
+-- name: states
+-- state_idx, one step per state (loose scan); no lock.
+SELECT state FROM clickhouse_outbox_batch GROUP BY state
+
+-- name: in_state
+-- state_idx; no lock. Asked for states only that this release does not know.
+SELECT batch_id, pks FROM clickhouse_outbox_batch WHERE state = :state ORDER BY batch_id
+
 -- name: candidates
 -- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps pk order, `IN` would
 -- sort. No lock on the outbox, no watermark: a lower pk that commits late is simply there next time.
