@@ -23,8 +23,10 @@ from auditexport_pipeline.core.ports import (
     AuditLog,
     Cut,
     Discrepancy,
+    Holder,
     Holding,
     Marked,
+    Moment,
     Outbox,
     Planning,
     Refusal,
@@ -111,6 +113,9 @@ class CrashingOutbox:
     def open_owners(self) -> list[str]:
         return self.real.open_owners()
 
+    def batch_holders(self) -> list[Holder]:
+        return self.real.batch_holders()
+
     @contextmanager
     def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[Planning]:
         with self.real.planning(owner, lease_s, process) as ledger:
@@ -145,9 +150,9 @@ class CrashingOutbox:
         with self.crash_at.around("reserve"):
             return self.real.reserve_inserted_at(count)
 
-    def stop(self, claim: Claim, error: str) -> None:
+    def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
         with self.crash_at.around("stop"):
-            self.real.stop(claim, error)
+            self.real.stop(claim, error, wait_ms=wait_ms)
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
         with self.crash_at.around("record_written"):
@@ -167,6 +172,15 @@ class CrashingOutbox:
 
     def holders(self, pks: PkSet) -> str:
         return self.real.holders(pks)
+
+    def moment(self) -> Moment:
+        return self.real.moment()
+
+    def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
+        return self.real.claimed_since(owner, since)
+
+    def discrepant_since(self, since: Moment) -> dict[int, str]:
+        return self.real.discrepant_since(since)
 
     def unverified(self, batches: int) -> list[Batch]:
         return self.real.unverified(batches)

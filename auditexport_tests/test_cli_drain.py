@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from auditexport_pipeline.cli import owners
+from auditexport_pipeline import processes
 from auditexport_pipeline.cli.drain import totals
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core import drain as core_drain
@@ -96,7 +96,7 @@ def test_every_limit_is_an_option_and_a_wrong_one_is_refused_by_name(prompt: Pro
         assert limit.metadata["meaning"].split(":")[0].split(";")[0].split(",")[0][:40] in shown
     seed_outbox(stack.mysql_url, seed=3, events=10, writers=1)
     assert "--batch-rows" in prompt("drain", "--batch-rows", "0", status=2).output
-    assert "insert_timeout_s is 200" in prompt("drain", "--insert-timeout-s", "200", status=2).output
+    assert "--insert-timeout-s" in prompt("drain", "--insert-timeout-s", "3601", status=2).output
     assert "--versions" in prompt("drain", "--versions", "audit_log.v99", status=2).output
     assert (stack.pending(), states(stack)) == (10, set())
 
@@ -134,7 +134,7 @@ def test_ctrl_c_finishes_the_batch_at_hand_and_gives_the_others_back(stack: Stac
     seed_outbox(stack.mysql_url, seed=6, events=400, writers=1)
     with started(stack, "drain", *SLOWLY) as process:
         wait_until(lambda: exported(stack) >= 1, what="a batch")
-        assert any(owner.startswith(f"{owners._host()}:{process.pid}:") for owner in leasing(stack))
+        assert any(owner.startswith(f"{processes._host()}:{process.pid}:") for owner in leasing(stack))
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
@@ -183,7 +183,7 @@ def test_whoever_else_is_at_work_is_named(stack: Stack, prompt: Prompt) -> None:
     """Otherwise somebody wonders why a drain ends and rows are still pending."""
     seed_outbox(stack.mysql_url, seed=9, events=20, writers=1)
     claiming.claim(stack.outbox, owner="run-1", dead_owners=(), limits=Limits())
-    shown = prompt("drain").output
+    shown = prompt("drain", status=3).output
     assert "run-1 is at work as well" in shown
     assert "20 rows still pending" in shown
 
@@ -339,10 +339,10 @@ def test_a_failover_in_the_middle_is_waited_for_and_gone_on_after(
 
 def test_an_owner_is_dead_only_when_this_kernel_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a living drain's batches away would make both of them waste their work."""
-    me = owners.this_process()
-    assert me.startswith(f"{owners._host()}:{os.getpid()}:")
+    me = processes.this_process()
+    assert me.startswith(f"{processes._host()}:{os.getpid()}:")
     gone = subprocess.run(
-        [sys.executable, "-c", "from auditexport_pipeline.cli import owners; print(owners.this_process())"],
+        [sys.executable, "-c", "from auditexport_pipeline import processes; print(processes.this_process())"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -358,10 +358,10 @@ def test_an_owner_is_dead_only_when_this_kernel_knows_it(monkeypatch: pytest.Mon
         "ada",
         "",
     ]
-    assert owners.dead([me, gone, given_again, *elsewhere]) == {gone, given_again}
-    monkeypatch.setattr(owners, "_boot", lambda: "")
-    assert owners.dead([gone, given_again]) == set()
-    assert owners.this_process() != me
+    assert processes.dead([me, gone, given_again, *elsewhere]) == {gone, given_again}
+    monkeypatch.setattr(processes, "_boot", lambda: "")
+    assert processes.dead([gone, given_again]) == set()
+    assert processes.this_process() != me
 
 
 def test_the_totals_of_nothing_are_zero() -> None:

@@ -502,7 +502,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
         lambda: stack.outbox.seal(old, cut),
         lambda: stack.outbox.begin_write(old, 60),
         lambda: stack.outbox.recut(old, cut, instead_of=batch.digest),
-        lambda: stack.outbox.stop(old, "no"),
+        lambda: stack.outbox.stop(old, "no", wait_ms=0),
         lambda: stack.outbox.record_written(old, batch.digest),
         lambda: stack.outbox.mark(old, batch.pks, 1),
         lambda: stack.outbox.finish_mark(old, batch.pks, 1, Marked()),

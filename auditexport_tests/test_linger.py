@@ -10,9 +10,7 @@ import time
 
 import pytest
 
-from auditexport_pipeline.core import export
 from auditexport_pipeline.core.batch import Batch, Claim, State
-from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.pks import PkSet
@@ -60,7 +58,6 @@ class Watched(CrashingOutbox):
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack.outbox, NEVER)
         self.chunks: list[int] = []
-        self.renewed = 0
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
         self.chunks.append(len(pks))
@@ -70,23 +67,17 @@ class Watched(CrashingOutbox):
         self.chunks.append(len(pks))
         return super().finish_mark(claim, pks, exported_at_ms, before)
 
-    def renew(self, claim: Claim, lease_s: int) -> Batch:
-        self.renewed += bool(self.chunks)
-        return super().renew(claim, lease_s)
-
 
 def test_a_throttled_run_marks_in_small_chunks_and_rests_for_the_remainder(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And renews its lease meanwhile: at one row a second, a batch takes longer than any lease."""
+    """Behind the COMMIT of a large chunk, the application's own transactions wait."""
     stack.put(*events(20))
     rests: list[float] = []
     monkeypatch.setattr(time, "sleep", rests.append)
-    monkeypatch.setattr(export, "LEASES_PER_RENEWAL", 1e9)  # due after every chunk
     outbox = Watched(stack)
     drain(outbox, stack.log, Limits(max_rows_per_second=500, mark_pause_ms=100, mark_connections=1), owner="one")
     assert outbox.chunks == [5, 5, 5, 5]
-    assert outbox.renewed == 3
     assert len(rests) == 4
     assert 4 * 0.1 < sum(rests) <= 20 / 500 + 4 * 0.1
     assert stack.pending() == 0
@@ -100,8 +91,3 @@ def test_without_a_throttle_nothing_rests(stack: Stack, monkeypatch: pytest.Monk
     drain(stack.outbox, stack.log, Limits(mark_rows=5), owner="one")
     assert sum(rests) == 0
     assert stack.pending() == 0
-
-
-def test_a_pause_that_a_lease_would_not_outlast_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match=r"mark_pause_ms is 5,000 and lease_s is 12: .* set lease_s to at least 15"):
-        Limits(lease_s=12, insert_timeout_s=5, mark_pause_ms=5_000)

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from auditexport_pipeline.cli import BAD_OUTCOME, main, owners
+from auditexport_pipeline import processes
+from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import Command, console, interactive, json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
+from auditexport_pipeline.core.claiming import held_line
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.status import shown_s
 from auditexport_pipeline.core.versions import VERSIONS
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 # As a shell has it for what Ctrl-C ended.
 INTERRUPTED = 130
+# Nothing is wrong, and not all of it was this drain's to export.
+LEFT_TO_OTHERS = 3
 # A bar hides it.
 SHOW_CURSOR = b"\x1b[?25h\n"
 COUNT_BACKLOG_TO = 1_000_000
@@ -80,7 +84,8 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     next drain picks up. No heartbeat is sent: that is the business of what runs by itself.
 
     Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged, a batch was altered or its rows could not
-    be marked, 2 the call, the setup or a database is wrong, 130 interrupted.
+    be marked, 2 the call, the setup or a database is wrong, 3 rows are left to another run, which took a batch over or holds
+    all that is pending, 130 interrupted.
     """
     from auditexport_pipeline.core.drain import drain
     from auditexport_pipeline.defs.ahead import Ahead
@@ -91,7 +96,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
     release(mysql, clickhouse)
-    owner = owners.this_process()
+    owner = processes.this_process()
     began = time.monotonic()
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
     screen = _Progress(owner, backlog, quiet=as_json)
@@ -101,7 +106,8 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
             clickhouse,
             Ahead(),
             owner=owner,
-            dead_owners=owners.dead,
+            process=owner,
+            dead_owners=processes.dead,
             backlog=lambda: mysql.backlog(settings.versions, count_to=1),
             limits=settings,
             once=once,
@@ -110,6 +116,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         )
         if settings.linger_s and not once and not done.discrepant and not done.unmarked:
             _linger(mysql, clickhouse, owner, settings, began, stopping, done, screen)
+        done.settle(mysql, owner)
     seconds = time.monotonic() - began
     left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
     if as_json:
@@ -120,6 +127,8 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         sys.exit(BAD_OUTCOME)
     if done.interrupted:
         sys.exit(INTERRUPTED)
+    if (done.lost and (once or done.held)) or (done.held and not done.rows):
+        sys.exit(LEFT_TO_OTHERS)
 
 
 def _linger(
@@ -139,13 +148,13 @@ def _linger(
         done.interrupted = done.interrupted or stopping()
         return not done.interrupted and time.monotonic() - began < limits.linger_s
 
-    for batches, outcome in linger(mysql, clickhouse, owner=owner, limits=limits, stays=stays):
+    for batches, outcome in linger(mysql, clickhouse, owner=owner, process=owner, limits=limits, stays=stays):
         done.rounds += 1
         for batch in batches:
+            done.claimed.add(batch.batch_id)
             if batch.state in OPEN:
                 done.unmarked[batch.batch_id] = batch.last_error
                 continue
-            done.add(batch)
             screen.exported(batch)
         done.verified |= outcome
         screen.verified(outcome)
@@ -285,12 +294,14 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
         "seconds": round(seconds, 3),
         "rows_per_s": round(done.rows / seconds, 1) if seconds else 0.0,
         "verified_batches": len(done.verified) - len(done.discrepant),
-        "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
+        "discrepant": {str(batch_id): found for batch_id, found in done.discrepant.items()},
         "altered": {str(batch_id): why for batch_id, why in done.altered.items()},
         "unmarked": {str(batch_id): why for batch_id, why in done.unmarked.items()},
         "waiting": {str(batch_id): str(why) for batch_id, why in done.waiting.items()},
         "views_failed": {str(batch_id): note for batch_id, note in done.views.items()},
         "lost_batches": done.lost,
+        "held_by_others_rows": sum(holder.rows for holder in done.held),
+        "held_by": "; ".join(map(str, done.held)) or "nobody",
         "released_batches": done.released,
         "interrupted": done.interrupted,
         "backlog_rows": left.rows,
@@ -320,5 +331,11 @@ def _say(done: Drained, left: Backlog, seconds: float) -> None:
     click.echo(f"{left.shown_rows} rows still pending, lag {shown_s(left.lag_s)}, {left.open_batches} open batches")
     for batch_id, why in done.unmarked.items():
         click.echo(f"batch {batch_id} is in ClickHouse and not marked: {why}", err=True)
+    if done.lost:
+        click.echo(
+            f"batches {', '.join(map(str, done.lost))} were taken over by another run, which exports them", err=True
+        )
+    if done.held:
+        click.echo(held_line(done.held))
     if done.discrepant:
         click.echo("to do: `auditexport reconcile --repair`, then drain, then reconcile again", err=True)

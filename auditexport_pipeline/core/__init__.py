@@ -40,10 +40,12 @@ What each crash leaves, and why it is harmless:
 Two writers at once. An owner that was declared dead may not be. Everything it does to MySQL is refused
 because the ledger holds another epoch and key. (The key, random for each plan, is for a failover that loses commits: then
 batch ids and epochs recur.) What it sends to ClickHouse is fenced twice: the token makes a
-replay of the same block nothing, and the INSERT itself carries the end of the lease as a deadline, which
-ClickHouse checks against its own clock before it takes a row. So a process that was paused for an hour
+replay of the same block nothing, and the INSERT itself carries a deadline, which ClickHouse checks against its own clock
+before it takes a row. So a process that was paused for an hour
 and wakes inside `write` is refused by ClickHouse. That is also why giving up a batch that can no longer
-be reproduced (`stopped`) waits for the end of the lease: then no INSERT of it can be on its way.
+be reproduced (`stopped`) waits until the deadline and the INSERT's own time-out have passed (`inserts_until_ms`): then no
+INSERT of it can be on its way. The lease is another value: short, and renewed while a verb is at work (`core.lease`), so
+that a dead run holds its rows for less than a minute. A process of the same machine that is gone counts as dead at once.
 
 After the export. A requeue (`core.requeue`, or a mark cleared by hand) makes rows pending again. The next claim sees that a
 closed batch had their pks, and the seal proves which of the rows are the events that were exported (`core.origins`): those
@@ -58,8 +60,8 @@ Dead letters. An open or a discarded one holds its row: no batch takes it. Retri
 (`core.culprits`), so that one workspace's flood costs the others nothing but that.
 
 Looking on. `core.status` says how it all stands at a moment and `core.advice` what an operator should do; page, prompt and
-alerts show the same. Without Dagster, `core.drain` does the rounds; a process of the same machine that is known to be dead
-counts as a dead owner there.
+alerts show the same. Without Dagster, `core.drain` does the rounds. What a run did is what the ledger says (`core.outcome`),
+not what the last attempt of a step remembers.
 
 The look-up by `inserted_at` is what exactly-once rests on; deduplication windows only cover the seconds
 in which a first attempt is still running.

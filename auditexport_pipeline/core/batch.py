@@ -58,6 +58,7 @@ class Left(str, Enum):
 
 
 OPEN = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED)
+CLOSED = (State.EXPORTED, State.VERIFIED, State.DISCREPANT, State.COMPACTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +247,13 @@ class Receipt:
     found: int  # blocks that an earlier attempt had written already
     seconds: float
     note: str = ""  # what the operator should know although everything was written, such as a view that fails
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Postponed:
+    """Instead of a receipt: the run has no time left for this batch, which waits for the next one as it stands."""
+
+    claim: Claim
 
 
 class BlockDigest:

@@ -6,14 +6,15 @@ rows. What does not: reading payloads (`core.export`), and how candidates are fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
 from auditexport_pipeline.core.batch import SMALLEST_BLOCK_ROWS, Claim, State
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import Outbox, PlannedBlock, Planning
+from auditexport_pipeline.core.ports import Holder, Outbox, PlannedBlock, Planning
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
@@ -36,16 +37,21 @@ def claim(
     owner: str,
     dead_owners: Collection[str],
     limits: Limits,
+    process: str = "",
+    max_rows: int | None = None,
     left_alone: Callable[[str], None] = lambda line: None,
 ) -> list[Claim]:
     """Adopts what dead owners left open, then cuts new batches from pending rows, oldest pk first.
+
+    `dead_owners` names owners and processes that are known to be dead; `process` is the one that does all that is claimed.
+    `max_rows` is what there is time for.
 
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
     in the ledger under a new epoch. Loads pks only for what it claims. Idempotent: run again by the same
     owner it adopts what it claimed before. `left_alone` hears of open batches that this release or this installation cannot
     go on with, a line each: their rows stay theirs.
     """
-    with outbox.planning(owner, limits.lease_s) as ledger:
+    with outbox.planning(owner, limits.lease_s, process) as ledger:
         claims: list[Claim] = []
         open_batches = ledger.open_batches()
         unreadable = ledger.unreadable()
@@ -65,26 +71,49 @@ def claim(
                 continue
             abandoned = open_batch.lease_expired
             if batch.state is not State.STOPPED:  # a stopped one waits until no INSERT of it can be running
-                abandoned = abandoned or batch.owner == owner or batch.owner in dead_owners
-            if abandoned and len(claims) < limits.max_batches:
+                abandoned = (
+                    abandoned or batch.owner == owner or not {batch.owner, batch.process}.isdisjoint(dead_owners)
+                )
+            # One that is larger than there is time for is taken all the same, alone: what is marked of it stays marked.
+            fits = len(claims) < limits.max_batches and (not claims or _room(claims, max_rows) >= batch.rows)
+            if abandoned and fits and max_rows != 0:
                 claims.append(ledger.adopt(batch))
             elif open_batch.lease_left_ms > LONGEST_LEASE_MS:
                 ledger.begin_lease_again(batch)
         for position, version in enumerate(limits.versions):
             room = -(-(limits.max_batches - len(claims)) // (len(limits.versions) - position))
-            claims.extend(_cut_new(ledger, version, held, room, limits))
+            claims.extend(_cut_new(ledger, version, held, room, limits, _room(claims, max_rows)))
         return claims
 
 
-def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Limits) -> Iterator[Claim]:
-    """New batches of one version, at most `room`: each from one page of candidates, as far as its bytes allow.
+def _room(claims: Sequence[Claim], max_rows: int | None) -> int:
+    """Rows that may still be claimed."""
+    return sys.maxsize if max_rows is None else max_rows - sum(claim.rows for claim in claims)
 
-    The first ones are small and grow, so that every stage of the pipeline soon has work.
+
+def held_by_others(outbox: Outbox, owner: str) -> list[Holder]:
+    """Who else holds rows that are pending: runs at work, or dead ones whose lease has not ended."""
+    return [holder for holder in outbox.batch_holders() if holder.owner != owner]
+
+
+def held_line(holders: Sequence[Holder]) -> str:
+    """What a run says at its end about rows that others hold."""
+    return (
+        f"{sum(holder.rows for holder in holders):,} rows are held by {'; '.join(map(str, holders))}. Each is at work, or has died: "
+        "then the first run after that time exports them"
+    )
+
+
+def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Limits, max_rows: int) -> Iterator[Claim]:
+    """New batches of one version, at most `room` of at most `max_rows`: each from one page of candidates, as far as its bytes
+    allow. The first ones are small and grow, so that every stage of the pipeline soon has work.
     """
     from_pk = 0
     batches = 0
+    rows = 0
     batch_rows = min(FIRST_BATCH_ROWS, limits.batch_rows)
-    while batches < room:
+    while batches < room and rows < max_rows:
+        batch_rows = min(batch_rows, max_rows - rows)
         while (run := held.run_of(from_pk)) is not None:
             from_pk = run[1] + 1
         page = ledger.candidates(version, from_pk, batch_rows)
@@ -99,6 +128,7 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
             from_pk = pks.last + 1
         for new in islice(_add(ledger, version, pks, size, limits), room - batches):
             batches += 1
+            rows += new.rows
             yield new
         # Where bytes and not rows cut batches, longer pages would be read for nothing.
         taken = batch_rows if len(pks) == len(free) else len(pks)

@@ -20,7 +20,8 @@ from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left, Receipt
 from auditexport_pipeline.core.errors import BatchAltered, BatchWaits, LeaseLost, TableRefuses, TransientError
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.outcome import outcome_of
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Moment, Outbox
 from auditexport_pipeline.core.verify import verify
 
 # As often as a step of Dagster's graph is tried again; after that the error is the operator's to see.
@@ -77,13 +78,29 @@ class Drained:
         default_factory=dict
     )  # batches that have to be split later, and why
     views: dict[int, str] = field(default_factory=dict)  # batches that are stored while a view failed, and which
+    wrong: dict[int, str] = field(default_factory=dict)  # discrepant batches, as the ledger has them
+    claimed: set[int] = field(default_factory=set)
+    since: Moment | None = None
     lost: list[int] = field(default_factory=list)  # batches that another run took over
+    held: list[Holder] = field(default_factory=list)  # who else holds rows that are pending
     released: list[int] = field(default_factory=list)  # claimed and given back, because somebody interrupted
     interrupted: bool = False
 
     @property
-    def discrepant(self) -> dict[int, Discrepancy]:
-        return {batch_id: found for batch_id, found in self.verified.items() if found}
+    def discrepant(self) -> dict[int, str]:
+        return {**{batch_id: str(found) for batch_id, found in self.verified.items() if found}, **self.wrong}
+
+    def settle(self, outbox: Outbox, owner: str) -> None:
+        """Takes what was done from the ledger: a round that failed in the middle had done, and found, things too."""
+        assert self.since is not None
+        outcome = outcome_of(outbox, owner, self.claimed, self.since, self.verified)
+        self.verified = dict(outcome.verified)
+        self.wrong = dict(outcome.wrong)
+        self.batches = self.rows = self.entries = self.bytes = self.dead_letters = self.folded_rows = 0
+        self.deleted_by_others_rows = self.marked_by_others_rows = 0
+        for batch in outcome.batches:
+            self.add(batch)
+        self.held = claiming.held_by_others(outbox, owner)
 
     def add(self, batch: Batch) -> None:
         self.batches += 1
@@ -117,6 +134,7 @@ def drain(
     stages: Stages,
     *,
     owner: str,
+    process: str = "",
     dead_owners: Callable[[list[str]], Collection[str]],
     backlog: Callable[[], Backlog],
     limits: Limits,
@@ -134,7 +152,7 @@ def drain(
     rows could not be marked: the others go on, and the result tells of it. A plan with a batch whose mark was refused is the
     last one, for the next batches would be refused as well.
     """
-    done = Drained()
+    done = Drained(since=outbox.moment())
     began = time.monotonic()
     failures = waits = 0
     said: set[str] = set()
@@ -148,8 +166,11 @@ def drain(
         exported_before = done.batches
         try:
             dead = dead_owners(outbox.open_owners())
-            claims = claiming.claim(outbox, owner=owner, dead_owners=dead, limits=limits, left_alone=left_alone)
+            claims = claiming.claim(
+                outbox, owner=owner, dead_owners=dead, limits=limits, process=process, left_alone=left_alone
+            )
             listener.claimed(claims)
+            done.claimed |= {claim.batch_id for claim in claims}
             done.rounds += 1
             left = _round(outbox, log, stages, claims, limits, stopping, done, listener)
             # Those of earlier runs too; and what was exported before an interruption is verified all the same.

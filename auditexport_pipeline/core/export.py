@@ -40,7 +40,8 @@ from auditexport_pipeline.core.errors import (
     SettingsOutdated,
 )
 from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.lease import kept, progress
+from auditexport_pipeline.core.limits import START_WITHIN_S, Limits
 from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, StoredRow
@@ -52,9 +53,7 @@ BYTES_TOLERANCE = 1.5
 # Blocks sent under one deadline and one renewed lease: a requeue of what a lingering run exported has one block for each of
 # its small drains.
 BLOCKS_AT_ONCE = 64
-# Marking that is throttled takes longer than a lease, which is renewed each third of its time.
-LEASES_PER_RENEWAL = 3
-# And marks in small chunks: behind the COMMIT of a large one, the application's own waits for its binary and redo log
+# Throttled, rows are marked in small chunks: behind the COMMIT of a large one, the application's own waits for its binary and redo log
 # (benchmarks/latency.py; its p99 at 4,000 rows/s was 4.6 ms beside ten chunks a second, and 2.9 ms beside a hundred).
 CHUNKS_PER_SECOND = 100
 # A transaction of the application ends within milliseconds; one that does not is not waited for.
@@ -85,6 +84,11 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
     is sealed already is left as it is; its rows are read again only if somebody has to send them.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
+    with kept(outbox, claim, limits):
+        return _fetch(outbox, log, claim, limits)
+
+
+def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
     started = time.perf_counter()
     batch = outbox.renew(claim, limits.lease_s)
     if batch.state is not State.CLAIMED:
@@ -278,6 +282,11 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
     Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
+    with kept(outbox, claim, limits):
+        return _write(outbox, log, claim, bodies, limits)
+
+
+def _write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
     started = time.perf_counter()
     batch = outbox.begin_write(claim, limits.lease_s)
     found = 0
@@ -333,10 +342,11 @@ def _send_all(
     rereads = 2  # of the server's list of settings: a balancer may choose a server of another version each time
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
-            # The fence that ClickHouse itself keeps: a paused process that wakes after its lease and then
-            # sends is refused, because every INSERT must start before this instant of ClickHouse's clock. Asked for
-            # before the ledger is: whoever is paused in between has lost the batch by then, or holds it.
-            deadline_ms = log.deadline_ms(limits.lease_s - limits.insert_timeout_s)
+            progress()
+            # The fence that ClickHouse itself keeps: a process that was paused for long and then sends is refused,
+            # because every INSERT must start before this instant of ClickHouse's clock. Asked for
+            # before the ledger is: a run that is paused in between has lost the batch by then, or holds it.
+            deadline_ms = log.deadline_ms(START_WITHIN_S)
             until_ms = deadline_ms + limits.insert_timeout_s * 1000
             attempt.until_ms = max(attempt.until_ms, until_ms)
             outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
@@ -350,7 +360,11 @@ def _send_all(
                         bodies[block.digest] = read_payloads(outbox, batch, block)
                     except BatchAltered as error:
                         if batch.state is not State.STOPPED:
-                            outbox.stop(batch.claim, str(error))
+                            outbox.stop(
+                                batch.claim,
+                                str(error),
+                                wait_ms=max(until_ms, batch.inserts_until_ms) - log.deadline_ms(0),
+                            )
                             raise
                         altered.append(block)
             if batch.state is State.STOPPED:
@@ -403,6 +417,11 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
     marked is, and the batch is left `written`: the returned one says why in `left` and `last_error`. The ledger holds its
     rows, so that they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
     """
+    with kept(outbox, receipt.claim, limits):
+        return _mark(outbox, receipt, limits)
+
+
+def _mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
     claim = receipt.claim
     batch = outbox.renew(claim, limits.lease_s)
     if batch.state is not State.WRITTEN:
@@ -466,14 +485,11 @@ class _Marking:
     def _mark(self, chunks: Sequence[PkSet]) -> None:
         """Marks what nobody holds locked of these; `locked` is the rest."""
         self.locked = PkSet()
-        claim, renewed = self._batch.claim, time.monotonic()
         with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
             for marked in pool.map(self._mark_chunk, chunks):
                 self._total += marked
                 self.locked |= marked.locked
-                if time.monotonic() - renewed > self._limits.lease_s / LEASES_PER_RENEWAL:
-                    self._outbox.renew(claim, self._limits.lease_s)
-                    renewed = time.monotonic()
+                progress()
 
     def _mark_chunk(self, pks: PkSet) -> Marked:
         began = time.monotonic()

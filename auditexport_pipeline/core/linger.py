@@ -23,7 +23,14 @@ VERIFY_AT_ONCE = 200
 
 
 def linger(
-    outbox: Outbox, log: AuditLog, *, owner: str, limits: Limits, stays: Callable[[], bool]
+    outbox: Outbox,
+    log: AuditLog,
+    *,
+    owner: str,
+    limits: Limits,
+    stays: Callable[[], bool],
+    process: str = "",
+    max_rows: Callable[[], int | None] = lambda: None,
 ) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
     """Drains again and again while `stays()`, every `linger_poll_ms`; yields what each drain that found something did.
 
@@ -32,7 +39,9 @@ def linger(
     """
     while stays():
         started = time.monotonic()
-        claims = claiming.claim(outbox, owner=owner, dead_owners=(), limits=limits)
+        claims = claiming.claim(
+            outbox, owner=owner, process=process, dead_owners=(), limits=limits, max_rows=max_rows()
+        )
         unmarked = False
         for claim in claims:
             fetched = export.fetch(outbox, log, claim, limits)

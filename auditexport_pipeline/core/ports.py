@@ -9,6 +9,7 @@ not at all when it raises `TransientError` (except `insert`, whose outcome can b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -52,6 +53,31 @@ class OpenBatch:
     batch: Batch
     lease_expired: bool
     lease_left_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """A moment of the ledger: the last batch that there was, and the database's clock."""
+
+    batch_id: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A run or a process that holds open batches: how many rows, and for how long if it gives no further sign of life."""
+
+    owner: str
+    process: str  # empty where several processes do the steps
+    batches: int
+    rows: int
+    lease_left_s: float  # 0 or less: the next plan takes them
+    lease_until_ms: int
+
+    def __str__(self) -> str:
+        place = f" ({self.process})" if self.process not in ("", self.owner) else ""
+        until = time.strftime("%H:%M:%S", time.gmtime(self.lease_until_ms / 1000))
+        return f"{self.owner}{place}: {self.rows:,} rows until {until} UTC, in {max(0.0, self.lease_left_s):.0f} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +258,13 @@ class Planning(Protocol):
 class Outbox(Protocol):
     """MySQL: the application's outbox, our ledger and our dead letters."""
 
-    def open_owners(self) -> list[str]: ...
+    def open_owners(self) -> list[str]:
+        """Who holds open batches: the owners, and the processes that the ledger names beside them."""
+        ...
+
+    def batch_holders(self) -> list[Holder]:
+        """Who holds open batches, how many rows, and until when."""
+        ...
 
     def planning(self, owner: str, lease_s: int, process: str = "") -> AbstractContextManager[Planning]:
         """A planner's turn; `process` is the one process that will do all that is claimed, empty where there are several."""
@@ -262,7 +294,9 @@ class Outbox(Protocol):
 
     def reserve_inserted_at(self, count: int) -> list[int]: ...
 
-    def stop(self, claim: Claim, error: str) -> None: ...
+    def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
+        """Ends the claim; nobody adopts the batch for `wait_ms`, in which an INSERT of it can be at work."""
+        ...
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
         """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch: of this cut and no other."""
@@ -285,6 +319,18 @@ class Outbox(Protocol):
 
     def holders(self, pks: PkSet) -> str:
         """Who holds the first of these rows locked, as far as this user may know, or how an administrator can see it."""
+        ...
+
+    def moment(self) -> Moment:
+        """Where the ledger stands now: what a run did is told from here on."""
+        ...
+
+    def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
+        """Every batch of this owner that was claimed since then, by ascending id."""
+        ...
+
+    def discrepant_since(self, since: Moment) -> dict[int, str]:
+        """Batches that a verification since then found wrong and that are wrong still: what differs, by batch id."""
         ...
 
     def unverified(self, batches: int) -> list[Batch]: ...

@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event, Semaphore
@@ -58,10 +58,18 @@ class _Work:
 class _Pipeline:
     """A fetching, a writing and a marking thread that take claims in order, until the last one or the first failure."""
 
-    def __init__(self, outbox: Outbox, log: AuditLog, claims: Sequence[Claim], limits: Limits) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        log: AuditLog,
+        claims: Sequence[Claim],
+        limits: Limits,
+        time_for: Callable[[Claim], bool],
+    ) -> None:
         self._outbox = outbox
         self._log = log
         self._limits = limits
+        self._time_for = time_for
         self.works = [_Work(claim=claim) for claim in claims]
         self._room = Semaphore(BATCHES_IN_MEMORY)
         self._stopped = Event()
@@ -84,7 +92,7 @@ class _Pipeline:
     def _fetch_all(self) -> None:
         for work in self.works:
             self._room.acquire()
-            if self._stopped.is_set():
+            if self._stopped.is_set() or not self._time_for(work.claim):
                 work.cancel()
                 self._room.release()
                 continue
@@ -102,7 +110,7 @@ class _Pipeline:
 
     def _write(self, work: _Work, bodies: Bodies) -> None:
         try:
-            if self._stopped.is_set():
+            if self._stopped.is_set() or not self._time_for(work.claim):
                 work.cancel()
                 return
             receipt = export.write(self._outbox, self._log, work.claim, bodies, self._limits)
@@ -150,11 +158,18 @@ class Ahead:
     def __init__(self) -> None:
         _share_one_arena()
         self._planned: list[Claim] = []
+        self._time_for: Callable[[Claim], bool] = lambda _: True
         self._pipeline: _Pipeline | None = None
 
-    def plan(self, claims: Sequence[Claim]) -> None:
-        """The order in which batches will be asked for."""
+    def plan(self, claims: Sequence[Claim], time_for: Callable[[Claim], bool] = lambda _: True) -> None:
+        """The order in which batches will be asked for; none is begun ahead for which there is no time."""
         self._planned = list(claims)
+        self._time_for = time_for
+
+    def has_begun(self, claim: Claim) -> bool:
+        """Whether a thread is writing this batch, or has written it."""
+        work = self._pipeline.work(claim) if self._pipeline else None
+        return work is not None and not work.receipt.cancelled() and work.fetched.done()
 
     def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
         """`export.fetch`, by this thread or ahead: then without bodies. Raises what `fetch` raises."""
@@ -163,7 +178,7 @@ class Ahead:
         work = self._pipeline.work(claim) if self._pipeline else None
         if work is None or self._pipeline is None:
             self.close()
-            self._pipeline = _Pipeline(outbox, log, self._planned[self._planned.index(claim) :], limits)
+            self._pipeline = _Pipeline(outbox, log, self._planned[self._planned.index(claim) :], limits, self._time_for)
             (work, *_) = self._pipeline.works
         self._planned.remove(claim)  # a retry of the step does it itself
         try:

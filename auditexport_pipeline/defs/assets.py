@@ -16,25 +16,37 @@ has it, so configuration and steps read the same for each.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
+from auditexport_pipeline import processes
 from auditexport_pipeline.core import claiming, verify
-from auditexport_pipeline.core.batch import Batch, Claim, Receipt, unmarked
-from auditexport_pipeline.core.errors import BatchUnmarked, IncompleteRun, LeaseLost, VerificationFailed
+from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
+from auditexport_pipeline.core.errors import (
+    AuditExportError,
+    BatchUnmarked,
+    IncompleteRun,
+    LeaseLost,
+    VerificationFailed,
+)
 from auditexport_pipeline.core.export import Bodies
+from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.linger import linger
-from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.core.outcome import Outcome, outcome_of
+from auditexport_pipeline.core.ports import Discrepancy, Moment
+from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.drains import drain_in
-from auditexport_pipeline.defs.executors import tags_of_step
+from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, run_metadata
+from auditexport_pipeline.defs.runtime import left_s, time_for
 from auditexport_pipeline.stores.held import release
 from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
@@ -53,6 +65,7 @@ class Planned:
 
     batches: int
     started_at_s: float
+    since: Moment
 
 
 def _owner(context: dg.OpExecutionContext) -> str:
@@ -102,7 +115,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
     def plan_batches(context: dg.OpExecutionContext) -> Iterator[Any]:
         to = names.connected(context)
         started_at_s = time.time()
-        limits = Limits.of(context.op_config)
+        limits = limits_of(context)
         with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
             _refuse_if_ended(context)
         if context.retry_number == 0:
@@ -111,15 +124,26 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
             release(outbox, to.clickhouse.audit_log())
-            dead_owners = _finished(context.instance, outbox.open_owners())
+            names_there = outbox.open_owners()
+            # A run that its instance takes for started may have been killed here, where nobody watched it.
+            dead_owners = _finished(context.instance, names_there) | processes.dead(names_there)
+            since = outbox.moment()
+            left = left_s(context, CLAIMING_SHARE)
             claims = claiming.claim(
                 outbox,
                 owner=_owner(context),
                 dead_owners=dead_owners,
                 limits=limits,
                 left_alone=context.log.warning,
+                process=process_of(context),
+                max_rows=None if left is None else most_rows(limits, left),
             )
-        to.ahead.plan(claims)
+        if left is not None and left <= 0:
+            context.log.warning(
+                "max_runtime_seconds leaves this run no time to export anything: it claimed nothing. Raise it"
+            )
+        claimed = time.monotonic()
+        to.ahead.plan(claims, time_for(context, limits))
         adopted = sum(1 for claim in claims if claim.adopted)
         context.log.info(
             f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
@@ -127,7 +151,12 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         )
         for claim in claims:
             yield dg.DynamicOutput(claim, mapping_key=f"batch_{claim.batch_id}", output_name="claims")
-        yield dg.Output(Planned(batches=len(claims), started_at_s=started_at_s), output_name="planned")
+            if time.monotonic() - claimed > limits.lease_s / RENEWALS_PER_LEASE:  # Dagster stores each of a thousand
+                claimed = time.monotonic()
+                with suppress(AuditExportError):  # the steps meet it too
+                    outbox.renew(claim, limits.lease_s)
+        planned = Planned(batches=len(claims), started_at_s=started_at_s, since=since)
+        yield dg.Output(planned, output_name="planned")
 
     return plan_batches
 
@@ -143,8 +172,11 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
     )
     def fetch_batch(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Bodies]:
         to = names.connected(context)
+        if not to.ahead.has_begun(claim) and not time_for(context, limits_of(context))(claim):
+            context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
+            return dg.Output({}, metadata={"rows": 0, "dead_letters": 0})
         with told_to_dagster(context, to.heartbeat):
-            fetched = to.ahead.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, Limits.of(context.op_config))
+            fetched = to.ahead.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
             f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
@@ -166,12 +198,12 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
         context: dg.OpExecutionContext,
         claim: Claim,
         bodies: dict,  # type: ignore[type-arg]  # block number → bytes; Dagster knows the bare type only
-    ) -> Receipt:
+    ) -> Any:  # a receipt, or a batch that is postponed
         to = names.connected(context)
+        if not to.ahead.has_begun(claim) and not time_for(context, limits_of(context))(claim):
+            return Postponed(claim=claim)
         with told_to_dagster(context, to.heartbeat):
-            receipt = to.ahead.write(
-                to.mysql.outbox(), to.clickhouse.audit_log(), claim, bodies, Limits.of(context.op_config)
-            )
+            receipt = to.ahead.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, bodies, limits_of(context))
         context.log.info(
             f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
             f"bytes, {receipt.seconds:.2f} s"
@@ -192,10 +224,12 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         required_resource_keys=names.everything,
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
-    def mark_exported(context: dg.OpExecutionContext, receipt: Receipt) -> int:
+    def mark_exported(context: dg.OpExecutionContext, receipt: Any) -> int:
         to = names.connected(context)
+        if isinstance(receipt, Postponed):
+            return receipt.claim.batch_id
         with told_to_dagster(context, to.heartbeat):
-            marked = to.ahead.mark(to.mysql.outbox(), receipt, Limits.of(context.op_config))
+            marked = to.ahead.mark(to.mysql.outbox(), receipt, limits_of(context))
         batch = marked.batch
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
@@ -232,7 +266,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
     )
     def finish_export(context: dg.OpExecutionContext, batch_ids: list[int], planned: Planned) -> None:
         to = names.connected(context)
-        limits = Limits.of(context.op_config)
+        limits = limits_of(context)
         with told_to_dagster(context, to.heartbeat):
             if len(batch_ids) != planned.batches:
                 raise IncompleteRun(
@@ -241,21 +275,23 @@ def _finish_export(names: Names) -> dg.OpDefinition:
                 )
             outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
             verified = verify.verify(outbox, log, outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
-            batches = outbox.batches(batch_ids)
-            if limits.linger_s and not any(verified.values()) and not unmarked(batches):
-                for more, found in _stay(context, names, to, limits, planned.started_at_s):
-                    batches += more
+            if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
+                for _, found in _stay(context, names, to, limits, planned.started_at_s):
                     verified |= found
                     if any(found.values()):
                         break
+            done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
             backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
             dead = outbox.dead_by_reason()
-            context.add_output_metadata(
-                run_metadata(batches, verified, backlog, dead, time.time() - planned.started_at_s)
-            )
-            _raise_if_wrong(verified, unmarked(batches))
+            held = claiming.held_by_others(outbox, _owner(context))
+            waiting = sum(1 for batch in done.left if batch.state is not State.WRITTEN)
+            seconds = time.time() - planned.started_at_s
+            context.add_output_metadata(run_metadata(done.batches, done.verified, backlog, dead, seconds, held))
+            _raise_if_wrong(done)
         context.log.info(
-            f"verified {len(verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
+            f"verified {len(done.verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
+            + (f"; {waiting} batches wait for the next run, there was no time for them" if waiting else "")
+            + (f"; {claiming.held_line(held)}" if held else "")
         )
         to.heartbeat.success()
 
@@ -270,6 +306,12 @@ def _stay(
     pinged = looked = time.monotonic()
     context.log.info(f"staying until {limits.linger_s} s after the start, looking every {limits.linger_poll_ms} ms")
 
+    left = left_s(context, CLAIMING_SHARE)
+    until = None if left is None else time.monotonic() + left
+
+    def max_rows() -> int | None:
+        return None if until is None else most_rows(limits, until - time.monotonic())
+
     def stays() -> bool:
         nonlocal pinged, looked
         if time.monotonic() - pinged >= HEARTBEAT_EVERY_S:
@@ -281,22 +323,27 @@ def _stay(
             if other:
                 context.log.info(f"leaving, because run {other[:8]} waits")
                 return False
-        return time.time() < started_at_s + limits.linger_s
+        return time.time() < started_at_s + limits.linger_s and max_rows() != 0
 
-    yield from linger(outbox, log, owner=_owner(context), limits=limits, stays=stays)
+    yield from linger(
+        outbox,
+        log,
+        owner=_owner(context),
+        process=process_of(context),
+        limits=limits,
+        stays=stays,
+        max_rows=max_rows,
+    )
 
 
-def _raise_if_wrong(verified: Mapping[int, Discrepancy], unmarked: Mapping[int, str]) -> None:
-    wrong = {batch_id: found for batch_id, found in verified.items() if found}
-    left = "; ".join(f"batch {batch_id} is in ClickHouse and not marked: {why}" for batch_id, why in unmarked.items())
-    if wrong:
+def _raise_if_wrong(done: Outcome) -> None:
+    left = "; ".join(
+        f"batch {batch_id} is in ClickHouse and not marked: {why}" for batch_id, why in unmarked(done.left).items()
+    )
+    if done.wrong:
         raise VerificationFailed(
-            "ClickHouse acknowledged and does not hold as sealed: "
-            + "; ".join(
-                f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}" for batch_id, found in wrong.items()
-            )
-            + ". The rows are marked; clear their deleted_at to export them again under the same inserted_at"
-            + (f". Beside that, {left}" if left else "")
+            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; clear their deleted_at to "
+            "export them again under the same inserted_at" + (f". Beside that, {left}" if left else "")
         )
     if left:
         raise BatchUnmarked(left)

@@ -23,6 +23,7 @@ from auditexport_pipeline.defs.resources import (
     HeartbeatResource,
     MySQLResource,
     ahead,
+    bound,
 )
 from auditexport_pipeline.outboxes import OutboxSettings
 
@@ -59,7 +60,8 @@ def build_audit_export_defs(
     AUDITEXPORT_TARGET_… for the others). `celery_queue` is where workers of Celery's find the drain's steps, if not where they find
     everybody's. `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
-    `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names.
+    `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names. A launch cannot configure any of
+    them: connections are those of the definitions.
     """
     names = Names(name=name, celery_queue=celery_queue)
     given: dict[str, Any] = {
@@ -96,7 +98,7 @@ def build_audit_export_defs(
             *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),
             instance.purge_schedule(names, purge_job),
         ],
-        resources={names.of(key): resource for key, resource in {**given, **resources}.items()},
+        resources={names.of(key): bound(resource) for key, resource in {**given, **resources}.items()},
         executor=executor,
     )
 

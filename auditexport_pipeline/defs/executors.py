@@ -20,6 +20,7 @@ from typing import Any
 
 import dagster as dg
 
+from auditexport_pipeline import processes
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.outboxes import check_queue
@@ -56,6 +57,8 @@ CELERY_PRIORITY = 5
 DEFAULT_MAX_CONCURRENT = 4
 # A finished Job and its pod's log stay for a day.
 KEEP_JOBS_S = 86_400
+# Names of Dagster's executors that have one process: the page's and the jobs', and that of `execute_in_process`.
+_ONE_PROCESS = ("in_process", "execute_in_process_executor")
 # Where the image has its DAGSTER_HOME (deploy/container/Containerfile).
 STORAGE_PATH = "/var/lib/auditexport/storage"
 
@@ -101,6 +104,25 @@ def limits_here(settings: Mapping[str, Any]) -> Limits:
             f"would give finish_export to one worker after the other; set linger_s below {RABBITMQ_DELIVERY_S}"
         )
     return limits
+
+
+def in_one_process(context: dg.OpExecutionContext) -> bool:
+    """Whether all steps of this run are done by this process; where that is not known, not."""
+    if context.job_def.executor_def.name in _ONE_PROCESS:
+        return True
+    execution = context.run.run_config.get("execution")
+    chosen = execution.get("config") if isinstance(execution, Mapping) else None
+    return isinstance(chosen, Mapping) and "in_process" in chosen
+
+
+def process_of(context: dg.OpExecutionContext) -> str:
+    """The process that does all of this run, by whose death the next run sees that this one is over; empty where several do."""
+    return processes.this_process() if in_one_process(context) else ""
+
+
+def limits_of(context: dg.OpExecutionContext) -> Limits:
+    """The limits that a step was given, with a lease that outlasts this run's executor's queue."""
+    return Limits.of(context.op_config).for_one_process(in_one_process(context))
 
 
 def _in_process() -> dg.ExecutorDefinition:

@@ -27,6 +27,8 @@ class OutboxIOManager(dg.IOManager):
         return self._kept.pop(tuple(context.upstream_output.get_identifier()), {})
 
 
-@dg.io_manager(description="Hands a fetched batch over in memory; elsewhere the outbox is read again.")
+@dg.io_manager(
+    config_schema={}, description="Hands a fetched batch over in memory; elsewhere the outbox is read again."
+)
 def outbox_io_manager() -> OutboxIOManager:
     return OutboxIOManager()

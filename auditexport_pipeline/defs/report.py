@@ -13,7 +13,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch
-from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.core.ports import Discrepancy, Holder
 from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.requeue import Requeue
 from auditexport_pipeline.core.sweep import Sweep
@@ -41,6 +41,7 @@ def run_metadata(
     backlog: Backlog,
     dead_by_reason: Mapping[str, int],
     seconds: float,
+    held: Sequence[Holder] = (),
 ) -> dict[str, dg.MetadataValue | int | float | str]:
     """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes sent."""
     rows = sum(batch.marked_rows for batch in batches)
@@ -59,6 +60,8 @@ def run_metadata(
         "rows_per_s": round(rows / seconds, 1) if seconds else 0.0,
         "verified_batches": sum(1 for found in verified.values() if not found),
         **backlog_metadata(backlog),
+        "held_by_others_rows": sum(holder.rows for holder in held),
+        "held_by": "; ".join(map(str, held)) or "nobody",
         "dead_letters_by_reason": dg.MetadataValue.md(counts_table("reason", dead_by_reason)),
         "per_batch": dg.MetadataValue.md(batch_table(batches, verified)),
     }

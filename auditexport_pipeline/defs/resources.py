@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import dagster as dg
 import msgspec
@@ -152,7 +153,28 @@ def _request(url: str, *, within_s: float, body: bytes | None = None) -> str:
     return trouble[0]
 
 
-@dg.resource(description="Fetches and writes the next batches while this one is marked; for one run in one process.")
+def bound(resource: Any) -> Any:
+    """The resource as its definitions have it, whatever a launch says: it has no configuration of its own.
+
+    A connection that the launchpad shows can be overridden there: a green run then marks rows whose events are somewhere
+    else, and what was typed, its password included, stays in Dagster's storage. A literal URL would be a default in the job's
+    stored snapshot. Variables are read when a run starts, as they are for the resource itself.
+    """
+    if not isinstance(resource, dg.ConfigurableResource):
+        return resource
+
+    @dg.resource(config_schema={}, description=type(resource).__doc__)
+    def from_definitions(_: dg.InitResourceContext) -> Iterator[Any]:
+        with resource.process_config_and_initialize_cm() as ready:
+            yield ready
+
+    return from_definitions
+
+
+@dg.resource(
+    config_schema={},
+    description="Fetches and writes the next batches while this one is marked; for one run in one process.",
+)
 def ahead() -> Iterator[Ahead]:
     pipeline = Ahead()
     try:

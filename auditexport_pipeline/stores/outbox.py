@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -44,7 +45,9 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import (
     Cut,
     Discrepancy,
+    Holder,
     Marked,
+    Moment,
     OpenBatch,
     PlannedBlock,
     StoredRow,
@@ -68,6 +71,10 @@ LONGEST_PAYLOAD_BYTES = 1024**3
 LEFT_ALONE_AT_MOST = 1_000
 # The width of the ledger's column.
 KEY_LETTERS = 32
+# How the ledger's `last_error` of a discrepant batch begins.
+IN_CLICKHOUSE = "in ClickHouse: "
+# A plan that takes longer renews its leases once more before it commits.
+LONG_PLAN_S = 3.0
 
 
 class MySQLOutbox:
@@ -92,8 +99,22 @@ class MySQLOutbox:
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
     def open_owners(self) -> list[str]:
+        holders = self.batch_holders()
+        return sorted({name for holder in holders for name in (holder.owner, holder.process) if name})
+
+    def batch_holders(self) -> list[Holder]:
         with self.transaction("reading the ledger's owners") as connection:
-            return [row.owner for row in connection.execute(SQL["open_owners"])]
+            return [
+                Holder(
+                    owner=row.owner,
+                    process=row.at_work,
+                    batches=row.batches,
+                    rows=row.row_count,
+                    lease_left_s=row.lease_left_ms / 1000,
+                    lease_until_ms=row.lease_until_ms,
+                )
+                for row in connection.execute(SQL["batch_holders"])
+            ]
 
     @contextmanager
     def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[MySQLPlanning]:
@@ -103,7 +124,10 @@ class MySQLOutbox:
             # With the epoch in front, a batch shows when a release that writes no keys has adopted it since.
             key = f"{_key_of(epoch + 1)}{secrets.token_hex(16)}"[:KEY_LETTERS]
             plan = Plan(epoch=epoch + 1, key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
+            began = time.monotonic()
             yield MySQLPlanning(connection, plan, last_ms=last_ms)
+            if time.monotonic() - began > LONG_PLAN_S:  # the first batch's lease began when it was claimed
+                _renew_plan(connection, epoch=plan.epoch, key=plan.key, lease_ms=plan.lease_ms)
 
     def reserve_inserted_at(self, count: int) -> list[int]:
         with self.transaction("reserving an inserted_at") as connection:
@@ -120,7 +144,7 @@ class MySQLOutbox:
         with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
             _renew(connection, claim, lease_s)
             _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
-            values = {"batch_id": claim.batch_id, "until_ms": until_ms, **_plan_of(claim)}
+            values = {"batch_id": claim.batch_id, "until_ms": until_ms, "epoch": claim.epoch, "claim_key": claim.key}
             connection.execute(SQL["allow_inserts"], values)
 
     def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
@@ -224,10 +248,11 @@ class MySQLOutbox:
             connection.execute(SQL["begin_write"], {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000})
             return _own(connection, claim)
 
-    def stop(self, claim: Claim, error: str) -> None:
+    def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
         with self.transaction(f"stopping batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.SEALED)
-            connection.execute(SQL["stop"], {"batch_id": claim.batch_id, "error": error[:1000]})
+            values = {"batch_id": claim.batch_id, "error": error[:1000], "wait_ms": max(0, wait_ms)}
+            connection.execute(SQL["stop"], values)
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
         with self.transaction(f"recording batch {claim.batch_id} as written") as connection:
@@ -286,6 +311,21 @@ class MySQLOutbox:
     def holders(self, pks: PkSet) -> str:
         return holders(self.engine, "clickhouse_outbox", "pk", pks.first)
 
+    def moment(self) -> Moment:
+        with self.transaction("reading the ledger's last batch") as connection:
+            row = connection.execute(SQL["moment"]).one()
+            return Moment(batch_id=row.batch_id or 0, at_ms=row.now_ms)
+
+    def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
+        with self.transaction("listing a run's batches") as connection:
+            found = connection.execute(SQL["claimed_since"], {"owner": owner, "after_id": since.batch_id})
+            return [batch_of(row) for row in found]
+
+    def discrepant_since(self, since: Moment) -> dict[int, str]:
+        with self.transaction("listing discrepant batches") as connection:
+            found = connection.execute(SQL["discrepant_since"], {"since_ms": since.at_ms})
+            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
+
     def unverified(self, batches: int) -> list[Batch]:
         with self.transaction("listing batches to verify") as connection:
             # Those of a version that is not installed stay as they are, and must not take everybody's place.
@@ -294,7 +334,7 @@ class MySQLOutbox:
 
     def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         state = State.DISCREPANT if discrepancy else State.VERIFIED
-        error = f"in ClickHouse: {discrepancy}" if discrepancy else ""
+        error = f"{IN_CLICKHOUSE}{discrepancy}" if discrepancy else ""
         with self.transaction(f"recording the verification of batch {batch.batch_id}") as connection:
             connection.execute(
                 SQL["record_verified"],
@@ -510,22 +550,21 @@ def _key_of(epoch: int) -> str:
     return f"{epoch:x}-"
 
 
-def _plan_of(claim: Claim) -> dict[str, object]:
-    """What the ledger's rows of this claim's plan have in common, and no others."""
-    return {"epoch": claim.epoch, "claim_key": claim.key}
-
-
 def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
     """Whether the batch is still this claim's: an epoch alone can recur, after a failover that lost commits."""
     return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
 
 
 def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:
-    leased = [row.batch_id for row in connection.execute(SQL["leased"], _plan_of(claim))]
-    if leased:
-        values = {"batch_ids": leased, "lease_ms": lease_s * 1000, **_plan_of(claim)}
-        connection.execute(SQL["renew"], values)
+    _renew_plan(connection, epoch=claim.epoch, key=claim.key, lease_ms=lease_s * 1000)
     return _own(connection, claim)
+
+
+def _renew_plan(connection: Connection, *, epoch: int, key: str, lease_ms: int) -> None:
+    plan = {"epoch": epoch, "claim_key": key}
+    leased = [row.batch_id for row in connection.execute(SQL["leased"], plan)]
+    if leased:
+        connection.execute(SQL["renew"], {"batch_ids": leased, "lease_ms": lease_ms, **plan})
 
 
 def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:

@@ -137,9 +137,13 @@ WHERE batch_id = :batch_id
 UPDATE clickhouse_outbox_batch SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
 WHERE batch_id = :batch_id
 
--- name: open_owners
--- state_idx; no lock.
-SELECT DISTINCT owner FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
+-- name: batch_holders
+-- state_idx; no lock. A process is named by the release that wrote the key; one that writes none adopts and leaves it there.
+SELECT owner, IF(claim_key LIKE CONCAT(LOWER(HEX(epoch)), '-%'), process, '') AS at_work,
+       COUNT(*) AS batches, CAST(SUM(row_count) AS SIGNED) AS row_count, MAX(lease_until_ms) AS lease_until_ms,
+       CAST(MAX(lease_until_ms) AS SIGNED) - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
+FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
+GROUP BY owner, at_work ORDER BY owner, at_work
 
 -- ── a batch's life ──────────────────────────────────────────────────────────────────────────────
 
@@ -203,9 +207,12 @@ SET attempts = attempts + 1, lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000
 WHERE batch_id = :batch_id
 
 -- name: stop
--- Primary key; under fence. The lease stays as it is, and the claim ends here, its own retries included: nobody
--- works on the batch while an INSERT of it can still run.
-UPDATE clickhouse_outbox_batch SET state = 'stopped', epoch = 0, last_error = :error WHERE batch_id = :batch_id
+-- Primary key; under fence. The claim ends here, its own retries included, and the lease is set to when no INSERT of it can
+-- run any more: until then nobody works on the batch.
+UPDATE clickhouse_outbox_batch
+SET state = 'stopped', epoch = 0, last_error = :error,
+    lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :wait_ms
+WHERE batch_id = :batch_id
 
 -- name: allow_inserts
 -- Primary key; after renew, in its transaction. The longest that any run was allowed stands.
@@ -288,6 +295,21 @@ UPDATE clickhouse_outbox_batch SET last_error = :error WHERE batch_id = :batch_i
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
+
+-- name: moment
+-- Primary key, last entry; no lock.
+SELECT MAX(batch_id) AS batch_id, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms FROM clickhouse_outbox_batch
+
+-- name: claimed_since
+-- Primary key, from its end; no lock.
+SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
+       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
+FROM clickhouse_outbox_batch FORCE INDEX (PRIMARY) WHERE batch_id > :after_id AND owner = :owner ORDER BY batch_id
+
+-- name: discrepant_since
+-- state_idx; no lock. Reconciliation keeps the time of the first verification.
+SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (state_idx)
+WHERE state = 'discrepant' AND verified_at_ms >= :since_ms ORDER BY batch_id
 
 -- name: sent_over
 -- last_pk_idx; no lock. Batches with rows in this range of pks that may have sent something.

@@ -25,7 +25,7 @@ _SQL = load("preflight.sql")
 SMALLEST_WINDOW = 100
 # For so long an INSERT that was given up can still arrive: the lease to its end, and the time it may take. A token that
 # is forgotten sooner does not hold the two apart.
-SHORTEST_WINDOW_S = Limits().lease_s + Limits().insert_timeout_s
+SHORTEST_WINDOW_S = 2 * Limits().inserts_s
 # Two replicas that both INSERTs and look-ups go to in the same order, as long as they live.
 _STICKY = ("in_order", "first_or_random")
 

@@ -1,5 +1,7 @@
-"""The Dagster instance of `dagster_glue`, for these tests too."""
+"""Fixtures of the acceptance tests: those of Dagster's, beside the suite's own."""
 
-from auditexport_tests.dagster_glue.conftest import empty_home, exporter, home
+from __future__ import annotations
 
-__all__ = ["empty_home", "exporter", "home"]
+from auditexport_tests.dagster_glue.conftest import clock, empty_home, exporter, heart, home, hook, no_waits
+
+__all__ = ["clock", "empty_home", "exporter", "heart", "home", "hook", "no_waits"]

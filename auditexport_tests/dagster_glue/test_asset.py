@@ -384,13 +384,6 @@ def test_a_value_out_of_bounds_is_refused_by_the_name_of_its_field(name: str, va
             dg.validate_run_config(job, launchpad({name: value}))
 
 
-@pytest.mark.usefixtures("some_urls")
-def test_limits_that_contradict_each_other_are_refused_with_the_way_out() -> None:
-    """An INSERT that may outlive its lease is how two owners meet."""
-    with pytest.raises(dg.DagsterInvalidConfigError, match="set lease_s to at least 120"):
-        dg.validate_run_config(the_export_job(), launchpad({"lease_s": 60}))
-
-
 def test_refused_settings_start_nothing_and_claim_nothing(exporter: Exporter, stack: Stack) -> None:
     """Before anything runs means before a run exists and before the ledger knows of it."""
     stack.put(*events(2))

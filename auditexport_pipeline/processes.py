@@ -1,7 +1,7 @@
-"""Who drains at the prompt: the name that a process gives itself in the ledger, and whether such a process is dead.
+"""Processes that drain: the name that one gives itself in the ledger, and whether such a process is dead.
 
-What belongs here: the name's form, and asking this machine's kernel. What does not: owners that are Dagster runs, and
-what is done with the batches of a dead one (`core.claiming`).
+What belongs here: the name's form, and asking this machine's kernel. What does not: Dagster's runs, and what is done with the
+batches of a dead process (`core.claiming`).
 
 The name is `host:pid:boot-start`. `boot` stands for this boot and pid namespace of the machine, `start` for the process's
 start: neither a pid that is given again, nor another container of the same host name is taken for the process. Where
@@ -28,16 +28,17 @@ def this_process() -> str:
     return f"{_host()}:{os.getpid()}:{boot or secrets.token_hex(3)}-{start}"
 
 
-def dead(owners: Iterable[str]) -> set[str]:
-    """Those of these owners that were processes of this machine, in this boot, and are no more."""
+def dead(names: Iterable[str]) -> set[str]:
+    """Those of these names that were processes of this machine, in this boot, and are no more."""
     boot = _boot()
     gone = set()
-    for owner in owners:
-        host, _, rest = owner.rpartition(":")
+    for name in names:
+        host, _, rest = name.rpartition(":")
         host, _, pid = host.rpartition(":")
         its_boot, _, start = rest.partition("-")
-        if host == _host() and pid.isdecimal() and boot and its_boot == boot and start != _start(int(pid)):
-            gone.add(owner)
+        here = host == _host() and pid.isdecimal() and boot and its_boot == boot
+        if here and start != _start(int(pid)) and not _hidden(int(pid)):
+            gone.add(name)
     return gone
 
 
@@ -53,6 +54,19 @@ def _boot() -> str:
     except OSError:
         return ""
     return hashlib.sha256(f"{boot_id}{namespace}".encode()).hexdigest()[:6]
+
+
+def _hidden(pid: int) -> bool:
+    """Whether there is such a process of another user, and /proc does not show it (hidepid)."""
+    if os.path.exists(f"/proc/{pid}"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return False
 
 
 def _start(pid: int) -> str:

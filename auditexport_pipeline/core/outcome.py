@@ -1,0 +1,50 @@
+"""What a run did, as the ledger has it.
+
+What belongs here: a run's batches and what is wrong with them, from the ledger and not from what one attempt of a step
+remembers: an attempt that died or is tried again had found and recorded things too. What does not: comparing with ClickHouse
+(`core.verify`), and who is told (`defs.assets`, the prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from auditexport_pipeline.core.batch import CLOSED, Batch, State
+from auditexport_pipeline.core.ports import Discrepancy, Moment, Outbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The batches that a run exported and those that it left open, what is verified, and what is wrong, as text by batch id."""
+
+    batches: tuple[Batch, ...]
+    left: tuple[Batch, ...]
+    verified: Mapping[int, Discrepancy]
+    wrong: Mapping[int, str]
+
+    def why(self) -> str:
+        """What is wrong, in one line, with some of the events where this attempt has seen them."""
+        lines = []
+        for batch_id, text in self.wrong.items():
+            events = ", ".join(self.verified[batch_id].event_ids) if batch_id in self.verified else ""
+            lines.append(f"batch {batch_id}: {text}" + (f", events {events}" if events else ""))
+        return "; ".join(lines)
+
+
+def outcome_of(
+    outbox: Outbox, owner: str, batch_ids: Iterable[int], since: Moment, seen: Mapping[int, Discrepancy]
+) -> Outcome:
+    """The outcome of a run that planned these batches and, in each attempt of each step, whatever its owner claimed since.
+
+    `seen` is what this attempt has compared, earlier runs' batches among it; what an earlier attempt found is in the ledger.
+    """
+    ids = {*batch_ids, *(batch.batch_id for batch in outbox.claimed_since(owner, since))}
+    own = [batch for batch in outbox.batches(sorted(ids)) if batch.owner == owner]
+    batches = tuple(batch for batch in own if batch.state in CLOSED)
+    verified = {batch.batch_id: Discrepancy() for batch in batches if batch.state is State.VERIFIED}
+    wrong = {batch_id: str(found) for batch_id, found in seen.items() if found}
+    for batch_id, text in outbox.discrepant_since(since).items():
+        wrong.setdefault(batch_id, text)
+    left = tuple(batch for batch in own if batch.state not in CLOSED)
+    return Outcome(batches=batches, left=left, verified={**verified, **seen}, wrong=dict(sorted(wrong.items())))

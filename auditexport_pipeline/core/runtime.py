@@ -1,0 +1,29 @@
+"""The time that a run is given: what it may take, so that it has verified what it exported before it is ended.
+
+What belongs here: how many rows fit into the time that is left. What does not: who ends a run (`defs.runtime`), and the clock.
+"""
+
+from __future__ import annotations
+
+from auditexport_pipeline.core.limits import Limits
+
+# Of the time that a run is given, the part in which it may begin with rows; the rest is for those at work and for verifying.
+CLAIMING_SHARE = 0.8
+# A batch that was claimed in time may still begin a little later.
+WORKING_SHARE = 0.9
+
+
+def most_rows(limits: Limits, left_s: float) -> int | None:
+    """Rows that the limits let a run export in this time; None when nothing throttles it and there is time."""
+    if left_s <= 0:
+        return 0
+    rates = [float(limits.max_rows_per_second)] if limits.max_rows_per_second else []
+    if limits.mark_pause_ms:
+        rates.append(limits.mark_rows * limits.mark_connections * 1000 / limits.mark_pause_ms)
+    return int(min(rates) * left_s) if rates else None
+
+
+def fits(limits: Limits, rows: int, left_s: float) -> bool:
+    """Whether a batch of so many rows can be done in this time."""
+    most = most_rows(limits, left_s)
+    return most is None or rows <= most
