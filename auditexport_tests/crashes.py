@@ -162,9 +162,13 @@ class CrashingOutbox:
         with self.crash_at.around("mark"):
             return self.real.mark(claim, pks, exported_at_ms)
 
-    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         with self.crash_at.around("finish_mark"):
-            return self.real.finish_mark(claim, pks, exported_at_ms, before)
+            return self.real.finish_mark(claim, pks, exported_at_ms, before, ids=ids)
+
+    def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
+        with self.crash_at.around("take_back"):
+            self.real.take_back(claim, pks, exported_at_ms)
 
     def leave_written(self, claim: Claim, why: str) -> Batch:
         with self.crash_at.around("leave_written"):
@@ -239,6 +243,9 @@ class CrashingAuditLog:
     def count_at(self, inserted_at_ms: Sequence[int]) -> int:
         return self.real.count_at(inserted_at_ms)
 
+    def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        return self.real.ids_held(ids)
+
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         return self.real.contents(version, payloads, inserted_at_ms)
 
@@ -288,7 +295,7 @@ def drain(
         receipt = step(
             lambda claim=claim, kept=kept: export.write(outbox, log, claim, kept.pop() if kept else {}, limits)
         )
-        step(lambda receipt=receipt: export.mark(outbox, receipt, limits))
+        step(lambda receipt=receipt: export.mark(outbox, log, receipt, limits))
     step(lambda: verify.verify(outbox, log, outbox.unverified(1_000)))
     return claims
 

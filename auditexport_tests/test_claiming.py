@@ -261,7 +261,7 @@ def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monk
         sum(len(payload) for payloads in fetched.bodies.values() for payload in payloads)
         <= 20_000 * export.BYTES_TOLERANCE
     )
-    export.mark(stack.outbox, export.write(stack.outbox, stack.log, one, fetched.bodies, limits), limits)
+    export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, one, fetched.bodies, limits), limits)
     (batch,) = stack.outbox.batches([one.batch_id])
     assert (batch.rows, batch.counts.released, batch.counts.vanished) == (fetched.rows, 12 - fetched.rows, 0)
     assert stack.pending() == 12 - fetched.rows

@@ -377,7 +377,7 @@ def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_d
     log = stack.log if look_first else Blind(stack.log, CrashPoint(NEVER))
     for claim in claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS):
         bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
-        export.mark(stack.outbox, export.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
+        export.mark(stack.outbox, stack.log, export.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
 
     assert stack.counts() == (ROWS + copies, ROWS)
     found = verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10))
@@ -505,7 +505,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
         lambda: stack.outbox.stop(old, "no", wait_ms=0),
         lambda: stack.outbox.record_written(old, batch.digest),
         lambda: stack.outbox.mark(old, batch.pks, 1),
-        lambda: stack.outbox.finish_mark(old, batch.pks, 1, Marked()),
+        lambda: stack.outbox.finish_mark(old, batch.pks, 1, Marked(), ids=0),
     ]
     for effect in effects:
         with pytest.raises(LeaseLost):
@@ -528,7 +528,7 @@ def test_the_verbs_of_a_run_that_was_replaced_are_refused(stack: Stack) -> None:
     with pytest.raises(LeaseLost):
         export.write(stack.outbox, stack.log, claims[1], bodies[1], LIMITS)
     with pytest.raises(LeaseLost):
-        export.mark(stack.outbox, receipt, LIMITS)
+        export.mark(stack.outbox, stack.log, receipt, LIMITS)
     assert both(stack) == before
     run(stack, "second")
     assert_everything_once(stack, ROWS + 20)
@@ -631,7 +631,7 @@ def test_rows_deleted_after_the_seal_are_exported_from_memory_and_counted(stack:
     stack.sql("DELETE FROM clickhouse_outbox WHERE pk = :pk", pk=pks[0])
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = 5 WHERE pk = :pk", pk=pks[1])
     receipt = export.write(stack.outbox, stack.log, batch.claim, bodies, LIMITS)
-    counts = export.mark(stack.outbox, receipt, LIMITS).counts
+    counts = export.mark(stack.outbox, stack.log, receipt, LIMITS).counts
 
     assert (counts.vanished, counts.elsewhere) == (1, 1)
     assert stack.counts() == (20, 20)
@@ -821,7 +821,7 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
     claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
     for claim in claims:
         bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
+        export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
     assert len(claims) == 2
     assert stack.counts() == (21, 20)
     merge(stack)
@@ -853,7 +853,7 @@ def test_what_clickhouse_lost_is_found(stack: Stack) -> None:
     fill(stack, 20)
     claim = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)[0]
     bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
-    export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
+    export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, bodies, LIMITS), LIMITS)
     ((event_id,),) = stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1 LIMIT 1")
     stack.clickhouse("SYSTEM START MERGES audit_logs_raw_v1")  # a DELETE is one, as they go
     stack.clickhouse("DELETE FROM audit_logs_raw_v1 WHERE event_id = {id:String}", id=event_id)

@@ -227,7 +227,9 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground, tmp_path
     seed_outbox(stack.mysql_url, seed=9, events=10, writers=1)
     for claim in claiming.claim(stack.outbox, owner="root", dead_owners=(), limits=Limits()):  # exported, not verified
         fetched = export.fetch(stack.outbox, stack.log, claim, Limits())
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits()), Limits())
+        export.mark(
+            stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits()), Limits()
+        )
     seed_outbox(stack.mysql_url, seed=5, events=7, writers=1)
     letter = str(stack.sql("SELECT MIN(pk) AS pk FROM clickhouse_outbox_dead_letter")[0].pk)
     before = content(stack)

@@ -149,7 +149,7 @@ def test_the_grants_of_the_readme_are_enough_for_a_drain(stack: Stack, granted: 
     for claim in claiming.claim(least.outbox, owner="least", dead_owners=(), limits=limits):
         fetched = export.fetch(least.outbox, least.log, claim, limits)
         receipt = export.write(least.outbox, least.log, claim, fetched.bodies, limits)
-        export.mark(least.outbox, receipt, limits)
+        export.mark(least.outbox, least.log, receipt, limits)
     assert not any(verify.verify(least.outbox, least.log, least.outbox.unverified(10)).values())
     assert stack.counts() == (300, 300)
     assert stack.pending() == 5

@@ -375,7 +375,9 @@ def test_open_batches_are_told_with_owner_lease_and_state(stack: Stack) -> None:
     assert (batch.batch_id, batch.state, batch.rows, batch.owner) == (claim.batch_id, State.CLAIMED, 60, "web-1:77")
     assert 0 < batch.lease_left_s <= 600
     fetched = export.fetch(stack.outbox, stack.log, claim, Limits())
-    export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits()), Limits())
+    export.mark(
+        stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits()), Limits()
+    )
     status = read_status(stack.outbox)
     assert (status.open_batches, status.unverified_batches) == ((), 1)
     stack.sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = exported_at_ms - 3600000 WHERE batch_id > 0")

@@ -47,7 +47,7 @@ def _each_verb_twice(stack: Stack, claim: Claim) -> list[BaseException]:
     receipts = []
     raised += _twice(lambda: receipts.append(export.write(*stores(), claim, {}, LIMITS)))
     if receipts:
-        raised += _twice(lambda: export.mark(stores()[0], receipts[0], LIMITS))
+        raised += _twice(lambda: export.mark(*stores(), receipts[0], LIMITS))
     return raised
 
 
@@ -84,7 +84,7 @@ def test_a_block_that_two_attempts_cut_at_once_is_there_once(stack: Stack, waits
         outbox, log = CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at)
         try:
             receipt = export.write(outbox, log, claim, {}, LIMITS)
-            export.mark(outbox, receipt, LIMITS)
+            export.mark(outbox, log, receipt, LIMITS)
         except (Crash, LeaseLost):
             pass  # the next run's
 

@@ -112,6 +112,7 @@ class Block:
     limit: str = ""
     strikes: int = 0
     fits: bool = False
+    ids: int | None = None  # sum of `core.event.id_hash` over its rows and those folded into them; None where unknown
 
     @property
     def rows(self) -> int:
@@ -201,6 +202,12 @@ class Batch:
     def entries(self) -> int:
         return sum(block.rows for block in self.blocks)
 
+    @property
+    def ids(self) -> int | None:
+        """The sum of `core.event.id_hash` over the rows that it marks, as they were sealed; None where it is unknown."""
+        known = [block.ids for block in self.blocks if block.ids is not None]
+        return sum(known) if len(known) == len(self.blocks) else None
+
     def is_requeue(self, block: Block) -> bool:
         """Whether a block sends rows again, under the `inserted_at` of their first export."""
         return self.generation > 0 and not block.first
@@ -283,7 +290,9 @@ def in_parts(payloads: Sequence[bytes]) -> Iterator[bytes]:
         yield b"\n" + b"\n".join(payloads[start : start + PART_ROWS])
 
 
-def sealed_block(version: str, block: Block, pks: PkSet, payloads: list[bytes], fingerprint: int) -> Block:
+def sealed_block(
+    version: str, block: Block, pks: PkSet, payloads: list[bytes], fingerprint: int, *, ids: int | None
+) -> Block:
     """The block with these rows, sealed: digest and bytes are those of the payloads, in the order of the pks."""
     return replace(
         block,
@@ -291,6 +300,7 @@ def sealed_block(version: str, block: Block, pks: PkSet, payloads: list[bytes], 
         digest=block_digest(version, block.inserted_at_ms, pks, payloads),
         fingerprint=fingerprint,
         bytes=sum(map(len, payloads)),
+        ids=ids,
     )
 
 
@@ -321,6 +331,7 @@ class _Manifest(msgspec.Struct, omit_defaults=True):
     limit: str = ""
     strikes: int = 0
     fits: bool = False
+    ids: int | None = None
 
 
 def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) -> str:
@@ -340,6 +351,7 @@ def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) ->
                 limit=block.limit,
                 strikes=block.strikes,
                 fits=block.fits,
+                ids=block.ids,
             )
             for part, left in ((blocks, False), (given_back, True))
             for block in part
@@ -388,6 +400,7 @@ def _block_of(part: _Manifest) -> Block:
         limit=part.limit,
         strikes=part.strikes,
         fits=part.fits,
+        ids=part.ids,
     )
 
 

@@ -50,7 +50,7 @@ class Stages(Protocol):
 
     def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt: ...
 
-    def mark(self, outbox: Outbox, receipt: Receipt, limits: Limits) -> MarkedBatch: ...
+    def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch: ...
 
     def close(self) -> None: ...
 
@@ -231,7 +231,7 @@ def _round(
             try:
                 fetched = stages.fetch(outbox, log, claim, limits)
                 receipt = stages.write(outbox, log, claim, fetched.bodies, limits)
-                batch = stages.mark(outbox, receipt, limits).batch
+                batch = stages.mark(outbox, log, receipt, limits).batch
             except LeaseLost as error:
                 done.lost.append(claim.batch_id)
                 listener.trouble(str(error))

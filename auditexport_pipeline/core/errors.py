@@ -7,7 +7,8 @@ translates in exactly one place.
     AuditExportError
     ├── TransientError             yes: wait and run again, nothing has to be repaired
     │   ├── OutboxUnavailable          MySQL: down, deadlock, lock wait, failover
-    │   │   └── RowsLocked                 somebody holds rows locked that are to be marked
+    │   │   ├── RowsLocked                 somebody holds rows locked that are to be marked
+    │   │   └── RowsSwapped                rows under a batch's pks are other events than it sealed
     │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
@@ -49,6 +50,10 @@ class OutboxUnavailable(TransientError):
 
 class RowsLocked(OutboxUnavailable):
     """Somebody holds rows locked that are to be marked."""
+
+
+class RowsSwapped(OutboxUnavailable):
+    """Rows under the pks of a written batch are not the events that it sealed, or no longer all of them."""
 
 
 class BatchUnmarked(TransientError):

@@ -14,6 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.attempt import Attempt
@@ -31,15 +32,17 @@ from auditexport_pipeline.core.batch import (
     sealed_block,
 )
 from auditexport_pipeline.core.batch import Bodies as Bodies
+from auditexport_pipeline.core.compare import rows_held
 from auditexport_pipeline.core.errors import (
     BatchAltered,
     InsertOutcomeUnknown,
     LeaseLost,
     MarkRefused,
     RowsLocked,
+    RowsSwapped,
     SettingsOutdated,
 )
-from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
+from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable, id_hash
 from auditexport_pipeline.core.lease import kept, progress
 from auditexport_pipeline.core.limits import START_WITHIN_S, Limits
 from auditexport_pipeline.core.origins import prove
@@ -142,10 +145,13 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
         parts = _by_origin(outbox, log, batch, parts, folded, keys, limits)
     bodies: Bodies = {}
     blocks: list[Block] = []
+    ids = 0  # of rows that are marked with a later block, because their own has none to send
     for part in parts:
         pks, payloads, fingerprint = part.without(folded)
+        ids += part.ids
         if pks:
-            block = sealed_block(batch.version, part.block, pks, payloads, fingerprint)
+            block = sealed_block(batch.version, part.block, pks, payloads, fingerprint, ids=ids)
+            ids = 0
             bodies[block.digest] = payloads
             blocks.append(block)
     cut = Cut(
@@ -181,12 +187,14 @@ class _Part:
         self.block = block
         self.pks = array("Q")
         self.fingerprints = array("Q")
+        self.ids = 0
         self.payloads: list[bytes] = []
 
     def add(self, row: StoredRow, fingerprint: int) -> None:
         self.pks.append(row.pk)
         self.fingerprints.append(fingerprint)
         self.payloads.append(row.payload)
+        self.ids += id_hash(row.event_id)
 
     def without(self, folded: set[int]) -> tuple[PkSet, list[bytes], int]:
         """The pks, payloads and fingerprint of the rows that are not folded."""
@@ -238,6 +246,7 @@ def _by_origin(
         part.payloads.append(payload)
         part.fingerprints.append(fingerprint)
     again = [*(part for _, part in sorted(by_slot.items())), *new_parts]
+    again[0].ids = sum(part.ids for part in parts)
     for number, part in enumerate(again):
         renewed = origins.renewed & PkSet.of(part.pks) if part.block.first else PkSet()
         part.block = replace(part.block, number=number, renewed=renewed)
@@ -406,7 +415,7 @@ def _send_all(
 # ── mark ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
+def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
     """Stamps the batch's rows exported, chunk by chunk, and records the batch as exported with the last one.
 
     Durable effects: `deleted_at` of the rows, one transaction a chunk, several at once; then the last chunk
@@ -418,10 +427,10 @@ def mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
     rows, so that they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
     """
     with kept(outbox, receipt.claim, limits):
-        return _mark(outbox, receipt, limits)
+        return _mark(outbox, log, receipt, limits)
 
 
-def _mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
+def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
     claim = receipt.claim
     batch = outbox.renew(claim, limits.lease_s)
     if batch.state is not State.WRITTEN:
@@ -430,7 +439,7 @@ def _mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
         raise LeaseLost(f"batch {batch.batch_id} is {batch.state}, not written: its receipt is of another attempt")
     if batch.exported_at_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
-    marking = _Marking(outbox, batch, batch.exported_at_ms, limits)
+    marking = _Marking(outbox, log, batch, batch.exported_at_ms, limits)
     try:
         return marking.all()
     except RowsLocked:
@@ -449,8 +458,9 @@ def _mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> Batch:
 class _Marking:
     """One attempt to mark a batch: its chunks, on several connections, and what is locked of them."""
 
-    def __init__(self, outbox: Outbox, batch: Batch, stamp_ms: int, limits: Limits) -> None:
+    def __init__(self, outbox: Outbox, log: AuditLog, batch: Batch, stamp_ms: int, limits: Limits) -> None:
         self._outbox = outbox
+        self._log = log
         self._batch = batch
         self._stamp_ms = stamp_ms
         self._limits = limits
@@ -462,21 +472,49 @@ class _Marking:
 
     def all(self) -> Batch:
         """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, and `MarkRefused`."""
-        *chunks, last = [*self._batch.pks.chunks(self._chunk_rows)] or [PkSet()]
+        if self._batch.ids is not None:
+            with suppress(RowsSwapped):
+                return self._all(self._batch.pks, self._batch.ids)
+        while True:
+            pks, ids = self._proven()
+            with suppress(RowsSwapped):
+                return self._all(pks, ids)
+
+    def _proven(self) -> tuple[PkSet, int]:
+        """Those rows of the batch that ClickHouse holds, and the sum of their ids; the others lose a mark that we gave them.
+
+        A table whose pks began again, between the seal and the mark, has other events under our pks. They are pending.
+        """
+        ids = 0
+        others: list[int] = []
+        for row, held in rows_held(self._outbox, self._log, self._batch.pks):
+            progress()
+            if held:
+                ids += id_hash(row.event_id)
+            else:
+                others.append(row.pk)
+        swapped = PkSet.of(others)
+        for chunk in swapped.chunks(self._chunk_rows):
+            self._outbox.take_back(self._batch.claim, chunk, self._stamp_ms)
+        self._total = Marked(vanished=len(swapped))
+        return self._batch.pks - swapped, ids
+
+    def _all(self, pks: PkSet, ids: int) -> Batch:
+        *chunks, last = [*pks.chunks(self._chunk_rows)] or [PkSet()]
         self._mark(chunks)
         until = time.monotonic() + LOCKED_PATIENCE_S
         while True:
-            if not self.locked and (batch := self._finish(last)) is not None:
+            if not self.locked and (batch := self._finish(last, ids)) is not None:
                 return batch
             if time.monotonic() > until and not last:
                 raise RowsLocked(f"{len(self.locked):,} rows of batch {self._batch.batch_id} are locked; run again")
             self._mark([*(self.locked | last).chunks(self._chunk_rows)])
             last = PkSet()
 
-    def _finish(self, pks: PkSet) -> Batch | None:
+    def _finish(self, pks: PkSet, ids: int) -> Batch | None:
         began = time.monotonic()
         try:
-            batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total)
+            batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total, ids=ids)
         except RowsLocked:
             return None
         self._rest(began, len(pks), 1)

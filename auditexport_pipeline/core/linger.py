@@ -46,7 +46,7 @@ def linger(
         for claim in claims:
             fetched = export.fetch(outbox, log, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
-            unmarked |= export.mark(outbox, receipt, limits).left is not None
+            unmarked |= export.mark(outbox, log, receipt, limits).left is not None
         if claims:
             verified = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_AT_ONCE))
             yield outbox.batches([claim.batch_id for claim in claims]), verified

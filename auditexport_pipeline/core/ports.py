@@ -112,13 +112,15 @@ class Cut:
 class Marked:
     """What one pass of marking found, in rows: those it stamped, those stamped earlier by this batch, the others.
 
-    `locked` are left as they are, because somebody holds them; they are in no number, and no sum.
+    `locked` are left as they are, because somebody holds them; they are in no number, and no sum. `ids` sums up
+    `core.event.id_hash` over the rows that carry the stamp now.
     """
 
     stamped: int = 0
     earlier: int = 0
     elsewhere: int = 0
     vanished: int = 0
+    ids: int = 0
     locked: PkSet = field(default_factory=PkSet)
 
     def __add__(self, other: Marked) -> Marked:
@@ -127,6 +129,7 @@ class Marked:
             earlier=self.earlier + other.earlier,
             elsewhere=self.elsewhere + other.elsewhere,
             vanished=self.vanished + other.vanished,
+            ids=self.ids + other.ids,
         )
 
 
@@ -306,11 +309,16 @@ class Outbox(Protocol):
         """Stamps these rows, but for those that somebody holds locked; raises `MarkRefused` when they do not keep it."""
         ...
 
-    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         """Marks the last rows and records the batch as exported, in one transaction.
 
-        Raises `RowsLocked` and `MarkRefused`, and has changed nothing then.
+        Raises `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the rows that bear the stamp do not sum up to `ids`, and
+        has changed nothing then.
         """
+        ...
+
+    def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
+        """Clears the marks of those of these rows that bear this batch's stamp."""
         ...
 
     def leave_written(self, claim: Claim, why: str) -> Batch:

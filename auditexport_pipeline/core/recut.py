@@ -23,7 +23,7 @@ from auditexport_pipeline.core.batch import (
 )
 from auditexport_pipeline.core.culprits import Group, Questions, search, take_next
 from auditexport_pipeline.core.errors import BatchAltered, InsertRefused, TableRefuses
-from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, normal_form
+from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, id_hash, normal_form
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import (
@@ -140,6 +140,8 @@ def _recut(
     dead: tuple[DeadLetter, ...],
     note: str | None = None,
 ) -> Batch:
+    if _folded(batch):  # which of the folded rows a block's ids hold is not known any more
+        blocks = tuple(replace(block, ids=None) for block in blocks)
     digest = batch_digest(blocks, pks - pks_of(blocks))
     cut = Cut(
         blocks=blocks,
@@ -454,7 +456,8 @@ class Recutter:
         fingerprint = sum(_fingerprint(decode(rows[pk])) for pk in pks) % 2**64
         body = [payloads[pk] for pk in pks]
         kept = PkSet.of(pks)
-        sealed = sealed_block(batch.version, block, kept, body, fingerprint)
+        ids = sum(id_hash(rows[pk].event_id) for pk in pks)
+        sealed = sealed_block(batch.version, block, kept, body, fingerprint, ids=ids)
         bodies[sealed.digest] = body
         return replace(sealed, normalised=block.normalised & kept, renewed=block.renewed & kept)
 

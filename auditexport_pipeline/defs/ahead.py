@@ -130,16 +130,16 @@ class _Pipeline:
             work.cancel()
             return
         try:
-            work.marked.set_result(timed_mark(self._outbox, receipt, self._limits))
+            work.marked.set_result(timed_mark(self._outbox, self._log, receipt, self._limits))
         except BaseException as error:
             self._stopped.set()
             work.marked.set_exception(error)
 
 
-def timed_mark(outbox: Outbox, receipt: Receipt, limits: Limits) -> MarkedBatch:
+def timed_mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch:
     """`export.mark`, and how long it took. Raises what `mark` raises."""
     started = time.perf_counter()
-    batch = export.mark(outbox, receipt, limits)
+    batch = export.mark(outbox, log, receipt, limits)
     return MarkedBatch(batch=batch, seconds=time.perf_counter() - started)
 
 
@@ -197,16 +197,16 @@ class Ahead:
         except CancelledError:  # another batch failed before the thread came to this one
             return export.write(outbox, log, claim, bodies, limits)
 
-    def mark(self, outbox: Outbox, receipt: Receipt, limits: Limits) -> MarkedBatch:
+    def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch:
         """`export.mark`, by this thread or ahead. Raises what `mark` raises."""
         work = self._pipeline.work(receipt.claim) if self._pipeline else None
         if work is None or work.done:
-            return timed_mark(outbox, receipt, limits)
+            return timed_mark(outbox, log, receipt, limits)
         work.done = True
         try:
             return work.marked.result()
         except CancelledError:  # its write failed first, or another batch did
-            return timed_mark(outbox, receipt, limits)
+            return timed_mark(outbox, log, receipt, limits)
 
     def close(self) -> None:
         """No thread of a run outlives it."""

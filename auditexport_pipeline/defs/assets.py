@@ -229,7 +229,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         if isinstance(receipt, Postponed):
             return receipt.claim.batch_id
         with told_to_dagster(context, to.heartbeat):
-            marked = to.ahead.mark(to.mysql.outbox(), receipt, limits_of(context))
+            marked = to.ahead.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
         batch = marked.batch
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")

@@ -65,8 +65,8 @@ def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | N
         if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
             raise
         return None
-    marked = _marked(connection, pks, exported_at_ms)
-    return Marked(stamped=stamped, earlier=marked - stamped) if marked == len(pks) else None
+    marked, ids = _marked(connection, pks, exported_at_ms)
+    return Marked(stamped=stamped, earlier=marked - stamped, ids=ids) if marked == len(pks) else None
 
 
 def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
@@ -78,7 +78,7 @@ def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> M
     pending = PkSet.of(pk for pk, stamp_ms in stamps.items() if stamp_ms is None)
     if pending:
         _update(connection, pending, exported_at_ms)
-        undone = len(pending) - _marked(connection, pending, exported_at_ms)
+        undone = len(pending) - _marked(connection, pending, exported_at_ms)[0]
         if undone:
             raise MarkRefused(
                 f"{undone:,} of {len(pending):,} rows do not keep their mark: deleted_at is another right after it was set. "
@@ -93,6 +93,7 @@ def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> M
         earlier=earlier,
         elsewhere=len(stamps) - len(pending) - len(locked) - earlier,
         vanished=len(pks) - len(stamps),
+        ids=_marked(connection, pks - locked, exported_at_ms)[1],
         locked=locked,
     )
 
@@ -114,11 +115,19 @@ def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
     return found
 
 
-def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
-    return sum(
-        connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).scalar_one()
-        for part, values in by_shape("marked", pks)
-    )
+def take_back(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
+    """Clears the marks of those of these rows that bear this stamp, in the caller's transaction."""
+    for part, values in by_shape("take_back", pks):
+        connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms})
+
+
+def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[int, int]:
+    """How many of these rows bear the stamp, and the sum of their ids' hashes."""
+    rows = ids = 0
+    for part, values in by_shape("marked", pks):
+        found = connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).one()
+        rows, ids = rows + found.n, ids + int(found.ids)
+    return rows, ids
 
 
 def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | None]:

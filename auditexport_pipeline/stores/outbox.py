@@ -39,6 +39,7 @@ from auditexport_pipeline.core.batch import (
 from auditexport_pipeline.core.errors import (
     LeaseLost,
     RowsLocked,
+    RowsSwapped,
     SetupIncomplete,
 )
 from auditexport_pipeline.core.pks import PkSet
@@ -57,7 +58,7 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.blockers import holders
-from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, stamp, stamp_unlocked
+from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, stamp, stamp_unlocked, take_back
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
@@ -269,10 +270,15 @@ class MySQLOutbox:
             _fence(connection, claim, State.WRITTEN, shared=True)
             return stamp_unlocked(connection, pks, exported_at_ms)
 
-    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked) -> Batch:
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         with suppress(_NotAsUsual):
-            return self._finish_mark(claim, pks, exported_at_ms, before, _stamp)
-        return self._finish_mark(claim, pks, exported_at_ms, before, stamp_unlocked)
+            return self._finish_mark(claim, pks, exported_at_ms, before, ids, _stamp)
+        return self._finish_mark(claim, pks, exported_at_ms, before, ids, stamp_unlocked)
+
+    def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
+        with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            take_back(connection, pks, exported_at_ms)
 
     def _finish_mark(
         self,
@@ -280,6 +286,7 @@ class MySQLOutbox:
         pks: PkSet,
         exported_at_ms: int,
         before: Marked,
+        ids: int,
         how: Callable[[Connection, PkSet, int], Marked],
     ) -> Batch:
         with self.transaction(f"marking the last rows of batch {claim.batch_id}") as connection:
@@ -290,6 +297,10 @@ class MySQLOutbox:
                     f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again"
                 )
             total = before + last
+            if total.ids != ids:
+                raise RowsSwapped(
+                    f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again"
+                )
             counts = _own(connection, claim).counts
             counts = Counts(
                 dead=counts.dead,

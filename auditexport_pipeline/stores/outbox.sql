@@ -255,13 +255,26 @@ WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outb
 ORDER BY action_timing DESC, action_order
 
 -- name: marked_between
--- Primary key range, rows that this transaction has just changed; no lock.
-SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+-- Primary key range, rows that this transaction has just changed; no lock. `ids` tells them from rows that came under the
+-- same pks since the seal.
+SELECT COUNT(*) AS n, COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) AS ids
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at = :exported_at_ms
 
 -- name: marked_in
 -- Primary key, point by point; otherwise as marked_between.
-SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at = :exported_at_ms
+SELECT COUNT(*) AS n, COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) AS ids
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk IN :pks AND deleted_at = :exported_at_ms
+
+-- name: take_back_between
+-- Primary key range; under fence_shared. Rows of another event that came under the batch's pks and got its stamp.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL
+WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at = :exported_at_ms
+
+-- name: take_back_in
+-- Primary key, point by point; otherwise as take_back_between.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE pk IN :pks AND deleted_at = :exported_at_ms
 
 -- name: lock_between
 -- Primary key range. Locks the rows that nobody else holds, and leaves out the others. Asked only when a chunk could not be

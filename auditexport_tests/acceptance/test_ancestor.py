@@ -173,7 +173,7 @@ def test_a_row_that_both_had_in_hand_is_found_as_a_duplicate_until_it_merges(sta
     fetched = export.fetch(stack.outbox, claim, Limits())
     receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits())
     assert drain_as_before(stack) == 20
-    export.mark(stack.outbox, receipt, Limits())
+    export.mark(stack.outbox, stack.log, receipt, Limits())
     drain(stack.outbox, stack.log, Limits(), owner="ours")
     assert stack.counts() == (40, 20)
     assert stack.clickhouse("SELECT count() FROM audit_logs") == [(20,)]

@@ -86,7 +86,7 @@ def test_a_run_from_before_a_failover_changes_nothing_after_it(
     (claim,) = new
     Ahead().fetch(stack.outbox, stack.log, claim, LIMITS)
     receipt = export.write(stack.outbox, stack.log, claim, {}, LIMITS)
-    export.mark(stack.outbox, receipt, LIMITS)
+    export.mark(stack.outbox, stack.log, receipt, LIMITS)
     assert not any(verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10)).values())
     assert stack.pending() == 0
     assert stack.clickhouse("SELECT count() FROM audit_logs_raw_v1 WHERE event_id LIKE 'new%'") == [(4,)]

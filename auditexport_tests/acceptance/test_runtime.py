@@ -58,7 +58,7 @@ def test_no_batch_is_begun_ahead_for_which_there_is_no_time(stack: Stack) -> Non
     ahead.plan(claims, lambda claim: claim == claims[0])
     fetched = ahead.fetch(stack.outbox, stack.log, claims[0], limits)
     receipt = ahead.write(stack.outbox, stack.log, claims[0], fetched.bodies, limits)
-    ahead.mark(stack.outbox, receipt, limits)
+    ahead.mark(stack.outbox, stack.log, receipt, limits)
     ahead.close()
     assert not any(ahead.has_begun(claim) for claim in claims[1:])
     assert [str(batch.state) for batch in ledger(stack)] == ["exported", "claimed", "claimed"]

@@ -79,7 +79,7 @@ def _measured(stack: LocalStack) -> dict[str, float]:
 
     def one_batch() -> int:
         fetched = export.fetch(outbox, log, claim, limits)
-        export.mark(outbox, export.write(outbox, log, claim, fetched.bodies, limits), limits)
+        export.mark(outbox, log, export.write(outbox, log, claim, fetched.bodies, limits), limits)
         verify.verify(outbox, log, outbox.unverified(10))
         return fetched.rows
 

@@ -63,7 +63,7 @@ def _drained(stack: LocalStack, name: str, bad_rows: int) -> dict[str, Any]:
     try:
         for claim in claiming.claim(stack.outbox, owner="benchmark", dead_owners=(), limits=limits):
             fetched = export.fetch(stack.outbox, stack.log, claim, limits)
-            export.mark(stack.outbox, export.write(stack.outbox, log, claim, fetched.bodies, limits), limits)
+            export.mark(stack.outbox, stack.log, export.write(stack.outbox, log, claim, fetched.bodies, limits), limits)
     finally:
         for what in counted:
             delattr(log, what)

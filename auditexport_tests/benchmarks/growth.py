@@ -108,7 +108,7 @@ def _drain(
         under("write")
         receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies if hands_over else {}, limits)
         under("mark")
-        export.mark(stack.outbox, receipt, limits)
+        export.mark(stack.outbox, stack.log, receipt, limits)
     under("verify")
     verify.verify(stack.outbox, stack.log, stack.outbox.unverified(len(claims)))
     return claims

@@ -83,7 +83,7 @@ def drain_for(mysql_url: str, clickhouse_url: str, seconds: float, rows_per_s: i
         for claim in claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits):
             fetched = export.fetch(outbox, log, claim, limits)
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
-            export.mark(outbox, receipt, limits)
+            export.mark(outbox, log, receipt, limits)
             if time.monotonic() > until:
                 break
         verify.verify(outbox, log, outbox.unverified(100))

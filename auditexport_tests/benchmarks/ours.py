@@ -21,7 +21,7 @@ def drain(outbox: MySQLOutbox, log: ClickHouseAuditLog, limits: Limits) -> int:
     claims = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
     for claim in claims:
         fetched = export.fetch(outbox, log, claim, limits)
-        export.mark(outbox, export.write(outbox, log, claim, fetched.bodies, limits), limits)
+        export.mark(outbox, log, export.write(outbox, log, claim, fetched.bodies, limits), limits)
     verify.verify(outbox, log, outbox.unverified(100))
     return sum(claim.rows for claim in claims)
 

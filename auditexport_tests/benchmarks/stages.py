@@ -96,7 +96,7 @@ def _drain(stack: LocalStack, stages: Stages) -> None:
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
         bench.settle(stack)
         with stages.stage("mark"):
-            export.mark(outbox, receipt, limits)
+            export.mark(outbox, log, receipt, limits)
         bench.settle(stack)
     with stages.stage("verify"):
         verify.verify(outbox, log, outbox.unverified(len(claims)))

@@ -121,7 +121,7 @@ def _work(urls: tuple[str, str], limits: Limits, claims: Any, done: Any) -> None
     while (claim := claims.get()) is not None:
         export.fetch(outbox, log, claim, limits)
         # Nothing is handed over: between steps in different processes the rows are only in the outbox.
-        export.mark(outbox, export.write(outbox, log, claim, {}, limits), limits)
+        export.mark(outbox, log, export.write(outbox, log, claim, {}, limits), limits)
         done.put(claim.batch_id)
 
 
@@ -163,7 +163,7 @@ def ahead(urls: tuple[str, str], limits: Limits) -> float:
         for claim in planned:
             fetched = pipeline.fetch(outbox, log, claim, limits)
             receipt = pipeline.write(outbox, log, claim, fetched.bodies, limits)
-            pipeline.mark(outbox, receipt, limits)
+            pipeline.mark(outbox, log, receipt, limits)
     finally:
         pipeline.close()
     _verify(outbox, log, len(planned))

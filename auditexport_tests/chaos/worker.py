@@ -317,7 +317,7 @@ def _drain(run: Run, told: Told) -> None:
         if receipt is None:
             return False
         told.found += receipt.found
-        return step(lambda: (ahead or export).mark(outbox, receipt, limits)) is not None
+        return step(lambda: (ahead or export).mark(outbox, log, receipt, limits)) is not None
 
     try:
         done = [export_batch(claim) for claim in claims]
@@ -345,7 +345,7 @@ def _marked_first(outbox: Any, log: Any, claim: Claim, bodies: Any, limits: Limi
     batch = outbox.begin_write(claim, limits.lease_s)
     batch = outbox.record_written(claim, batch.digest) if batch.exported_at_ms is None else batch
     receipt = Receipt(claim=claim, digest=batch.digest, entries=0, blocks=0, bytes=0, found=0, seconds=0)
-    export.mark(outbox, receipt, limits)
+    export.mark(outbox, log, receipt, limits)
     for block in batch.blocks:
         deadline_ms = log.deadline_ms(limits.lease_s)
         payloads = bodies.get(block.digest)

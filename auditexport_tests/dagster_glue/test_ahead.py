@@ -61,7 +61,7 @@ def test_in_order_the_threads_do_the_work(stack: Stack, ahead: Ahead) -> None:
     """What the pipeline is for: the steps get results and carry no bodies."""
     for claim in planned(stack, ahead):
         assert fetch(ahead, stack.outbox, stack.log, claim) == {}
-        ahead.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
     assert_all_once(stack)
 
 
@@ -73,7 +73,7 @@ def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
     claims = planned(stack, ahead)
     bodies = {claim: fetch(ahead, stack.outbox, stack.log, claim) for claim in claims}
     for claim in reversed(claims) if in_reverse else claims:
-        ahead.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, bodies[claim], LIMITS), LIMITS)
+        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, bodies[claim], LIMITS), LIMITS)
     assert_all_once(stack)
 
 
@@ -104,7 +104,7 @@ def test_a_failure_is_raised_in_its_own_step_and_its_retry_and_the_others_go_on(
     for claim in claims:
         bodies = step(lambda claim=claim: fetch(ahead, outbox, log, claim))  # type: ignore[misc]
         receipt = step(lambda claim=claim, bodies=bodies: ahead.write(outbox, log, claim, bodies, LIMITS))  # type: ignore[misc]
-        step(lambda receipt=receipt: ahead.mark(outbox, receipt, LIMITS))  # type: ignore[misc]
+        step(lambda receipt=receipt: ahead.mark(outbox, log, receipt, LIMITS))  # type: ignore[misc]
     assert len(failed) == 1
     assert_all_once(stack)
 
@@ -127,7 +127,7 @@ def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: S
         ahead.write(stack.outbox, log, claims[0], {}, LIMITS)
     for claim in claims:
         bodies = late if claim == claims[3] else fetch(ahead, stack.outbox, log, claim)
-        ahead.mark(stack.outbox, ahead.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
+        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
     assert_all_once(stack)
 
 
@@ -137,8 +137,8 @@ def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, a
     for claim in claims:
         fetch(ahead, stack.outbox, stack.log, claim)
         if claim not in claims[1:3]:
-            ahead.mark(stack.outbox, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+            ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
     ahead.close()
     for claim in claims[1:3]:
-        export.mark(stack.outbox, export.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+        export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
     assert_all_once(stack)

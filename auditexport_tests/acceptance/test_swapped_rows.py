@@ -1,0 +1,56 @@
+"""Rows that come under the pks of a batch between its seal and its mark: other events, which nobody has exported yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from auditexport_pipeline.core.limits import Limits
+from auditexport_tests.conftest import Stack
+from auditexport_tests.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.test_exactly_once import fill, merge, run
+
+ROWS = 20
+LIMITS = Limits(batch_rows=ROWS, mark_rows=5, mark_connections=1)
+BEGINS_AGAIN = {
+    "truncated": ["TRUNCATE TABLE clickhouse_outbox"],
+    "renamed": [
+        "CREATE TABLE fresh LIKE clickhouse_outbox",
+        "RENAME TABLE clickhouse_outbox TO gone, fresh TO clickhouse_outbox",
+    ],
+    "counted again": ["DELETE FROM clickhouse_outbox", "ALTER TABLE clickhouse_outbox AUTO_INCREMENT = 1"],
+}
+
+
+@pytest.mark.parametrize(
+    "point", ["before insert 1", "after insert 1", "before mark 1", "after mark 2", "before finish_mark 1"]
+)
+@pytest.mark.parametrize("how", BEGINS_AGAIN)
+def test_an_event_that_takes_a_sealed_rows_pk_is_exported(stack: Stack, how: str, point: str) -> None:
+    """A mark by pk alone would call it exported, and it would be nowhere."""
+    first = fill(stack, ROWS, seed=1)
+
+    def begin_again() -> None:
+        for statement in BEGINS_AGAIN[how]:
+            stack.sql(statement)
+        assert fill(stack, ROWS, seed=2) == first
+
+    crash_at = CrashPoint(point, then=begin_again)
+    drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
+    assert crash_at.reached
+    run(stack, limits=LIMITS)
+
+    assert stack.counts() == (2 * ROWS, 2 * ROWS)
+    assert stack.pending() == 0
+
+
+def test_rows_that_others_delete_before_the_mark_cost_the_rest_nothing(stack: Stack) -> None:
+    """The sum of a batch differs then, too; those that are left were exported and stay marked."""
+    pks = fill(stack, ROWS)
+    crash_at = CrashPoint("before mark 1", then=lambda: stack.sql(f"DELETE FROM clickhouse_outbox WHERE pk = {pks[3]}"))
+
+    drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
+
+    assert stack.pending() == 0
+    run(stack, limits=LIMITS)
+    merge(stack)
+    assert stack.counts() == (ROWS, ROWS)
