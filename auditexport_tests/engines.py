@@ -56,7 +56,8 @@ def local_clickhouse(directory: Path, **options: Any) -> LocalClickHouse:
     """The embedded ClickHouse on the engine of this test run; without a password, for proxies and gates of the tests stand
     before it and ask for their own.
     """
-    return LocalClickHouse(directory, **{"python": interpreter(chosen()), "password": "", **options})
+    options = {"python": interpreter(chosen()), "password": "", **options}
+    return LocalClickHouse(directory, **{name: option for name, option in options.items() if option is not None})
 
 
 def install(engine: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 import pytest
 
-from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.batch import Claim, State
-from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_pipeline.core import export
+from auditexport_pipeline.core.batch import Receipt, State
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import Exporter, events, launchpad, ledger
 from auditexport_tests.dagster_glue.location import the_export_job
@@ -49,17 +47,27 @@ def test_a_run_that_pauses_counts_its_pauses(exporter: Exporter, stack: Stack, m
     assert 0 < 60 - stack.pending() <= MAX_RUNTIME_S // 20 * 10
 
 
-def test_no_batch_is_begun_ahead_for_which_there_is_no_time(stack: Stack) -> None:
+def test_no_batch_is_begun_for_which_there_is_no_time(
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where nothing throttles a run and the databases are slow, it stops in time, and the rest is the next run's."""
+    late_s = 0.0
+    clock, monotonic, real = time.time, time.monotonic, export.write
+    monkeypatch.setattr(time, "time", lambda: clock() + late_s)
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + late_s)
+
+    def write(*arguments: Any) -> Receipt:
+        nonlocal late_s
+        receipt = real(*arguments)
+        late_s = MAX_RUNTIME_S - 1.0
+        return receipt
+
+    monkeypatch.setattr(export, "write", write)
     stack.put(*events(6))
-    limits = Limits(batch_rows=2)
-    claims: Sequence[Claim] = claiming.claim(stack.outbox, owner="run", dead_owners=(), limits=limits)
-    ahead = Ahead()
-    ahead.plan(claims, lambda claim: claim == claims[0])
-    fetched = ahead.fetch(stack.outbox, stack.log, claims[0], limits)
-    receipt = ahead.write(stack.outbox, stack.log, claims[0], fetched.bodies, limits)
-    ahead.mark(stack.outbox, stack.log, receipt, limits)
-    ahead.close()
-    assert not any(ahead.has_begun(claim) for claim in claims[1:])
-    assert [str(batch.state) for batch in ledger(stack)] == ["exported", "claimed", "claimed"]
-    assert export.fetch(stack.outbox, stack.log, claims[1], limits).rows == 2
+    assert drain(exporter, batch_rows=2).success
+    assert stack.counts() == (2, 2)
+    assert ledger(stack)[0].state is State.VERIFIED
+    late_s = 0.0
+    monkeypatch.setattr(export, "write", real)
+    assert drain(exporter, batch_rows=2).success
+    assert (stack.counts(), stack.pending()) == ((6, 6), 0)
