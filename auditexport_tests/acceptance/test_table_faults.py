@@ -57,7 +57,7 @@ def drains(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Drains:
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 MODIFY SETTING deduplicate_merge_projection_mode = 'drop'")
 
     def drain() -> tuple[int, str]:
-        done = CliRunner().invoke(main, ["drain"], catch_exceptions=True)
+        done = CliRunner().invoke(main, ["drain", "--once"], catch_exceptions=True)
         return done.exit_code, done.output
 
     return drain
