@@ -6,7 +6,7 @@ What belongs here: session variables and what a URL may set. What does not: what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -57,24 +57,42 @@ INHERITED = {
 
 
 @contextmanager
-def globally(stack: Stack, variable: str, value: str) -> Iterator[None]:
-    """The server's global value of a variable for a while, and new connections of ours under it."""
+def globally(stack: Stack, values: dict[str, str]) -> Iterator[None]:
+    """These global values of the server's for a while, and new connections of ours under them."""
     # A connection that is there before: what is set must not strike the one that takes it back.
     with sa.create_engine(stack.mysql_url, isolation_level="AUTOCOMMIT").connect() as admin:
-        kept = admin.exec_driver_sql(f"SELECT @@GLOBAL.{variable}").scalar_one()
-        before = str(kept) if isinstance(kept, (int, float)) or kept == "DEFAULT" else repr(str(kept))
-        admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
-        stack.outbox.engine.dispose()
+        before = {}
+        for variable in values:
+            kept = admin.exec_driver_sql(f"SELECT @@GLOBAL.{variable}").scalar_one()
+            before[variable] = str(kept) if isinstance(kept, (int, float)) or kept == "DEFAULT" else repr(str(kept))
         try:
+            for variable, value in values.items():
+                admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
+            stack.outbox.engine.dispose()
             yield
         finally:
-            admin.exec_driver_sql(f"SET GLOBAL {variable} = {before}")
+            for variable, value in before.items():
+                admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
             stack.outbox.engine.dispose()
     admin.engine.dispose()
 
 
 def _variables(stack: Stack) -> dict[str, str]:
     return {str(row[0]).lower(): str(row[1]) for row in stack.sql("SHOW SESSION VARIABLES")}
+
+
+def _session(stack: Stack, names: list[str]) -> dict[str, str]:
+    """What a new session of ours has; one by one and without a COMMIT, for each of them can stop a larger statement."""
+    connection = stack.outbox.engine.raw_connection()
+    values = {}
+    try:
+        with connection.cursor() as cursor:
+            for name in names:
+                cursor.execute(f"SELECT @@SESSION.{name}")
+                values[name] = str(cursor.fetchone()[0])
+    finally:
+        connection.invalidate()
+    return values
 
 
 @pytest.mark.parametrize(
@@ -101,30 +119,28 @@ def test_a_drain_is_the_same_whatever_the_server_sets(
     stack.put(*events(ROWS))
     for key, value in urls(stack).items():
         monkeypatch.setenv(key, value)
-    with ExitStack() as inherited:
-        if name is not None:
-            inherited.enter_context(globally(stack, name, INHERITED[name]))
+    with globally(stack, {} if name is None else {name: INHERITED[name]}):
         done = CliRunner().invoke(main, ["drain"])
     assert (done.exit_code, stack.counts(), stack.pending()) == (0, (ROWS, ROWS), 0), done.output
 
 
 def test_a_session_has_the_same_values_whatever_the_globals_are(stack: Stack) -> None:
     """One variable that is inherited is one server on which a drain means something else."""
-    usual = _variables(stack)
-    names = [name for name in INHERITED if name in usual]
-    with ExitStack() as inherited:
-        for name in names:
-            inherited.enter_context(globally(stack, name, INHERITED[name]))
-        ours = _variables(stack)
-        assert {name: ours[name] for name in names if name != "init_connect"} == {
-            name: usual[name] for name in names if name != "init_connect"
-        }
+    there = _variables(stack)
+    names = [name for name in INHERITED if name in there and name != "init_connect"]
+    usual = _session(stack, names)
+    # RELEASE ends a session that inherits it at its first COMMIT: asked for last, and alone.
+    last = "completion_type"
+    with globally(stack, {name: INHERITED[name] for name in [*names, "init_connect"] if name != last}):
+        assert _session(stack, names) == usual
+    with globally(stack, {last: INHERITED[last]}):
+        assert _session(stack, [last]) == {last: usual[last]}
 
 
 def test_a_clock_that_init_connect_stops_goes_on_for_us(stack: Stack) -> None:
     """`SET timestamp` freezes NOW(), and with it every lease."""
     name = stack.mysql_url.rsplit("/", 1)[1]
-    with globally(stack, "init_connect", "'SET timestamp = 1000'"):
+    with globally(stack, {"init_connect": INHERITED["init_connect"]}):
         stack.sql(f"CREATE USER '{name}'@'127.0.0.1' IDENTIFIED BY 'x'")
         stack.sql(f"GRANT ALL ON {name}.* TO '{name}'@'127.0.0.1'")
         try:
