@@ -18,6 +18,7 @@ from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event
+from auditexport_tests.engines import local_clickhouse
 from auditexport_tests.http_proxy import Answer, Forward, HttpProxy, Request
 from auditexport_tests.users import users_xml
 
@@ -75,7 +76,7 @@ def write_users(directory: Path, profile: str = "", policy: str = "") -> Path:
 
 @pytest.fixture
 def profiled(mysql_server: str, tmp_path: Path) -> Iterator[Profiled]:
-    server = LocalClickHouse(tmp_path / "clickhouse", config=write_users(tmp_path))
+    server = local_clickhouse(tmp_path / "clickhouse", config=write_users(tmp_path))
     with server, fresh_stack(mysql_server, server.url.removesuffix("default")) as stack:
         profiled = Profiled(server, tmp_path, stack)
         yield profiled
