@@ -78,10 +78,13 @@ RESERVED_PARAMETERS: Final = frozenset(
 # chDB's own defaults that a server does not share.
 SERVER_SETTINGS: Final = {"implicit_select": "0"}
 
-# Whatever the profile of a test's user says.
-ABOUT: Final = (
-    "SELECT version(), timezone() SETTINGS limit = 0, offset = 0, additional_result_filter = '', use_query_cache = 0"
+# Our own questions are answered in full whatever the profile of a test's user says.
+PLAINLY: Final = (
+    " SETTINGS limit = 0, offset = 0, additional_result_filter = '', use_query_cache = 0, max_result_rows = 0, "
+    "max_rows_to_read = 0"
 )
+ABOUT: Final = f"SELECT version(), timezone(){PLAINLY}"
+FUNCTIONS: Final = f"SELECT name FROM system.table_functions{PLAINLY}"
 
 BAD_ARGUMENTS: Final = 36
 NOT_IMPLEMENTED: Final = 48
@@ -586,7 +589,7 @@ class Engine:
         self.version, self.timezone = about.bytes().decode().strip().split("\t")
         # chDB before 26.9 counts what an INSERT writes only where the data follows, and never runs the task for which
         # DROP … SYNC waits.
-        functions = self._anchor.query("SELECT name FROM system.table_functions", "TabSeparated").bytes().decode()
+        functions = self._anchor.query(FUNCTIONS, "TabSeparated").bytes().decode()
         names = ({*functions.lower().split()} - SAFE_FUNCTIONS - {"remote", "remotesecure"}) | READING_FUNCTIONS
         self._reaching = frozenset(name.upper().encode() for name in names)
         self._counts_written = self._drops_sync = hasattr(about, "rows_written")
