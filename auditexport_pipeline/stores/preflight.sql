@@ -121,8 +121,10 @@ SELECT name, database, engine, engine_full, partition_key, sorting_key, create_t
 WHERE database = currentDatabase() AND name IN {tables:Array(String)}
 
 -- name: mysql_update_triggers
--- The catalogue, of which a user sees the triggers of tables on which TRIGGER is granted; no lock.
-SELECT trigger_name AS name, action_timing AS timing, action_statement AS statement FROM information_schema.triggers
+-- The catalogue, of which a user sees the triggers of tables on which TRIGGER is granted; no lock. MariaDB 11.8 shows a name
+-- without its statement to who may UPDATE only: it counts as one that names deleted_at.
+SELECT trigger_name AS name, action_timing AS timing, COALESCE(action_statement, 'deleted_at') AS statement
+FROM information_schema.triggers
 WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'
 ORDER BY action_timing DESC, action_order
 
