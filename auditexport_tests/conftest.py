@@ -112,8 +112,8 @@ class Stack:
 
 
 @contextmanager
-def fresh_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
-    """Two fresh databases with all tables, dropped afterwards."""
+def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = True) -> Iterator[Stack]:
+    """Two fresh databases, with all tables unless told otherwise, dropped afterwards."""
     name = f"auditexport_test_{os.getpid()}_{next(_numbers)}"
     admin = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
@@ -122,7 +122,8 @@ def fresh_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
     admin_log.client().command(f"CREATE DATABASE {name}")
     outbox = MySQLOutbox(mysql_server + name)
     log = ClickHouseAuditLog(clickhouse_server + name)
-    setup.create(outbox, log, with_outbox=True)
+    if create:
+        setup.create(outbox, log, with_outbox=True)
     try:
         yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
     finally:
