@@ -25,6 +25,10 @@ THEMES: dict[str, Plan] = {
     "inside_mysql": Plan(seed=3, theme=("deadlock", "lock wait", "kill connection")),
     "kills": Plan(seed=4, theme=("kill run", "kill mysql", "kill clickhouse")),
     "zombies": Plan(seed=5, theme=("zombie", "declare dead", "concurrent drain")),
+    "runs_that_nobody_watches": Plan(seed=12, theme=("kill run unseen", "hold rows")),
+    "views": Plan(seed=13, theme=("clickhouse view fails", "kill run", "requeue")),
+    "limits": Plan(seed=14, theme=("clickhouse too large", "clickhouse memory limit")),
+    "tables_that_begin_again": Plan(seed=15, theme=("swap the outbox", "kill run", "sweep", "reconcile")),
     "other_hands": Plan(seed=6, theme=("delete rows", "mark rows", "requeue by hand")),
     "operators": Plan(
         seed=11, theme=("requeue", "sweep", "reconcile", "retry letters", "discard letters", "mark rows", "kill run")

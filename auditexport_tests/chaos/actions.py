@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pymysql
 
-from auditexport_tests.chaos.application import Row, connected, meddle
+from auditexport_pipeline.core.batch import OPEN as OPEN_STATES
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_tests.chaos.application import Row, connected, meddle, swap
 from auditexport_tests.chaos.proxy import WIRE_KINDS, Fault, Kind, Proxy
 from auditexport_tests.chaos.worker import UPKEEP_RETRIES
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Act = Callable[["World"], None]
 A = TypeVar("A", bound=Act)
+
+OPEN = ", ".join(f"'{state}'" for state in OPEN_STATES)
 
 ACTIONS: dict[str, Act] = {}
 WEIGHTS: dict[str, float] = {}
@@ -108,6 +112,20 @@ def declare_dead(world: World) -> None:
         world.hit("declare dead")
 
 
+@action(2)
+def die_unseen(world: World) -> None:
+    """SIGKILL of a run that no other is told of: its container is gone, or nobody's daemon watches it."""
+    workers = [worker for worker in world.working() if worker.run.verb == "drain"]
+    if workers:
+        worker = world.random.choice(workers)
+        worker.kill()
+        worker.unseen = True
+        if world.ids(
+            f"SELECT batch_id FROM clickhouse_outbox_batch WHERE owner = '{worker.run.owner}' AND state IN ({OPEN})"
+        ):
+            world.kill("run unseen")
+
+
 # ── servers ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -129,6 +147,18 @@ def kill_clickhouse(world: World) -> None:
 
 # ── the wire ─────────────────────────────────────────────────────────────────────────────────────
 
+# Two or three usual events with the statement before them: one event always fits.
+SMALLEST_INSERT_BYTES = 12_000
+FAT_INSERT_BYTES = 150_000
+# An INSERT of one event takes 16 to 20 MB whatever its size, of twenty fat ones 24 MB (measured on the embedded 26.9).
+INSERT_MEMORY_BYTES = 22 * 1024**2
+# What a view may compute of a row, and now and then cannot: codes 395, 6, 469 and 153.
+FAILING = (
+    "throwIf(rand() % 20 = 0)",
+    "toUInt32(if(rand() % 20 = 0, event_id, '1'))",
+    "if(rand() % 20 = 0, 10, 1)",
+    "intDiv(1, rand() % 20)",
+)
 # Longer than the client waits, or shorter.
 SECONDS: dict[Kind, tuple[float, float]] = {
     "stall": (0.3, 4.0),
@@ -147,8 +177,9 @@ def _wire(world: World, *, proxy: Callable[[World], Proxy], kind: Kind) -> None:
     if kind == "late" and proxy(world).speaks == "http" and world.random.random() < 0.25:
         seconds += 5
     aimed = world.random.random() < 0.6
+    forwarded = kind == "bad gateway" and world.random.random() < 0.5
     if not proxy(world).armed:
-        proxy(world).arm(Fault(kind=kind, aimed=aimed, seconds=seconds))
+        proxy(world).arm(Fault(kind=kind, aimed=aimed, seconds=seconds, forwarded=forwarded))
     if kind not in ("cut", "refuse") and not world.working():
         world.start_run()
 
@@ -160,6 +191,54 @@ for _server, _proxy, _speaks in (
     for _kind in WIRE_KINDS[_speaks]:
         ACTIONS[f"{_server} {_kind}"] = partial(_wire, proxy=_proxy, kind=_kind)
         WEIGHTS[f"{_server} {_kind}"] = 1.5 if _server == "clickhouse" else 1.0
+
+
+@action(1)
+def too_large(world: World) -> None:
+    """A proxy begins to refuse large INSERTs, or takes them again; half of the time it takes no more than a few rows."""
+    proxy = world.rig.to_clickhouse
+    if proxy.largest_insert_bytes is None:
+        smallest = FAT_INSERT_BYTES if world.book.fat else SMALLEST_INSERT_BYTES
+        proxy.largest_insert_bytes = world.random.choice((smallest, 4 * smallest))
+        if not world.working():
+            world.start_run()
+    else:
+        proxy.largest_insert_bytes = None
+
+
+# ── inside ClickHouse ────────────────────────────────────────────────────────────────────────────
+
+
+@action(1)
+def memory_limit(world: World) -> None:
+    """INSERTs get less memory than a block of fat events needs, and more than one of them does; or enough again."""
+    proxy = world.rig.to_clickhouse
+    if proxy.insert_memory_bytes is None:
+        world.book.fat = True
+        proxy.largest_insert_bytes = None  # it may be one that no fat event passes
+        proxy.insert_memory_bytes = INSERT_MEMORY_BYTES
+        if not world.working():
+            world.start_run()
+    else:
+        proxy.insert_memory_bytes = None
+
+
+@action(1)
+def view_fails(world: World) -> None:
+    """Somebody's view on the audit log fails for one row in twenty, by chance and in one of many ways, or is dropped."""
+    with suppress(Exception):
+        clickhouse = world.databases.clickhouse
+        if clickhouse("EXISTS VIEW watching") == [(1,)]:
+            clickhouse("DROP VIEW watching")
+            return
+        clickhouse(
+            "CREATE TABLE IF NOT EXISTS watched (event_id String, n UInt32, CONSTRAINT small CHECK n < 9) "
+            "ENGINE = MergeTree ORDER BY event_id"
+        )
+        fails = world.random.choice(FAILING)
+        clickhouse(
+            f"CREATE MATERIALIZED VIEW watching TO watched AS SELECT event_id, {fails} AS n FROM audit_logs_raw_v1"
+        )
 
 
 # ── inside MySQL ─────────────────────────────────────────────────────────────────────────────────
@@ -175,6 +254,27 @@ def lock_rows(world: World) -> None:
             f"UPDATE clickhouse_outbox SET created_at = created_at + 1 WHERE pk = {first}",
             *(f"UPDATE clickhouse_outbox SET created_at = created_at + 1 WHERE pk = {pk}" for pk in others),
         )
+
+
+@action(1)
+def hold_rows(world: World) -> None:
+    """A transaction of the application's holds rows of an open batch, and rests, for several of our lock waits."""
+    pks = world.open_pks(2)
+    if not pks:
+        return
+    held_s = world.random.uniform(3.0, 8.0)
+    among = ", ".join(map(str, pks))
+
+    def hold() -> None:
+        with suppress(pymysql.MySQLError), connected(world.databases) as connection, connection.cursor() as cursor:
+            cursor.execute(f"SELECT pk FROM clickhouse_outbox WHERE pk IN ({among}) AND deleted_at IS NULL FOR UPDATE")
+            if cursor.fetchall():
+                world.pause(held_s, held_s)
+                cursor.execute("SELECT pks FROM clickhouse_outbox_batch WHERE state = 'written'")
+                if any(pk in PkSet.parse(row[0]) for row in cursor.fetchall() for pk in pks):
+                    world.hit("hold rows")
+
+    _beside(world, hold)
 
 
 @action(1.5)
@@ -204,6 +304,10 @@ def _intrude(world: World, *statements: str) -> None:
                 world.pause(pause, pause)
             world.pause(held_s, held_s)
 
+    _beside(world, intrude)
+
+
+def _beside(world: World, intrude: Callable[[], None]) -> None:
     thread = threading.Thread(target=intrude, daemon=True)
     thread.start()
     world.intruders.append(thread)
@@ -314,6 +418,16 @@ def requeue_by_hand(world: World) -> None:
     pks = world.known(world.open_pks(5)) if world.random.random() < 0.3 else world.book.some(world.random, 20)
     if meddle(world.databases, world.book, pks, "clear"):
         world.hit("requeue by hand")
+
+
+@action(0.5)
+def swap_the_outbox(world: World) -> None:
+    """The table is renamed away, truncated, or emptied and counted from 1 again; its writers go on at once."""
+    for worker in world.working():
+        if worker.run.verb != "drain":  # asked for rows of the old table
+            worker.kill()
+    if swap(world.databases, world.book, world.writers, world.random.choice(("rename", "truncate", "delete"))):
+        world.hit("swap the outbox")
 
 
 # Entries live for 90 days: with MySQL's clock further ahead they would have expired as soon as they arrive.

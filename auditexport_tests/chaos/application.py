@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from auditexport_tests.chaos.rig import REFUSED_DESCRIPTION, Databases
 Kind = Literal["event", "malformed", "refused", "unknown"]
 Key = tuple[str, str, int, str]
 START_MS = 1_700_000_000_000
+FAT_WORDS = 25_000
 # No batch gives its rows this stamp.
 FOREIGN_MARK = 5
 
@@ -45,11 +46,16 @@ class Row:
 
 @dataclass(slots=True)
 class Book:
-    """What was committed, by pk. Its lock is never held while a database is asked."""
+    """What was committed, by pk. Its lock is never held while a database is asked.
+
+    `past` has the rows of earlier tables of this name, whose pks began again.
+    """
 
     rows: dict[int, Row] = field(default_factory=dict)
+    past: list[dict[int, Row]] = field(default_factory=list)
     in_doubt: dict[int, Row] = field(default_factory=dict)
     rolled_back: int = 0
+    fat: bool = False  # some events are large from now on
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def settle(self, databases: Databases) -> None:
@@ -59,6 +65,19 @@ class Book:
             if found and found[0].event_id == row.event_id:
                 self.rows[pk] = row
         self.in_doubt.clear()
+
+    def begin_again(self, marks: dict[int, int | None]) -> None:
+        """The table is another one from here on: its rows are gone, and those without a mark may never be exported."""
+        with self.lock:
+            for pk, row in self.rows.items():
+                row.deleted = True
+                row.taken |= marks.get(pk) in (None, FOREIGN_MARK) and not row.cleared
+            self.past.append(self.rows)
+            self.rows = {}
+
+    def all_rows(self) -> list[tuple[int, Row]]:
+        """Each row that was ever committed, with its pk."""
+        return [(pk, row) for rows in (*self.past, self.rows) for pk, row in rows.items()]
 
     def ask_again(self, attempts: int, meant: Callable[[int, Row], bool]) -> None:
         """Notes which rows a requeue may export again, each of its attempts by itself."""
@@ -101,6 +120,7 @@ class Writer(threading.Thread):
         self._ending = threading.Event()
         self._number = 0
         self._written: list[Row] = []
+        self.turn = threading.Lock()  # held from a transaction's begin until the book has it
 
     def end(self) -> None:
         self._ending.set()
@@ -110,7 +130,8 @@ class Writer(threading.Thread):
         while not self._ending.is_set():
             with suppress(pymysql.MySQLError), connected(self._databases) as connection:
                 while not self._ending.is_set():
-                    self._transaction(connection)
+                    with self.turn:
+                        self._transaction(connection)
                     self._ending.wait(self._random.uniform(0.01, 0.15))
             self._ending.wait(0.2)  # the server is away
 
@@ -184,6 +205,8 @@ class Writer(threading.Thread):
             "description": random.choice(("", "created", "snowman ☃ 'quoted' \\ \n")),
             "actor": {"type": "user", "id": f"user_{random.randrange(9)}"},
         }
+        if self._book.fat and random.random() < 0.5:
+            event["description"] = "fat " * FAT_WORDS
         if random.random() < 0.5:
             event["actor"]["name"] = "Zoë"
             event["remote_ip"] = "10.0.0.1"
@@ -225,6 +248,39 @@ def _event_row(event: dict[str, Any]) -> Row:
         json.dumps(event.get("meta", {})),
     )
     return row
+
+
+def swap(
+    databases: Databases, book: Book, writers: Collection[Writer], how: Literal["rename", "truncate", "delete"]
+) -> bool:
+    """The outbox becomes an empty one whose pks begin again, between two transactions of its writers."""
+    with ExitStack() as turns:
+        for writer in writers:
+            turns.enter_context(writer.turn)
+        try:
+            book.settle(databases)
+            with connected(databases) as connection, connection.cursor() as cursor:
+                cursor.execute("SET SESSION lock_wait_timeout = 5")
+                cursor.execute("SELECT pk, deleted_at FROM clickhouse_outbox")
+                marks: dict[int, int | None] = dict(cursor.fetchall())  # type: ignore[arg-type]
+                connection.commit()
+                for statement in SWAPS[how]:
+                    cursor.execute(statement.format(n=len(book.past)))
+                connection.commit()
+        except pymysql.MySQLError:
+            return False
+        book.begin_again(marks)
+        return True
+
+
+SWAPS = {
+    "rename": (
+        "CREATE TABLE fresh_outbox_{n} LIKE clickhouse_outbox",
+        "RENAME TABLE clickhouse_outbox TO old_outbox_{n}, fresh_outbox_{n} TO clickhouse_outbox",
+    ),
+    "truncate": ("TRUNCATE TABLE clickhouse_outbox",),
+    "delete": ("DELETE FROM clickhouse_outbox", "COMMIT", "ALTER TABLE clickhouse_outbox AUTO_INCREMENT = 1"),
+}
 
 
 # ── other people's hands ─────────────────────────────────────────────────────────────────────────

@@ -54,10 +54,11 @@ class Verdict:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
     rows: dict[int, Row]
+    book: Book
     marks: dict[int, int | None]
     batches: list[Batch]
     claimed_rows: dict[int, int]
-    letters: dict[int, str]
+    letters: dict[tuple[int, str], str]  # reasons, by pk and event_id: a letter of an earlier table is not this row's
     stored: Counter[tuple[int, tuple[object, ...]]]
     overflow: bool
     swept_rows: int
@@ -68,15 +69,16 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
     found = databases.sql("SELECT batch_id, claimed_rows, swept_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
     facts = _Facts(
         rows=book.rows,
+        book=book,
         marks={
             int(str(row.pk)): row.deleted_at for row in databases.sql("SELECT pk, deleted_at FROM clickhouse_outbox")
         },
         batches=databases.outbox.batches(sorted(int(str(row.batch_id)) for row in found)),
         claimed_rows={row.batch_id: row.claimed_rows for row in found},
         letters={
-            row.pk: row.reason
+            (row.pk, row.event_id): row.reason
             for row in databases.sql(
-                "SELECT pk, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded')"
+                "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded')"
             )
         },
         stored=Counter(
@@ -87,7 +89,7 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
         swept_rows=sum(row.swept_rows for row in found) if swept else 0,
     )
     verdict = Verdict(
-        events=len({row.key for row in book.rows.values() if row.kind == "event"}),
+        events=len({row.key for _, row in book.all_rows() if row.kind == "event"}),
         entries=sum(facts.stored.values()),
         dead=len(facts.letters),
         batches=len(facts.batches),
@@ -116,12 +118,13 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
 
 def _against_the_application(facts: _Facts, in_view: Counter[Key], verdict: Verdict) -> Iterator[str]:
     committed: defaultdict[Key, list[Row]] = defaultdict(list)
-    for pk, row in facts.rows.items():
+    for pk, row in facts.book.all_rows():
+        letter = facts.letters.get((pk, row.event_id))
         if row.kind == "event" and row.key is not None:
             committed[row.key].append(row)
-            if pk in facts.letters:
-                yield f"row {pk} is a sound event and a dead letter: {facts.letters[pk]}"
-        elif row.kind in ("malformed", "refused") and not row.taken and not row.deleted and pk not in facts.letters:
+            if letter:
+                yield f"row {pk} is a sound event and a dead letter: {letter}"
+        elif row.kind in ("malformed", "refused") and not row.taken and not row.deleted and not letter:
             yield f"row {pk} is {row.kind} and no dead letter"
         elif row.kind == "unknown" and not row.taken and facts.marks.get(pk, 0) is not None and not row.deleted:
             yield f"row {pk} is of an unknown version and was touched"
@@ -169,11 +172,15 @@ def _against_the_ledger(facts: _Facts) -> Iterator[str]:
             continue
         for block in batch.blocks:
             for pk in block.pks:
-                row = facts.rows.get(pk)
-                if row is None or row.kind != "event":
-                    yield f"batch {batch.batch_id} sent row {pk}, which is {row.kind if row else 'not committed'}"
+                rows = [table[pk] for table in (facts.rows, *facts.book.past) if pk in table]
+                sound = [row for row in rows if row.kind == "event"]
+                if not sound:
+                    yield f"batch {batch.batch_id} sent row {pk}, which is {rows[0].kind if rows else 'not committed'}"
                     continue
-                entry = (block.inserted_at_ms, _comparable(row.columns))
+                # Of several tables whose pks began again, the one whose row was sealed is known by what was sent.
+                entries = {(block.inserted_at_ms, _comparable(row.columns)): row for row in sound}
+                entry = next((one for one in entries if facts.stored[one] > expected[one]), next(iter(entries)))
+                row = entries[entry]
                 expected[entry] += 1
                 if row.cleared or row.requeued:
                     requeued.add(entry)
@@ -199,7 +206,11 @@ def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
         touched = sum(
             1
             for pk in batch.pks
-            if (row := facts.rows.get(pk)) and (row.taken or row.deleted or row.cleared or row.requeued)
+            if any(
+                row.taken or row.deleted or row.cleared or row.requeued
+                for table in (facts.rows, *facts.book.past)
+                if (row := table.get(pk))
+            )
         )
         if counts.unmarked > touched:
             yield f"batch {batch.batch_id} left {counts.unmarked} rows unmarked, and others touched {touched}"
@@ -208,6 +219,8 @@ def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
     gone = 0
     for pk, stamps in listed.items():
         row = facts.rows.get(pk)
+        if any(pk in table for table in facts.book.past) and facts.marks.get(pk) is None:
+            continue  # the batch was of an earlier table
         if row is None:
             yield f"row {pk} is in a batch and was never committed"
         elif pk not in facts.marks:

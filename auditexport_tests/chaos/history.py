@@ -33,7 +33,15 @@ LAST_DRAINS = 12
 # Themed histories go round their faults until each has hit.
 THEME_WITHIN_S = 60.0
 # Hits that are told by their victims, and the action that brings them about.
-BROUGHT_ABOUT_BY = {"deadlock": "lock rows", "lock wait": "lock ledger", "window overflowed": "kill run"}
+BROUGHT_ABOUT_BY = {
+    "kill run unseen": "die unseen",
+    "clickhouse view fails": "view fails",
+    "clickhouse too large": "too large",
+    "clickhouse memory limit": "memory limit",
+    "deadlock": "lock rows",
+    "lock wait": "lock ledger",
+    "window overflowed": "kill run",
+}
 EXPECTED_ERRORS = {
     "OutboxUnavailable",
     "AuditLogUnavailable",
@@ -81,6 +89,7 @@ class World:
         self.book = Book()
         self.workers: list[Worker] = []
         self.zombies: list[Worker] = []
+        self.writers: list[Writer] = []
         self.intruders: list[threading.Thread] = []
         self.overflow = bool(plan.overflow)
         self.swept = False
@@ -117,7 +126,9 @@ class World:
                 return None
             self._wait_for_inserts()
         random = self.random
-        dead = tuple(worker.run.owner for worker in self.workers if not worker.alive or worker.declared_dead)
+        dead = tuple(
+            worker.run.owner for worker in self.workers if worker.declared_dead or not (worker.alive or worker.unseen)
+        )
         worker = Worker(
             Run(
                 owner=f"run {len(self.workers)} of {self.plan.seed}",
@@ -194,11 +205,11 @@ class World:
     def live(self) -> None:
         """Everything at once: writers in threads, runs in processes, and one action after the other."""
         mariadb = self.rig.mysql.family == "mariadb"
-        writers = [
+        self.writers = [
             Writer(self.databases, self.book, Random(f"{self.plan.seed}-{n}"), name=f"w{n}", repeated_keys=mariadb)
             for n in range(self.random.choice((2, 3)))
         ]
-        for writer in writers:
+        for writer in self.writers:
             writer.start()
         try:
             if self.plan.theme:
@@ -208,7 +219,7 @@ class World:
                 for name in self.random.choices(names, weights, k=self.random.randint(*STEPS)):
                     self._act(name)
         finally:
-            for writer in writers:
+            for writer in self.writers:
                 writer.end()
 
     def _go_round(self) -> None:
@@ -266,6 +277,7 @@ class World:
     def settle(self) -> list[str]:
         """Lifts what is left, wakes the zombies, and drains in peace; returns what is stuck."""
         self.rig.restore()
+        self.databases.clickhouse("DROP VIEW IF EXISTS watching")
         for worker in self.workers:
             if worker.stopped:
                 worker.wake()

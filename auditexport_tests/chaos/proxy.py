@@ -25,17 +25,25 @@ Kind = Literal[
     "late",  # the request is held until the client has given up, and then delivered
     "drip",  # the answer arrives in small pieces
     "unavailable",  # HTTP 503, and the server is not asked
+    "bad gateway",  # HTTP 502 with a page, whether or not the server has done what it was asked
+    "page",  # HTTP 200 with a page, and the server is not asked
     "refuse",  # for a while every connection is reset, those that are open included
     "cut",  # every open connection is reset, now
 ]
 WIRE_KINDS: dict[str, tuple[Kind, ...]] = {
-    "http": ("stall", "unsent", "answer lost", "answer cut", "late", "drip", "unavailable", "refuse", "cut"),
+    "http": (
+        *("stall", "unsent", "answer lost", "answer cut", "late", "drip"),
+        *("unavailable", "bad gateway", "page", "refuse", "cut"),
+    ),
     "mysql": ("stall", "unsent", "answer lost", "answer cut", "late", "drip", "refuse", "cut"),
 }
 AIMS = {"http": b"INSERT INTO audit_logs_raw_v1", "mysql": b"\x03COMMIT"}
 # A client that has not given up by then never will: the fault passes as a long stall.
 GIVES_UP_WITHIN_S = 15.0
 PIECES = 20
+PAGE = b"<html><body>This site is being looked after. Please come back soon.</body></html>"
+# What an answer of ClickHouse's tells of faults that are not the wire's.
+TOLD_BY_ANSWERS = {b"while pushing to view": "view fails", b"MEMORY_LIMIT_EXCEEDED": "memory limit"}
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -46,6 +54,7 @@ class Fault:
     kind: Kind
     aimed: bool = False  # at INSERTs or COMMITs only
     seconds: float = 0.0
+    forwarded: bool = False  # a bad gateway may have passed the request on
 
 
 class Proxy:
@@ -56,6 +65,8 @@ class Proxy:
         self.speaks = speaks
         self.hits: Counter[str] = Counter()
         self.held = 0  # requests that are delivered later than their clients believe
+        self.largest_insert_bytes: int | None = None  # a larger INSERT is answered with HTTP 413
+        self.insert_memory_bytes: int | None = None  # the server gets it with the INSERT, as a profile would give it
         self._armed: list[Fault] = []
         self._refusing_until = 0.0
         self._writers: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}  # of clients, to those of the server
@@ -119,6 +130,7 @@ class Proxy:
             self._armed.append(fault)
 
     async def _lift(self) -> None:
+        self.largest_insert_bytes = self.insert_memory_bytes = None
         self._armed.clear()
         self._refusing_until = 0.0
 
@@ -191,7 +203,20 @@ class Proxy:
             if kind == "unsent":
                 return
             if kind == "unavailable":
-                client.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+                client.write(_page(b"503 Service Unavailable", b""))
+                continue
+            if kind == "page":
+                client.write(_page(b"200 OK"))
+                continue
+            if AIMS["http"] in request:
+                if self.largest_insert_bytes is not None and len(request) > self.largest_insert_bytes:
+                    self.hits["too large"] += 1
+                    client.write(_page(b"413 Request Entity Too Large"))
+                    continue
+                if self.insert_memory_bytes is not None:
+                    request = _with_setting(request, f"max_memory_usage={self.insert_memory_bytes}")
+            if fault and kind == "bad gateway" and not fault.forwarded:
+                client.write(_page(b"502 Bad Gateway"))
                 continue
             if fault and kind == "stall":
                 await asyncio.sleep(fault.seconds)
@@ -205,6 +230,10 @@ class Proxy:
                 return
             server.write(request)
             answer = await _http_message(from_server, answer=True)
+            for text, told in TOLD_BY_ANSWERS.items():
+                self.hits[told] += text in answer
+            if kind == "bad gateway":
+                answer = _page(b"502 Bad Gateway")
             if await _answered(client, answer, fault):
                 return
 
@@ -285,6 +314,20 @@ def _abort(writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     writer.transport.abort()
+
+
+def _page(status: bytes, body: bytes = PAGE) -> bytes:
+    """What a proxy says for itself."""
+    head = b"HTTP/1.1 %b\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n"
+    return head % (status, len(body)) + body
+
+
+def _with_setting(request: bytes, setting: str) -> bytes:
+    """The request with one more setting in its URL."""
+    line, rest = request.split(b"\r\n", 1)
+    method, target, version = line.split(b" ")
+    mark = b"&" if b"?" in target else b"?"
+    return b" ".join((method, target + mark + setting.encode(), version)) + b"\r\n" + rest
 
 
 async def _http_message(reader: asyncio.StreamReader, *, answer: bool = False) -> bytes:

@@ -102,6 +102,7 @@ class Worker:
         self.run = run
         self.stopped = False
         self.declared_dead = False
+        self.unseen = False  # it died, and no other run is told
         self.killed = False
         self._told: Told | None = None
         self._ours, theirs = _PROCESSES.Pipe(duplex=False)
