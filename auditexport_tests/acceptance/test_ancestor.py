@@ -170,7 +170,7 @@ def test_a_row_that_both_had_in_hand_is_found_as_a_duplicate_until_it_merges(sta
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     put(stack, 20)
     (claim,) = claiming.claim(stack.outbox, owner="ours", dead_owners=(), limits=Limits())
-    fetched = export.fetch(stack.outbox, claim, Limits())
+    fetched = export.fetch(stack.outbox, stack.log, claim, Limits())
     receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits())
     assert drain_as_before(stack) == 20
     export.mark(stack.outbox, stack.log, receipt, Limits())
