@@ -62,6 +62,9 @@ CHUNKS_PER_SECOND = 100
 # A transaction of the application ends within milliseconds; one that does not is not waited for.
 LOCKED_PATIENCE_S = 2.0
 
+# Rows can vanish between the look at them and the mark; for a writer that deletes rows all the time the step is tried again.
+PROOFS = 3
+
 
 # ── fetch and seal ───────────────────────────────────────────────────────────────────────────────
 
@@ -471,14 +474,16 @@ class _Marking:
         self.locked = PkSet()
 
     def all(self) -> Batch:
-        """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, and `MarkRefused`."""
+        """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`, and `RowsSwapped`
+        when rows keep changing under it.
+        """
         if self._batch.ids is not None:
             with suppress(RowsSwapped):
                 return self._all(self._batch.pks, self._batch.ids)
-        while True:
-            pks, ids = self._proven()
+        for _ in range(PROOFS - 1):
             with suppress(RowsSwapped):
-                return self._all(pks, ids)
+                return self._all(*self._proven())
+        return self._all(*self._proven())
 
     def _proven(self) -> tuple[PkSet, int]:
         """Those rows of the batch that ClickHouse holds, and the sum of their ids; the others lose a mark that we gave them.
@@ -489,10 +494,10 @@ class _Marking:
         others: list[int] = []
         for row, held in rows_held(self._outbox, self._log, self._batch.pks):
             progress()
-            if held:
-                ids += id_hash(row.event_id)
-            else:
+            if not held:
                 others.append(row.pk)
+            elif row.exported_at_ms in (None, self._stamp_ms):  # not those that somebody else has marked
+                ids += id_hash(row.event_id)
         swapped = PkSet.of(others)
         for chunk in swapped.chunks(self._chunk_rows):
             self._outbox.take_back(self._batch.claim, chunk, self._stamp_ms)
