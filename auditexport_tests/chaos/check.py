@@ -78,7 +78,7 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
         letters={
             (row.pk, row.event_id): row.reason
             for row in databases.sql(
-                "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded')"
+                "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded', 'held')"
             )
         },
         stored=Counter(
@@ -125,7 +125,7 @@ def _against_the_application(facts: _Facts, in_view: Counter[Key], verdict: Verd
             if letter:
                 yield f"row {pk} is a sound event and a dead letter: {letter}"
         elif row.kind in ("malformed", "refused") and not row.taken and not row.deleted and not letter:
-            yield f"row {pk} is {row.kind} and no dead letter"
+            yield f"row {pk} is {row.kind}, and neither a dead letter nor held"
         elif row.kind == "unknown" and not row.taken and facts.marks.get(pk, 0) is not None and not row.deleted:
             yield f"row {pk} is of an unknown version and was touched"
     copies: Counter[Key] = Counter()
