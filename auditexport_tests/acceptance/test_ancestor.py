@@ -10,7 +10,6 @@ import clickhouse_connect
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.errors import TransientError
 from auditexport_pipeline.core.limits import Limits
@@ -18,7 +17,7 @@ from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.stores.audit_log import connection_arguments
 from auditexport_tests.benchmarks import ancestor
 from auditexport_tests.conftest import Stack
-from auditexport_tests.crashes import drain
+from auditexport_tests.crashes import CrashingOutbox, CrashPoint, drain
 
 BY = By(who="auditor", why="a test")
 DAY_MS = 86_400_000
@@ -169,12 +168,10 @@ def test_a_row_that_both_had_in_hand_is_found_as_a_duplicate_until_it_merges(sta
     """The one thing that two at once can do wrong: named by reconciliation, seen once by readers, gone after a merge."""
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     put(stack, 20)
-    (claim,) = claiming.claim(stack.outbox, owner="ours", dead_owners=(), limits=Limits())
-    fetched = export.fetch(stack.outbox, stack.log, claim, Limits())
-    receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, Limits())
-    assert drain_as_before(stack) == 20
-    export.mark(stack.outbox, stack.log, receipt, Limits())
-    drain(stack.outbox, stack.log, Limits(), owner="ours")
+    taken: list[int] = []
+    written = CrashPoint("before finish_mark 1", then=lambda: taken.append(drain_as_before(stack)))
+    drain(CrashingOutbox(stack.outbox, written), stack.log, Limits(), owner="ours")
+    assert taken == [20]
     assert stack.counts() == (40, 20)
     assert stack.clickhouse("SELECT count() FROM audit_logs") == [(20,)]
     report = look(stack)
@@ -243,9 +240,9 @@ def test_of_a_large_foreign_slot_no_more_is_read_than_is_named(stack: Stack, mon
     log = type(stack.log)
     entries = log._entries
 
-    def counted(self: object, *arguments: object) -> object:
+    def counted(self: object, *arguments: object, **named: object) -> object:
         nonlocal read
-        found = entries(self, *arguments)  # type: ignore[arg-type]
+        found = entries(self, *arguments, **named)  # type: ignore[arg-type]
         read += len(found)
         return found
 
