@@ -140,8 +140,6 @@ def _recut(
     dead: tuple[DeadLetter, ...],
     note: str | None = None,
 ) -> Batch:
-    if _folded(batch):  # which of the folded rows a block's ids hold is not known any more
-        blocks = tuple(replace(block, ids=None) for block in blocks)
     digest = batch_digest(blocks, pks - pks_of(blocks))
     cut = Cut(
         blocks=blocks,

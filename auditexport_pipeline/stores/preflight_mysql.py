@@ -43,13 +43,15 @@ def look_at_mysql(connection: Connection, url: str, role: Role) -> Iterator[Look
         (row[0] for row in connection.exec_driver_sql(_SQL["mysql_grants"])),
         wildcards=variables.get("partial_revokes", "OFF") != "ON",
     )
-    readable = not grants.lacking(server.database_name, OUTBOX, ("SELECT",))
+    tables = list(look_at_tables(connection, grants, server.database_name, role))
+    # Rows are looked at only in a table that is as it must be, or the statement that repairs it would never be printed.
+    readable = not (any(look.findings for look in tables) or grants.lacking(server.database_name, OUTBOX, ("SELECT",)))
     yield _packet(connection, variables, sampled=role is Role.EXPORTER and readable)
     if role is Role.EXPORTER and readable and can_be_sampled(connection):
         yield _created_at(connection)
     user, at, host = server.granted_to.rpartition("@")
     yield _grants(grants, server.database_name, f"'{user}'{at}'{host}'", role)
-    yield from look_at_tables(connection, grants, server.database_name, role)
+    yield from tables
 
 
 def look_at_what_changes(connection: Connection, role: Role) -> Iterator[Look]:

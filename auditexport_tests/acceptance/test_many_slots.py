@@ -64,7 +64,7 @@ def spread(stack: Stack, rows: int) -> tuple[dict[str, object], list[Block]]:
         assert isinstance(decoded, Event)
         number = len(blocks)
         one = Block(number=number, inserted_at_ms=block.inserted_at_ms + 1 + number, pks=PkSet.of([row.pk]))
-        blocks.append(sealed_block("audit_log.v1", one, one.pks, [row.payload], decoded.fingerprint))
+        blocks.append(sealed_block("audit_log.v1", one, one.pks, [row.payload], decoded.fingerprint, ids=None))
     return dict(batch._mapping), blocks
 
 
