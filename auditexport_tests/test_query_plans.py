@@ -183,9 +183,9 @@ def test_of_the_standing_letters_only_both_ends_are_read(busy: MySQLOutbox) -> N
     """Every plan asks for them, and a flood leaves a million."""
     steps = explain(busy, "standing_letters", {})
     assert not [step for step in steps if step.table == "clickhouse_outbox_dead_letter"], steps
-    # The second, of a state that nothing is in, is answered as early.
-    ends = [step.extra for step in steps if not step.table]
-    assert sorted(ends)[:2] == ["No matching min/max row", "Select tables optimized away"], steps
+    # Those of a state that nothing is in are answered as early.
+    ends = sorted(step.extra for step in steps if not step.table)
+    assert ends[:3] == [*["No matching min/max row"] * 2, "Select tables optimized away"], steps
 
 
 def test_the_probe_of_the_backlog_reads_only_the_index(busy: MySQLOutbox) -> None:

@@ -86,7 +86,10 @@ def not_by_primary_key(stack: Stack, sent: list[tuple[str, object]]) -> set[tupl
         with stack.outbox.engine.connect() as connection:
             plan = connection.exec_driver_sql(f"EXPLAIN FORMAT=TRADITIONAL {plain}", parameters).mappings()
             steps = [(plain.split(" WHERE")[0][:60], str(row["type"]), str(row["key"])) for row in plan]
-        if [(access, key) for _, access, key in steps] != [("range", "PRIMARY")]:
+        # A letter's row is looked up by its pk, one for one.
+        if sorted(access for _, access, _ in steps) not in (["range"], ["eq_ref", "range"]) or {
+            key for _, _, key in steps
+        } != {"PRIMARY"}:
             wrong.update(steps)
     return wrong
 

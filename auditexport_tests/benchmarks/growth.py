@@ -49,12 +49,12 @@ BY = By(who="benchmark", why="counting")
 @contextmanager
 def counted() -> Iterator[Callable[[str], Counter[str]]]:
     """Commands to MySQL and requests to ClickHouse of this process, under the name that was given last."""
-    from clickhouse_connect.driver._backend import http_sync
     from pymysql.connections import Connection
+    from urllib3 import PoolManager
 
     counts: dict[str, Counter[str]] = {}
     verb = [""]
-    command, request = Connection._execute_command, http_sync.HttpSyncBackend.request
+    command, request = Connection._execute_command, PoolManager.request
 
     def count(server: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*arguments: Any, **named: Any) -> Any:
@@ -68,12 +68,12 @@ def counted() -> Iterator[Callable[[str], Counter[str]]]:
         return counts.setdefault(name, Counter())
 
     Connection._execute_command = count("MySQL", command)
-    http_sync.HttpSyncBackend.request = count("ClickHouse", request)
+    PoolManager.request = count("ClickHouse", request)
     try:
         yield under
     finally:
         Connection._execute_command = command
-        http_sync.HttpSyncBackend.request = request
+        PoolManager.request = request
 
 
 def _emptied(stack: LocalStack, rows: int) -> None:

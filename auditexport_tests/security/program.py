@@ -70,14 +70,14 @@ def _payloads(outbox: Any) -> str:
         return " ".join(bytes(row.payload).decode() if isinstance(row.payload, bytes) else row.payload for row in rows)
 
 
-def _defect(outbox: Any, claim: Any, limits: Any) -> object:
+def _defect(outbox: Any, log: Any, claim: Any, limits: Any) -> object:
     try:
         raise OSError(_payloads(outbox))
     except OSError as error:
         raise ValueError(_payloads(outbox)) from error
 
 
-def _leak(outbox: Any, claim: Any, limits: Any) -> object:
+def _leak(outbox: Any, log: Any, claim: Any, limits: Any) -> object:
     text = f"{os.environ['AUDITEXPORT_MYSQL_URL']} {_payloads(outbox)}"
     dg.get_dagster_logger("leak").warning(text)
     print(text, flush=True)
@@ -95,7 +95,7 @@ def _leak(outbox: Any, claim: Any, limits: Any) -> object:
 
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     ClickHouseAuditLog(os.environ["AUDITEXPORT_CLICKHOUSE_URL"]).client().query(f"SELECT length({quoted})")
-    return _fetch(outbox, claim, limits)
+    return _fetch(outbox, log, claim, limits)
 
 
 if __name__ == "__main__":
