@@ -58,6 +58,7 @@ def look_at_clickhouse(client: Connection, url: str, role: Role, retention_days:
     version, user, database, _, read_only = client.query(_SQL["clickhouse_server"]).result_rows[0]
     yield _version(str(version))
     yield _transport(url)
+    readable = True
     if int(read_only) and role in (Role.EXPORTER, Role.OWNER):
         finding = Finding(
             what=f"the settings profile of {user} has readonly = {int(read_only)}",
@@ -75,9 +76,11 @@ def look_at_clickhouse(client: Connection, url: str, role: Role, retention_days:
             if (under := under_of(table)) is not None:
                 name = under.table if under.database == database else f"{under.database}.{under.table}"
                 tables = {**tables, name: tables[TABLE]}
-        yield _grants(client, str(user), str(database), role, tables)
+        granted = _grants(client, str(user), str(database), role, tables)
+        readable = not granted.findings
+        yield granted
     there = {table_of(row).name for row in client.query(_SQL["clickhouse_tables"]).result_rows}
-    if role not in (Role.READER, Role.OWNER) and TABLE in there:
+    if readable and role not in (Role.READER, Role.OWNER) and TABLE in there:
         yield _policies(client, str(user), [TABLE])
     yield from look_at_the_table(client, url, role, retention_days, fully=True)
     yield from look_at_other_versions(client, url, role)
