@@ -64,7 +64,9 @@ def upgrade(stack: Stack) -> list[str]:
     """Carries out what the preflight prints for the ledger; returns the statements."""
     preflight.forget()
     fixes = [finding.fix for finding in preflight.check(stack.outbox, stack.log) if finding.fatal]
-    statements = [found[0] for fix in fixes for found in re.finditer(r"ALTER TABLE clickhouse_outbox\w+ [^;]+", fix)]
+    statements = [
+        found[0] for fix in fixes for found in re.finditer(r"ALTER TABLE clickhouse_outbox\w+ (?:[^;']|'[^']*')+", fix)
+    ]
     for statement in statements:
         stack.sql(statement.replace(":", r"\:"))
     return statements
