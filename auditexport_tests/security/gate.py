@@ -85,7 +85,7 @@ class Gate:
         if inserting and self.mode in ("cut", "hold"):
             request.close_connection = True
             return
-        if self.mode == "echo" and (inserting or "log_queries=0" in request.path):
+        if self.mode == "echo" and (inserting or b"log_queries" in body):
             quoted = f"{given} {request.path} {body.decode(errors='replace')}"
             _answer(request, 500, {"X-ClickHouse-Exception-Code": "1002"}, _error(1002, quoted))
             return
