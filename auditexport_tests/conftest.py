@@ -127,7 +127,7 @@ def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = Tru
     try:
         yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
     finally:
-        outbox.engine.dispose()
+        outbox.disconnect()
         log.client().close_connections()
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name}")

@@ -55,9 +55,9 @@ def globally(stack: Stack, name: str, value: str) -> Iterator[None]:
     """A global variable of the server, for new sessions, put back afterwards."""
     before = stack.sql(f"SELECT @@GLOBAL.{name} AS value")[0].value
     stack.sql(f"SET GLOBAL {name} = {value}")
-    stack.outbox.engine.dispose()
+    stack.outbox.disconnect()
     try:
         yield
     finally:
         stack.sql(f"SET GLOBAL {name} = :value", value=before)
-        stack.outbox.engine.dispose()
+        stack.outbox.disconnect()

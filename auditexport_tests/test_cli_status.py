@@ -185,7 +185,7 @@ def test_a_mysql_that_is_down_is_one_line_and_watching_goes_on_after_it(
             assert process.stdout is not None
             assert process.stderr is not None
             assert json.loads(process.stdout.readline())["healthy"]
-            own.engine.dispose()
+            own.disconnect()
             server.stop()
             assert "MySQL failed while reading the status" in process.stderr.readline()
             ask = prompt_in({"AUDITEXPORT_MYSQL_URL": own.url}, monkeypatch)
@@ -197,7 +197,7 @@ def test_a_mysql_that_is_down_is_one_line_and_watching_goes_on_after_it(
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)
             assert process.returncode == 0
-        own.engine.dispose()
+        own.disconnect()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals of other systems differ")

@@ -428,11 +428,11 @@ def test_a_payload_that_the_server_may_not_send_is_set_aside_and_stops_nobody(st
     stack.put(("ws", "evt_big", event.format("evt_big", "x" * 3_000_000)), ("ws", "evt_1", event.format("evt_1", "x")))
     before = stack.sql("SELECT @@GLOBAL.max_allowed_packet AS bytes")[0].bytes
     stack.sql("SET GLOBAL max_allowed_packet = 1048576")
-    stack.outbox.engine.dispose()
+    stack.outbox.disconnect()
     try:
         drain(stack.outbox, stack.log, Limits(), owner="one")
         assert stack.outbox.dead_by_reason() == {"payload_unreadable": 1}
         assert stack.counts() == (1, 1)
     finally:
         stack.sql(f"SET GLOBAL max_allowed_packet = {before}")
-        stack.outbox.engine.dispose()
+        stack.outbox.disconnect()

@@ -62,7 +62,7 @@ def test_a_connection_that_leaves_this_machine_unverified_is_a_warning(stack: St
     assert [finding.fatal for finding in found] == [False, False]
     assert "ssl_ca" in found[0].fix
     assert "https://" in found[1].fix
-    mysql.engine.dispose()
+    mysql.disconnect()
 
 
 def test_a_url_that_asks_for_tls_and_names_no_authority_is_refused() -> None:

@@ -195,7 +195,7 @@ def test_a_setting_of_mysql_that_breaks_a_drain_is_found(
         if fatal:
             claims_nothing(stack)
         stack.sql(found.fix.split("if this is it: ")[-1])
-        stack.outbox.engine.dispose()
+        stack.outbox.disconnect()
         assert findings(stack) == []
 
 
@@ -217,7 +217,7 @@ def test_a_payload_above_the_packet_is_found_before_it_reads_as_nothing(stack: S
         assert len(fatal) == 1
         assert "a pending payload is larger than max_allowed_packet" in fatal[0].what
         stack.sql(fatal[0].fix)
-        stack.outbox.engine.dispose()
+        stack.outbox.disconnect()
         assert not [found for found in findings(stack) if found.fatal]
 
 
@@ -261,7 +261,7 @@ def test_a_session_that_does_not_keep_our_isolation_level_is_fatal(stack: Stack,
         claims_nothing(stack)
     finally:
         sa.event.remove(stack.outbox.engine, "checkout", somebody_else)
-        stack.outbox.engine.dispose()
+        stack.outbox.disconnect()
     assert findings(stack) == []
 
 
@@ -305,13 +305,13 @@ def user(stack: Stack) -> Iterator[Callable[[], Stack]]:
 
     def connect() -> Stack:
         outbox = MySQLOutbox(f"mysql+pymysql://{name}:doctor@{stack.mysql_url.split('@', 1)[1]}")
-        outbox.engine.dispose()
+        outbox.disconnect()
         opened.append(outbox)
         return replace(stack, mysql_url=outbox.url, outbox=outbox)
 
     yield connect
     for outbox in opened:
-        outbox.engine.dispose()
+        outbox.disconnect()
     stack.sql(f"DROP USER '{name}'@'127.0.0.1'")
 
 
@@ -397,7 +397,7 @@ def test_a_clock_of_mysql_that_is_off_is_found(stack: Stack) -> None:
             assert found.fatal is fatal
         finally:
             sa.event.remove(stack.outbox.engine, "checkout", stepped)
-            stack.outbox.engine.dispose()
+            stack.outbox.disconnect()
     assert findings(stack) == []
 
 

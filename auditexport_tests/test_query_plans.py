@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.stores import ledger, report, status, totals, upkeep
+from auditexport_pipeline.stores.marking import over
 from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
@@ -169,6 +171,22 @@ def test_hot_statements_use_their_index_and_read_no_history(busy: MySQLOutbox) -
         if step.key != key or scanned or sorts or step.rows > 2 * (PENDING + 100):
             wrong.append(f"{name}: {steps}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_few_runs_are_marked_by_one_statement_that_reads_nothing_between_them(busy: MySQLOutbox) -> None:
+    """A statement for each run would be a round trip for each."""
+    pks = PkSet.of(pk for first in range(2_000, 30_000, 4_000) for pk in range(first, first + 10))
+    for kind, values in (
+        ("mark", {"exported_at_ms": 1}),
+        ("marked", {"exported_at_ms": 1}),
+        ("lock", {}),
+        ("stamps", {}),
+    ):
+        ((statement, ranges),) = over(kind, pks)
+        (step,) = explain(busy, kind, values | ranges, {kind: statement})
+        assert (step.key, step.access) == ("PRIMARY", "range")
+        assert step.rows <= 2 * len(pks)
+        assert "filesort" not in step.extra
 
 
 def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:

@@ -90,7 +90,7 @@ class Ground:
         try:
             yield prompt
         finally:
-            prompt.outbox.engine.dispose()
+            prompt.outbox.disconnect()
             self._restart(None)
             self.stack.sql(f"DROP USER '{user}'@'127.0.0.1'")
 

@@ -129,7 +129,7 @@ def granted(stack: Stack) -> Iterator[Callable[..., Stack]]:
 
     yield through
     for outbox in connected:
-        outbox.engine.dispose()
+        outbox.disconnect()
     stack.sql(f"DROP USER {user}")
 
 

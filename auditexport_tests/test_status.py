@@ -451,7 +451,7 @@ def as_role(stack: Stack) -> Iterator[Callable[[Role], MySQLOutbox]]:
 
     yield user
     for outbox in made:
-        outbox.engine.dispose()
+        outbox.disconnect()
         stack.sql(f"DROP USER '{sa.make_url(outbox.url).username}'@'127.0.0.1'")
 
 

@@ -131,13 +131,13 @@ def connect(tls_stack: Stack) -> Iterator[Connect]:
             host=host, username=user, query={name: str(value) for name, value in options.items()}
         )
         outbox = MySQLOutbox(url.render_as_string(hide_password=False))
-        outbox.engine.dispose()
+        outbox.disconnect()
         opened.append(outbox)
         return outbox
 
     yield through
     for outbox in opened:
-        outbox.engine.dispose()
+        outbox.disconnect()
 
 
 def _transport(looks: list[Look], server: str) -> tuple[str, tuple[Finding, ...]]:
@@ -254,7 +254,7 @@ def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
             outbox = MySQLOutbox(url)
             with pytest.raises(SetupIncomplete, match="no TLS"):
                 preflight.refuse_unless_ready(outbox, stack.log)
-            outbox.engine.dispose()
+            outbox.disconnect()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class LocalStack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.outbox.engine.dispose()
+        self.outbox.disconnect()
         self._running.close()
 
     @contextlib.contextmanager

@@ -10,17 +10,16 @@ an application fills to fifteen sixteenths, reorganizes a page for nearly every 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from functools import cache
 
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from auditexport_pipeline.core.errors import MarkRefused
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Marked
 from auditexport_pipeline.stores.mysql import SQL, expanding
-from auditexport_pipeline.stores.mysql_errors import LOCK_WAIT_TIMEOUT, code_and_words
-from auditexport_pipeline.stores.session import LOCK_WAIT_S
+from auditexport_pipeline.stores.mysql_errors import code_and_words
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
@@ -28,8 +27,6 @@ LIST_ABOVE_RUNS = 8
 # (in_predicate_conversion_threshold) and from 16,000 (optimizer_max_sel_args) it reads the whole outbox, as MySQL does when
 # a list takes more than range_optimizer_max_mem_size: 36,000 in its 8 MB.
 LIST_PKS = 900
-# For a row that the application holds: meanwhile this chunk's other rows are locked by us, and the application may want one.
-MARK_LOCK_WAIT_S = 1
 # What a trigger's own statements end in (no grant, no such column, table or routine, no definer, a signal, this table in use by
 # the statement that fired it), and a CHECK of `deleted_at`.
 _REFUSALS = {1054, 1142, 1143, 1146, 1305, 1364, 1370, 1442, 1449, 1644, 1690, 3819, 4025}
@@ -39,10 +36,8 @@ ADMINISTRATORS_LOOK = (
     "DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'"
 )
 # MariaDB's JSON type is a CHECK (json_valid(payload)), which every UPDATE of a row evaluates, whatever it sets.
-_UNCHECKED = {
-    name: expanding(name, text(f"SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}"))
-    for name in ("mark_between", "mark_in")
-}
+UNCHECKED = "SET STATEMENT check_constraint_checks = 0 FOR "
+_RANGE = "pk BETWEEN :first_pk AND :last_pk"
 
 
 def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
@@ -52,19 +47,33 @@ def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
     return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
 
 
+def over(kind: str, pks: PkSet, before: str = "") -> list[tuple[TextClause, dict[str, object]]]:
+    """As `by_shape`, with `before` in front of each statement, and one statement for a few runs: a round trip, not one each."""
+    shapes = by_shape(kind, pks)
+    if len(shapes) < 2 or len(shapes) > LIST_ABOVE_RUNS or "pks" in shapes[0][1]:
+        return [(_statement(name, 1, before), values) for name, values in shapes]
+    values = {f"{name}_{n}": pk for n, (_, run) in enumerate(shapes) for name, pk in run.items()}
+    return [(_statement(shapes[0][0], len(shapes), before), values)]
+
+
+@cache
+def _statement(name: str, runs: int, before: str) -> TextClause:
+    said = SQL[name].text
+    if runs > 1:
+        said = said.replace(
+            _RANGE, f"({' OR '.join(f'pk BETWEEN :first_pk_{n} AND :last_pk_{n}' for n in range(runs))})"
+        )
+    return expanding(name, text(f"{before}{said}"))
+
+
 def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
-    """Sets `deleted_at` of these rows in the caller's transaction; None where somebody holds one of them locked, or some
-    are not as the batch had them: the caller rolls back and goes by `stamp_unlocked`.
+    """Sets `deleted_at` of these rows in the caller's transaction; None where some are not as the batch had them: the
+    caller rolls back and goes by `stamp_unlocked`, as it does where somebody holds one of them locked.
 
     `deleted_at` is read again: the driver counts rows that an UPDATE found, not those that it changed, and a trigger can
     undo what it set. Raises `MarkRefused` where the UPDATE ends in a trigger's error.
     """
-    try:
-        stamped = _update(connection, pks, exported_at_ms)
-    except OperationalError as error:
-        if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
-            raise
-        return None
+    stamped = _update(connection, pks, exported_at_ms)
     marked, ids = _marked(connection, pks, exported_at_ms)
     return Marked(stamped=stamped, earlier=marked - stamped, ids=ids) if marked == len(pks) else None
 
@@ -99,40 +108,36 @@ def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> M
 
 
 def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
-    statements = _UNCHECKED if _checks_json_only(connection) else SQL
+    before = UNCHECKED if _checks_json_only(connection) else ""
     found = 0
-    connection.execute(SQL["wait_for_locks"], {"lock_wait_s": MARK_LOCK_WAIT_S})
     try:
-        for part, values in by_shape("mark", pks):
-            found += connection.execute(statements[part], {**values, "exported_at_ms": exported_at_ms}).rowcount
+        for statement, values in over("mark", pks, before):
+            found += connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).rowcount
     except DBAPIError as error:
         if (said := _refusal(error)) is not None:
             raise MarkRefused(f"MySQL refuses to mark rows ({said}). {triggers_to_blame(connection)}") from None
         raise
-    finally:
-        with suppress(DBAPIError):  # a connection that is gone; the next one begins with its own
-            connection.execute(SQL["wait_for_locks"], {"lock_wait_s": LOCK_WAIT_S})
     return found
 
 
 def take_back(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
     """Clears the marks of those of these rows that bear this stamp, in the caller's transaction."""
-    for part, values in by_shape("take_back", pks):
-        connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms})
+    for statement, values in over("take_back", pks):
+        connection.execute(statement, {**values, "exported_at_ms": exported_at_ms})
 
 
 def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[int, int]:
     """How many of these rows bear the stamp, and the sum of their ids' hashes."""
     rows = ids = 0
-    for part, values in by_shape("marked", pks):
-        found = connection.execute(SQL[part], {**values, "exported_at_ms": exported_at_ms}).one()
+    for statement, values in over("marked", pks):
+        found = connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).one()
         rows, ids = rows + found.n, ids + int(found.ids)
     return rows, ids
 
 
 def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | None]:
     return {
-        row.pk: row.deleted_at for part, values in by_shape(kind, pks) for row in connection.execute(SQL[part], values)
+        row.pk: row.deleted_at for statement, values in over(kind, pks) for row in connection.execute(statement, values)
     }
 
 

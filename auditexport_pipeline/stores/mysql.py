@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.stores.mysql_errors import NOT_REACHED, not_reached
 from auditexport_pipeline.stores.mysql_errors import translated as translated
-from auditexport_pipeline.stores.session import READ_TIMEOUT_S, Session
+from auditexport_pipeline.stores.session import LOCK_WAIT_S, READ_TIMEOUT_S, Session
 from auditexport_pipeline.stores.statements import load
 
 CONNECT_TIMEOUT_S = 10
@@ -182,12 +182,13 @@ logging.getLogger(f"sqlalchemy.pool.impl.QueuePool.{_POOL}").setLevel(logging.CR
 
 
 @lru_cache(maxsize=256)  # several of each of many outboxes
-def engine_for(url: str, pid: int) -> Engine:
-    """One pool per server and process: a forked child must not share its parent's connections."""
+def engine_for(url: str, pid: int, lock_wait_s: int = LOCK_WAIT_S) -> Engine:
+    """One pool per server, process and patience with locks: a forked child must not share its parent's connections."""
     parts = make_url(url)
     image = str(parts.query.get(ROW_IMAGE, "")).upper()
     timeouts = {name: int(str(parts.query.get(name, usual))) for name, usual in _TIMEOUTS.items()}
-    session = Session({ROW_IMAGE: f"'{image}'"} if image else {})
+    wanted = {"innodb_lock_wait_timeout": str(lock_wait_s)} | ({ROW_IMAGE: f"'{image}'"} if image else {})
+    session = Session(wanted)
     engine = create_engine(
         parts.difference_update_query([ROW_IMAGE, *_TIMEOUTS]),
         pool_size=20,

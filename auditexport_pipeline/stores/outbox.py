@@ -3,8 +3,8 @@
 What belongs here: transactions and fences. What does not: the statements (`outbox.sql`), the connection and
 its errors (`stores.mysql`), creating and checking tables (`stores.setup`), and any decision.
 
-Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S`, and holds no
-transaction while anything but MySQL is asked.
+Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S` (those that mark:
+`MARK_LOCK_WAIT_S`), and holds no transaction while anything but MySQL is asked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import (
@@ -60,6 +61,8 @@ from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.blockers import holders
 from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, stamp, stamp_unlocked, take_back
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
+from auditexport_pipeline.stores.mysql_errors import LOCK_WAIT_TIMEOUT, code_and_words
+from auditexport_pipeline.stores.session import MARK_LOCK_WAIT_S
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
@@ -91,11 +94,32 @@ class MySQLOutbox:
     def engine(self) -> Engine:
         return engine_for(self.url, os.getpid())
 
+    @property
+    def marking_engine(self) -> Engine:
+        return engine_for(self.url, os.getpid(), MARK_LOCK_WAIT_S)
+
+    def disconnect(self) -> None:
+        """Closes this process's idle connections; the next call opens others."""
+        self.engine.dispose()
+        self.marking_engine.dispose()
+
     @contextmanager
     def transaction(self, what: str) -> Iterator[Connection]:
         """A READ COMMITTED transaction: committed at the end, rolled back by any exception."""
         with translated(what), self.engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _marking(self, what: str) -> Iterator[Connection]:
+        """As `transaction`, of a connection that gives up early on a lock: the caller then goes another way."""
+        with suppress(_NotAsUsual), translated(what):
+            try:
+                with self.marking_engine.begin() as connection:
+                    yield connection
+            except OperationalError as error:
+                if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                    raise
+                raise _NotAsUsual from None
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
@@ -263,7 +287,7 @@ class MySQLOutbox:
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
         what = f"marking rows of batch {claim.batch_id}"
-        with suppress(_NotAsUsual), self.transaction(what) as connection:
+        with self._marking(what) as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
             return _stamp(connection, pks, exported_at_ms)
         with self.transaction(what) as connection:
@@ -271,17 +295,20 @@ class MySQLOutbox:
             return stamp_unlocked(connection, pks, exported_at_ms)
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
-        with suppress(_NotAsUsual):
-            return self._finish_mark(claim, pks, exported_at_ms, before, ids, _stamp)
-        return self._finish_mark(claim, pks, exported_at_ms, before, ids, stamp_unlocked)
+        what = f"marking the last rows of batch {claim.batch_id}"
+        with self._marking(what) as connection:
+            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, _stamp)
+        with self.transaction(what) as connection:
+            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, stamp_unlocked)
 
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
         with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
             take_back(connection, pks, exported_at_ms)
 
+    @staticmethod
     def _finish_mark(
-        self,
+        connection: Connection,
         claim: Claim,
         pks: PkSet,
         exported_at_ms: int,
@@ -289,29 +316,24 @@ class MySQLOutbox:
         ids: int,
         how: Callable[[Connection, PkSet, int], Marked],
     ) -> Batch:
-        with self.transaction(f"marking the last rows of batch {claim.batch_id}") as connection:
-            _fence(connection, claim, State.WRITTEN)
-            last = how(connection, pks, exported_at_ms)
-            if last.locked:
-                raise RowsLocked(
-                    f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again"
-                )
-            total = before + last
-            if total.ids != ids:
-                raise RowsSwapped(
-                    f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again"
-                )
-            counts = _own(connection, claim).counts
-            counts = Counts(
-                dead=counts.dead,
-                folded=counts.folded,
-                released=counts.released,
-                vanished=counts.vanished + total.vanished,
-                elsewhere=counts.elsewhere + total.elsewhere,
-                unmarked=total.vanished + total.elsewhere,
-            )
-            connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
-            return _own(connection, claim)
+        _fence(connection, claim, State.WRITTEN)
+        last = how(connection, pks, exported_at_ms)
+        if last.locked:
+            raise RowsLocked(f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again")
+        total = before + last
+        if total.ids != ids:
+            raise RowsSwapped(f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again")
+        counts = _own(connection, claim).counts
+        counts = Counts(
+            dead=counts.dead,
+            folded=counts.folded,
+            released=counts.released,
+            vanished=counts.vanished + total.vanished,
+            elsewhere=counts.elsewhere + total.elsewhere,
+            unmarked=total.vanished + total.elsewhere,
+        )
+        connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
+        return _own(connection, claim)
 
     def leave_written(self, claim: Claim, why: str) -> Batch:
         with self.transaction(f"leaving batch {claim.batch_id} unmarked") as connection:

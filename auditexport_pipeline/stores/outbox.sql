@@ -245,9 +245,6 @@ WHERE pk IN :pks AND deleted_at IS NULL
 SELECT check_clause FROM information_schema.check_constraints
 WHERE constraint_schema = DATABASE() AND table_name = 'clickhouse_outbox'
 
--- name: wait_for_locks
-SET SESSION innodb_lock_wait_timeout = :lock_wait_s
-
 -- name: update_triggers
 -- The catalogue, of which a user sees the triggers of tables on which TRIGGER is granted; no lock.
 SELECT trigger_name AS name, action_timing AS timing, action_statement AS statement FROM information_schema.triggers

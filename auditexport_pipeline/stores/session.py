@@ -27,6 +27,8 @@ from typing import Any
 
 # We are never worth waiting for: a lock that the application holds longer is tried again by the next attempt.
 LOCK_WAIT_S = 5
+# The same, while this chunk's other rows are locked by us and the application may want one.
+MARK_LOCK_WAIT_S = 1
 # A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
 READ_TIMEOUT_S = 120
 _NO_LIMIT = str(2**64 - 1)

@@ -53,7 +53,7 @@ def as_exporter(stack: Stack) -> Iterator[Stack]:
     try:
         yield replace(stack, mysql_url=url, outbox=least)
     finally:
-        least.engine.dispose()
+        least.disconnect()
         stack.sql(f"DROP USER {user}")
 
 

@@ -52,30 +52,31 @@ def put_every_second(stack: Stack, rows: int) -> PkSet:
     with stack.outbox.engine.connect() as connection:
         list(connection.exec_driver_sql("ANALYZE TABLE clickhouse_outbox"))
         less_room = LESS_ROOM[bool(getattr(connection.dialect, "is_mariadb", False))]
-    stack.outbox.engine.dispose()
+    stack.outbox.disconnect()
 
     def begin(connection: object, _record: object) -> None:
         with connection.cursor() as cursor:  # type: ignore[attr-defined]
             cursor.execute(less_room)
 
-    sa.event.listen(stack.outbox.engine, "connect", begin)
+    for engine in (stack.outbox.engine, stack.outbox.marking_engine):
+        sa.event.listen(engine, "connect", begin)
     return PkSet.of(range(first, first + 2 * rows, 2))
 
 
 @contextmanager
-def statements_on_the_outbox(stack: Stack) -> Iterator[list[tuple[str, object]]]:
-    """Every statement with a list of pks that is sent meanwhile, as the driver gets it."""
+def statements_on_the_outbox(form: str = r"IN \(") -> Iterator[list[tuple[str, object]]]:
+    """Every statement that names pks in this form and is sent meanwhile, as the driver gets it."""
     sent: list[tuple[str, object]] = []
 
     def note(_connection: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
-        if re.search(r"\bclickhouse_outbox\b.*\bpk IN \(", statement, re.DOTALL):
+        if re.search(rf"\bclickhouse_outbox\b.*\bpk {form}", statement, re.DOTALL):
             sent.append((statement, parameters))
 
-    sa.event.listen(stack.outbox.engine, "before_cursor_execute", note)
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
     try:
         yield sent
     finally:
-        sa.event.remove(stack.outbox.engine, "before_cursor_execute", note)
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
 def not_by_primary_key(stack: Stack, sent: list[tuple[str, object]]) -> set[tuple[str, str, str]]:
@@ -97,7 +98,7 @@ def not_by_primary_key(stack: Stack, sent: list[tuple[str, object]]) -> set[tupl
 def test_marks_of_scattered_pks_never_read_the_whole_outbox(stack: Stack) -> None:
     """At mark_rows of 36,000 each UPDATE read the whole outbox, locked on the way what it read, and so did the sweep."""
     pks = put_every_second(stack, ROWS)
-    with statements_on_the_outbox(stack) as sent:
+    with statements_on_the_outbox() as sent:
         drain(stack.outbox, stack.log, Limits(mark_rows=ROWS, mark_connections=1), owner="run_1")
         action_id = stack.upkeep.record_action("requeue", By(who="ada", why="a test"), {})
         stack.upkeep.by_workspace(pks)

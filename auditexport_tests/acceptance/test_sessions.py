@@ -68,12 +68,12 @@ def globally(stack: Stack, values: dict[str, str]) -> Iterator[None]:
         try:
             for variable, value in values.items():
                 admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
-            stack.outbox.engine.dispose()
+            stack.outbox.disconnect()
             yield
         finally:
             for variable, value in before.items():
                 admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
-            stack.outbox.engine.dispose()
+            stack.outbox.disconnect()
     admin.engine.dispose()
 
 
@@ -149,7 +149,7 @@ def test_a_clock_that_init_connect_stops_goes_on_for_us(stack: Stack) -> None:
             plain = MySQLOutbox(f"mysql+pymysql://{name}:x@{stack.mysql_url.split('@', 1)[1]}")
             with plain.transaction("asking") as connection:
                 stopped = connection.exec_driver_sql("SELECT UNIX_TIMESTAMP(NOW()) <= 1000").scalar_one()
-            plain.engine.dispose()
+            plain.disconnect()
         finally:
             stack.sql(f"DROP USER '{name}'@'127.0.0.1'")
     assert stopped == 0

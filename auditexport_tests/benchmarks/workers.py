@@ -147,7 +147,7 @@ def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
         claims.put(None)
     for worker in workers:
         worker.join()
-    outbox.engine.dispose()
+    outbox.disconnect()
     return seconds
 
 
@@ -168,7 +168,7 @@ def ahead(urls: tuple[str, str], limits: Limits) -> float:
         pipeline.close()
     _verify(outbox, log, len(planned))
     seconds = time.monotonic() - started
-    outbox.engine.dispose()
+    outbox.disconnect()
     return seconds
 
 

@@ -117,7 +117,7 @@ class Rig:
             )
         finally:
             self.restore()
-            outbox.engine.dispose()
+            outbox.disconnect()
             with admin.connect() as connection:
                 connection.exec_driver_sql(f"DROP DATABASE {name}")
             admin_log.client().command(f"DROP DATABASE {name}")

@@ -112,7 +112,7 @@ def databases(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
     try:
         yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
     finally:
-        outbox.engine.dispose()
+        outbox.disconnect()
         log.client().close_connections()
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name}")

@@ -96,7 +96,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
                 stack=Stack(mysql_url=outbox.url, clickhouse_url=audit_log.url, outbox=outbox, log=audit_log),
             )
         finally:
-            outbox.engine.dispose()
+            outbox.disconnect()
             audit_log.client().close_connections()
     finally:
         left = _stop(server)
