@@ -23,6 +23,7 @@ Mode = Literal[
 ]
 NOT_SENT_ON = {"authorization", "host", "content-length", "transfer-encoding", "connection"}
 DATA_BEGINS = b"FORMAT JSONEachRow\n"
+NOT_LOGGED = b"log_queries = 0"
 
 
 class Gate:
@@ -70,7 +71,7 @@ class Gate:
             body[:20].decode(errors="replace"),
             request.path.encode(),
             repr(headers).encode(),
-            _what_a_server_logs(request.path, body),
+            _what_a_server_logs(body),
         )
         given = request.headers.get("Authorization", "")
         if given != "Basic " + base64.b64encode(f"default:{self.password}".encode()).decode():
@@ -85,7 +86,7 @@ class Gate:
         if inserting and self.mode in ("cut", "hold"):
             request.close_connection = True
             return
-        if self.mode == "echo" and (inserting or b"log_queries" in body):
+        if self.mode == "echo" and (inserting or NOT_LOGGED in body):
             quoted = f"{given} {request.path} {body.decode(errors='replace')}"
             _answer(request, 500, {"X-ClickHouse-Exception-Code": "1002"}, _error(1002, quoted))
             return
@@ -98,11 +99,11 @@ class Gate:
         _answer(request, answer.status, kept, data)
 
 
-def _what_a_server_logs(path: str, body: bytes) -> bytes:
-    """The part of a body that is statement: a server's query log keeps that, unless it is told not to."""
+def _what_a_server_logs(body: bytes) -> bytes:
+    """The part of a body that is statement: a server's query log keeps that, unless it is told not to (`test_query_log`)."""
     if DATA_BEGINS in body:
         return body.partition(DATA_BEGINS)[0]
-    return b"" if "log_queries=0" in path else body
+    return b"" if NOT_LOGGED in body else body
 
 
 def _body_of(request: BaseHTTPRequestHandler) -> bytes:

@@ -57,10 +57,8 @@ ALLOWED = {
     ("stores/status.py", "statement"): "from status.sql, when the module is imported",
     ("stores/ledger.py", "statement"): "from ledger.sql, when the module is imported",
     ("stores/totals.py", "statement"): "from totals.sql, when the module is imported",
-    ("stores/marking.py", "f'SET STATEMENT check_constraint_checks = 0 FOR {SQL[name].text}'"): (
-        "from outbox.sql, when the module is imported"
-    ),
-    ("stores/marking.py", "statements[part]"): "SQL, or the same statements in MariaDB's SET STATEMENT",
+    ("stores/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
+    ("stores/marking.py", "statement"): "what `over` made of outbox.sql",
     ("stores/upkeep.py", "statement"): "from upkeep.sql, when the module is imported",
     ("stores/report.py", "statement"): "from report.sql, when the module is imported",
     ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
