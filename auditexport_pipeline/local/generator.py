@@ -260,7 +260,7 @@ class Generator:
 
     Workspaces are skewed as tenants are (the n-th has 1/n of the first one's events) and depend on `seed`
     alone; `stream` gives several writers of one seed different events about the same workspaces.
-    Times begin at `start_ms` and advance by `step_ms` on average. `payload_bytes` None leaves payloads as
+    Times begin at `start_ms`, advance by `step_ms` on average and stay at `end_ms`. `payload_bytes` None leaves payloads as
     they are, 600 bytes on average; a number cuts or pads them to that size, down to about 230 bytes.
     """
 
@@ -272,9 +272,11 @@ class Generator:
         stream: int = 0,
         start_ms: int = START_MS,
         step_ms: float = 20.0,
+        end_ms: int | None = None,
         payload_bytes: int | None = None,
     ) -> None:
         self._seed = seed
+        self._end_ms = end_ms
         self._random = Random(f"{seed}:stream:{stream}")
         self._step_ms = step_ms
         self._payload_bytes = payload_bytes
@@ -319,7 +321,7 @@ class Generator:
         draw = self._random.random
         if at_ms is None:
             self._at_ms += draw() * 2 * self._step_ms
-            at_ms = int(self._at_ms)
+            at_ms = int(self._at_ms) if self._end_ms is None else min(int(self._at_ms), self._end_ms)
         # One request of an application often writes several events.
         if self._request is None or draw() < 0.7:
             self._request = self._new_request()
@@ -508,6 +510,7 @@ def seed_outbox(
             stream=index,
             start_ms=end_ms - span_ms,
             step_ms=span_ms / max(1, mine + broken + strange),
+            end_ms=end_ms,
             payload_bytes=payload_bytes,
         )
         todo.append(_Writer(generator, Random(f"{seed}:writer:{index}"), mine, broken, strange, offset, tally))

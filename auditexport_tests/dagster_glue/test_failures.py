@@ -253,10 +253,10 @@ def test_a_lost_lease_is_not_retried(exporter: Exporter, stack: Stack, monkeypat
     """The batch has a new owner: whatever this run tries again would only be refused again."""
     real = export.fetch
 
-    def fetch_after_a_take_over(outbox: Any, claim: Claim, limits: Limits) -> object:
+    def fetch_after_a_take_over(outbox: Any, log: Any, claim: Claim, limits: Limits) -> object:
         owners = outbox.open_owners()
         claiming.claim(outbox, owner="another run", dead_owners=owners, limits=limits)
-        return real(outbox, claim, limits)
+        return real(outbox, log, claim, limits)
 
     monkeypatch.setattr(export, "fetch", fetch_after_a_take_over)
     stack.put(*events(2))

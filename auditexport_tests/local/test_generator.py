@@ -206,8 +206,9 @@ def test_seeding_writes_what_it_says(outbox: sa.Engine) -> None:
 
 def test_seeding_keeps_every_character(outbox: sa.Engine) -> None:
     """The writers quote payloads themselves, for speed: a backslash too few would be our own corruption."""
-    seed_outbox(url(outbox), seed=7, events=2_000, writers=1, end_ms=1_800_000_000_000)
-    other = Generator(7, start_ms=1_800_000_000_000 - 3_600_000, step_ms=3_600_000 / 2_000)
+    end_ms = 1_800_000_000_000
+    seed_outbox(url(outbox), seed=7, events=2_000, writers=1, end_ms=end_ms)
+    other = Generator(7, start_ms=end_ms - 3_600_000, step_ms=3_600_000 / 2_000, end_ms=end_ms)
     written = {row.event_id: json.loads(row.payload) for row in other.events(20_000)}
     rows = stored(outbox)
     assert len(rows) == 2_000
