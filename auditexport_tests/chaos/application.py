@@ -23,7 +23,7 @@ from auditexport_tests.chaos.rig import REFUSED_DESCRIPTION, Databases
 Kind = Literal["event", "malformed", "refused", "unknown"]
 Key = tuple[str, str, int, str]
 START_MS = 1_700_000_000_000
-FAT_WORDS = 25_000
+FAT_WORDS = 250_000
 # No batch gives its rows this stamp.
 FOREIGN_MARK = 5
 

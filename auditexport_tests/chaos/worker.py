@@ -16,12 +16,12 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
@@ -30,7 +30,7 @@ import pymysql
 import sqlalchemy as sa
 import sqlalchemy.dialects.mysql.pymysql
 
-from auditexport_pipeline.core import claiming, export, reconcile, requeue, sweep, verify
+from auditexport_pipeline.core import claiming, export, limits, reconcile, requeue, sweep, verify
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.dead_letters import Which
@@ -39,9 +39,10 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
 from auditexport_pipeline.defs.ahead import Ahead
-from auditexport_pipeline.stores import audit_log, dead_letters, mysql
+from auditexport_pipeline.stores import audit_log, clickhouse_connection, dead_letters, mysql
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.session import MARK_LOCK_WAIT_S
 from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 T = TypeVar("T")
@@ -166,39 +167,46 @@ def _main(run: Run, pipe: Connection) -> None:
 
 def shorten_time_outs() -> None:
     """Seconds where production waits minutes, and blocks of a few rows."""
-    audit_log.ANSWER_GRACE_S = 1
-    audit_log.CONNECT_TIMEOUT_S = 2
+    shorter: tuple[tuple[tuple[ModuleType, ...], str, float], ...] = (
+        ((audit_log, clickhouse_connection), "ANSWER_GRACE_S", 1),
+        ((audit_log, clickhouse_connection), "CONNECT_TIMEOUT_S", 2),
+        ((export, limits), "START_WITHIN_S", LEASE_S),
+        ((claiming, export), "SMALLEST_BLOCK_ROWS", 5),
+        ((claiming,), "FIRST_BATCH_ROWS", 10),
+        ((requeue,), "CHUNK_ROWS", 7),
+        ((sweep,), "BATCHES_AT_ONCE", 2),
+        ((reconcile,), "BATCHES_AT_ONCE", 3),
+    )
+    for modules, name, value in shorter:
+        for module in modules:
+            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+            setattr(module, name, value)
     ClickHouseAuditLog.client.__defaults__ = (3,)
-    mysql.LOCK_WAIT_S = 1
-    mysql.CONNECT_TIMEOUT_S = 2
-    mysql.READ_TIMEOUT_S = 3
-    claiming.SMALLEST_BLOCK_ROWS = 5
-    claiming.FIRST_BATCH_ROWS = 10
-    requeue.CHUNK_ROWS = 7
-    sweep.BATCHES_AT_ONCE = 2
-    reconcile.BATCHES_AT_ONCE = 3
 
 
 def limits_of(settings: dict[str, int]) -> Limits:
-    limits = Limits(**{"lease_s": 10, "insert_timeout_s": INSERT_TIMEOUT_S, **settings})  # type: ignore[arg-type]
-    object.__setattr__(limits, "lease_s", LEASE_S)
-    return limits
+    chosen = Limits(**{"lease_s": 10, "insert_timeout_s": INSERT_TIMEOUT_S, **settings})  # type: ignore[arg-type]
+    object.__setattr__(chosen, "lease_s", LEASE_S)
+    return chosen
 
 
 class OffsetOutbox(MySQLOutbox):
-    """A store whose connections see the server's clock stepped by what the file says."""
+    """A store that waits for nothing for long, and whose connections see the server's clock stepped by what the file says."""
 
     def __init__(self, url: str, clock: Path) -> None:
-        super().__init__(url)
+        timeouts = {"connect_timeout": "2", "read_timeout": "3", "write_timeout": "3"}
+        super().__init__(sa.make_url(url).update_query_dict(timeouts).render_as_string(hide_password=False))
         self.clock = clock
+        sa.event.listen(self.engine, "begin", self._step)
 
-    @contextmanager
-    def transaction(self, what: str) -> Iterator[sa.Connection]:
-        with super().transaction(what) as connection:
-            offset_s = float(self.clock.read_text() or 0)
-            if offset_s:
-                connection.exec_driver_sql(f"SET SESSION timestamp = {time.time() + offset_s:.3f}")
-            yield connection
+    @property
+    def engine(self) -> sa.Engine:
+        return mysql.engine_for(self.url, os.getpid(), MARK_LOCK_WAIT_S)
+
+    def _step(self, connection: sa.Connection) -> None:
+        offset_s = float(self.clock.read_text() or 0)
+        if offset_s:
+            connection.exec_driver_sql(f"SET SESSION timestamp = {time.time() + offset_s:.3f}")
 
 
 class _Blind(ClickHouseAuditLog):
