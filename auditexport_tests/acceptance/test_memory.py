@@ -18,15 +18,18 @@ MB = 1024**2
 SMALL_ROWS = 6_500
 BURST_ROWS, BURST_ROW_BYTES = 80, 2 * MB
 BATCH_BYTES = 8 * MB
-# The interpreter with its libraries takes 110 MB, and each stage holds a batch with its copies.
-MOST_MB = 215
+# The interpreter with its libraries takes 100 MB, and each stage holds a batch with its copies.
+MOST_MB = 180
+# Not getrusage's maximum: that begins with what the parent had before exec.
 _PROGRAM = """
-import resource, sys
+import sys
+from pathlib import Path
 from auditexport_pipeline.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print("peak", int(peak.split()[1]) // 1024, file=sys.stderr)
 """
 
 
