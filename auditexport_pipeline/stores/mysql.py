@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
-from sqlalchemy import URL, Engine, TextClause, bindparam, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, TextClause, bindparam, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -26,6 +26,7 @@ from auditexport_pipeline.stores.session import LOCK_WAIT_S, READ_TIMEOUT_S, Ses
 from auditexport_pipeline.stores.statements import load
 
 CONNECT_TIMEOUT_S = 10
+SERVER_STATUS_IN_TRANS = 1
 LONGEST_TIMEOUT_S = 3600
 
 _LISTS = {
@@ -202,7 +203,16 @@ def engine_for(url: str, pid: int, lock_wait_s: int = LOCK_WAIT_S) -> Engine:
         connect_args={"charset": CHARSET, "collation": COLLATION, "autocommit": None, **timeouts, **default_tls(url)},
     )
     event.listen(engine, "do_connect", lambda _dialect, _record, _args, options: _connected(session, options))
+    event.listen(engine, "begin", _begin)
     return engine
+
+
+def _begin(connection: Connection) -> None:
+    """Begins the transaction by a statement, where the pool's ping has not: `autocommit = OFF` alone begins none that a
+    proxy sees, and its first SELECT would be answered by a replica.
+    """
+    if not connection.connection.dbapi_connection.server_status & SERVER_STATUS_IN_TRANS:  # type: ignore[union-attr]
+        connection.exec_driver_sql("BEGIN")
 
 
 def _connected(session: Session, options: dict[str, Any]) -> Any:

@@ -5,6 +5,14 @@
 SELECT VERSION() AS version, CURRENT_USER() AS granted_to, DATABASE() AS database_name,
        CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
 
+-- name: mysql_identity
+-- Which server answers; a proxy may ask another one for each statement.
+SELECT CONCAT_WS(' ', @@hostname, @@port, @@server_id) AS name
+
+-- name: mysql_identity_locked
+-- As mysql_identity, of the server that takes locks, and so writes.
+SELECT CONCAT_WS(' ', @@hostname, @@port, @@server_id) AS name FROM DUAL FOR UPDATE
+
 -- name: mysql_now
 SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
 

@@ -39,6 +39,7 @@ def look_at_mysql(connection: Connection, url: str, role: Role) -> Iterator[Look
     yield _version(server.version)
     yield _transport(connection, url)
     yield _settings(variables, role)
+    yield _one_server(connection)
     grants = MySQLGrants(
         (row[0] for row in connection.exec_driver_sql(_SQL["mysql_grants"])),
         wildcards=variables.get("partial_revokes", "OFF") != "ON",
@@ -158,6 +159,29 @@ def _settings(variables: Mapping[str, str], role: Role) -> Look:
         )
     seen = f"{isolation}, binary log {format_ if logged else 'off'}{', read-only' if closed else ''}"
     return Look(about="MySQL settings", seen=seen, findings=tuple(findings))
+
+
+def _one_server(connection: Connection) -> Look:
+    """Whether one server answers all statements of a transaction; outside of one, a proxy may ask whom it likes."""
+
+    def answering(statement: str) -> str:
+        return str(connection.exec_driver_sql(_SQL[statement]).scalar_one())
+
+    about, inside, writer = "MySQL reads", answering("mysql_identity"), answering("mysql_identity_locked")
+    if inside != writer:
+        finding = Finding(
+            what=f"within a transaction, {inside} answers reads and {writer} takes locks: a proxy splits them",
+            breaks="decisions rest on what a replica has not heard of yet",
+            fix="let the proxy keep a transaction on one server (in ProxySQL: transaction_persistent = 1 for this user), or let "
+            "AUDITEXPORT_MYSQL_URL name the primary itself",
+        )
+        return Look(about=about, seen=f"{inside}, not {writer}", findings=(finding,))
+    connection.exec_driver_sql("COMMIT")
+    outside = answering("mysql_identity")
+    connection.exec_driver_sql("COMMIT")
+    connection.exec_driver_sql("BEGIN")
+    others = "" if outside == inside else f"; outside of a transaction {outside} answers, where we ask for nothing"
+    return Look(about=about, seen=f"all of a transaction from {inside}{others}")
 
 
 def _unstated(name: str, found: str, stated: Stated) -> Finding:

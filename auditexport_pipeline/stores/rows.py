@@ -53,6 +53,16 @@ class RowsConnection(_Connection):  # type: ignore[misc]
         # without verifying: 20 ms of CPU every time, and a run opens ten connections.
         return _offered_tls() if sslp == {} else super()._create_ssl_ctx(sslp)
 
+    def ping(self, reconnect: bool = False) -> None:
+        """The pool's question before each use, asked by the statement that begins a transaction: no round trip more, and a
+        proxy that splits reads from writes sends all that follows to the writer. Every error means another connection.
+        """
+        try:
+            self.begin()
+        except err.MySQLError as error:
+            self._force_close()
+            raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "the connection is no longer of use") from error
+
     def connect(self, sock: Any = None) -> None:
         # A server that accepts and then says nothing (another service, a stopped host) is no longer waited for than one
         # that does not accept.
