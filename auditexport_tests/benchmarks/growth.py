@@ -116,6 +116,8 @@ def _drain(
 
 def round_trips(stack: LocalStack, rows: int, batches: int = 3, *, hands_over: bool = True) -> pd.DataFrame:
     """Of each verb, for a batch of so many rows: one row a verb, one column a server. `hands_over` as `_drain` has it."""
+    _emptied(stack, rows)
+    _drain(stack, rows, 1)  # opens the connections
     _emptied(stack, rows * batches)
     with counted() as under:
         found: dict[str, Counter[str]] = {}
