@@ -49,7 +49,7 @@ def answers(stack: Stack, statement: str) -> list[Any]:
     "statement",
     [
         "SELECT 1 WHERE FALSE",
-        "SELECT NULL, '', 0, -1, 18446744073709551615, 1.5, NOW(), CAST('a' AS BINARY), 'ä€😀'",
+        "SELECT NULL, '', 0, -1, 18446744073709551615, 1.5, TIMESTAMP'2026-01-02 03:04:05', CAST('a' AS BINARY), 'ä€😀'",
         *(f"SELECT 1, REPEAT('x', {length}), NULL, 'end'" for length in (249, 250, 251, 255, 65_535, 65_536, 300_000)),
         f"SELECT CAST(REPEAT('x', {17 * MEGABYTE}) AS BINARY), 'end' UNION ALL SELECT 'short', NULL",
         # A row of exactly one full packet is followed by an empty one; three bytes beside the value are its length.
