@@ -183,12 +183,12 @@ class Writer(threading.Thread):
                 (lambda: event.pop("time"), lambda: event.update(time="soon"), lambda: event.update(bucket=7))
             )()
             return _row("malformed", event)
-        if chance < 0.12:
+        if chance < 0.1:
             return _row("refused", {**event, "description": REFUSED_DESCRIPTION})
-        if chance < 0.14:
+        if chance < 0.12:
             return _row("unknown", event)
         row = _event_row(event)
-        if chance < 0.16 and self._repeated_keys:
+        if chance < 0.14 and self._repeated_keys:
             # The last of two keys counts; ClickHouse takes the payload only in normal form.
             row.payload = row.payload[:-1] + ', "meta": {"k": 1, "k": 2}}'
             row.columns = (*row.columns[:-1], '{"k": 2}')

@@ -30,6 +30,8 @@ STEPS = (20, 60)
 SMALL_WINDOW = 2
 # Quiet drains after the dust has settled; one is usually enough, a batch that is stopped or split needs those after its INSERTs.
 LAST_DRAINS = 20
+# Without faults every drain and reconciliation ends; a row that the table refuses takes a dozen INSERTs to find.
+QUIET_WITHIN_S = 180
 # Themed histories go round their faults until each has hit.
 THEME_WITHIN_S = 60.0
 # Hits that are told by their victims, and the action that brings them about.
@@ -284,9 +286,9 @@ class World:
                 worker.wake()
                 self.hit("zombie")
         for worker in self.workers:
-            if not worker.wait(60):
+            if not worker.wait(QUIET_WITHIN_S):
                 worker.kill()
-                return [f"{worker.run.owner} did not end within 60 s of quiet"]
+                return [f"{worker.run.owner} did not end within {QUIET_WITHIN_S} s of quiet"]
         for thread in self.intruders:
             thread.join(30)
         deadline = time.monotonic() + 30
@@ -298,8 +300,8 @@ class World:
     def _drain_in_peace(self) -> list[str]:
         for _ in range(LAST_DRAINS):
             worker = self.start_run(quiet=True)
-            if worker is None or not worker.wait(60):
-                return ["a quiet drain did not end within 60 s"]
+            if worker is None or not worker.wait(QUIET_WITHIN_S):
+                return [f"a quiet drain did not end within {QUIET_WITHIN_S} s"]
             told = worker.told() or Told()
             if told.claimed and not told.errors:
                 continue
@@ -314,8 +316,8 @@ class World:
             absent = never_exported(self.databases, self.book)
             self.book.ask_again(1, lambda pk, row: pk in absent)  # noqa: B023 - called here and now
             worker = self.start_upkeep("reconcile", repair=True)
-            if not worker.wait(60) or (report := (worker.told() or Told()).report) is None:
-                return ["a quiet reconciliation did not end within 60 s"]
+            if not worker.wait(QUIET_WITHIN_S) or (report := (worker.told() or Told()).report) is None:
+                return [f"a quiet reconciliation did not end within {QUIET_WITHIN_S} s"]
             found = set(report.missing_pks)
             if found != absent or (repaired and absent):
                 return [f"reconcile finds rows {sorted(found)} missing, the book {sorted(absent)}, repaired {repaired}"]
