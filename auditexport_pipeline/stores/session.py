@@ -129,7 +129,7 @@ STATED: dict[str, Stated] = {
 
 # Before anything is read: with these inherited, even the question below ends early. Each family reads its own comment.
 _FIRST = (
-    f"SET SESSION sql_select_limit = {_NO_LIMIT}, sql_safe_updates = OFF "
+    f"SET SESSION sql_select_limit = {_NO_LIMIT}, sql_safe_updates = OFF, max_join_size = {_NO_LIMIT}, sql_big_selects = ON "
     "/*M! , max_statement_time = 0 */ /*!80000 , max_execution_time = 0 */"
 )
 _ASK = "SHOW SESSION VARIABLES"

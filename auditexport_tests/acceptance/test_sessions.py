@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.stores.mysql import engine_for
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.prompts import urls
@@ -69,6 +70,7 @@ def globally(stack: Stack, values: dict[str, str]) -> Iterator[None]:
             for variable, value in values.items():
                 admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
             stack.outbox.disconnect()
+            engine_for.cache_clear()  # a process that has not met this server yet
             yield
         finally:
             for variable, value in before.items():
