@@ -72,8 +72,8 @@ class Stack:
         return MySQLUpkeep(self.outbox)
 
     def sql(self, statement: str, **values: object) -> list[sa.Row[tuple[object, ...]]]:
-        """Runs a statement in MySQL as the application would, in a transaction of its own."""
-        with self.outbox.engine.begin() as connection:
+        """Runs a statement in MySQL as the application would, without a transaction around it."""
+        with self.outbox.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             result = connection.execute(sa.text(statement), values)
             return list(result) if result.returns_rows else []
 

@@ -26,7 +26,8 @@ from auditexport_pipeline.stores.session import LOCK_WAIT_S, READ_TIMEOUT_S, Ses
 from auditexport_pipeline.stores.statements import load
 
 CONNECT_TIMEOUT_S = 10
-SERVER_STATUS_IN_TRANS = 1
+# The server's flags: a transaction is open; every statement is its own.
+IN_TRANSACTION, AUTOCOMMIT = 1, 2
 LONGEST_TIMEOUT_S = 3600
 
 _LISTS = {
@@ -211,7 +212,7 @@ def _begin(connection: Connection) -> None:
     """Begins the transaction by a statement, where the pool's ping has not: `autocommit = OFF` alone begins none that a
     proxy sees, and its first SELECT would be answered by a replica.
     """
-    if not connection.connection.dbapi_connection.server_status & SERVER_STATUS_IN_TRANS:  # type: ignore[union-attr]
+    if not connection.connection.dbapi_connection.server_status & (IN_TRANSACTION | AUTOCOMMIT):  # type: ignore[union-attr]
         connection.exec_driver_sql("BEGIN")
 
 
