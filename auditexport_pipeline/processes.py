@@ -30,16 +30,17 @@ def this_process() -> str:
 
 def dead(names: Iterable[str]) -> set[str]:
     """Those of these names that were processes of this machine, in this boot, and are no more."""
-    boot = _boot()
-    gone = set()
-    for name in names:
-        host, _, rest = name.rpartition(":")
-        host, _, pid = host.rpartition(":")
-        its_boot, _, start = rest.partition("-")
-        here = host == _host() and pid.isdecimal() and boot and its_boot == boot
-        if here and start != _start(int(pid)) and not _hidden(int(pid)):
-            gone.add(name)
-    return gone
+    return {name for name in names if lives(name) is False}
+
+
+def lives(name: str) -> bool | None:
+    """Whether the process of this name lives; None for one of another machine, of another boot, or of no such name."""
+    host, _, rest = name.rpartition(":")
+    host, _, pid = host.rpartition(":")
+    boot, _, start = rest.partition("-")
+    if host != _host() or not pid.isdecimal() or not boot or boot != _boot():
+        return None
+    return start == _start(int(pid)) or _hidden(int(pid))
 
 
 def _host() -> str:

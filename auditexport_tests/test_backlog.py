@@ -46,9 +46,14 @@ def test_rows_lag_or_what_was_left_open_start_a_run(backlog: Backlog, launch: bo
 
 def test_one_drain_at_a_time() -> None:
     """Whoever is at work finishes first, however large the backlog is."""
-    decision = decide(replace(IDLE, rows=10**6), THRESHOLDS, at_work="run 1234", failures=NO_FAILURES)
+    decision = decide(
+        replace(IDLE, rows=10**6),
+        THRESHOLDS,
+        at_work="run 1234 is at work, waiting until it ends",
+        failures=NO_FAILURES,
+    )
     assert not decision.launch
-    assert decision.reason.startswith("run 1234 is at work: 1,000,000 pending rows")
+    assert decision.reason.startswith("run 1234 is at work, waiting until it ends: 1,000,000 pending rows")
 
 
 def test_an_outage_is_not_a_flood_of_runs() -> None:

@@ -16,6 +16,15 @@ LONGEST_WAIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """How long an owner of open batches, but for stopped ones, is believed to live if it does not renew its lease."""
+
+    owner: str
+    process: str  # empty where several processes do the steps
+    left_s: float  # 0 or less: it has ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
     """How far behind we are. `rows` are pending rows of known versions, those that a dead letter holds not among them."""
 
@@ -28,6 +37,7 @@ class Backlog:
     open_batches: int
     waiting_batches: int  # stopped ones whose lease has not ended: nobody may take them up yet
     leasing_owners: tuple[str, ...]  # owners of open batches whose lease has not ended
+    leases: tuple[Lease, ...] = ()  # theirs, and those that have ended
     held_rows: int = 0  # rows that the ClickHouse table refuses: they go out once its definition changes
     unknown_by_version: Mapping[str, int] = field(default_factory=dict)
     # Of the oldest pending rows, those whose created_at cannot be epoch milliseconds, and the first of them.
@@ -82,8 +92,8 @@ class Decision:
 def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None, failures: Failures) -> Decision:
     """One drain at a time; then rows, lag, or batches that a dead run left behind start the next.
 
-    `at_work` names the live run or process that drains already, or is None. After failed runs the next one
-    waits a while.
+    `at_work` says which run or process drains already, and until when it is waited for; None when none does. After failed
+    runs the next one waits a while.
     """
     numbers = (
         f"{backlog.shown_rows} pending rows (a run starts at {thresholds.rows:,}), "
@@ -98,7 +108,7 @@ def decide(backlog: Backlog, thresholds: Thresholds, *, at_work: str | None, fai
     if backlog.odd_created_rows:
         numbers += f", {backlog.odd_created_rows:,} with a created_at that is no epoch milliseconds"
     if at_work is not None:
-        return Decision(launch=False, reason=f"{at_work} is at work: {numbers}")
+        return Decision(launch=False, reason=f"{at_work}: {numbers}")
     if failures.wait_s > 0:
         return Decision(
             launch=False,

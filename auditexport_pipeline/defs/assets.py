@@ -41,7 +41,7 @@ from auditexport_pipeline.core.outcome import Outcome, outcome_of
 from auditexport_pipeline.core.ports import Discrepancy, Moment
 from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
-from auditexport_pipeline.defs.drains import drain_in
+from auditexport_pipeline.defs.drains import drain_in, say_alive
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
@@ -118,6 +118,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         limits = limits_of(context)
         with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
             _refuse_if_ended(context)
+        say_alive(context.instance, context.run_id, process_of(context))
         if context.retry_number == 0:
             to.heartbeat.start()
         with told_to_dagster(context, to.heartbeat):
@@ -316,6 +317,7 @@ def _stay(
         nonlocal pinged, looked
         if time.monotonic() - pinged >= HEARTBEAT_EVERY_S:
             to.heartbeat.success()
+            say_alive(context.instance, context.run_id, process_of(context))
             pinged = time.monotonic()
         if time.monotonic() - looked >= LOOK_FOR_OTHERS_EVERY_S:
             looked = time.monotonic()

@@ -7,17 +7,18 @@ does not: the decision itself, or the counting. Each function makes a definition
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 import msgspec
 
-from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, Failures, Thresholds, decide
+from auditexport_pipeline import processes
+from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Failures, Lease, Thresholds, decide
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.checks import LIGHT
-from auditexport_pipeline.defs.drains import drain_in, failed_in_a_row
+from auditexport_pipeline.defs.drains import end_dead, failed_in_a_row, lease_end
 from auditexport_pipeline.defs.executors import limits_here
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
@@ -34,14 +35,6 @@ OBSERVE_EVERY_S = 600
 OBSERVE_CHANGES_EVERY_S = 120
 # What waits for a person is told at once.
 _TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
-
-_UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 def export_job(names: Names) -> Any:
@@ -85,7 +78,8 @@ def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> 
         cron_schedule="*/15 * * * *",
         description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
     )
-    def audit_log_export_schedule() -> dg.RunRequest:
+    def audit_log_export_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        end_dead(context.instance, names)  # or the run would wait in the queue behind one that never ends
         with in_one_line():
             return dg.RunRequest(run_config=drain_settings(names, drain))
 
@@ -111,17 +105,17 @@ def _positive(name: str, default: float) -> float:
     return value
 
 
-def _run_at_work(instance: dg.DagsterInstance, names: Names) -> str | None:
-    run_id = drain_in(instance, names, _UNFINISHED)
-    return f"run {run_id[:8]}" if run_id else None
-
-
-def _owner_at_work(instance: dg.DagsterInstance, backlog: Backlog) -> str | None:
-    """A process outside this Dagster that holds a lease; a run that has ended holds nothing any more."""
-    for owner in backlog.leasing_owners:
-        run = instance.get_run_by_id(owner)
-        if run is None:
-            return f"the process {owner}"
+def _at_work(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease]) -> str | None:
+    """Who drains already and until when the sensor waits: a run, or a process outside this Dagster that holds a lease. A
+    run that has ended holds nothing any more.
+    """
+    for line in end_dead(instance, names, leases):
+        return line
+    for lease in leases:
+        if lease.left_s <= 0 or processes.dead([lease.owner, lease.process]):
+            continue
+        if instance.get_run_by_id(lease.owner) is None:
+            return f"the process {lease.owner} is at work, waiting until {lease_end(lease.left_s)}"
     return None
 
 
@@ -207,7 +201,7 @@ def backlog_sensor(
         decision = decide(
             backlog,
             limits,
-            at_work=_run_at_work(context.instance, names) or _owner_at_work(context.instance, backlog),
+            at_work=_at_work(context.instance, names, backlog.leases),
             failures=_failures(context.instance, names),
         )
         numbers = backlog_metadata(backlog)

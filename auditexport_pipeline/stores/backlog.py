@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.backlog import Backlog, Lease
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.stores.mysql import SQL
 
@@ -51,6 +51,8 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
         lags_ms.append(int(lag_ms))
     unknown = _unknown(connection, versions, count_to)
     open_batches = list(connection.execute(SQL["open_batches"]))
+    # Nobody works on a stopped batch: it waits for the end of its lease.
+    worked_on = [row for row in open_batches if row.state != State.STOPPED.value]
     return Backlog(
         rows=rows,
         rows_at_least=rows >= count_to,
@@ -63,10 +65,8 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
         held_rows=held_rows,
         open_batches=len(open_batches),
         waiting_batches=sum(1 for row in open_batches if row.state == State.STOPPED.value and not row.lease_expired),
-        leasing_owners=tuple(
-            # Nobody works on a stopped batch: it waits for the end of its lease.
-            sorted({row.owner for row in open_batches if not row.lease_expired and row.state != State.STOPPED.value})
-        ),
+        leasing_owners=tuple(sorted({row.owner for row in worked_on if not row.lease_expired})),
+        leases=tuple(Lease(owner=row.owner, process=row.at_work, left_s=row.lease_left_ms / 1000) for row in worked_on),
         unknown_by_version=unknown,
     )
 

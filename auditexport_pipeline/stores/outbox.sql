@@ -23,6 +23,7 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
        oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process,
+       IF(claim_key LIKE CONCAT(LOWER(HEX(epoch)), '-%'), process, '') AS at_work, -- as batch_holders
        lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired,
        lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
 FROM clickhouse_outbox_batch

@@ -16,13 +16,16 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline import processes
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.defs import assets, drains
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CrashingAuditLog, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, ledger, text_of
-from auditexport_tests.prompts import Prompt, prompt_in, urls
+from auditexport_tests.dagster_glue.test_automation import Sensor, age, reason, requests, schedule
+from auditexport_tests.prompts import Prompt, prompt_in, started, urls
 from auditexport_tests.waiting import wait_until
 
 SHORTEST_LEASE_S = 10
@@ -68,6 +71,46 @@ def metadata_of(result: dg.ExecuteInProcessResult) -> dict[str, object]:
     return text_of(event.step_materialization_data.materialization.metadata)
 
 
+def killed_outside_the_daemon(exporter: Exporter, stack: Stack, *words: str) -> dg.DagsterRun:
+    """A run of `dagster …` that was killed while it marked, and that Dagster takes for started."""
+    command = [sys.executable, "-m", "dagster", *words, "-m", "auditexport_pipeline.definitions"]
+    environment = {**os.environ, "DAGSTER_HOME": str(exporter.home)}
+    (last,) = stack.sql("SELECT MAX(pk) AS pk FROM clickhouse_outbox")
+    with locked(stack, int(str(last.pk))):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            wait_until(lambda: states(stack) == ["written"], what="a batch that is not marked yet")
+        finally:
+            process.kill()
+            process.wait()
+    (run,) = exporter.instance.get_runs()
+    assert run.status is dg.DagsterRunStatus.STARTED, "Dagster does not know"
+    return run
+
+
+def status_of(exporter: Exporter, run: dg.DagsterRun) -> dg.DagsterRunStatus:
+    stored = exporter.instance.get_run_by_id(run.run_id)
+    assert stored is not None
+    return stored.status
+
+
+@pytest.fixture
+def sensor(exporter: Exporter, stack: Stack) -> Sensor:
+    return Sensor(exporter, stack)
+
+
+def silent_for(exporter: Exporter, run: dg.DagsterRun, seconds: float) -> None:
+    """Moves what the run last told Dagster into the past."""
+    with exporter.instance.run_storage.connect() as connection:  # type: ignore[attr-defined]
+        connection.execute(
+            sa.text("UPDATE runs SET update_timestamp = datetime(update_timestamp, :ago) WHERE run_id = :run_id"),
+            {"ago": f"-{seconds} seconds", "run_id": run.run_id},
+        )
+    assert not exporter.instance.all_logs(run.run_id)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -80,24 +123,131 @@ def test_the_run_after_one_that_was_killed_exports_everything(
     exporter: Exporter, stack: Stack, words: tuple[str, ...]
 ) -> None:
     """Nobody reports such a run as dead: its process, on the same machine, is seen to be gone."""
-    pks = stack.put(*events(30))
-    command = [sys.executable, "-m", "dagster", *words, "-m", "auditexport_pipeline.definitions"]
-    environment = {**os.environ, "DAGSTER_HOME": str(exporter.home)}
-    with locked(stack, pks[-1]):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            wait_until(lambda: states(stack) == ["written"], what="a batch that is not marked yet")
-        finally:
-            process.kill()
-            process.wait()
-    (run,) = exporter.instance.get_runs()
-    assert run.status is dg.DagsterRunStatus.STARTED, "Dagster does not know"
-
+    stack.put(*events(30))
+    killed_outside_the_daemon(exporter, stack, *words)
     assert exporter.drain().success
     assert stack.pending() == 0, "the next run left the dead one's rows"
     everything_once(stack, 30)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("asset", "materialize", "--select", "audit_logs_raw_v1"), ("job", "execute", "-j", "audit_log_export")],
+    ids=lambda words: words[1],
+)
+def test_the_sensor_does_not_wait_for_a_run_that_was_killed(
+    exporter: Exporter, stack: Stack, sensor: Sensor, words: tuple[str, ...]
+) -> None:
+    """Dagster takes it for started until `max_runtime_seconds`: for two hours nothing was launched, and the pool was taken."""
+    stack.put(*events(30))
+    run = killed_outside_the_daemon(exporter, stack, *words)
+    result = sensor.tick()
+    assert len(requests(result)) == 1, reason(result)
+    assert status_of(exporter, run) is dg.DagsterRunStatus.FAILURE, "it holds the pool"
+    (failure,) = exporter.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+    assert failure.dagster_event is not None
+    assert " is gone, and nobody reported its end" in str(failure.dagster_event.message)
+
+
+def test_the_schedule_does_not_queue_runs_behind_one_that_was_killed(exporter: Exporter, stack: Stack) -> None:
+    """The sensor may be off: then the schedule's runs waited in the queue for the dead one's pool."""
+    stack.put(*events(30))
+    run = killed_outside_the_daemon(exporter, stack, "job", "execute", "-j", "audit_log_export")
+    with dg.build_schedule_context(instance=exporter.instance) as context:
+        assert schedule().evaluate_tick(context).run_requests
+    assert status_of(exporter, run) is dg.DagsterRunStatus.FAILURE
+
+
+def test_the_sensor_does_not_wait_for_a_drain_that_was_killed(stack: Stack, sensor: Sensor) -> None:
+    """`auditexport drain` is in no storage of Dagster's; its process was on this machine and is gone."""
+    pks = stack.put(*events(30))
+    with locked(stack, pks[-1]), started(stack, "drain") as process:
+        wait_until(lambda: states(stack) == ["written"], what="a batch that is not marked yet")
+        waiting = reason(sensor.tick())
+        process.kill()
+        process.wait()
+    assert f":{process.pid}:" in waiting
+    assert " is at work, waiting until " in waiting
+    assert lease_left_s(stack) > 0
+    result = sensor.tick()
+    assert len(requests(result)) == 1, reason(result)
+
+
+def test_a_run_of_another_machine_is_waited_for_while_it_renews_its_lease(
+    exporter: Exporter, stack: Stack, sensor: Sensor
+) -> None:
+    """Its process cannot be looked for; a run in the middle of a long INSERT says nothing to Dagster, and renews."""
+    stack.put(*events(3))
+    run = exporter.put_run("audit_log_export", "STARTED")
+    claiming.claim(stack.outbox, owner=run.run_id, dead_owners=(), limits=Limits())
+    silent_for(exporter, run, 3600)
+    waiting = sensor.tick()
+    assert requests(waiting) == []
+    assert reason(waiting).startswith(f"run {run.run_id[:8]} is at work, waiting until ")
+    assert " UTC, when its lease ends unless it renews it: " in reason(waiting)
+    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
+    assert len(requests(sensor.tick())) == 1
+    assert status_of(exporter, run) is dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_of_another_machine_without_a_batch_is_waited_for_as_long_as_it_gives_signs(
+    exporter: Exporter, stack: Stack, sensor: Sensor
+) -> None:
+    """One that stays, or verifies, holds no lease: it is not doubled, and one that was killed there stops nothing for long."""
+    stack.put(*events(3))
+    age(stack, 3600)
+    run = exporter.put_run("audit_log_export", "STARTED")
+    silent_for(exporter, run, 200)
+    waiting = reason(sensor.tick())
+    assert waiting.startswith(f"run {run.run_id[:8]} is at work, waiting until ")
+    assert " UTC, unless it gives a sign of life before: " in waiting
+    silent_for(exporter, run, 200)
+    assert len(requests(sensor.tick())) == 1
+    assert status_of(exporter, run) is dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_that_stays_gives_signs_of_life(
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For hours it may have nothing to export and nothing to tell Dagster."""
+    monkeypatch.setattr(assets, "HEARTBEAT_EVERY_S", 0.0)
+    given: list[str] = []
+    monkeypatch.setattr(assets, "say_alive", lambda _, run_id, process: given.append(f"{run_id} {process}"))
+    run_id = exporter.drain(linger_s=1).run_id
+    assert len(given) > 1
+    assert set(given) == {f"{run_id} {processes.this_process()}"}
+
+
+def test_a_retry_is_not_taken_for_its_dead_parent(exporter: Exporter, stack: Stack, sensor: Sensor) -> None:
+    """Dagster copies the parent's tags, the one that names its process among them."""
+    stack.put(*events(3))
+    age(stack, 3600)
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    mine = processes.this_process()
+    gone = mine.replace(f":{os.getpid()}:", f":{dead.pid}:")
+    assert processes.dead([mine, gone]) == {gone}
+    parent, retry = (exporter.put_run("audit_log_export", "STARTED") for _ in range(2))
+    for run in (parent, retry):
+        drains.say_alive(exporter.instance, parent.run_id, gone)
+        stored = exporter.instance.get_run_by_id(parent.run_id)
+        assert stored is not None
+        exporter.instance.add_run_tags(run.run_id, {drains.PROCESS_TAG: stored.tags[drains.PROCESS_TAG]})
+    assert reason(sensor.tick()).startswith(f"run {retry.run_id[:8]} is at work, waiting until ")
+    assert status_of(exporter, parent) is dg.DagsterRunStatus.FAILURE
+    drains.say_alive(exporter.instance, retry.run_id, mine)
+    assert f"is at work in the process {mine}, waiting until it ends: " in reason(sensor.tick())
+
+
+def test_somebodys_job_is_not_failed_for_its_silence(exporter: Exporter, stack: Stack, sensor: Sensor) -> None:
+    """Our asset may be done, and the rest of the job at work for hours: it is theirs, and no drain."""
+    stack.put(*events(3))
+    age(stack, 3600)
+    both = frozenset([dg.AssetKey("audit_logs_raw_v1"), dg.AssetKey("something_else")])
+    run = exporter.put_run("__ASSET_JOB", "STARTED", both)
+    silent_for(exporter, run, 3600)
+    assert len(requests(sensor.tick())) == 1
+    assert status_of(exporter, run) is dg.DagsterRunStatus.STARTED
 
 
 def test_whoever_dies_on_another_machine_holds_its_rows_for_a_minute_at_most(stack: Stack) -> None:

@@ -174,7 +174,9 @@ def test_the_sensor_skips_while_a_run_is_in_flight(sensor: Sensor, exporter: Exp
             run = exporter.put_run("__ASSET_JOB", status, frozenset([ASSET]))
         result = sensor.tick()
         assert requests(result) == []
-        assert reason(result).startswith(f"run {run.run_id[:8]} is at work: 1 pending rows")
+        doing = "at work" if status in ("STARTED", "CANCELING") else "queued" if status == "QUEUED" else "being started"
+        assert reason(result).startswith(f"run {run.run_id[:8]} is {doing}, waiting until ")
+        assert ": 1 pending rows" in reason(result)
         exporter.instance.delete_run(run.run_id)
     assert len(requests(sensor.tick())) == 1
 
@@ -217,7 +219,8 @@ def test_the_sensor_skips_while_another_process_holds_a_lease(sensor: Sensor, ov
     age(overdue, 3600)
     result = sensor.tick()
     assert requests(result) == []
-    assert reason(result).startswith("the process cli-host-4711 is at work: ")
+    assert reason(result).startswith("the process cli-host-4711 is at work, waiting until ")
+    assert " UTC, when its lease ends unless it renews it: " in reason(result)
     overdue.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
     assert reason(sensor.tick()).startswith("1 batches were left open: ")
 

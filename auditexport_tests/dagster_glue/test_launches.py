@@ -26,6 +26,7 @@ from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
+from auditexport_tests.prompts import urls
 from auditexport_tests.waiting import wait_until
 from auditexport_tests.webhook import Webhook, webhook
 
@@ -244,6 +245,35 @@ def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stac
     assert run.tags["auditexport/why"].startswith("backlog: 5 pending rows (a run starts at 1)")
     everything_once(stack, 5)
     assert page.ask(STOP_SENSOR, id=state["sensorState"]["id"])["__typename"] == "StopSensorMutationResult"
+
+
+def test_a_run_that_was_killed_outside_the_daemon_holds_neither_the_sensor_nor_the_pool(
+    page: Page, stack: Stack
+) -> None:
+    """Dagster takes it for started for two hours, and its pool admits nobody meanwhile: the sensor ends it."""
+    pks = stack.put(*events(5))
+    words = ["job", "execute", "-j", "audit_log_export", "-m", "auditexport_pipeline.definitions"]
+    environment = {**os.environ, "DAGSTER_HOME": str(page.exporter.home), **urls(stack)}
+    with stack.outbox.engine.connect() as application, application.begin():
+        application.execute(sa.text("SELECT pk FROM clickhouse_outbox WHERE pk = :pk FOR UPDATE"), {"pk": pks[0]})
+        process = subprocess.Popen([sys.executable, "-m", "dagster", *words], cwd=ROOT, env=environment)
+        try:
+            wait_until(
+                lambda: [str(batch.state) for batch in ledger(stack)] == ["written"], what="a batch to be marked"
+            )
+        finally:
+            process.kill()
+            process.wait()
+    (dead,) = page.runs()
+    assert dead.dagster_run.status is dg.DagsterRunStatus.STARTED, "Dagster does not know"
+    state = page.ask(START_SENSOR, selector={**LOCATION, "sensorName": "outbox_backlog_sensor"})["sensorState"]
+    try:
+        wait_until(lambda: stack.pending() == 0, what="a run that the sensor starts", within_s=WITHIN_S)
+        page.wait_for(page.runs()[-1].dagster_run.run_id)
+    finally:
+        page.ask(STOP_SENSOR, id=state["id"])
+    assert page.wait_for(dead.dagster_run.run_id).status is dg.DagsterRunStatus.FAILURE
+    everything_once(stack, 5)
 
 
 def test_a_run_whose_worker_is_killed_is_noticed_and_launched_again_and_completes(page: Page, stack: Stack) -> None:
