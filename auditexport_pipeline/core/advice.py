@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
     OpenBatchStatus,
     Status,
+    newest_of_each_view,
     shown_counts,
     shown_name,
     shown_s,
@@ -272,18 +274,30 @@ def _unverified(status: Status, targets: Targets) -> list[Advice]:
 
 
 def _views(status: Status) -> list[Advice]:
+    barred = [
+        Advice(
+            severity=Severity.ERROR,
+            about="views",
+            what=f"batch {batch.batch_id} ({batch.rows:,} rows): {batch.last_error}",
+            todo="fix or drop the view, then auditexport drain; see A view fails in runbook.md",
+        )
+        for batch in status.open_batches
+        if batch.last_error.startswith(VIEW_BARS)
+    ][:1]
     if not status.view_failures:
-        return []
-    newest = next(iter(status.view_failures))
+        return barred
+    named = newest_of_each_view(status.view_failures)
     return [
+        *barred,
         Advice(
             severity=Severity.WARNING,
             about="views",
             what=f"a materialized view failed on {_counted(len(status.view_failures), 'batch', 'batches')} of the last "
-            f"{shown_s(VIEWS_WINDOW_S)}; the entries are stored. The newest, batch {newest}: {status.view_failures[newest]}",
+            f"{shown_s(VIEWS_WINDOW_S)}; the entries are stored. The newest, "
+            + "; ".join(f"batch {batch_id}: {note}" for batch_id, note in named.items()),
             todo="fix or drop the view and fill its target; see A view fails in runbook.md, and auditexport batches show "
-            f"{newest}",
-        )
+            f"{next(iter(named))}",
+        ),
     ]
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.batch import VIEW_NOTE, Batch, Block, Bodies, Holding
+from auditexport_pipeline.core.batch import VIEW_BARS, VIEW_NOTE, Batch, Block, Bodies, Holding
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
@@ -234,12 +234,15 @@ class Attempt:
             copies = self._copies.pop(block.number, 1)
             if not batch.is_requeue(block) or copies >= COPIES_OF_A_REQUEUE:
                 kind = SetupIncomplete if refusal.permanent else AuditLogUnavailable
-                raise kind(
-                    f"a materialized view of {VERSIONS[batch.version].table} fails, view {refusal.view} ({refusal}), and "
+                error = kind(
+                    f"{VIEW_BARS}of {VERSIONS[batch.version].table} fails, view {refusal.view} ({refusal}), and "
                     f"batch {batch.batch_id}, block {block.number} ({block.rows:,} rows) "
                     + ("cannot be shown to be" if batch.is_requeue(block) else "is not")
                     + " stored. Fix or drop that view; the rows stay pending, and the next run sends them"
                 )
+                if not self.note(batch):
+                    annotate(self._outbox, batch, batch.blocks, note=str(error))
+                raise error
             # The copy can have merged with the first export, or the token be known from an earlier attempt.
             body = self._recutter.payloads(batch, block)
             batch, renewed = new_number(self._outbox, batch, block)

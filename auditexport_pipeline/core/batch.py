@@ -20,6 +20,8 @@ Bodies = dict[str, list[bytes]]
 
 # How a note on a view begins in the ledger's column `last_error`; the statements know it too.
 VIEW_NOTE = "view "
+# How the note on one begins that lets a block not be stored; it ends when the batch is written.
+VIEW_BARS = "a materialized view "
 
 # A few hundred kilobytes of usual events: enough that a part costs nothing, little beside the batch.
 PART_ROWS = 512

@@ -7,17 +7,20 @@ prompt, asset checks, metrics), and whether a run is worth starting (`core.backl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.batch import OPEN, State
+from auditexport_pipeline.core.batch import OPEN, VIEW_NOTE, State
 from auditexport_pipeline.core.looks import OpenFinding, told_by
 from auditexport_pipeline.core.ports import Discrepancy
 
 # What "recently" means for the rate: a few drains of the sensor's or one of the schedule's.
 RATE_WINDOW_S = 900
+# The name of the view in a note on one, however many a note tells of.
+_VIEW = re.compile(rf"(?:^|; ){VIEW_NOTE}(.+?) failed \(")
 # How long a view that failed is shown: whoever looks once a day sees it.
 VIEWS_WINDOW_S = 86_400
 # From the worst for whoever looks on: what needs a person, what is under way, what is done.
@@ -293,3 +296,15 @@ def shown_s(seconds: float) -> str:
             shown = seconds / length_s
             return f"{shown:.{int(shown < 9.95)}f} {unit}".replace(".0 ", " ")
     return f"{seconds / 86_400:,.0f} days"
+
+
+def newest_of_each_view(failures: Mapping[int, str]) -> dict[int, str]:
+    """Of batches with notes on views that failed, newest first, those that name a view which no newer one names."""
+    named: set[str] = set()
+    newest = {}
+    for batch_id, note in failures.items():
+        views = set(_VIEW.findall(note)) or {note}
+        if not views <= named:
+            newest[batch_id] = note
+        named |= views
+    return newest

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.limits import RETENTION_DAYS
+from auditexport_pipeline.core.status import newest_of_each_view
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.clickhouse_connection import translated as clickhouse_errors
 from auditexport_pipeline.stores.findings import Finding, Look, all_findings
@@ -24,7 +26,7 @@ from auditexport_pipeline.stores.preflight_versions import look_at_other_version
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 from auditexport_pipeline.stores.status import SQL as STATUS_SQL
-from auditexport_pipeline.stores.status import view_failures
+from auditexport_pipeline.stores.status import read_open_batches, view_failures
 
 _SQL = load("preflight.sql")
 # For so long a clean look is not repeated in full. What a failover, a restart or one statement of somebody turns
@@ -139,20 +141,34 @@ def _answers(looks: list[Look], server: str, look: Callable[[], list[Look]]) -> 
 
 
 def _views(outbox: MySQLOutbox) -> Look:
-    """The materialized views that failed within the last day, as the ledger remembers."""
+    """The materialized views that failed within the last day, or that keep a batch out, as the ledger remembers."""
     with outbox.transaction("reading the ledger") as connection:
-        failures = view_failures(connection, int(connection.execute(STATUS_SQL["now_ms"]).scalar_one()))
+        now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
+        failures = view_failures(connection, now_ms)
+        barred = [one for one in read_open_batches(connection, now_ms) if one.last_error.startswith(VIEW_BARS)]
+    seen = f"failed on {len(failures):,} batches of the last day" if failures else "none failed in the last day"
     return Look(
         about="materialized views",
-        seen=f"failed on {len(failures):,} batches of the last day" if failures else "none failed in the last day",
-        findings=tuple(
-            Finding(
-                what=f"batch {batch_id}: {note}",
-                breaks="the export goes on; whoever reads the view's target misses these entries",
-                fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
-                fatal=False,
-            )
-            for batch_id, note in list(failures.items())[:1]
+        seen=f"{len(barred):,} batches are kept out by one" if barred else seen,
+        findings=(
+            *(
+                Finding(
+                    what=f"batch {one.batch_id}: {one.last_error}",
+                    breaks="no INSERT that this view fails on is stored, and every run with such rows fails",
+                    fix="fix or drop the view; the next run sends the rows",
+                    fatal=False,
+                )
+                for one in barred[:1]
+            ),
+            *(
+                Finding(
+                    what=f"batch {batch_id}: {note}",
+                    breaks="the export goes on; whoever reads the view's target misses these entries",
+                    fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
+                    fatal=False,
+                )
+                for batch_id, note in newest_of_each_view(failures).items()
+            ),
         ),
     )
 

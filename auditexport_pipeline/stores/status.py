@@ -67,7 +67,7 @@ def read_status(
     with outbox.transaction("reading the status") as connection:
         now_ms = int(connection.execute(SQL["now_ms"]).scalar_one())
         backlog = probe(connection, tuple(VERSIONS) if versions is None else versions, count_to)
-        open_batches = _open_batches(connection, now_ms)
+        open_batches = read_open_batches(connection, now_ms)
         last = _times(connection, "last_batches", {"row_limit": LAST_BATCHES}, now_ms)
         exported = _times(
             connection,
@@ -127,7 +127,8 @@ def view_failures(connection: Connection, now_ms: int) -> dict[int, str]:
     return {row.batch_id: row.last_error for row in connection.execute(SQL["view_failures"], values)}
 
 
-def _open_batches(connection: Connection, now_ms: int) -> tuple[OpenBatchStatus, ...]:
+def read_open_batches(connection: Connection, now_ms: int) -> tuple[OpenBatchStatus, ...]:
+    """The oldest batches that are not closed. Source: the ledger's `state_idx`."""
     return tuple(
         OpenBatchStatus(
             batch_id=row.batch_id,
