@@ -6,25 +6,32 @@ versions of ClickHouse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.stores import preflight
+from auditexport_pipeline.stores.clickhouse_settings import INSERT_SETTINGS, READ_SETTINGS, STANDS_IN
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event
 from auditexport_tests.engines import local_clickhouse
 from auditexport_tests.http_proxy import Answer, Forward, HttpProxy, Request
+from auditexport_tests.prompts import urls
 from auditexport_tests.users import users_xml
 
 ALL = ("GRANT ALL ON *.* WITH GRANT OPTION",)
 CONFIG = "<clickhouse><users_config>{users}</users_config></clickhouse>"
 ROWS = 4
+CLICKHOUSE_MD = Path(preflight.__file__).parents[1] / "docs" / "clickhouse.md"
 
 # Each alone changes a number that a decision rests on, or the text of a meta, or refuses what we ask.
 HOSTILE = {
@@ -222,3 +229,62 @@ def test_a_setting_that_a_server_does_not_know_is_left_out(stack: Stack) -> None
         except AuditExportError as error:
             said = str(error)
     assert (said, stack.pending(), stack.counts()) == ("", 0, (ROWS, ROWS))
+
+
+def lacking(names: Iterable[str]) -> Callable[[Request, Forward], Answer]:
+    """A server of an older release: it lists none of these settings and refuses each with code 115."""
+    lacked = [name.encode() for name in names]
+
+    def older(request: Request, forward: Forward) -> Answer:
+        asked = request.statement + request.target.encode()
+        for name in lacked:
+            if re.search(rb"\b" + name + rb"\s*=", asked):
+                text = (
+                    b"Code: 115. DB::Exception: Unknown setting '" + name + b"'. (UNKNOWN_SETTING) (version 25.8.2.1)"
+                )
+                return Answer(status=404, headers={"X-ClickHouse-Exception-Code": "115"}, body=text)
+        answer = forward(request)
+        if b"FROM system.settings" in request.statement:
+            for name in lacked:
+                answer.body = answer.body.replace(b'"' + name + b'"', b'"known_to_no_server"')
+        return answer
+
+    return older
+
+
+def doctor_of(url: str, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """What doctor says of this ClickHouse, as text and as JSON, whatever else it finds there."""
+    for name, value in {**urls(stack), "AUDITEXPORT_CLICKHOUSE_URL": url, "COLUMNS": "4000"}.items():
+        monkeypatch.setenv(name, value)
+    shown, listed = (CliRunner().invoke(main, ["doctor", *more]).output for more in ([], ["--json"]))
+    return " ".join(shown.split()), json.dumps(json.loads(listed)["looks"], ensure_ascii=False)
+
+
+@pytest.mark.parametrize("name", sorted(STANDS_IN))
+def test_what_stands_in_for_a_setting_is_said_by_doctor_and_the_docs(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What such a server does differently is not an error, and nobody reads our source for it."""
+    with HttpProxy(stack.clickhouse_url, lacking([name])) as proxy:
+        for said in doctor_of(proxy.url, stack, monkeypatch):
+            assert f"no {name}: {STANDS_IN[name]}" in said
+    row = re.compile(rf"^\| [^|]*`{name}`[^|]* \| before [0-9.]+ \| [^|]{{10,}} \|$", re.MULTILINE)
+    assert len(row.findall(CLICKHOUSE_MD.read_text())) == 1
+
+
+def test_doctor_names_all_that_a_server_lacks_and_nothing_that_it_has(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old server lacks several at once; one that has them all gets no such line."""
+    listed = stack.log.connection.listed()
+    for said in doctor_of(stack.clickhouse_url, stack, monkeypatch):
+        assert {name for name in STANDS_IN if f"no {name}: " in said} == STANDS_IN.keys() - listed.keys()
+    with HttpProxy(stack.clickhouse_url, lacking(STANDS_IN)) as proxy:
+        for said in doctor_of(proxy.url, stack, monkeypatch):
+            assert [name for name in STANDS_IN if f"no {name}: " not in said] == []
+
+
+def test_each_setting_that_this_server_lacks_has_a_stand_in(stack: Stack) -> None:
+    """Run on each engine: a setting that is left out and explained nowhere may mean another payload there."""
+    lacks = {name for name in {**INSERT_SETTINGS, **READ_SETTINGS} if name not in stack.log.connection.listed()}
+    assert lacks <= STANDS_IN.keys()

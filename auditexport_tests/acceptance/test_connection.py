@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -15,7 +16,9 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
+from click.testing import CliRunner
 
+from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.processes import free_port
@@ -23,16 +26,18 @@ from auditexport_pipeline.stores import preflight
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
-from auditexport_tests.dagster_glue.conftest import events
+from auditexport_tests.dagster_glue.alerting import Sensor as AlertSensor
+from auditexport_tests.dagster_glue.conftest import Exporter, events
 from auditexport_tests.http_proxy import Answer, Forward, HttpProxy, Request
 from auditexport_tests.prompts import prompt_in, urls
+from auditexport_tests.webhook import Webhook
 
 SECRET = "hunter2"
 
 
 @contextlib.contextmanager
-def _answering(text: bytes) -> Iterator[int]:
-    """A port that answers every connection with this, and closes it."""
+def _answering(text: bytes, *, at_once: bool = False) -> Iterator[int]:
+    """A port that answers every connection with this, once it was asked something or at once, and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     ended = threading.Event()
 
@@ -42,7 +47,8 @@ def _answering(text: bytes) -> Iterator[int]:
                 client, _ = listener.accept()
                 with client:
                     client.settimeout(5)
-                    client.recv(65_536)
+                    if not at_once:
+                        client.recv(65_536)
                     client.sendall(text)
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -116,6 +122,62 @@ def test_the_prompt_says_it_too(stack: Stack, monkeypatch: pytest.MonkeyPatch) -
     assert "connection refused" in done.output
     assert SECRET not in done.output
     assert "Traceback" not in done.output
+
+
+def _mysql_trouble(kind: str, stack: Stack, stop: contextlib.ExitStack) -> tuple[str, str, str]:
+    """The same of MySQL."""
+    if kind == "refused":
+        port = free_port()
+        return f"mysql+pymysql://u:{SECRET}@127.0.0.1:{port}/d", f"127.0.0.1:{port}", "connection refused"
+    if kind == "unknown name":
+        return f"mysql+pymysql://u:{SECRET}@nowhere.invalid:3306/d", "nowhere.invalid:3306", "the name does not resolve"
+    if kind == "not mysql":
+        port = stop.enter_context(_answering(b"SSH-2.0-OpenSSH_9.6\r\n", at_once=True))
+        return f"mysql+pymysql://u:{SECRET}@127.0.0.1:{port}/d", f"127.0.0.1:{port}", "is not MySQL"
+    port = stop.enter_context(_answering(b"", at_once=True))
+    return f"mysql+pymysql://u:{SECRET}@127.0.0.1:{port}/d", f"127.0.0.1:{port}", "the connection was closed"
+
+
+@pytest.mark.usefixtures("no_waits")
+@pytest.mark.parametrize(
+    ("server", "kind"),
+    [
+        *(("clickhouse", kind) for kind in KINDS),
+        *(("mysql", kind) for kind in ("refused", "unknown name", "not mysql", "closed")),
+    ],
+)
+def test_runs_notices_and_doctor_say_the_same(
+    exporter: Exporter, stack: Stack, hook: Webhook, monkeypatch: pytest.MonkeyPatch, server: str, kind: str
+) -> None:
+    """Whoever is called reads one of them, and must not have to find the others to know which host it is."""
+    alerts = AlertSensor(exporter, stack, "run_alerts")
+    alerts.tick()
+    hook.bodies.clear()
+    with contextlib.ExitStack() as stop:
+        url, place, reason = (_trouble if server == "clickhouse" else _mysql_trouble)(kind, stack, stop)
+        monkeypatch.setenv(f"AUDITEXPORT_{server.upper()}_URL", url)
+        monkeypatch.setenv("COLUMNS", "1000")
+        run_id = exporter.drain(raise_on_error=False).run_id
+        doctor = CliRunner().invoke(main, ["doctor", "--json"])
+        shown = CliRunner().invoke(main, ["doctor"]).output
+        monkeypatch.setenv(f"AUDITEXPORT_{server.upper()}_URL", getattr(stack, f"{server}_url"))
+    (line,) = exporter.failures(run_id)
+    alerts.tick()
+    (notice,) = hook.texts()
+    (finding,) = [
+        found
+        for look in json.loads(doctor.output)["looks"]
+        if look["about"].lower() == f"{server} connection"
+        for found in look["findings"]
+    ]
+    assert finding["what"] == line
+    for said in (line, notice, finding["what"], shown):
+        assert place in said
+        assert reason in said
+        assert "heck" in said or "See that" in said or "Let AUDITEXPORT" in said or "let the port" in said, said
+    stored = str([record.dagster_event or record.user_message for record in exporter.instance.all_logs(run_id)])
+    for said in (notice, doctor.output, shown, stored):
+        assert SECRET not in said
 
 
 @pytest.mark.parametrize(
