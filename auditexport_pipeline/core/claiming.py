@@ -77,7 +77,14 @@ def claim(
             # One that is larger than there is time for is taken all the same, alone: what is marked of it stays marked.
             fits = len(claims) < limits.max_batches and (not claims or _room(claims, max_rows) >= batch.rows)
             if abandoned and fits and max_rows != 0:
-                claims.append(ledger.adopt(batch))
+                claim = ledger.adopt(batch)
+                if claim is not None:
+                    claims.append(claim)
+                else:
+                    left_alone(
+                        f"batch {batch.batch_id} is open ({batch.state}, {batch.rows:,} rows), and somebody holds its row of "
+                        "clickhouse_outbox_batch locked: it is left alone. End that transaction, and the next run continues it"
+                    )
             elif open_batch.lease_left_ms > LONGEST_LEASE_MS:
                 ledger.begin_lease_again(batch)
         for position, version in enumerate(limits.versions):

@@ -17,7 +17,14 @@ from typing import Protocol
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left, Receipt
-from auditexport_pipeline.core.errors import BatchAltered, BatchWaits, LeaseLost, TableRefuses, TransientError
+from auditexport_pipeline.core.errors import (
+    BatchAltered,
+    BatchLocked,
+    BatchWaits,
+    LeaseLost,
+    TableRefuses,
+    TransientError,
+)
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import outcome_of
@@ -74,7 +81,7 @@ class Drained:
     unmarked: dict[int, str] = field(
         default_factory=dict
     )  # batches that ClickHouse has, and why their rows are not marked
-    waiting: dict[int, BatchWaits | TableRefuses] = field(
+    waiting: dict[int, BatchWaits | BatchLocked | TableRefuses] = field(
         default_factory=dict
     )  # batches that have to be split later, and why
     views: dict[int, str] = field(default_factory=dict)  # batches that are stored while a view failed, and which
@@ -235,7 +242,7 @@ def _round(
             except LeaseLost as error:
                 done.lost.append(claim.batch_id)
                 listener.trouble(str(error))
-            except (BatchWaits, TableRefuses) as error:
+            except (BatchWaits, BatchLocked, TableRefuses) as error:
                 done.waiting[claim.batch_id] = error
                 listener.trouble(str(error))
             except BatchAltered as error:

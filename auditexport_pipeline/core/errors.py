@@ -8,6 +8,8 @@ translates in exactly one place.
     ├── TransientError             yes: wait and run again, nothing has to be repaired
     │   ├── OutboxUnavailable          MySQL: down, deadlock, lock wait, failover
     │   │   ├── RowsLocked                 somebody holds rows locked that are to be marked
+    │   │   │   └── OutboxLocked               somebody holds the whole outbox locked
+    │   │   ├── BatchLocked                somebody holds a batch's row of the ledger locked; the other batches go on
     │   │   └── RowsSwapped                rows under a batch's pks are other events than it sealed
     │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
@@ -50,6 +52,16 @@ class OutboxUnavailable(TransientError):
 
 class RowsLocked(OutboxUnavailable):
     """Somebody holds rows locked that are to be marked."""
+
+
+class OutboxLocked(RowsLocked):
+    """Somebody holds the whole outbox locked, as LOCK TABLES and ALTER TABLE do, so that no row of it can be marked."""
+
+
+class BatchLocked(OutboxUnavailable):
+    """Somebody holds a batch's row of the ledger locked: this batch has to wait, the others can go on."""
+
+    wait_s = 0.0
 
 
 class RowsSwapped(OutboxUnavailable):

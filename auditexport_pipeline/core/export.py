@@ -38,6 +38,7 @@ from auditexport_pipeline.core.errors import (
     InsertOutcomeUnknown,
     LeaseLost,
     MarkRefused,
+    OutboxLocked,
     RowsLocked,
     RowsSwapped,
     SettingsOutdated,
@@ -445,6 +446,9 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
     marking = _Marking(outbox, log, batch, batch.exported_at_ms, limits)
     try:
         return marking.all()
+    except OutboxLocked as error:
+        why = f"{error}. Nothing has to be done but to end that; the next run marks the rows"
+        left = Left.LOCKED
     except RowsLocked:
         rows = len(marking.locked)
         why = (
@@ -520,6 +524,8 @@ class _Marking:
         began = time.monotonic()
         try:
             batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total, ids=ids)
+        except OutboxLocked:
+            raise
         except RowsLocked:
             return None
         self._rest(began, len(pks), 1)

@@ -239,7 +239,9 @@ class Planning(Protocol):
 
     def unreadable(self) -> list[UnreadableBatch]: ...
 
-    def adopt(self, batch: Batch) -> Claim: ...
+    def adopt(self, batch: Batch) -> Claim | None:
+        """None where somebody holds the batch's row of the ledger locked: it is nobody's to adopt now."""
+        ...
 
     def begin_lease_again(self, batch: Batch) -> None:
         """Lets the lease of somebody else's batch end one lease from now."""

@@ -38,6 +38,7 @@ _LISTS = {
     "lock_in": "pks",
     "stamps_in": "pks",
     "renew": "batch_ids",
+    "unlocked": "batch_ids",
     "payload_bytes": "pks",
 }
 
@@ -189,7 +190,9 @@ def engine_for(url: str, pid: int, lock_wait_s: int = LOCK_WAIT_S) -> Engine:
     parts = make_url(url)
     image = str(parts.query.get(ROW_IMAGE, "")).upper()
     timeouts = {name: int(str(parts.query.get(name, usual))) for name, usual in _TIMEOUTS.items()}
-    wanted = {"innodb_lock_wait_timeout": str(lock_wait_s)} | ({ROW_IMAGE: f"'{image}'"} if image else {})
+    wanted = {"innodb_lock_wait_timeout": str(lock_wait_s), "lock_wait_timeout": str(lock_wait_s)} | (
+        {ROW_IMAGE: f"'{image}'"} if image else {}
+    )
     session = Session(wanted)
     engine = create_engine(
         parts.difference_update_query([ROW_IMAGE, *_TIMEOUTS]),

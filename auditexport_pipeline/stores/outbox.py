@@ -38,7 +38,10 @@ from auditexport_pipeline.core.batch import (
     pks_of,
 )
 from auditexport_pipeline.core.errors import (
+    BatchLocked,
     LeaseLost,
+    OutboxLocked,
+    OutboxUnavailable,
     RowsLocked,
     RowsSwapped,
     SetupIncomplete,
@@ -106,8 +109,25 @@ class MySQLOutbox:
     @contextmanager
     def transaction(self, what: str) -> Iterator[Connection]:
         """A READ COMMITTED transaction: committed at the end, rolled back by any exception."""
-        with translated(what), self.engine.begin() as connection:
+        with self._named(what, self.engine) as connection:
             yield connection
+
+    @contextmanager
+    def _named(self, what: str, engine: Engine) -> Iterator[Connection]:
+        """A transaction whose wait for a lock, if it is in vain, ends in an error that names who holds it."""
+        try:
+            with translated(what), engine.begin() as connection:
+                yield connection
+        except OutboxUnavailable as error:
+            locked = error.__cause__
+            if not isinstance(locked, OperationalError) or code_and_words(locked.orig)[0] != LOCK_WAIT_TIMEOUT:
+                raise
+            if not locked.statement:  # a COMMIT's
+                raise
+            said = f"{error}. {holders(self.engine, locked.statement, locked.params)}"
+            # Every statement about one row of the ledger says so.
+            batch_id = locked.params.get("batch_id") if isinstance(locked.params, dict) else None
+            raise (BatchLocked if batch_id else OutboxUnavailable)(said) from None
 
     @contextmanager
     def _marking(self, what: str) -> Iterator[Connection]:
@@ -290,16 +310,27 @@ class MySQLOutbox:
         with self._marking(what) as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
             return _stamp(connection, pks, exported_at_ms)
-        with self.transaction(what) as connection:
+        with self._named(what, self.marking_engine) as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
-            return stamp_unlocked(connection, pks, exported_at_ms)
+            return self._stamp_unlocked(connection, pks, exported_at_ms)
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         what = f"marking the last rows of batch {claim.batch_id}"
         with self._marking(what) as connection:
             return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, _stamp)
-        with self.transaction(what) as connection:
-            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, stamp_unlocked)
+        with self._named(what, self.marking_engine) as connection:
+            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, self._stamp_unlocked)
+
+    def _stamp_unlocked(self, connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+        """As `marking.stamp_unlocked`. Rows that are locked are left out, so what it waits for in vain is the whole table."""
+        try:
+            return stamp_unlocked(connection, pks, exported_at_ms)
+        except OperationalError as error:
+            if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT or not error.statement:
+                raise
+            raise OutboxLocked(
+                f"clickhouse_outbox is locked as a whole. {holders(self.engine, error.statement, error.params)}"
+            ) from None
 
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
         with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:
@@ -342,7 +373,7 @@ class MySQLOutbox:
             return _own(connection, claim)
 
     def holders(self, pks: PkSet) -> str:
-        return holders(self.engine, "clickhouse_outbox", "pk", pks.first)
+        return holders(self.engine, f"SELECT pk FROM clickhouse_outbox WHERE pk = {pks.first:d} FOR UPDATE")
 
     def moment(self) -> Moment:
         with self.transaction("reading the ledger's last batch") as connection:
@@ -452,7 +483,9 @@ class MySQLPlanning:
             SQL["begin_lease_again"], {"batch_id": batch.batch_id, "lease_ms": self._plan.lease_ms}
         )
 
-    def adopt(self, batch: Batch) -> Claim:
+    def adopt(self, batch: Batch) -> Claim | None:
+        if not list(self._connection.execute(SQL["unlocked"], {"batch_ids": [batch.batch_id]})):
+            return None
         self._connection.execute(SQL["adopt"], {"batch_id": batch.batch_id, **self._plan.values})
         return Claim(
             batch_id=batch.batch_id,
@@ -597,7 +630,16 @@ def _renew_plan(connection: Connection, *, epoch: int, key: str, lease_ms: int) 
     plan = {"epoch": epoch, "claim_key": key}
     leased = [row.batch_id for row in connection.execute(SQL["leased"], plan)]
     if leased:
-        connection.execute(SQL["renew"], {"batch_ids": leased, "lease_ms": lease_ms, **plan})
+        values = {"lease_ms": lease_ms, **plan}
+        try:
+            connection.execute(SQL["renew"], {"batch_ids": leased, **values})
+        except OperationalError as error:
+            if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                raise
+            # Somebody holds a batch of the plan locked. Nobody else can adopt it meanwhile; the others are not to wait for it.
+            free = [row.batch_id for row in connection.execute(SQL["unlocked"], {"batch_ids": leased})]
+            if free:
+                connection.execute(SQL["renew"], {"batch_ids": free, **values})
 
 
 def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:

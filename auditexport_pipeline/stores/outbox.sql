@@ -159,6 +159,10 @@ UPDATE clickhouse_outbox_batch FORCE INDEX (PRIMARY)
 SET lease_until_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) + :lease_ms
 WHERE batch_id IN :batch_ids AND epoch = :epoch AND claim_key = :claim_key AND state IN ('claimed', 'sealed', 'written')
 
+-- name: unlocked
+-- Primary key; locks those of these rows that nobody else holds, and leaves out the others.
+SELECT batch_id FROM clickhouse_outbox_batch FORCE INDEX (PRIMARY) WHERE batch_id IN :batch_ids ORDER BY batch_id FOR UPDATE SKIP LOCKED
+
 -- name: batch
 -- Primary key; no lock.
 SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.core import claiming
+from auditexport_pipeline.core import drain as core_drain
+from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.stores import preflight
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
@@ -116,6 +122,164 @@ def test_a_user_without_process_learns_what_an_administrator_asks(
         done = drain(least, monkeypatch)
         assert stack.pending() == 1
         assert "SELECT * FROM information_schema.innodb_trx" in done.output
+
+
+def test_the_last_rows_of_a_batch_can_be_the_locked_ones(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk is marked together with the ledger's row: both have to wait, and nothing else."""
+    pks = stack.put(*events(9))
+    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk >= {pks[7]} FOR UPDATE") as process:
+        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
+        assert (stack.pending(), states(stack)) == (2, ["verified", "verified", "written"])
+        assert f"process {process} (" in done.output
+        assert done.exit_code == 1
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
+
+
+def test_a_holder_is_named_with_what_it_does_and_without_its_values(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement's text can hold an event's; its kind tells enough to find it."""
+    pks = stack.put(*events(2))
+    with stack.outbox.engine.connect() as connection:
+        process = int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
+        connection.exec_driver_sql(f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[0]} FOR UPDATE")
+
+        def busy() -> None:
+            with suppress(sa.exc.DBAPIError):
+                connection.exec_driver_sql("SELECT SLEEP(60), 'a secret of a tenant'")
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+            done = drain(stack, monkeypatch)
+        finally:
+            stack.sql(f"KILL QUERY {process}")
+            thread.join()
+    assert f"process {process} (" in done.output
+    assert "which runs SELECT, in transaction" in done.output
+    assert "secret" not in done.output
+
+
+# ── the whole outbox, or the ledger, locked ──────────────────────────────────────────────────────
+
+
+def names_who_locks_the_table(stack: Stack, process: int, output: str) -> bool:
+    """MySQL shows who has a lock on a table; MariaDB does with a plugin only, and shows what ours waits for."""
+    if getattr(stack.outbox.engine.dialect, "is_mariadb", False):
+        return "Ours waits there (Waiting for " in output and "information_schema.metadata_lock_info" in output
+    return f"process {process} (" in output
+
+
+def test_rows_of_an_outbox_locked_against_writing_are_exported_and_marked_later(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LOCK TABLES … READ lets everything be read: the first batch's mark ended the drain, five times, with a code for a cause."""
+    stack.put(*events(9))
+    with held(stack, "LOCK TABLES clickhouse_outbox READ") as process:
+        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
+    assert (stack.counts(), stack.pending(), states(stack)) == ((9, 9), 9, ["written"] * 3)
+    assert "batch 3 is in ClickHouse and not marked: clickhouse_outbox is locked as a whole" in done.output
+    assert names_who_locks_the_table(stack, process, done.output)
+    assert done.exit_code == 1
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending(), states(stack)) == ((9, 9), 0, ["verified"] * 3)
+
+
+WHOLE = {
+    "LOCK TABLES": "LOCK TABLES clickhouse_outbox WRITE",
+    "FLUSH TABLES": "FLUSH TABLES WITH READ LOCK",
+    "ALTER TABLE that waits": "SELECT * FROM clickhouse_outbox LIMIT 1",
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_drain_that_can_do_nothing_ends_and_names_who_holds_the_outbox(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Error 1205 alone does not say which lock it was, nor whose."""
+    monkeypatch.setattr(core_drain, "RETRIES", 0)
+    stack.put(*events(3))
+    altering: threading.Thread | None = None
+    with held(stack, WHOLE[kind]) as process:
+        if "ALTER" in kind:
+            altering = threading.Thread(target=alter, args=(stack,))
+            altering.start()
+            wait_until(lambda: bool(stack.sql("SELECT 1 FROM information_schema.processlist WHERE info LIKE 'ALTER%'")))
+        done = drain(stack, monkeypatch)
+    if altering is not None:
+        altering.join()
+    assert names_who_locks_the_table(stack, process, done.output), done.output
+    assert done.exit_code == 2
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
+
+
+def alter(stack: Stack) -> None:
+    engine = sa.create_engine(stack.mysql_url)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ALTER TABLE clickhouse_outbox COMMENT = 'another'")
+    engine.dispose()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_an_open_batch_whose_ledger_row_is_locked_lets_the_others_go_on(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator's SELECT … FOR UPDATE on one batch stopped every plan."""
+    stack.put(*events(9))
+    claiming.claim(stack.outbox, owner="a dead run", dead_owners=(), limits=Limits(batch_rows=3))
+    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
+    stack.put(*events(3, "later"))
+    with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 2 FOR UPDATE"):
+        done = drain(stack, monkeypatch)
+        assert states(stack) == ["verified", "claimed", "verified", "verified"]
+        assert "batch 2 is open (claimed, 3 rows), and somebody holds its row" in done.output
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending(), states(stack)) == ((12, 12), 0, ["verified"] * 4)
+
+
+def test_a_batch_whose_ledger_row_is_locked_on_its_way_lets_the_others_go_on(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is one for the whole plan, so one locked row stopped all of its batches."""
+    real = claiming.claim
+    stack.put(*events(6))
+    with ExitStack() as locks:
+
+        def claim(*arguments: Any, **named: Any) -> Any:
+            claims = real(*arguments, **named)
+            if not holder:
+                locked = "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 1 FOR UPDATE"
+                holder.append(locks.enter_context(held(stack, locked)))
+            return claims
+
+        holder: list[int] = []
+        monkeypatch.setattr(claiming, "claim", claim)
+        done = drain(stack, monkeypatch, "--batch-rows", "3", "--once")
+        assert states(stack) == ["claimed", "verified"], done.output
+        assert f"process {holder[0]} (" in done.output
+        assert done.exit_code == 1
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending(), states(stack)) == ((6, 6), 0, ["verified"] * 2)
+
+
+def test_who_holds_the_ledgers_lock_is_named(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can plan meanwhile, and "lock wait timeout" does not say whom to ask."""
+    monkeypatch.setattr(core_drain, "RETRIES", 0)
+    stack.put(*events(3))
+    with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 0 FOR UPDATE") as process:
+        done = drain(stack, monkeypatch)
+        assert f"process {process} (" in done.output
+        assert done.exit_code == 2
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
 
 
 # ── triggers ─────────────────────────────────────────────────────────────────────────────────────
