@@ -148,7 +148,16 @@ def _linger(
         done.interrupted = done.interrupted or stopping()
         return not done.interrupted and time.monotonic() - began < limits.linger_s
 
-    for batches, outcome in linger(mysql, clickhouse, owner=owner, process=owner, limits=limits, stays=stays):
+    for batches, outcome in linger(
+        mysql,
+        clickhouse,
+        owner=owner,
+        process=owner,
+        limits=limits,
+        stays=stays,
+        exported=done.claimed,
+        left_alone=screen.trouble,
+    ):
         done.rounds += 1
         for batch in batches:
             done.claimed.add(batch.batch_id)

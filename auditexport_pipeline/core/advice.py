@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from auditexport_pipeline.core.batch import VIEW_BARS
+from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -61,6 +62,7 @@ def advice(status: Status, targets: Targets) -> list[Advice]:
         *_open_batches(status, targets),
         *_unverified(status, targets),
         *_views(status),
+        *_cleared(status),
         *_held(status),
         *_dead_letters(status, targets),
         *_unknown_versions(status, targets),
@@ -298,6 +300,14 @@ def _views(status: Status) -> list[Advice]:
             todo="fix or drop the view and fill its target; see A view fails in runbook.md, and auditexport batches show "
             f"{next(iter(named))}",
         ),
+    ]
+
+
+def _cleared(status: Status) -> list[Advice]:
+    if status.cleared_often is None:
+        return []
+    return [
+        Advice(severity=Severity.WARNING, about="cleared", what=str(status.cleared_often), todo=LOOK_FOR_WHO_CLEARS)
     ]
 
 

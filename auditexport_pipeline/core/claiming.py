@@ -26,6 +26,13 @@ FURTHER_BATCHES_GROW = 1.5
 SAMPLED_ROWS = 64
 # Blocks of one requeue: one INSERT each, and all of a lingering run's drains can be in it.
 MOST_BLOCKS = 256
+# A row that is exported more often than this, and nobody asked for it, is somebody's mistake.
+CLEARED_OFTEN = 3
+# What clears marks is seldom a person.
+LOOK_FOR_WHO_CLEARS = (
+    "look for what sets deleted_at to NULL: SELECT * FROM information_schema.events; SELECT * FROM information_schema.triggers; "
+    "and the application's own jobs"
+)
 # No run can ask for a longer one. A lease that ends later was given before the server's clock was set back, and would
 # keep its batch waiting for as long as the clock went back.
 LONGEST_LEASE_MS = 86_400_000
@@ -40,6 +47,8 @@ def claim(
     process: str = "",
     max_rows: int | None = None,
     left_alone: Callable[[str], None] = lambda line: None,
+    exported: Collection[int] = (),
+    cleared: Callable[[PkSet], None] = lambda pks: None,
 ) -> list[Claim]:
     """Adopts what dead owners left open, then cuts new batches from pending rows, oldest pk first.
 
@@ -49,7 +58,8 @@ def claim(
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
     in the ledger under a new epoch. Loads pks only for what it claims. Idempotent: run again by the same
     owner it adopts what it claimed before. `left_alone` hears of open batches that this release or this installation cannot
-    go on with, a line each: their rows stay theirs.
+    go on with, and of rows that are exported again and again, a line each. `exported` are the batches that this drain has
+    exported: their rows that are pending again are left to the next drain, and `cleared` hears of them.
     """
     with outbox.planning(owner, limits.lease_s, process) as ledger:
         claims: list[Claim] = []
@@ -89,7 +99,14 @@ def claim(
                 ledger.begin_lease_again(batch)
         for position, version in enumerate(limits.versions):
             room = -(-(limits.max_batches - len(claims)) // (len(limits.versions) - position))
-            claims.extend(_cut_new(ledger, version, held, room, limits, _room(claims, max_rows)))
+            new = _cut_new(ledger, version, held, room, limits, _room(claims, max_rows), frozenset(exported), cleared)
+            claims.extend(new)
+        for claim in claims:
+            if claim.generation > CLEARED_OFTEN and not claim.adopted:
+                left_alone(
+                    f"batch {claim.batch_id} has {claim.rows:,} rows that are exported for the {claim.generation + 1}th time. If "
+                    f"nobody requeues them, {LOOK_FOR_WHO_CLEARS}"
+                )
         return claims
 
 
@@ -111,7 +128,24 @@ def held_line(holders: Sequence[Holder]) -> str:
     )
 
 
-def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Limits, max_rows: int) -> Iterator[Claim]:
+def cleared_line(pks: PkSet) -> str:
+    """What a drain says of rows that it has exported and that are pending again."""
+    return (
+        f"{len(pks):,} rows that this drain has exported are pending again, the first is pk {pks.first}: it leaves them to the next "
+        f"one. If nobody requeued them, and the outbox was not filled anew, {LOOK_FOR_WHO_CLEARS}"
+    )
+
+
+def _cut_new(
+    ledger: Planning,
+    version: str,
+    held: PkSet,
+    room: int,
+    limits: Limits,
+    max_rows: int,
+    exported: frozenset[int],
+    cleared: Callable[[PkSet], None],
+) -> Iterator[Claim]:
     """New batches of one version, at most `room` of at most `max_rows`: each from one page of candidates, as far as its bytes
     allow. The first ones are small and grow, so that every stage of the pipeline soon has work.
     """
@@ -133,7 +167,7 @@ def _cut_new(ledger: Planning, version: str, held: PkSet, room: int, limits: Lim
         pks, size = _within_bytes(ledger, free, limits.batch_bytes)
         if len(pks) < len(free):
             from_pk = pks.last + 1
-        for new in islice(_add(ledger, version, pks, size, limits), room - batches):
+        for new in islice(_add(ledger, version, pks, size, limits, exported, cleared), room - batches):
             batches += 1
             rows += new.rows
             yield new
@@ -163,7 +197,15 @@ def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet,
     return next(pks.chunks(rows)), size
 
 
-def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) -> Iterator[Claim]:
+def _add(
+    ledger: Planning,
+    version: str,
+    pks: PkSet,
+    size: int,
+    limits: Limits,
+    exported: frozenset[int],
+    cleared: Callable[[PkSet], None],
+) -> Iterator[Claim]:
     """One batch of rows never exported, and those of rows that are pending again, with their old `inserted_at`.
 
     That a pk was exported before is a guess at what its row is: the seal proves it or takes the row for new.
@@ -173,6 +215,10 @@ def _add(ledger: Planning, version: str, pks: PkSet, size: int, limits: Limits) 
     generation = 0
     # By spans: one old row among new ones must not ask for every batch between them.
     found = {origin.batch_id: origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.exported_over(*span)}
+    own = PkSet.union(origin.pks for batch_id, origin in found.items() if batch_id in exported) & pks
+    if own:
+        cleared(own)
+        pks -= own
     for _, origin in sorted(found.items()):
         overlap = pks & origin.pks
         if overlap and origin.version == version:

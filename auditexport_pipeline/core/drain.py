@@ -28,6 +28,7 @@ from auditexport_pipeline.core.errors import (
 from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import outcome_of
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Moment, Outbox
 from auditexport_pipeline.core.verify import verify
 
@@ -149,7 +150,8 @@ def drain(
     stopping: Callable[[], bool],
     listener: Listener,
 ) -> Drained:
-    """Drains plan after plan until what was pending at the beginning is exported; with `once` a single plan.
+    """Drains plan after plan until what was pending at the beginning is exported; with `once` a single plan. No row goes out
+    twice: those whose marks somebody clears meanwhile are left to the next drain, and the listener hears of them.
 
     A plan that is not full has claimed everything there was, so rows that keep arriving do not keep it here. When
     `stopping()`, the batch at hand is finished and the rest of the plan given back: its leases end at once. Transient errors are
@@ -171,11 +173,26 @@ def drain(
 
     while True:
         exported_before = done.batches
+        cleared = PkSet()
+
+        def again(pks: PkSet) -> None:
+            nonlocal cleared
+            cleared |= pks
+
         try:
             dead = dead_owners(outbox.open_owners())
             claims = claiming.claim(
-                outbox, owner=owner, dead_owners=dead, limits=limits, process=process, left_alone=left_alone
+                outbox,
+                owner=owner,
+                dead_owners=dead,
+                limits=limits,
+                process=process,
+                left_alone=left_alone,
+                exported=done.claimed,
+                cleared=again,
             )
+            if cleared:
+                left_alone(claiming.cleared_line(cleared))
             listener.claimed(claims)
             done.claimed |= {claim.batch_id for claim in claims}
             done.rounds += 1
@@ -205,7 +222,7 @@ def drain(
             continue
         if len(claims) < limits.max_batches:
             pending = backlog()
-            if not pending.rows or pending.lag_s <= time.monotonic() - began:
+            if cleared or not pending.rows or pending.lag_s <= time.monotonic() - began:
                 return done
 
 

@@ -10,11 +10,12 @@ ClickHouse within one poll.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.verify import verify
 
@@ -31,17 +32,40 @@ def linger(
     stays: Callable[[], bool],
     process: str = "",
     max_rows: Callable[[], int | None] = lambda: None,
+    exported: Collection[int] = (),
+    left_alone: Callable[[str], None] = lambda line: None,
 ) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
     """Drains again and again while `stays()`, every `linger_poll_ms`; yields what each drain that found something did.
 
     Each drain is a whole one: claimed, sealed, written, marked, verified. Memory: one batch's rows. Raises what the
-    verbs raise; what is open then is the next run's to finish. Ends early when a batch could not be marked.
+    verbs raise; what is open then is the next run's to finish. Ends early when a batch could not be marked. Rows of
+    `exported`, the run's earlier batches, and of its own, are not exported again: `left_alone` hears of them, once.
     """
+    own = set(exported)
+    said: set[str] = set()
+
+    def say(line: str, key: str = "") -> None:
+        if (key or line) not in said:
+            said.add(key or line)
+            left_alone(line)
+
+    def cleared(pks: PkSet) -> None:
+        say(claiming.cleared_line(pks), "cleared")
+
     while stays():
         started = time.monotonic()
         claims = claiming.claim(
-            outbox, owner=owner, process=process, dead_owners=(), limits=limits, max_rows=max_rows()
+            outbox,
+            owner=owner,
+            process=process,
+            dead_owners=(),
+            limits=limits,
+            max_rows=max_rows(),
+            left_alone=say,
+            exported=own,
+            cleared=cleared,
         )
+        own.update(claim.batch_id for claim in claims)
         unmarked = False
         for claim in claims:
             fetched = export.fetch(outbox, log, claim, limits)

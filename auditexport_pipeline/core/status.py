@@ -143,6 +143,21 @@ class LastReconcile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClearedOften:
+    """Rows whose marks were cleared `times` times within a day, beyond requeues and repairs; `batch_id` exported them last."""
+
+    batch_id: int
+    rows: int
+    times: int
+
+    def __str__(self) -> str:
+        return (
+            f"the marks of rows of batch {self.batch_id} ({self.rows:,} rows) were cleared {self.times:,} times in the last "
+            f"{shown_s(VIEWS_WINDOW_S)}, not by a requeue of ours, and each time they were exported again"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """How the export stands at `at_ms`, by MySQL's clock. Ids and counts; read from MySQL alone."""
 
@@ -163,6 +178,7 @@ class Status:
     last_reconcile: LastReconcile | None
     # Batch id → what failed, of batches exported within VIEWS_WINDOW_S: stored, but a materialized view lacks rows.
     view_failures: Mapping[int, str] = field(default_factory=dict)
+    cleared_often: ClearedOften | None = None
     held_by_detail: Mapping[str, int] = field(default_factory=dict)  # rows that the table refuses, by what refuses them
     # What earlier reconciliations found beside batches, and no later one has looked at again; oldest first.
     open_findings: tuple[OpenFinding, ...] = ()

@@ -16,7 +16,7 @@ has it, so configuration and steps read the same for each.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -277,7 +277,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
             outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
             verified = verify.verify(outbox, log, outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
             if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
-                for _, found in _stay(context, names, to, limits, planned.started_at_s):
+                for _, found in _stay(context, names, to, limits, planned.started_at_s, batch_ids):
                     verified |= found
                     if any(found.values()):
                         break
@@ -300,7 +300,12 @@ def _finish_export(names: Names) -> dg.OpDefinition:
 
 
 def _stay(
-    context: dg.OpExecutionContext, names: Names, to: Connected, limits: Limits, started_at_s: float
+    context: dg.OpExecutionContext,
+    names: Names,
+    to: Connected,
+    limits: Limits,
+    started_at_s: float,
+    exported: Sequence[int],
 ) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
     """Drains what arrives until `linger_s` after the run's start, or until another drain waits in the queue."""
     outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
@@ -335,6 +340,8 @@ def _stay(
         limits=limits,
         stays=stays,
         max_rows=max_rows,
+        exported=exported,
+        left_alone=context.log.warning,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from auditexport_pipeline.core.batch import VIEW_BARS
+from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.status import newest_of_each_view
@@ -26,7 +27,7 @@ from auditexport_pipeline.stores.preflight_versions import look_at_other_version
 from auditexport_pipeline.stores.roles import Role
 from auditexport_pipeline.stores.statements import load
 from auditexport_pipeline.stores.status import SQL as STATUS_SQL
-from auditexport_pipeline.stores.status import read_open_batches, view_failures
+from auditexport_pipeline.stores.status import cleared_often, read_open_batches, view_failures
 
 _SQL = load("preflight.sql")
 # For so long a clean look is not repeated in full. What a failover, a restart or one statement of somebody turns
@@ -59,6 +60,7 @@ def examine(
         looks.append(_clocks(outbox, log, host_ms))
     with suppress(AuditExportError):  # without the ledger, or without a grant on it, the looks above have said so
         looks.append(_views(outbox))
+        looks.append(_cleared(outbox))
     return looks
 
 
@@ -170,6 +172,31 @@ def _views(outbox: MySQLOutbox) -> Look:
                 for batch_id, note in newest_of_each_view(failures).items()
             ),
         ),
+    )
+
+
+def _cleared(outbox: MySQLOutbox) -> Look:
+    """Whether somebody keeps clearing marks, as an event or a job of the application can."""
+    with outbox.transaction("asking for the time") as connection:
+        now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
+    often = cleared_often(outbox, now_ms)
+    finding = (
+        ()
+        if often is None
+        else (
+            Finding(
+                what=str(often),
+                breaks="the same events are exported again by each drain; ClickHouse merges the copies, and readers of the raw "
+                "table see them until then",
+                fix=LOOK_FOR_WHO_CLEARS,
+                fatal=False,
+            ),
+        )
+    )
+    return Look(
+        about="cleared marks",
+        seen="cleared again and again" if often else "none that keep being cleared",
+        findings=finding,
     )
 
 

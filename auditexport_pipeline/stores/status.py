@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -15,12 +16,14 @@ from sqlalchemy import Connection, Row, TextClause, text
 
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.batch import OPEN, State
+from auditexport_pipeline.core.claiming import CLEARED_OFTEN
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.looks import LOOKS_READ, open_findings
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
     BatchTimes,
+    ClearedOften,
     LastReconcile,
     LastSweep,
     OpenBatchStatus,
@@ -114,6 +117,7 @@ def read_status(
         actions_read=actions_read,
         view_failures=failures,
         held_by_detail=held,
+        cleared_often=cleared_often(outbox, now_ms),
     )
 
 
@@ -125,6 +129,22 @@ def view_failures(connection: Connection, now_ms: int) -> dict[int, str]:
         "row_limit": STANDING_BATCHES,
     }
     return {row.batch_id: row.last_error for row in connection.execute(SQL["view_failures"], values)}
+
+
+def cleared_often(outbox: MySQLOutbox, now_ms: int) -> ClearedOften | None:
+    """Rows that were exported again and again within the last day, more often than actions of ours explain."""
+    values = {"from_ms": now_ms - VIEWS_WINDOW_S * 1000}
+    with outbox.transaction("looking for marks that are cleared") as connection:
+        look = {**values, "looked_at": VIEWS_LOOKED_AT, "often": CLEARED_OFTEN}
+        found = connection.execute(SQL["cleared_often"], look).one_or_none()
+    if found is None:
+        return None
+    ours = 0
+    with suppress(SetupIncomplete):  # the exporter need not read actions
+        with outbox.transaction("counting requeues") as connection:
+            ours = connection.execute(SQL["cleared_by_us"], values).scalar_one()
+    times = int(found.again) - ours
+    return ClearedOften(batch_id=found.batch_id, rows=found.row_count, times=times) if times > CLEARED_OFTEN else None
 
 
 def read_open_batches(connection: Connection, now_ms: int) -> tuple[OpenBatchStatus, ...]:

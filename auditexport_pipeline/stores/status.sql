@@ -54,6 +54,30 @@ FROM (
 ) AS recent
 WHERE last_error LIKE 'view %' LIMIT :row_limit
 
+-- name: cleared_often
+-- exported_idx, from its end; at most as many entries of it as `looked_at`. The batch of the last day whose rows were exported most
+-- often, and how many batches of that day exported rows of its range again.
+SELECT often.batch_id, often.row_count, often.generation,
+       SUM(recent.first_pk <= often.last_pk AND recent.last_pk >= often.first_pk) AS again
+FROM (
+  SELECT batch_id, row_count, generation, first_pk, last_pk
+  FROM (
+    SELECT batch_id, row_count, generation, first_pk, last_pk FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
+    WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+  ) AS day
+  WHERE generation > :often ORDER BY generation DESC LIMIT 1
+) AS often
+JOIN (
+  SELECT generation, first_pk, last_pk FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
+  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+) AS recent ON recent.generation > 0
+GROUP BY 1, 2, 3
+
+-- name: cleared_by_us
+-- verb_idx. Requeues and repairs of the last day.
+SELECT COUNT(*) AS n FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
+WHERE verb IN ('requeue', 'repair') AND at_ms >= :from_ms
+
 -- name: last_actions
 -- verb_idx, from the end of one verb.
 SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)

@@ -366,3 +366,83 @@ def test_doctor_names_update_triggers_and_lets_a_harmless_one_be(stack: Stack, m
     stack.put(*events(2))
     assert drain(stack, monkeypatch).exit_code == 0
     assert (stack.counts(), stack.pending()) == ((2, 2), 0)
+
+
+# ── marks that somebody clears ───────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def clearing_event(stack: Stack) -> Iterator[None]:
+    """An event of somebody's that clears all marks, every second."""
+    before = stack.sql("SELECT @@GLOBAL.event_scheduler AS on_or_off")[0].on_or_off
+    stack.sql("SET GLOBAL event_scheduler = ON")
+    stack.sql(
+        "CREATE EVENT nightly ON SCHEDULE EVERY 1 SECOND DO UPDATE clickhouse_outbox SET deleted_at = NULL "
+        "WHERE deleted_at IS NOT NULL"
+    )
+    try:
+        yield
+    finally:
+        stack.sql("DROP EVENT IF EXISTS nightly")
+        stack.sql(f"SET GLOBAL event_scheduler = {before}")
+
+
+def said(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    for name, value in urls(stack).items():
+        monkeypatch.setenv(name, value)
+    return CliRunner().invoke(main, [*words]).output
+
+
+def test_a_drain_exports_no_row_twice_though_its_mark_is_cleared_at_once(stack: Stack) -> None:
+    """It never ended: each plan found the rows of the one before it pending."""
+    stack.put(*events(6))
+    stack.sql("UPDATE clickhouse_outbox SET created_at = created_at - 600000")
+    stack.sql(
+        "CREATE TRIGGER unmark AFTER UPDATE ON clickhouse_outbox_batch FOR EACH ROW UPDATE clickhouse_outbox SET deleted_at = NULL "
+        "WHERE NEW.state = 'exported' AND OLD.state = 'written' AND deleted_at = NEW.exported_at_ms"
+    )
+    with started(stack, "drain", "--batch-rows", "3", "--max-batches", "1") as process:
+        try:
+            output, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            output, errors = "never ended", ""
+    assert (stack.counts(), stack.pending()) == ((6, 6), 6), output
+    assert "rows that this drain has exported are pending again" in output + errors
+    assert "information_schema.events" in output + errors
+
+
+def test_an_event_that_clears_marks_is_looked_for(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drain exported the same rows as a requeue, and status, doctor and log called that healthy."""
+    stack.put(*events(3))
+    with clearing_event(stack):
+        for _ in range(5):
+            wait_until(lambda: stack.pending() == 3)
+            done = drain(stack, monkeypatch)
+            assert done.exit_code == 0, done.output
+    assert "are exported for the 5th time. If nobody requeues them" in done.output
+    assert "cleared 4 times in the last" in said(stack, monkeypatch, "status")
+    assert "cleared 4 times in the last" in said(stack, monkeypatch, "doctor")
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts()[1], stack.pending()) == (3, 0)
+
+
+def test_a_run_that_stays_exports_no_row_twice_either(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every look it found its own rows pending."""
+    stack.put(*events(3))
+    with clearing_event(stack):
+        done = drain(stack, monkeypatch, "--linger-s", "5", "--linger-poll-ms", "100")
+    assert stack.counts() == (3, 3)
+    assert "rows that this drain has exported are pending again" in done.output
+    assert drain(stack, monkeypatch).exit_code == 0
+    assert (stack.counts()[1], stack.pending()) == (3, 0)
+
+
+def test_requeues_of_ours_are_nobodys_mistake(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clearing marks is how rows are exported again, and each time is on record."""
+    stack.put(*events(3))
+    for _ in range(5):
+        drain(stack, monkeypatch)
+        said(stack, monkeypatch, "requeue", "--from-pk", "0", "--why", "a test")
+    drain(stack, monkeypatch)
+    assert [batch.generation for batch in ledger(stack)][-1] == 5, "they were requeued"
+    assert "were cleared" not in said(stack, monkeypatch, "status")
