@@ -68,6 +68,7 @@ class Sweep:
     batches: int = 0  # of which no row is left
     by_batch: dict[int, int] = field(default_factory=dict)
     discrepant: dict[int, Discrepancy] = field(default_factory=dict)  # not swept: ClickHouse no longer holds them
+    standing: dict[int, str] = field(default_factory=dict)  # not looked at: discrepant before this sweep began
     # Not swept: what ClickHouse lacks of them may be past a TTL that cannot be evaluated.
     ttl_unknown: dict[int, Discrepancy] = field(default_factory=dict)
     # Batches due by age that were never verified, are discrepant, or of a version that is not installed.
@@ -109,7 +110,7 @@ def sweep(
             "of a batch must stay longer than its entries; raise ledger_days"
         )
     before_ms = now_ms - int(retention.outbox_days * DAY_MS)
-    done = Sweep(held_back=upkeep.held_back(before_ms))
+    done = Sweep(held_back=upkeep.held_back(before_ms), standing=upkeep.discrepant_due(before_ms))
     selection = {"before_ms": before_ms, "outbox_days": retention.outbox_days}
     action_id: int | None = None
     after_id = 0

@@ -6,21 +6,24 @@ the outbox of these `Names`; a form's wrong value is refused at the launch, by n
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline.core.actions import By, RowFilter
-from auditexport_pipeline.core.errors import InvalidConfig, VerificationFailed
+from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete, VerificationFailed
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.defs.config import checked
-from auditexport_pipeline.defs.failures import told_to_dagster
+from auditexport_pipeline.defs.failures import STEP_RETRIES, told_to_dagster
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
+from auditexport_pipeline.stores.preflight import SKEW_MS
 from auditexport_pipeline.stores.status import targets
 
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
@@ -179,17 +182,20 @@ def sweep_job(names: Names) -> dg.JobDefinition:
                 f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
                 f"{done.held_back} batches held back, {done.compacted} compacted"
             )
-            if done.ttl_unknown and not done.discrepant:
+            # An earlier attempt of this step may have found them: they are not due any more.
+            standing = done.standing if context.retry_number else {}
+            discrepant = standing | {batch_id: str(found) for batch_id, found in done.discrepant.items()}
+            if done.ttl_unknown and not discrepant:
                 raise VerificationFailed(
                     "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
                     "evaluated: "
                     + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.ttl_unknown.items())[:10])
                     + f". {TTL_UNKNOWN_TODO}"
                 )
-            if done.discrepant:
+            if discrepant:
                 raise VerificationFailed(
                     "batches past retention that ClickHouse no longer holds as it did were not swept: "
-                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.discrepant.items())[:10])
+                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(discrepant.items())[:10])
                     + f". Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
                 )
 
@@ -241,6 +247,25 @@ def _check_window(settings: Mapping[str, Any]) -> None:
     By(who=settings["who"] or "the run", why=settings["why"])
 
 
+def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:
+    """What earlier attempts of this step have recorded: after a repair the next one finds nothing."""
+    if not context.retry_number:
+        return ""
+    began_ms = (context.instance.get_run_stats(context.run_id).start_time or 0) * 1000 - SKEW_MS
+    found = []
+    with suppress(SetupIncomplete):  # who may not read actions has recorded none
+        for verb in ("repair", "reconcile"):
+            for action in upkeep.last_actions(verb, STEP_RETRIES):
+                if action.by.who != who or action.at_ms < began_ms:
+                    continue
+                if verb == "repair" and action.rows:
+                    found.append(f"{action.rows:,} rows were requeued (action {action.action_id})")
+                differing = LastReconcile.of(action).found if verb == "reconcile" else None
+                if differing:
+                    found.append(f"{differing} (action {action.action_id})")
+    return "; ".join(found)
+
+
 def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None) -> dg.JobDefinition:
     """`reconcile_audit_logs`; its page holds the numbers against these targets, over those of the environment."""
 
@@ -290,6 +315,12 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
             context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
             if report.unrecorded:
                 context.log.warning(f"that it was looked is not recorded: {report.unrecorded}")
+            earlier = _found_before(context, upkeep, by_of(context, "reconciliation").who)
+            if report.clean and earlier:
+                raise VerificationFailed(
+                    f"outbox and ClickHouse differed when an earlier attempt of this step looked: {earlier}. They agree now, or will "
+                    "after the next drain; run again then"
+                )
             if not report.clean:
                 repaired = (
                     f"{report.repaired.rows:,} rows were requeued; run again after the next drain"

@@ -20,7 +20,7 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.stores import actions, dead_letters
 from auditexport_pipeline.stores.marking import LIST_PKS, by_shape
-from auditexport_pipeline.stores.outbox import MySQLOutbox, batch_of
+from auditexport_pipeline.stores.outbox import IN_CLICKHOUSE, MySQLOutbox, batch_of
 from auditexport_pipeline.stores.statements import load
 
 _LISTS = {
@@ -217,6 +217,11 @@ class MySQLUpkeep:
     def held_back(self, before_ms: int) -> int:
         with self.outbox.transaction("counting batches") as connection:
             return int(connection.execute(SQL["held_back"], {"before_ms": before_ms}).scalar_one())
+
+    def discrepant_due(self, before_ms: int) -> dict[int, str]:
+        with self.outbox.transaction("listing discrepant batches") as connection:
+            found = connection.execute(SQL["discrepant_due"], {"before_ms": before_ms})
+            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
 
     def count_due(self, pks: PkSet, before_ms: int) -> int:
         rows = 0

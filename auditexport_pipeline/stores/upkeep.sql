@@ -132,6 +132,12 @@ ORDER BY batch_id LIMIT :row_limit
 SELECT COUNT(*) AS n FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state IN ('exported', 'discrepant') AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
 
+-- name: discrepant_due
+-- sweep_idx, then the primary key. Due by age, and known to be discrepant.
+SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
+WHERE state = 'discrepant' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
+ORDER BY exported_at_ms LIMIT 100
+
 -- name: count_due_between
 -- Primary key range; no lock.
 SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)

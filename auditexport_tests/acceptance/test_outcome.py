@@ -10,9 +10,11 @@ from auditexport_pipeline.core import export
 from auditexport_pipeline.core.errors import OutboxUnavailable
 from auditexport_pipeline.defs import assets
 from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 from auditexport_tests.acceptance.test_takeover import metadata_of
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger
+from auditexport_tests.dagster_glue.test_maintenance import launch
 from auditexport_tests.prompts import Prompt, prompt_in, urls
 
 
@@ -21,9 +23,9 @@ def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
     return prompt_in(urls(stack), monkeypatch)
 
 
-def fails_once(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def fails_once(monkeypatch: pytest.MonkeyPatch, verb: str, store: type = MySQLOutbox) -> None:
     """MySQL goes away the first time that this is asked for."""
-    real = getattr(MySQLOutbox, verb)
+    real = getattr(store, verb)
     calls: list[int] = []
 
     def once(*arguments: Any, **named: Any) -> Any:
@@ -32,7 +34,7 @@ def fails_once(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
             raise OutboxUnavailable("MySQL failed while testing; run again")
         return real(*arguments, **named)
 
-    monkeypatch.setattr(MySQLOutbox, verb, once)
+    monkeypatch.setattr(store, verb, once)
 
 
 @pytest.fixture
@@ -103,3 +105,46 @@ def test_a_run_that_stays_counts_what_every_attempt_exported(
     stack.put(*events(50))
     metadata = metadata_of(exporter.drain(linger_s=60, linger_poll_ms=20))
     assert (metadata["rows"], metadata["batches"], metadata["verified_batches"]) == (140, 2, 2)
+
+
+def lose(stack: Stack, event_id: str) -> None:
+    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{event_id}' SETTINGS mutations_sync = 2")
+
+
+def test_a_sweep_fails_whichever_attempt_of_its_step_found_the_loss(
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt called the batch discrepant and died; for the second it was not due any more, and the run was green."""
+    stack.put(*events(3))
+    assert exporter.drain().success
+    lose(stack, "evt_0")
+    fails_once(monkeypatch, "close_letters", MySQLUpkeep)
+    result = launch(exporter, "sweep_exported_rows", "sweep_rows", outbox_days=0)
+    assert [str(batch.state) for batch in ledger(stack)] == ["discrepant"]
+    assert not result.success, "a sweep that found a loss ended green"
+    (line,) = exporter.failures(result.run_id)
+    assert "batch 1: 1 missing" in line
+
+
+def test_a_reconciliation_fails_whichever_attempt_of_its_step_found_the_loss(
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt requeued what was lost and died; the second found rows that are pending, and nothing wrong."""
+    stack.put(*events(3))
+    assert exporter.drain().success
+    lose(stack, "evt_0")
+    real = MySQLUpkeep.record_action
+    calls: list[int] = []
+
+    def dies_after_the_repair(self: MySQLUpkeep, *arguments: Any, **named: Any) -> Any:
+        if stack.pending() and not calls:
+            calls.append(1)
+            raise OutboxUnavailable("MySQL failed while testing; run again")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(MySQLUpkeep, "record_action", dies_after_the_repair)
+    result = launch(exporter, "reconcile_audit_logs", "reconcile_window", repair=True)
+    assert stack.pending() == 1, "what was lost is requeued"
+    assert not result.success, "a reconciliation that found a loss ended green"
+    assert exporter.drain().success
+    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
