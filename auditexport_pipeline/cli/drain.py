@@ -143,6 +143,7 @@ def _linger(
 ) -> None:
     from auditexport_pipeline.core.batch import OPEN
     from auditexport_pipeline.core.linger import linger
+    from auditexport_pipeline.stores.held import release
 
     def stays() -> bool:
         done.interrupted = done.interrupted or stopping()
@@ -157,6 +158,7 @@ def _linger(
         stays=stays,
         exported=done.claimed,
         left_alone=screen.trouble,
+        release=lambda: release(mysql, clickhouse),
     ):
         done.rounds += 1
         for batch in batches:

@@ -21,6 +21,8 @@ from auditexport_pipeline.core.verify import verify
 
 # Batches of earlier drains that are verified on the way, if a crash has left any.
 VERIFY_AT_ONCE = 200
+# One look at MySQL, and one at ClickHouse's definition of the table while rows are held.
+RELEASE_EVERY_S = 5.0
 
 
 def linger(
@@ -34,12 +36,14 @@ def linger(
     max_rows: Callable[[], int | None] = lambda: None,
     exported: Collection[int] = (),
     left_alone: Callable[[str], None] = lambda line: None,
+    release: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
     """Drains again and again while `stays()`, every `linger_poll_ms`; yields what each drain that found something did.
 
     Each drain is a whole one: claimed, sealed, written, marked, verified. Memory: one batch's rows. Raises what the
     verbs raise; what is open then is the next run's to finish. Ends early when a batch could not be marked. Rows of
-    `exported`, the run's earlier batches, and of its own, are not exported again: `left_alone` hears of them, once.
+    `exported`, the run's earlier batches, and of its own, are not exported again: `left_alone` hears of them, once. `release` is
+    called every `RELEASE_EVERY_S`: rows that the table refused are taken again once its definition has changed.
     """
     own = set(exported)
     said: set[str] = set()
@@ -52,8 +56,12 @@ def linger(
     def cleared(pks: PkSet) -> None:
         say(claiming.cleared_line(pks), "cleared")
 
+    released = time.monotonic()
     while stays():
         started = time.monotonic()
+        if started - released >= RELEASE_EVERY_S:
+            released = started
+            release()
         claims = claiming.claim(
             outbox,
             owner=owner,

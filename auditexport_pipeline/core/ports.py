@@ -331,6 +331,10 @@ class Outbox(Protocol):
         """Who holds the first of these rows locked, as far as this user may know, or how an administrator can see it."""
         ...
 
+    def written_within(self, version: str, age_s: int) -> bool:
+        """Whether ClickHouse has taken a batch of this version within so many seconds."""
+        ...
+
     def moment(self) -> Moment:
         """Where the ledger stands now: what a run did is told from here on."""
         ...
@@ -442,6 +446,10 @@ class AuditLog(Protocol):
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         """Parses rows exactly as `insert` would, writing nothing; None when they would be taken."""
+        ...
+
+    def definition_age_s(self, version: str) -> int:
+        """How long the version's table has been defined as it is, by ClickHouse's clock, in whole seconds."""
         ...
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]: ...

@@ -47,6 +47,8 @@ SMALL_ROW = (
 )
 # Rows that tell whether a table refuses everything.
 SAMPLE = 3
+# Of a batch of so many rows each is sent alone before the table is said to refuse all of them.
+FEW_ROWS = 32
 # Rows explained between two signs of life: half a second at 25 µs a row.
 EXPLAINED_AT_ONCE = 20_000
 Key = tuple[str, str, int, str]
@@ -305,12 +307,21 @@ class Recutter:
         rows = (row for block, _ in suspects for row in self._outbox.read(block.pks, row_bytes=block.row_bytes))
         return {row.workspace_id for row in rows}
 
+    def _takes_others(self, batch: Batch) -> bool:
+        """Whether the table, as it is defined now, has taken events of another batch."""
+        return self._outbox.written_within(batch.version, self._log.definition_age_s(batch.version))
+
     def _hold(self, batch: Batch, again: list[Block]) -> Batch:
-        """Holds the single rows that the table refuses. Raises `TableRefuses` where it has refused all rows that it was sent."""
+        """Holds the single rows that the table refuses. Raises `TableRefuses` where it has refused all rows that it was sent,
+        and has taken none of other batches since it is defined as it is.
+        """
+        none_taken = not self.taken and not again
+        if none_taken and self._waiting and batch.entries <= FEW_ROWS and self._questions.left >= 2:
+            return batch  # a row that the table takes can be among those that wait
         suspects, self._suspects = self._suspects, []
-        all_refused = not self.taken and not again and len(suspects) >= SAMPLE
+        all_refused = none_taken and len(suspects) >= SAMPLE
         # Of one workspace it can be a flood of its own, which is searched and held.
-        if all_refused and len(self._workspaces(batch, suspects)) > 1:
+        if all_refused and len(self._workspaces(batch, suspects)) > 1 and not self._takes_others(batch):
             self._waiting = []
             raise TableRefuses(
                 f"{VERSIONS[batch.version].table} refuses all rows of batch {batch.batch_id} ({batch.entries:,}), and all of "

@@ -342,6 +342,7 @@ def _stay(
         max_rows=max_rows,
         exported=exported,
         left_alone=context.log.warning,
+        release=lambda: release(outbox, log),
     )
 
 

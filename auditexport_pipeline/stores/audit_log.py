@@ -328,6 +328,10 @@ class ClickHouseAuditLog:
         found = self.rows("reading the table's definition", _PIECES["definition"], {"table": VERSIONS[version].table})
         return "definition " + hashlib.sha256("\n".join(row[0] for row in found.result_rows).encode()).hexdigest()[:32]
 
+    def definition_age_s(self, version: str) -> int:
+        found = self.rows("reading the table's age", _PIECES["definition_age"], {"table": VERSIONS[version].table})
+        return int(found.result_rows[0][0])
+
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         if not inserted_at_ms:
             return {}

@@ -115,6 +115,11 @@ FROM (
 SELECT create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local')) ORDER BY name
 
+-- name: definition_age
+-- How long the table has been defined as it is, by ClickHouse's clock; of a Distributed table also the one under it.
+SELECT min(dateDiff('second', metadata_modification_time, now())) AS age_s FROM system.tables
+WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local'))
+
 -- name: canary
 -- Made-up payloads through the parser, the SELECT and the column types of an INSERT; reads and writes no table. The types
 -- are the table's own, and so are the expressions of its mirrors.

@@ -21,7 +21,7 @@ _PIECES = load("dead_letters.sql")
 def release(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> int:
     """Lets held rows go back to pending whose table has another definition by now; returns how many.
 
-    Called before a plan. Asks ClickHouse only when rows are held. Durable effect: their state, one statement a version;
+    Called before a plan, and now and then by a run that stays. Asks ClickHouse only when rows are held. Durable effect: their state, one statement a version;
     the next claim takes them. Raises `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     with outbox.transaction("looking for held rows") as connection:

@@ -375,6 +375,11 @@ class MySQLOutbox:
     def holders(self, pks: PkSet) -> str:
         return holders(self.engine, f"SELECT pk FROM clickhouse_outbox WHERE pk = {pks.first:d} FOR UPDATE")
 
+    def written_within(self, version: str, age_s: int) -> bool:
+        with self.transaction("looking for batches that were written") as connection:
+            values = {"version": version, "age_s": age_s}
+            return connection.execute(SQL["written_within"], values).first() is not None
+
     def moment(self) -> Moment:
         with self.transaction("reading the ledger's last batch") as connection:
             row = connection.execute(SQL["moment"]).one()

@@ -311,6 +311,12 @@ SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts
        oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
+-- name: written_within
+-- exported_idx, from its end: what was written is stamped then. A batch of nothing but dead letters says nothing.
+SELECT 1 FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
+WHERE exported_at_ms > CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :age_s AND version = :version AND entry_count > 0
+LIMIT 1
+
 -- name: moment
 -- Primary key, last entry; no lock.
 SELECT MAX(batch_id) AS batch_id, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms FROM clickhouse_outbox_batch

@@ -6,6 +6,7 @@ The rows are sound, so none of them becomes a dead letter; they wait until the t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
-from auditexport_tests.prompts import urls
+from auditexport_tests.prompts import started, urls
 
 ROWS = 24
 Drains = Callable[[], tuple[int, str]]
@@ -130,3 +131,70 @@ def test_a_single_row_that_the_table_refuses_leaves_the_next_ones_alone(stack: S
     drains()
 
     assert (open_letters(stack), stack.counts(), stack.pending()) == (0, (5, 5), 1)
+
+
+CONSTRAINT = "ADD CONSTRAINT no_words CHECK NOT startsWith(description, 'word')"
+
+
+def held_rows(stack: Stack) -> int:
+    return len(stack.sql("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state = 'held'"))
+
+
+@pytest.mark.parametrize(("rows", "good"), [(3, 2), (4, 3), (5, 1), (5, 2), (6, 3), (7, 4)])
+def test_the_one_good_row_of_a_small_batch_goes_out_wherever_it_stands(
+    stack: Stack, drains: Drains, rows: int, good: int
+) -> None:
+    """Refused rows of two workspaces were "all rows" before the good one was sent alone; then it waited for ever."""
+    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 {CONSTRAINT}")
+    put(stack, rows=rows, bad=set(range(rows)) - {good}, workspaces=2)
+    status, output = drains()
+    assert (stack.counts(), stack.pending(), held_rows(stack)) == ((1, 1), rows - 1, rows - 1), output
+    assert (status, open_letters(stack)) == (0, 0)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 40])
+def test_a_batch_of_refused_rows_alone_is_held_where_the_table_takes_others(
+    stack: Stack, drains: Drains, rows: int
+) -> None:
+    """It was "all rows of the batch" at every drain, and every drain failed, although the table took everybody else's."""
+    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 {CONSTRAINT}")
+    time.sleep(1.1)  # the definition's age is in whole seconds
+    put(stack, rows=4, bad=set())
+    assert drains()[0] == 0
+    put(stack, rows=rows, workspaces=2, at=100)
+    status, output = drains()
+    assert (status, held_rows(stack), open_letters(stack)) == (0, rows, 0), output
+    assert stack.counts() == (4, 4)
+
+    stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_words")
+    assert drains()[0] == 0
+    assert (stack.counts(), stack.pending()) == ((4 + rows, 4 + rows), 0)
+
+
+def test_a_table_that_took_rows_before_it_was_changed_is_still_told_from_rows(stack: Stack, drains: Drains) -> None:
+    """What it took under another definition says nothing of this one."""
+    put(stack, rows=4, bad=set())
+    assert drains()[0] == 0
+    time.sleep(2.1)
+    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 {CONSTRAINT}")
+    put(stack, at=100)
+    status, output = drains()
+    assert (status, held_rows(stack), open_letters(stack)) == (1, 0, 0)
+    assert "refuses all rows of batch 2" in output
+
+
+def test_a_run_that_stays_sends_held_rows_once_the_definition_changes(stack: Stack, drains: Drains) -> None:
+    """They were released before a plan only, and a run that stays makes none that counted."""
+    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 {CONSTRAINT}")
+    put(stack, bad={7})
+    with started(stack, "drain", "--linger-s", "300", "--linger-poll-ms", "50") as process:
+        until = time.monotonic() + 60
+        while held_rows(stack) != 1 or stack.pending() != 1:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_words")
+        until = time.monotonic() + 60
+        while stack.pending() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert process.poll() is None, "it stays"
+        assert (stack.counts(), stack.pending(), held_rows(stack)) == ((ROWS, ROWS), 0, 0)
