@@ -176,6 +176,40 @@ def test_a_setting_that_we_may_not_state_is_named_before_a_claim(
         preflight.refuse_unless_ready(profiled.stack.outbox, profiled.stack.log)
 
 
+@pytest.mark.parametrize(
+    ("profile", "named"),
+    [
+        ("<readonly>2</readonly>", "readonly = 2"),
+        (
+            "<compatibility>23.3</compatibility><constraints><compatibility><readonly/></compatibility></constraints>",
+            "compatibility = 23.3",
+        ),
+        (
+            "<compatibility>23.3</compatibility><constraints><compatibility><const/></compatibility></constraints>",
+            "compatibility = 23.3",
+        ),
+    ],
+    ids=["readonly 2", "compatibility", "compatibility const"],
+)
+def test_what_no_statement_can_state_is_named_before_a_claim(
+    profiled: Profiled, monkeypatch: pytest.MonkeyPatch, profile: str, named: str
+) -> None:
+    """No SETTINGS clause gets past these: what they change must be known by name before a row is claimed."""
+    stack = profiled.stack
+    _put(stack)
+    profiled.restart(profile)
+    shown_by_doctor = doctor_of(stack.clickhouse_url, stack, monkeypatch)
+    said = CliRunner().invoke(main, ["drain"]).output
+    assert "nothing was claimed. " in said, said
+    assert named in said
+    assert (stack.pending(), len(stack.sql("SELECT * FROM clickhouse_outbox_batch WHERE batch_id > 0"))) == (ROWS, 0)
+    for shown in shown_by_doctor:
+        assert named in shown
+    profiled.restart()
+    CliRunner().invoke(main, ["drain"])
+    assert (stack.pending(), stack.counts()) == (0, (ROWS, ROWS))
+
+
 def test_a_fixed_setting_that_only_costs_is_left_as_it_is(profiled: Profiled) -> None:
     """Whoever runs the server decides about threads and seconds; that is no reason to export nothing."""
     profiled.restart(
