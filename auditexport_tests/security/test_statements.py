@@ -75,6 +75,9 @@ ALLOWED = {
         "statement",
     ): "audit_log.sql with the types and expressions of our table's columns, as ClickHouse has them",
     ("stores/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
+    ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}, lock_wait_timeout = {WAIT_S}'"): (
+        "a constant of the module"
+    ),
     ("stores/blockers.py", "statement"): "from blockers.sql, when the module is imported",
     ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}'"): "a constant of the module",
     ("stores/blockers.py", "f'SELECT {column} FROM {table} WHERE {column} = {int(value)} FOR UPDATE'"): (
