@@ -79,10 +79,6 @@ ALLOWED = {
         "a constant of the module"
     ),
     ("stores/blockers.py", "statement"): "from blockers.sql, when the module is imported",
-    ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}'"): "a constant of the module",
-    ("stores/blockers.py", "f'SELECT {column} FROM {table} WHERE {column} = {int(value)} FOR UPDATE'"): (
-        "our own tables and their keys, and an integer through int()"
-    ),
     ("stores/setup.py", "Template(_SQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
     ),
