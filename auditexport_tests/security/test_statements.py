@@ -78,7 +78,7 @@ ALLOWED = {
     ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}, lock_wait_timeout = {WAIT_S}'"): (
         "a constant of the module"
     ),
-    ("stores/blockers.py", "statement"): "from blockers.sql, when the module is imported",
+    ("stores/blockers.py", "statement"): "from blockers.sql, or one that has waited in vain, as the driver had it",
     ("stores/setup.py", "Template(_SQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
     ),
