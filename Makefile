@@ -27,7 +27,7 @@ dev: $(READY) server
 test: $(READY) server
 	@$(BIN)/python -m auditexport_tests.engines $(CLICKHOUSE)
 	@AUDITEXPORT_TEST_CLICKHOUSE_ENGINE=$(CLICKHOUSE) $(if $(MYSQLD),AUDITEXPORT_MYSQLD='$(MYSQLD)') \
-		$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGS)
 
 # The browser's tests, with what only they need; `make test` leaves them out.
 test-e2e: $(READY) server
