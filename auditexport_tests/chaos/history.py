@@ -52,6 +52,7 @@ EXPECTED_ERRORS = {
     "LeaseLost",
     "BatchAltered",
     "BatchWaits",
+    "BatchLocked",
 }
 
 

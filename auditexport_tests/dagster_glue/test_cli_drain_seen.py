@@ -30,8 +30,8 @@ def test_the_sensor_waits_for_a_drain_at_the_prompt_and_a_run_finishes_what_it_l
         assert f":{drain.pid}:" in reason(result)
         drain.kill()
         drain.wait()
-    assert not requests(sensor.tick()), "its lease has not ended"
-    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE lease_until_ms > 0")
-    assert "were left open" in reason(sensor.tick())
+    # A process that was on this machine, and is gone, is not waited for, though its lease has not ended.
+    (requested,) = requests(sensor.tick())
+    assert "were left open" in requested.tags["auditexport/why"]
     assert exporter.drain().success
     everything_once(stack, 200)
