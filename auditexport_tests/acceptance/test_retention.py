@@ -203,7 +203,8 @@ def test_a_requeue_goes_by_the_ttl_as_clickhouse_evaluates_it(stack: Stack) -> N
 )
 def test_doctor_reads_the_same_ttl(stack: Stack, ttl: str, says: list[str]) -> None:
     """One reader of the clause: what doctor shows is what the sweep goes by."""
+    before = preflight.check(stack.outbox, stack.log)  # an old server has a finding of its own
     set_ttl(stack, ttl)
-    found = preflight.check(stack.outbox, stack.log)
+    found = [finding for finding in preflight.check(stack.outbox, stack.log) if finding not in before]
     assert len(found) == len(says)
     assert all(text in finding.what for text, finding in zip(says, found, strict=True))

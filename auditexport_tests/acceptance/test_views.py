@@ -14,14 +14,19 @@ import pytest
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.core.errors import AuditLogUnavailable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.engines import chosen
 from auditexport_tests.prompts import urls
 
 Asked = Callable[[], dict[str, str]]
 ROWS = 40
 LIMITS = Limits(batch_rows=100)
+# These engines may refuse an INSERT whose view reads a table that is gone, or end one whose view fails, before its block is
+# stored: then nothing is, and that is said.
+REFUSES_EARLY = ("25.8", "26.1", "26.3")
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,17 @@ def test_a_view_that_fails_costs_neither_copies_nor_letters(stack: Stack, code: 
     timeout_s = 1 if code == "159" else LIMITS.insert_timeout_s
     failed = drained(stack, timeout_s)
     failed = drained(stack, timeout_s) or failed
+    if failed and code == "60" and chosen() in REFUSES_EARLY:
+        stored = ROWS - stack.pending()
+        assert (stack.counts(), stored in (0, ROWS), letters(stack), failed) == (
+            (stored, stored),
+            True,
+            0,
+            "SetupIncomplete",
+        )
+        ((_, note),) = states(stack)
+        assert f"code {code}, " in note
+        return
 
     assert (stack.counts(), stack.pending(), letters(stack), failed) == ((ROWS, ROWS), 0, 0, "")
     ((state, note),) = states(stack)
@@ -207,10 +223,13 @@ def test_a_crash_around_the_note_of_a_view_costs_nothing(stack: Stack, place: st
     view(stack, "toInt64(description)")
     put(stack)
     crash_at = CrashPoint(place)
-    with pytest.raises(Crash):
+    ends_before = () if chosen() not in REFUSES_EARLY else (AuditLogUnavailable,)
+    with pytest.raises((Crash, *ends_before)):
         drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="one")
 
-    assert drained(stack) == ""
+    # An older engine may end the INSERT before the block is in the table: then it is sent again.
+    ends = [drained(stack) for _ in range(1 if chosen() not in REFUSES_EARLY else 10)]
+    assert "" in ends
     assert (stack.counts(), stack.pending(), letters(stack)) == ((ROWS, ROWS), 0, 0)
     assert [state for state, _ in states(stack)] == ["verified"]
 
