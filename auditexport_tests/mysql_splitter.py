@@ -20,6 +20,7 @@ import pymysql
 from sqlalchemy.engine import make_url
 
 COM_QUERY = 3
+CLIENT_SSL = 0x800
 IN_TRANSACTION = 1
 OK, EOF, ERROR = 0x00, 0xFE, 0xFF
 LOCKS = re.compile(rb"FOR UPDATE|LOCK IN SHARE MODE|FOR SHARE", re.IGNORECASE)
@@ -121,8 +122,11 @@ class _Session:
         return sock
 
     def _log_in(self) -> None:
-        """Hands packets through until the writer has let the client in."""
-        self._client.sendall(_take(self._writer))
+        """Hands packets through until the writer has let the client in; without TLS, or there would be nothing to read."""
+        greeting = bytearray(_take(self._writer))
+        capabilities = greeting.index(0, 5) + 1 + 4 + 8 + 1  # behind the version: thread, half a scramble, a zero
+        greeting[capabilities + 1] &= ~(CLIENT_SSL >> 8)
+        self._client.sendall(greeting)
         while True:
             self._writer.sendall(_take(self._client))
             answer = _take(self._writer)
