@@ -18,7 +18,7 @@ from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.preflight_clickhouse import clickhouse_version
 from auditexport_pipeline.stores.preflight_mysql import server_version
 from auditexport_tests.conftest import Stack
-from auditexport_tests.faults import LEDGER, OUTBOX, globally
+from auditexport_tests.faults import LEDGER, OUTBOX, but_for_the_engine, globally
 
 # ── versions, connections, clocks ────────────────────────────────────────────────────────────────
 
@@ -42,13 +42,13 @@ def test_a_server_that_does_not_answer_is_a_finding_and_the_other_is_looked_at_a
     """At night two things are broken at once, and one at a time is the slowest way to learn it."""
     gone = MySQLOutbox("mysql+pymysql://root:hunter2@127.0.0.1:1/app")
     looks = preflight.examine(gone, stack.log)
-    (found,) = all_findings(looks)
+    (found,) = but_for_the_engine(all_findings(looks))
     assert found.fatal
     assert "AUDITEXPORT_MYSQL_URL" in found.fix
     assert "hunter2" not in str(looks)
     assert any(look.about == "ClickHouse version" for look in looks)
     looks = preflight.examine(stack.outbox, ClickHouseAuditLog("http://default:hunter2@127.0.0.1:1/default"))
-    (found,) = all_findings(looks)
+    (found,) = but_for_the_engine(all_findings(looks))
     assert "AUDITEXPORT_CLICKHOUSE_URL" in found.fix
     assert "hunter2" not in str(looks)
 
@@ -58,7 +58,7 @@ def test_a_connection_that_leaves_this_machine_unverified_is_a_warning(stack: St
     # 0.0.0.0 reaches this machine and is no loopback address by name.
     mysql = MySQLOutbox(stack.mysql_url.replace("127.0.0.1", "0.0.0.0") + "?ssl_disabled=true")
     log = ClickHouseAuditLog(stack.clickhouse_url.replace("127.0.0.1", "0.0.0.0"))
-    found = preflight.check(mysql, log)
+    found = but_for_the_engine(preflight.check(mysql, log))
     assert [finding.fatal for finding in found] == [False, False]
     assert "ssl_ca" in found[0].fix
     assert "https://" in found[1].fix
@@ -77,7 +77,7 @@ def test_a_url_that_asks_for_tls_and_names_no_authority_is_refused() -> None:
 def test_a_clock_of_this_host_that_is_off_is_a_warning(stack: Stack) -> None:
     """Nothing that is exported depends on it; logs that do not line up cost an hour of a bad night."""
     looks = preflight.examine(stack.outbox, stack.log, host_ms=lambda: time.time() * 1000 - 600_000)
-    (found,) = all_findings(looks)
+    (found,) = but_for_the_engine(all_findings(looks))
     assert "this host's clock is 600 s behind" in found.what
     assert not found.fatal
 
@@ -141,7 +141,9 @@ def test_doctor_shows_what_is_right_what_is_wrong_and_how_to_mend_it(stack: Stac
     assert f"fix:    ALTER TABLE {OUTBOX} ADD INDEX drainer_pending_idx (deleted_at, version, pk)" in ill.stdout
     told = json.loads(_doctor(stack, "--json").stdout)
     assert told["fatal"] == 1
-    assert [found["fatal"] for look in told["looks"] for found in look["findings"]] == [True]
+    assert [found["fatal"] for look in told["looks"] for found in look["findings"] if "2^53" not in found["what"]] == [
+        True
+    ]
 
 
 def test_doctor_says_what_is_wrong_with_a_call(stack: Stack) -> None:
