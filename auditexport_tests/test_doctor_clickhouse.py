@@ -50,7 +50,8 @@ def test_a_fault_in_the_clickhouse_table_is_found_and_its_fix_mends_it(
     drain(stack.outbox, stack.log, Limits(), owner="before")
     assert findings(stack) == []
     client = stack.log.client()
-    client.command(f"ALTER TABLE {TABLE} {fault}", settings=NOW)
+    for change in re.split(", (?=MODIFY COLUMN)", fault):  # an old engine alters no column whose index goes with it
+        client.command(f"ALTER TABLE {TABLE} {change}", settings=NOW)
     (found,) = findings(stack)
     assert what in found.what
     assert found.fatal is fatal
