@@ -127,7 +127,7 @@ class MySQLOutbox:
             said = f"{error}. {holders(self.engine, locked.statement, locked.params)}"
             # Every statement about one row of the ledger says so.
             batch_id = locked.params.get("batch_id") if isinstance(locked.params, dict) else None
-            raise (BatchLocked if batch_id else OutboxUnavailable)(said) from None
+            raise (BatchLocked if batch_id else OutboxUnavailable)(said) from locked
 
     @contextmanager
     def _marking(self, what: str) -> Iterator[Connection]:
