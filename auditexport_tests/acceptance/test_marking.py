@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger
 from auditexport_tests.prompts import started, urls
+from auditexport_tests.waiting import wait_until
 
 
 def drain(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
@@ -205,7 +205,10 @@ def test_a_drain_that_can_do_nothing_ends_and_names_who_holds_the_outbox(
         if "ALTER" in kind:
             altering = threading.Thread(target=alter, args=(stack,))
             altering.start()
-            wait_until(lambda: bool(stack.sql("SELECT 1 FROM information_schema.processlist WHERE info LIKE 'ALTER%'")))
+            wait_until(
+                lambda: bool(stack.sql("SELECT 1 FROM information_schema.processlist WHERE info LIKE 'ALTER%'")),
+                what="the ALTER",
+            )
         done = drain(stack, monkeypatch)
     if altering is not None:
         altering.join()
@@ -220,13 +223,6 @@ def alter(stack: Stack) -> None:
     with engine.connect() as connection:
         connection.exec_driver_sql("ALTER TABLE clickhouse_outbox COMMENT = 'another'")
     engine.dispose()
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_an_open_batch_whose_ledger_row_is_locked_lets_the_others_go_on(
@@ -416,7 +412,7 @@ def test_an_event_that_clears_marks_is_looked_for(stack: Stack, monkeypatch: pyt
     stack.put(*events(3))
     with clearing_event(stack):
         for _ in range(5):
-            wait_until(lambda: stack.pending() == 3)
+            wait_until(lambda: stack.pending() == 3, what="the three others")
             done = drain(stack, monkeypatch)
             assert done.exit_code == 0, done.output
     assert "are exported for the 5th time. If nobody requeues them" in done.output
