@@ -55,9 +55,10 @@ def behind(stack: Stack, splitter: Splitter) -> Iterator[Stack]:
 
 
 def said(stack: Stack, *words: str) -> str:
+    """What the prompt prints, on one line: a table breaks its lines where a port has a digit more."""
     done = CliRunner().invoke(main, [*words], env=urls(stack))
     assert done.exit_code == 0, done.output
-    return done.output
+    return " ".join(done.output.split())
 
 
 def test_the_proxy_of_these_tests_splits_reads(behind: Stack, stack: Stack, splitter: Splitter) -> None:
