@@ -122,13 +122,15 @@ def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = Tru
     admin_log.client().command(f"CREATE DATABASE {name}")
     outbox = MySQLOutbox(mysql_server + name)
     log = ClickHouseAuditLog(clickhouse_server + name)
+    # Settings are a server's and a user's, whatever the database; old servers answer in a third of a second.
+    log.connection._listed = admin_log.connection.listed()
     if create:
         setup.create(outbox, log, with_outbox=True)
     try:
         yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
     finally:
         outbox.disconnect()
-        log.client().close_connections()
+        log.connection.pool.clear()
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name}")
         admin_log.client().command(f"DROP DATABASE {name}")
