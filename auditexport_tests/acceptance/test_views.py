@@ -118,7 +118,7 @@ def test_a_view_that_fails_costs_neither_copies_nor_letters(stack: Stack, code: 
 def drained(stack: Stack, timeout_s: int = LIMITS.insert_timeout_s) -> str:
     """Drains once, or on an older engine until the block is stored; the name of the error that ended the last run."""
     end = ""
-    for _ in range(10 if chosen() in REFUSES_EARLY else 1):
+    for _ in range(100 if chosen() in REFUSES_EARLY else 1):
         try:
             drain(stack.outbox, stack.log, replace(LIMITS, insert_timeout_s=timeout_s), owner="one")
             return ""
