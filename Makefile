@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test test-e2e lint format bench bench-quick chaos server lock clean
+.PHONY: help demo dev test test-all test-e2e lint format bench bench-quick chaos server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
 	@echo "make dev     the stack, Dagster's page and a live trickle of events"
-	@echo "make test    the tests, on real servers"
+	@echo "make test    the tests, on real servers, but for the slow ones"
+	@echo "make test-all   all of them"
 	@echo "make test-e2e   Dagster's page in a headless browser, a deployment, Celery; pictures are in $(STATE)/e2e"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed beside other exporters, latency and memory, on this machine (bench-quick: 5 minutes)"
@@ -24,10 +25,11 @@ dev: $(READY) server
 	@$(BIN)/auditexport dev
 
 # CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; README.md has examples.
-test: $(READY) server
+test: SELECTED = -m 'not slow'
+test test-all: $(READY) server
 	@$(BIN)/python -m auditexport_tests.engines $(CLICKHOUSE)
 	@AUDITEXPORT_TEST_CLICKHOUSE_ENGINE=$(CLICKHOUSE) $(if $(MYSQLD),AUDITEXPORT_MYSQLD='$(MYSQLD)') \
-		$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n 4 --dist worksteal $(SELECTED) $(PYTEST_ARGS)
 
 # The browser's tests, with what only they need; `make test` leaves them out.
 test-e2e: $(READY) server

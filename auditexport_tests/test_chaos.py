@@ -48,7 +48,11 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-@pytest.mark.parametrize("theme", THEMES)
+# These take a minute each.
+SLOW = ("limits", "tables_that_begin_again", "other_hands", "operators", "clocks", "window_overflowed")
+
+
+@pytest.mark.parametrize("theme", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in THEMES])
 def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
     """The promise, under each kind of fault really injected: no loss, no copy, nothing stuck, the books agree."""
     plan = THEMES[theme]
@@ -77,6 +81,7 @@ def test_without_token_and_look_first_the_suite_sees_duplicates(rig: Rig) -> Non
     assert any("too often" in line for line in outcome.verdict.violations)
 
 
+@pytest.mark.slow
 def test_with_marks_before_the_write_the_suite_sees_losses(rig: Rig) -> None:
     """The negative control: an exporter that marks what it has not written is caught."""
     outcome = play(rig, Plan(seed=10, theme=("clickhouse unsent", "clickhouse refuse"), mutation="mark first"))

@@ -24,6 +24,8 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingOutbox, CrashPoint, drain
 
+pytestmark = pytest.mark.mysql_sensitive
+
 _numbers = itertools.count(1)
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from auditexport_tests.conftest import Stack
 
 
@@ -31,6 +33,7 @@ def test_the_demo_ends_with_numbers_that_add_up(tmp_path: Path) -> None:
     assert re.search(r"unknown versions\s+25\s+audit_log\.v99", done.stdout)
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_an_event_was_lost(tmp_path: Path) -> None:
     """The negative control: a proof that cannot fail proves nothing."""
     program = (
@@ -95,6 +98,7 @@ def test_what_init_and_doctor_found_is_there_for_programs(stack: Stack) -> None:
     assert (looked.returncode, json.loads(looked.stdout)["fatal"] > 0) == (1, True)
 
 
+@pytest.mark.slow
 def test_the_demo_tells_programs_what_it_shows_people(tmp_path: Path) -> None:
     """A smoke test in CI takes the numbers from here."""
     done = _auditexport("demo", "--events", "1000", "--json", "--directory", str(tmp_path / "stack"))

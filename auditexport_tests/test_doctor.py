@@ -20,6 +20,8 @@ from auditexport_pipeline.stores.preflight_mysql import server_version
 from auditexport_tests.conftest import Stack
 from auditexport_tests.faults import LEDGER, OUTBOX, but_for_the_engine, globally
 
+pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
+
 # ── versions, connections, clocks ────────────────────────────────────────────────────────────────
 
 

@@ -16,6 +16,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.faults import claims_nothing, findings
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 TABLE = "audit_logs_raw_v1"
 NOW = {"mutations_sync": 2, "alter_sync": 2}
 KEY = ("workspace_id", "bucket", "time", "event_id", "inserted_at")

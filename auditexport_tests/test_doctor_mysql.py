@@ -87,6 +87,7 @@ TABLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_the_printed_statement_brings_back_any_column_and_any_index(stack: Stack, table: str) -> None:
     """Each declaration is printed only when its own column is missing, and each has to be one that the server takes."""
@@ -102,6 +103,7 @@ def test_the_printed_statement_brings_back_any_column_and_any_index(stack: Stack
         _mend(stack, role)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_the_printed_statement_widens_any_column(stack: Stack, table: str) -> None:
     """A table that somebody made by hand has one of them too narrow, and the key is as likely as any."""

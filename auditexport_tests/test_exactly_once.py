@@ -36,6 +36,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CRASH_POINTS, EFFECTS, Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.waiting import wait_until
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 ROOT = Path(__file__).resolve().parents[1]
 # Two batches of 20 rows: two blocks of 10 each, marked in chunks of 5, the last by `finish_mark`.
 ROWS = 40

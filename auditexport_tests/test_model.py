@@ -245,6 +245,7 @@ def test_the_constants_and_measurements_are_those_of_the_benchmarks_page() -> No
     assert f"16 / {COSTS.mysql_us():.0f} / {COSTS.clickhouse_us():.0f} |" in README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1_000, 6_000])
 def test_a_batch_makes_the_round_trips_that_the_model_counts(stack: Stack, rows: int) -> None:
     """Far from the databases, round trips are all there is: a statement more in a loop has to be seen here."""
@@ -263,6 +264,7 @@ def test_a_batch_makes_the_round_trips_that_the_model_counts(stack: Stack, rows:
 # ── what it reads and prints ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_it_reads_what_stages_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The figures of another machine go in by the file that the benchmark wrote there."""
     stages = object.__new__(Stages)
@@ -285,6 +287,7 @@ def test_it_reads_what_stages_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
         Costs.of_stages("claim 1 2 3 4")
 
 
+@pytest.mark.slow
 def test_the_page_has_the_tables_that_the_model_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """A table that is copied by hand is the one that nobody renews."""
     model.main([])

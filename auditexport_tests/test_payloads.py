@@ -24,6 +24,8 @@ from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 VERSION = "audit_log.v1"
 TIME_MS = 1_700_000_000_000
 # In every payload, where its event does not keep it: whatever else shows it has leaked payload text.

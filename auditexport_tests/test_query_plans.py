@@ -19,6 +19,8 @@ from auditexport_pipeline.stores.mysql import SQL
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 
+pytestmark = pytest.mark.mysql_sensitive
+
 EXPORTED, PENDING, LEDGER = 32_768, 400, 1_024
 
 

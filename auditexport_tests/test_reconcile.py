@@ -24,6 +24,8 @@ from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 
+pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
+
 BY = By(who="auditor", why="a test")
 LIMITS = Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5, mark_connections=1)
 ROWS = 60

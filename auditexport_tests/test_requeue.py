@@ -21,6 +21,8 @@ from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingUpkeep, CrashPoint, drain
 
+pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
+
 BY = By(who="operator", why="a test")
 LIMITS = Limits(batch_rows=10, mark_rows=5, mark_connections=1)
 ROWS = 30

@@ -24,6 +24,8 @@ from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.faults import mariadb
 
+pytestmark = pytest.mark.mysql_sensitive
+
 MEGABYTE = 1024**2
 
 

@@ -66,6 +66,7 @@ def test_a_step_that_two_workers_do_at_once_doubles_nothing_and_loses_nothing(st
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dies", ["after recut 1", "after insert 2", "after recut 2", "before record_written 1", "never 1"]
 )

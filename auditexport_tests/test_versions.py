@@ -369,6 +369,7 @@ def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_an_installed_package_adds_a_version_to_the_prompt_and_to_dagster(
     stack: Stack, scratch: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.faults import findings
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 TABLE = "audit_logs_raw_v1"
 
 

@@ -21,6 +21,8 @@ from auditexport_tests.crashes import CrashingOutbox, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.test_restore import back_up, restore
 
+pytestmark = pytest.mark.mysql_sensitive
+
 LIMITS = Limits()
 
 

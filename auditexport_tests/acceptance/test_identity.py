@@ -18,6 +18,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.prompts import urls
 
+pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
+
 LIMITS = Limits()
 
 

@@ -14,6 +14,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.prompts import urls
 
+pytestmark = pytest.mark.mysql_sensitive
+
 
 @pytest.mark.parametrize("moment", ["given back", "before its commit"])
 def test_a_connection_that_is_killed_leaves_no_traceback(

@@ -25,6 +25,8 @@ from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger
 from auditexport_tests.prompts import started, urls
 from auditexport_tests.waiting import wait_until
 
+pytestmark = pytest.mark.mysql_sensitive
+
 
 def drain(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
     """`auditexport drain` in this process, whatever its exit status."""

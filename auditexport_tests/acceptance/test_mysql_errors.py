@@ -18,6 +18,8 @@ from auditexport_pipeline.cli import main
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 
+pytestmark = pytest.mark.mysql_sensitive
+
 LEDGER = "clickhouse_outbox_batch"
 LETTERS = "clickhouse_outbox_dead_letter"
 

@@ -18,6 +18,8 @@ from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 BY = By(who="auditor", why="a test")
 DAY_MS = 86_400_000
 ROWS = 6

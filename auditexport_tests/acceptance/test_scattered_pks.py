@@ -16,6 +16,8 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 
+pytestmark = pytest.mark.mysql_sensitive
+
 ROWS = 2_400
 # What 36,000 pks are to the servers' own limits, these are to a tenth of them.
 LESS_ROOM = {

@@ -18,6 +18,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.prompts import urls
 
+pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
+
 ROWS = 12
 # Values that a server may have, and that another session of it would inherit.
 INHERITED = {

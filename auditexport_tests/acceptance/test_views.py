@@ -21,6 +21,8 @@ from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, C
 from auditexport_tests.engines import chosen
 from auditexport_tests.prompts import urls
 
+pytestmark = pytest.mark.clickhouse_sensitive
+
 Asked = Callable[[], dict[str, str]]
 ROWS = 40
 LIMITS = Limits(batch_rows=100)

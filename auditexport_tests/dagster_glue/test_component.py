@@ -73,6 +73,7 @@ def dg(project: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_the_component_is_found_and_both_outboxes_load(project: Path) -> None:
     """Who has never seen the package finds it in the list, and a YAML file is all it takes."""
     assert "auditexport_pipeline.AuditExport" in dg(project, "list", "components").stdout
@@ -103,6 +104,7 @@ def test_a_wrong_attribute_is_refused_by_its_name(project: Path, wrong: str, tol
     assert told in checked.stdout + checked.stderr
 
 
+@pytest.mark.slow
 def test_a_launch_of_one_outbox_drains_it(project: Path, exporter: Exporter, stack: Stack) -> None:
     """The URLs come from the variables that the YAML names, and nothing else."""
     stack.put(*events(3))

@@ -126,6 +126,7 @@ def test_a_broker_that_is_neither_redis_nor_rabbitmq_is_refused_without_its_url(
         celery_app()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broker_url", "kind"),
     [(SECRET, "ConnectionError"), ("amqp://guest:not_for_any_eye@127.0.0.1:1//", "ConnectionRefusedError")],

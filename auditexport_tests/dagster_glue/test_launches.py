@@ -212,6 +212,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
+@pytest.mark.slow
 def test_two_materializations_launched_at_once_run_one_after_the_other(page: Page, stack: Stack) -> None:
     """One drain at a time for every way to launch it: job tags would not hold for Materialize, the op's pool does."""
     stack.put(*events(6))
@@ -233,6 +234,7 @@ def test_two_materializations_launched_at_once_run_one_after_the_other(page: Pag
     assert len(page.runs()) == 2
 
 
+@pytest.mark.slow
 def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stack: Stack) -> None:
     """Everyday life: nobody launches anything."""
     stack.put(*events(5))
@@ -298,6 +300,7 @@ def test_a_run_whose_worker_is_killed_is_noticed_and_launched_again_and_complete
     assert {str(batch.state) for batch in ledger(stack)} == {"verified"}
 
 
+@pytest.mark.slow
 def test_the_daemon_tells_a_webhook_of_what_fails_and_not_of_what_it_launches_again(
     page: Page, stack: Stack, hook: Webhook
 ) -> None:

@@ -24,6 +24,8 @@ from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events
 from auditexport_tests.prompts import prompt_in
 from auditexport_tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 NAMES = tuple(f"shard_{number}" for number in range(1, 9))
 ENDLESS, OTHERS = NAMES[0], NAMES[1:]
 ROWS = 12

@@ -18,7 +18,7 @@ from auditexport_tests.dagster_glue.alerting import (
 from auditexport_tests.dagster_glue.conftest import Exporter, event, events, launchpad
 from auditexport_tests.webhook import Webhook
 
-pytestmark = pytest.mark.usefixtures("no_waits")
+pytestmark = [pytest.mark.usefixtures("no_waits"), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from auditexport_tests.dagster_glue.alerting import (
 from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, event
 from auditexport_tests.webhook import SECRET, Webhook
 
-pytestmark = pytest.mark.usefixtures("no_waits")
+pytestmark = [pytest.mark.usefixtures("no_waits"), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_a_drain_takes_its_own_outbox_and_leaves_the_other(
     }
 
 
+@pytest.mark.slow
 def test_both_assets_in_one_run_export_both_outboxes(
     both: dg.Definitions, exporter: Exporter, stack: Stack, other: Stack
 ) -> None:

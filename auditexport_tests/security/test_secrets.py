@@ -199,6 +199,7 @@ def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(
     assert_it_was_all_there(site, search)
 
 
+@pytest.mark.slow
 def test_nothing_is_found_around_a_run_that_the_daemon_launches(site: Site, heartbeat: int) -> None:
     """Daemon, code server and run worker hand settings to each other on command lines and in records of their own."""
     site.admit("exporter", "MySQL password")

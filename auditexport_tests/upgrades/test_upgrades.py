@@ -109,6 +109,7 @@ def test_what_the_old_release_left_open_is_finished(upgraded: Stack, old: OldRel
     assert_everything_once(upgraded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", PAUSES)
 def test_an_old_run_that_wakes_beside_the_new_release_harms_nothing(
     upgraded: Stack, old: OldRelease, point: str
@@ -126,6 +127,7 @@ def test_an_old_run_that_wakes_beside_the_new_release_harms_nothing(
     assert_everything_once(upgraded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_roll_back_finishes_what_the_new_release_left_open(upgraded: Stack, old: OldRelease, point: str) -> None:
     """A release that disappoints is taken back; the old one reads what the new one left, the added columns included."""
