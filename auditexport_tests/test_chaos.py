@@ -48,8 +48,17 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-# These take a minute each.
-SLOW = ("limits", "tables_that_begin_again", "other_hands", "operators", "clocks", "window_overflowed")
+# The others are seen in `make test`, these in `make test-all`: up to a minute each.
+SLOW = (
+    "inside_mysql",
+    "runs_that_nobody_watches",
+    "limits",
+    "tables_that_begin_again",
+    "other_hands",
+    "operators",
+    "clocks",
+    "window_overflowed",
+)
 
 
 @pytest.mark.parametrize("theme", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in THEMES])

@@ -121,6 +121,7 @@ def test_the_printed_statement_widens_any_column(stack: Stack, table: str) -> No
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("role", list(Role))
 def test_a_table_that_a_role_needs_and_does_not_find_is_fatal_to_that_role(
@@ -317,6 +318,7 @@ def user(stack: Stack) -> Iterator[Callable[[], Stack]]:
     stack.sql(f"DROP USER '{name}'@'127.0.0.1'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", list(Role))
 def test_each_grant_that_a_role_lacks_is_named_and_the_printed_one_is_enough(
     stack: Stack, user: Callable[[], Stack], role: Role

@@ -106,7 +106,7 @@ def _refused_by_the_table(stack: Stack) -> list[tuple[str, str, str]]:
     return mixed_in(1_000, 10_000, description="x")
 
 
-@pytest.mark.parametrize("flood", [_undecodable, _refused_by_the_table])
+@pytest.mark.parametrize("flood", [_undecodable, pytest.param(_refused_by_the_table, marks=pytest.mark.slow)])
 def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood: object) -> None:
     """Audit evidence of a thousand tenants must not wait for one tenant's broken writer."""
     fill(stack, flood(stack))

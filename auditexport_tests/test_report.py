@@ -103,6 +103,7 @@ def test_rows_and_entries_by_hour_are_those_that_the_databases_count(stack: Stac
     assert found.backlog.rows == 3
 
 
+@pytest.mark.slow
 def test_a_lost_entry_is_a_difference_at_its_hour_and_a_discrepancy_by_name(stack: Stack, tmp_path: Path) -> None:
     """A sum over the whole window would hide a loss behind a duplicate; an hour and an id can be looked at."""
     put(stack, hour=0, count=5, prefix="evt_a")
@@ -295,6 +296,7 @@ def test_a_page_of_nothing_is_a_page(stack: Stack) -> None:
     assert "No row was ever set aside." in shown.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_ms", [0, -1, 2**63 - 1, -(2**63), 253_402_300_800_000])
 def test_an_event_time_that_is_no_date_is_counted_and_breaks_nothing(stack: Stack, at_ms: int) -> None:
     """Event times are any 64-bit integer, and one absurd one must not cost the page of all others."""

@@ -288,6 +288,7 @@ def _read(grant: str) -> tuple[str, tuple[str, ...]]:
     return table, tuple(privileges.split(", "))
 
 
+@pytest.mark.slow
 def test_each_clickhouse_grant_that_a_role_lacks_is_named(ground: Ground) -> None:
     """CHECK GRANT is asked for what the statements need; whoever has nothing is told all of it, and it is enough."""
     printed: dict[Role, list[str]] = {}

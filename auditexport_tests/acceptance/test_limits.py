@@ -230,6 +230,7 @@ def test_a_server_without_memory_sets_nothing_aside(stack: Stack) -> None:
     assert (stack.counts(), stack.pending(), letters(stack)) == ((4, 4), 0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["first export", "requeue"])
 @pytest.mark.parametrize(
     "place", ["before recut 1", "after recut 1", "before recut 2", "after recut 2", "after insert 2"]

@@ -116,6 +116,7 @@ def test_what_a_lingering_run_exported_can_be_requeued(
     assert stack.clickhouse("SELECT count(), uniqExact(event_id, inserted_at) FROM audit_logs") == [(40, 40)]
 
 
+@pytest.mark.slow
 def test_a_batch_of_thousands_of_blocks_is_finished(stack: Stack, prompt: Prompt) -> None:
     """The release before left such ones sealed; no look-up of theirs fitted into one field of a form."""
     batch, blocks = spread(stack, 9_500)

@@ -111,7 +111,7 @@ def test_the_doctor_says_who_answers_outside_of_a_transaction(behind: Stack, spl
     assert "outside of a transaction" in said(behind, "doctor")
 
 
-@pytest.mark.parametrize("nth", range(1, 13))
+@pytest.mark.parametrize("nth", [pytest.param(n, marks=[pytest.mark.slow] * (n > 6)) for n in range(1, 13)])
 def test_a_cluster_that_refuses_a_commit_loses_and_doubles_nothing(
     behind: Stack, stack: Stack, splitter: Splitter, nth: int
 ) -> None:

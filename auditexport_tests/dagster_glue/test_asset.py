@@ -431,7 +431,9 @@ def test_in_one_process_the_rows_are_handed_over_in_memory(
     everything_once(stack, 6)
 
 
-@pytest.mark.parametrize(("executor", "readings"), [("in_process", 1), ("multiprocess", 2)])
+@pytest.mark.parametrize(
+    ("executor", "readings"), [("in_process", 1), pytest.param("multiprocess", 2, marks=pytest.mark.slow)]
+)
 def test_between_processes_the_outbox_is_read_again_and_everything_is_once(
     exporter: Exporter, stack: Stack, executor: str, readings: int
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_component_is_found_and_both_outboxes_load(project: Path) -> None:
     assert {"eu_audit_log_export", "us_audit_log_export"} <= {job["name"] for job in found["jobs"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -32,6 +32,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep.time, "time", lambda: real() + 40 * DAY_S)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_old_runs_of_ours_go_with_their_logs_and_the_latest_materialization_stays(
     exporter: Exporter, stack: Stack, scratch: Path
