@@ -10,14 +10,15 @@ mark that is no time (set by hand to 1, say) stands for nothing, and the applica
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.core.compare import KEYS_AT_ONCE, ROW_BYTES, Key, entries_of
 from auditexport_pipeline.core.event import Undecodable
 from auditexport_pipeline.core.excuses import DAY_MS, Excuses
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Outbox
+from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A mark before 2000 or more than a day ahead is no time of an export.
@@ -38,6 +39,27 @@ class Foreign:
 
 def is_time(stamp_ms: int, now_ms: int) -> bool:
     return FIRST_TIME_MS <= stamp_ms <= now_ms + AHEAD_MS
+
+
+def successors(upkeep: Upkeep, batches: Collection[Batch], pks: PkSet) -> PkSet:
+    """Those of these rows that are other events than the batches with their pks have exported: they bear the mark of none of
+    them, and were created (by the application's `created_at`) later than their entries' `inserted_at`.
+    """
+    latest_ms: dict[int, int] = {}
+    stamps: defaultdict[int, set[int | None]] = defaultdict(set)
+    for batch in batches:
+        inserted_ms = max((block.inserted_at_ms for block in batch.blocks), default=0)
+        for pk in batch.pks & pks:
+            latest_ms[pk] = max(inserted_ms, latest_ms.get(pk, 0))
+            stamps[pk].add(batch.exported_at_ms)
+    times = upkeep.times(PkSet.of(sorted(latest_ms))) if latest_ms else {}
+    return PkSet.of(
+        sorted(
+            pk
+            for pk, (created_ms, marked_ms) in times.items()
+            if marked_ms not in stamps[pk] and created_ms > latest_ms[pk]
+        )
+    )
 
 
 def keys_of(outbox: Outbox, pks: PkSet) -> Iterator[Key]:

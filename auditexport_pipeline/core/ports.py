@@ -427,6 +427,10 @@ class Upkeep(Protocol):
         """The application's `created_at` of those rows that exist, by pk."""
         ...
 
+    def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
+        """`created_at` and `deleted_at` of those rows that exist, by pk."""
+        ...
+
 
 class AuditLog(Protocol):
     """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`."""

@@ -17,7 +17,7 @@ counts and sums to compare, and no names. A batch that is not closed yet is left
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import By
@@ -35,7 +35,7 @@ from auditexport_pipeline.core.compare import (
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.excuses import Excuses
-from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for
+from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for, successors
 from auditexport_pipeline.core.looks import LOOKS_READ, OpenFinding, open_findings, record_of
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
@@ -160,7 +160,7 @@ def reconcile(
     missing = PkSet()
     for page in _pages(upkeep, report.from_ms, report.to_ms + SLOTS_APART_MS):
         missing |= _batches(outbox, upkeep, log, page, excuses, known_slots, report, dry_run=dry_run)
-    unexported, keys_of_others = _marks(outbox, upkeep, log, excuses, report)
+    unexported, keys_of_others = _marks(outbox, upkeep, log, excuses, missing, report)
     report.missing_pks = missing | unexported
     strangers = [slot for slot in stored_slots if slot not in known_slots]
     _strangers(upkeep, log, strangers, keys_of_others, others_write, report)
@@ -347,34 +347,70 @@ def _day(at_ms: int) -> int:
 # ── the outbox asks both ─────────────────────────────────────────────────────────────────────────
 
 
-def _marks(outbox: Outbox, upkeep: Upkeep, log: AuditLog, excuses: Excuses, report: Report) -> tuple[PkSet, set[Key]]:
-    """Marks of the window that no batch has set: the pks of rows that ClickHouse lacks, and the keys of the others."""
+def _marks(
+    outbox: Outbox, upkeep: Upkeep, log: AuditLog, excuses: Excuses, named: PkSet, report: Report
+) -> tuple[PkSet, set[Key]]:
+    """Marks of the window that no batch has set: the pks of rows that ClickHouse lacks and that are not `named` with their
+    batches, and the keys of the others.
+    """
     unexported: set[int] = set()
     keys_of_others: set[Key] = set()
     for marked_at in _foreign_marks(outbox, upkeep, excuses.now_ms, report):
         pks = PkSet.of(sorted(marked_at))
-        # Marked by somebody else before its batch could. The batch has sent it, and so may they: of two copies either merges away.
-        sent = PkSet()
-        for held in upkeep.held(pks).values():
-            sent |= held
-        pks -= sent
-        keys_of_others.update(keys_of(outbox, sent))
+        taken, open_ = _in_batches(outbox, upkeep, pks)
+        # An open batch sends its rows whoever has marked them. What a closed one had under this pk may have been another event.
+        pks -= open_
+        keys_of_others.update(keys_of(outbox, open_))
         pks -= upkeep.dead_among(pks)
         found = look_for(outbox, log, excuses, {pk: marked_at[pk] for pk in pks})
+        for pk in _expired_with_their_batch(upkeep, excuses, taken, found.missing) | {*(named & pks)}:
+            found.missing.pop(pk, None)
         beyond = {pk for pk in found.missing if marked_at[pk] >= report.to_ms}
         for pk, key in found.missing.items():
             if pk not in beyond:
                 unexported.add(pk)
                 report.places[key[0], _day(marked_at[pk])].missing += 1
                 report.add_loose(Discrepancy(missing=1, event_ids=(key[3],)), marked_at[pk])
-        report.marked_by_others += sum(1 for pk in found.held if marked_at[pk] < report.to_ms)
+        report.marked_by_others += sum(1 for pk in found.held if marked_at[pk] < report.to_ms and pk not in taken)
         report.ttl_unknown += found.ttl_unknown
         for what, count in (("erased on record", found.erased), ("past the TTL", found.expired)):
             if count:
                 report.explained[what] += count
+        # Of a row that a batch has sent and somebody else has marked, they may have sent it too.
+        sent = {key for pk, key in found.held.items() if key is not None and pk in taken}
         if len(keys_of_others) < KEYS_OF_OTHERS:
-            keys_of_others.update(key for key in found.held.values() if key is not None)
+            sent.update(key for key in found.held.values() if key is not None)
+        keys_of_others |= sent
     return PkSet.of(sorted(unexported)), keys_of_others
+
+
+def _in_batches(outbox: Outbox, upkeep: Upkeep, pks: PkSet) -> tuple[dict[int, list[Batch]], PkSet]:
+    """The closed batches that had these pks, by pk, and the pks that open batches have."""
+    held = upkeep.held(pks)
+    taken: dict[int, list[Batch]] = {}
+    open_ = PkSet()
+    for batch in outbox.batches(held):
+        if batch.state in OPEN:
+            open_ |= held[batch.batch_id]
+            continue
+        for pk in held[batch.batch_id]:
+            taken.setdefault(pk, []).append(batch)
+    return taken, open_
+
+
+def _expired_with_their_batch(
+    upkeep: Upkeep, excuses: Excuses, taken: Mapping[int, Sequence[Batch]], missing: Iterable[int]
+) -> set[int]:
+    """Rows that a batch may have exported so long ago that ClickHouse need not have them."""
+    pks = PkSet.of(sorted(pk for pk in missing if pk in taken))
+    pks -= successors(upkeep, {batch.batch_id: batch for pk in pks for batch in taken[pk]}.values(), pks)
+    expired = set()
+    for pk in pks:
+        for batch in taken[pk]:
+            slots = {block.inserted_at_ms for block in batch.blocks if pk in block.pks}
+            if any(past is not False for past in excuses.past(batch.version, slots).values()):
+                expired.add(pk)
+    return expired
 
 
 def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) -> Iterator[dict[int, int]]:

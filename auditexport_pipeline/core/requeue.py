@@ -19,7 +19,7 @@ from auditexport_pipeline.core.batch import OPEN, Batch
 from auditexport_pipeline.core.compare import ROW_BYTES, compare, pks_still_of, slots_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses
-from auditexport_pipeline.core.foreign import is_time, look_for
+from auditexport_pipeline.core.foreign import is_time, look_for, successors
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
 from auditexport_pipeline.core.versions import VERSIONS
@@ -103,14 +103,16 @@ def clear(
     pks -= unknown
     batches = {batch_id: batch for batch_id, batch in batches.items() if batch.version in VERSIONS}
     excuses = Excuses(upkeep, log)
-    expired = _expired(excuses, batches.values()) & pks
+    new = successors(upkeep, batches.values(), pks)
+    expired = (_expired(excuses, batches.values()) & pks) - new
     pks -= expired
     present = PkSet()
     if missing_only:
-        present = pks - _missing(outbox, log, excuses, pks, batches.values())
+        present = pks - _missing(outbox, log, excuses, pks, new, batches.values())
         pks -= present
     by_batch: dict[int, int] = {}
-    left = pks
+    new &= pks
+    left = pks - new
     for batch_id in sorted(batches, reverse=True):  # a row counts for the batch that exported it last
         rows = len(left & batches[batch_id].pks)
         if rows:
@@ -124,7 +126,7 @@ def clear(
     return Requeue(
         rows=len(pks),
         by_batch=dict(sorted(by_batch.items())),
-        no_batch=len(left),
+        no_batch=len(left) + len(new),
         open_rows=open_rows,
         expired_rows=len(expired),
         present_rows=len(present),
@@ -150,12 +152,14 @@ def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
     return PkSet.union(old)
 
 
-def _missing(outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, batches: Collection[Batch]) -> PkSet:
-    """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them."""
+def _missing(
+    outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, new: PkSet, batches: Collection[Batch]
+) -> PkSet:
+    """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them; no slot had the `new` ones."""
     missing: set[int] = set()
     slots = slots_of([batch for batch in batches if batch.state not in OPEN])
     for slot in slots:
-        wanted = slot.pks & pks
+        wanted = (slot.pks & pks) - new
         if wanted:
             for found in compare(outbox, log, slot, excuses=excuses).missing.values():
                 missing.update(pk for pk in found if pk in wanted)
@@ -164,7 +168,7 @@ def _missing(outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, batche
     # Rows that no batch has had: a mark that is no time excuses nothing.
     others = {
         row.pk: at_ms if (at_ms := row.exported_at_ms or 0) and is_time(at_ms, excuses.now_ms) else excuses.now_ms
-        for chunk in (pks - known).chunks(CHUNK_ROWS)
+        for chunk in ((pks - known) | (new & pks)).chunks(CHUNK_ROWS)
         for row in outbox.read(chunk, row_bytes=ROW_BYTES)
     }
     missing.update(look_for(outbox, log, excuses, others).missing)

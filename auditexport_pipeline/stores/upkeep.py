@@ -32,7 +32,7 @@ _LISTS = {
     "unmark_in": ("pks",),
     "count_due_in": ("pks",),
     "delete_in": ("pks",),
-    "created_at": ("pks",),
+    "times": ("pks",),
 }
 SQL: dict[str, TextClause] = {
     name: text(statement).bindparams(*(bindparam(each, expanding=True) for each in _LISTS.get(name, ())))
@@ -300,11 +300,14 @@ class MySQLUpkeep:
             return [actions.action_of(row) for row in rows]
 
     def created_at(self, pks: PkSet) -> dict[int, int]:
-        found: dict[int, int] = {}
+        return {pk: created_ms for pk, (created_ms, _) in self.times(pks).items()}
+
+    def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
+        found: dict[int, tuple[int, int | None]] = {}
         for chunk in pks.chunks(5_000):
             with self.outbox.transaction("reading rows") as connection:
-                rows = connection.execute(SQL["created_at"], {"pks": list(chunk)})
-                found.update((row.pk, row.created_at) for row in rows)
+                rows = connection.execute(SQL["times"], {"pks": list(chunk)})
+                found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
         return found
 
 

@@ -188,9 +188,9 @@ UPDATE clickhouse_outbox_action SET row_count = row_count + :rows WHERE action_i
 SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
 WHERE verb = :verb ORDER BY at_ms DESC, action_id DESC LIMIT :row_limit
 
--- name: created_at
+-- name: times
 -- Primary key, point by point; no lock.
-SELECT pk, created_at FROM clickhouse_outbox WHERE pk IN :pks
+SELECT pk, created_at, deleted_at FROM clickhouse_outbox WHERE pk IN :pks
 
 -- name: add_erasure
 INSERT INTO clickhouse_outbox_erasure (action_id, workspace_id, event_id, from_ms, to_ms)

@@ -81,6 +81,19 @@ def begin_again(stack: Stack, how: str) -> None:
         stack.sql("ALTER TABLE clickhouse_outbox AUTO_INCREMENT = 1")
 
 
+def expire(stack: Stack) -> None:
+    """Makes batch 1 a hundred days old; ClickHouse holds nothing any more."""
+    old_ms = 100 * 86_400_000
+    for column in ("inserted_at_ms", "exported_at_ms"):
+        stack.sql(f"UPDATE clickhouse_outbox_batch SET {column} = {column} - :ms WHERE batch_id = 1", ms=old_ms)
+    (row,) = stack.sql("SELECT manifest FROM clickhouse_outbox_batch WHERE batch_id = 1")
+    manifest = json.loads(str(row.manifest))
+    for block in manifest:
+        block["at"] -= old_ms
+    stack.sql("UPDATE clickhouse_outbox_batch SET manifest = :text WHERE batch_id = 1", text=json.dumps(manifest))
+    stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
+
+
 # ── pks that begin again ─────────────────────────────────────────────────────────────────────────
 
 
@@ -99,6 +112,54 @@ def test_new_events_under_old_pks_get_a_time_of_their_own(stack: Stack, prompt: 
     assert stack.counts() == (8, 8)
     assert json.loads(prompt("reconcile", "--json").output)["missing"] == 0
     assert states(stack) == ["verified", "verified"]
+
+
+@pytest.mark.parametrize("stamp", ["5", "UNIX_TIMESTAMP(NOW(3)) * 1000"], ids=["no time", "now"])
+@pytest.mark.parametrize("how", ["truncate", "new table", "auto increment"])
+def test_a_mark_by_hand_under_an_old_pk_is_found(stack: Stack, prompt: Prompt, how: str, stamp: str) -> None:
+    """Nobody has exported this event; that a batch had another one under its pk says nothing about it."""
+    put(stack, "old", 5)
+    drain(stack.outbox, stack.log, LIMITS, owner="one")
+    begin_again(stack, how)
+    put(stack, "new", 5)
+    stack.sql(f"UPDATE clickhouse_outbox SET deleted_at = {stamp} WHERE event_id IN ('new_1', 'new_3')")
+    drain(stack.outbox, stack.log, LIMITS, owner="two")
+    found = prompt("reconcile", "--repair", "--why", "lost", "--who", "me", "--json")
+    told = json.loads(found.output)
+    assert (told["missing"], told["unexpected"], told["altered"], told["duplicated"]) == (2, 0, 0, 0)
+    assert stack.pending() == 2
+    drain(stack.outbox, stack.log, LIMITS, owner="three")
+    assert json.loads(prompt("reconcile", "--json").output)["missing"] == 0
+    assert stack.counts() == (10, 10)
+
+
+def test_a_requeue_of_what_is_missing_goes_by_the_event(stack: Stack, prompt: Prompt) -> None:
+    """The batch that had the pk has lost nothing, and the new event was never sent; nor is it as old as that batch."""
+    put(stack, "old", 5)
+    drain(stack.outbox, stack.log, LIMITS, owner="one")
+    begin_again(stack, "truncate")
+    put(stack, "new", 5)
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = UNIX_TIMESTAMP(NOW(3)) * 1000")
+    told = json.loads(prompt("requeue", "--missing-only", "--event-id", "new_1", "--why", "lost", "--json").output)
+    assert (told["rows"], stack.pending()) == (1, 1)
+    expire(stack)
+    told = json.loads(prompt("reconcile", "--repair", "--why", "lost", "--who", "me", "--json").output)
+    assert (told["missing"], stack.pending()) == (4, 5)
+    drain(stack.outbox, stack.log, LIMITS, owner="two")
+    assert sorted(slots(stack)) == [f"new_{number}" for number in range(5)]
+    assert json.loads(prompt("reconcile", "--json").output)["missing"] == 0
+
+
+def test_a_row_that_others_mark_while_its_batch_is_at_work_is_no_loss(stack: Stack, prompt: Prompt) -> None:
+    """The batch has sent it; its own loss is named once, with the batch."""
+    pks = put(stack, "old", 5)
+    drain(stack.outbox, stack.log, LIMITS, owner="one")
+    stack.sql(
+        "UPDATE clickhouse_outbox SET deleted_at = UNIX_TIMESTAMP(NOW(3)) * 1000 + 1000 WHERE pk = :pk", pk=pks[2]
+    )
+    assert json.loads(prompt("reconcile", "--json").output)["missing"] == 0
+    lose(stack, "old_2")
+    assert json.loads(prompt("reconcile", "--json").output)["missing"] == 1
 
 
 def test_one_batch_holds_proven_requeues_and_new_events(stack: Stack, prompt: Prompt) -> None:
@@ -205,15 +266,7 @@ def test_an_unproven_row_lives_its_own_retention(stack: Stack) -> None:
     """A requeue under an `inserted_at` past the TTL is marked and dropped on arrival: lost."""
     pks = put(stack, "old", 2)
     drain(stack.outbox, stack.log, LIMITS, owner="one")
-    old_ms = 100 * 86_400_000
-    for column in ("inserted_at_ms", "exported_at_ms"):
-        stack.sql(f"UPDATE clickhouse_outbox_batch SET {column} = {column} - :ms WHERE batch_id = 1", ms=old_ms)
-    (row,) = stack.sql("SELECT manifest FROM clickhouse_outbox_batch WHERE batch_id = 1")
-    manifest = json.loads(str(row.manifest))
-    for block in manifest:
-        block["at"] -= old_ms
-    stack.sql("UPDATE clickhouse_outbox_batch SET manifest = :text WHERE batch_id = 1", text=json.dumps(manifest))
-    stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
+    expire(stack)
     begin_again(stack, "truncate")
     assert put(stack, "new", 2) == pks
     drain(stack.outbox, stack.log, LIMITS, owner="two")
