@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -257,20 +258,33 @@ def swap(
     with ExitStack() as turns:
         for writer in writers:
             turns.enter_context(writer.turn)
+        marks: dict[int, int | None] = {}
         try:
             book.settle(databases)
             with connected(databases) as connection, connection.cursor() as cursor:
                 cursor.execute("SET SESSION lock_wait_timeout = 5")
                 cursor.execute("SELECT pk, deleted_at FROM clickhouse_outbox")
-                marks: dict[int, int | None] = dict(cursor.fetchall())  # type: ignore[arg-type]
+                marks = dict(cursor.fetchall())  # type: ignore[arg-type]
                 connection.commit()
                 for statement in SWAPS[how]:
                     cursor.execute(statement.format(n=len(book.past)))
                 connection.commit()
         except pymysql.MySQLError:
-            return False
+            if not marks or not _gone(databases, marks):
+                return False
         book.begin_again(marks)
         return True
+
+
+def _gone(databases: Databases, pks: Collection[int]) -> bool:
+    """Whether these rows are gone, where the answer to the statement that removes them was lost. No writer is at work."""
+    for _ in range(100):
+        with suppress(pymysql.MySQLError), connected(databases) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT COUNT(*) FROM clickhouse_outbox WHERE pk <= %s", [max(pks)])
+            ((left,),) = cursor.fetchall()
+            return not left
+        time.sleep(0.2)  # the server is away
+    return False
 
 
 SWAPS = {
