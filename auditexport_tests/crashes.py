@@ -131,8 +131,8 @@ class CrashingOutbox:
         with self.crash_at.around("allow_inserts"):
             self.real.allow_inserts(claim, digest, lease_s, until_ms)
 
-    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
-        return self.real.read(pks, row_bytes=row_bytes)
+    def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
+        return self.real.read(pks, row_bytes=row_bytes, version=version)
 
     def seal(self, claim: Claim, cut: Cut) -> None:
         with self.crash_at.around("seal"):

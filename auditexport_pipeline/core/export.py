@@ -114,7 +114,7 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
         if given_back:
             given_back += part.block.rows
             continue
-        for row in outbox.read(part.block.pks, row_bytes=part.block.row_bytes):
+        for row in outbox.read(part.block.pks, row_bytes=part.block.row_bytes, version=batch.version):
             sealed_bytes += len(row.payload)
             if found and sealed_bytes > limits.batch_bytes * BYTES_TOLERANCE:
                 given_back = sum(1 for pk in part.block.pks if pk >= row.pk)

@@ -283,8 +283,10 @@ class Outbox(Protocol):
         """As `renew`, and notes that INSERTs of this cut can be at work until then, by ClickHouse's clock."""
         ...
 
-    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
-        """The rows that exist, by ascending pk; `row_bytes` is what one is expected to take, and bounds memory."""
+    def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
+        """The rows that exist, by ascending pk, of one version or of any; `row_bytes` is what one is expected to take, and
+        bounds memory.
+        """
         ...
 
     def seal(self, claim: Claim, cut: Cut) -> None: ...

@@ -192,8 +192,8 @@ class MySQLOutbox:
             values = {"batch_id": claim.batch_id, "until_ms": until_ms, "epoch": claim.epoch, "claim_key": claim.key}
             connection.execute(SQL["allow_inserts"], values)
 
-    def read(self, pks: PkSet, *, row_bytes: int) -> Iterator[StoredRow]:
-        """The rows of these pks that exist, by ascending pk, marked or not.
+    def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
+        """The rows of these pks that exist, by ascending pk, marked or not; of one version, or of any.
 
         In memory at a time: `READ_ROWS` rows, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
         whatever `row_bytes` says: one SELECT brings no more than a share of each payload. Payloads beyond their share are
@@ -201,9 +201,9 @@ class MySQLOutbox:
         """
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             share = SHARES * READ_BYTES // len(chunk)
-            found = self._rows(chunk, share)
+            found = self._rows(chunk, share, version)
             cut_off = [row[0] for row in found if len(row[-1] or b"") == share]
-            whole = self._whole(cut_off)
+            whole = self._whole(cut_off, version)
             large = set(cut_off)
             for row in found:
                 if row[0] in large:
@@ -219,15 +219,15 @@ class MySQLOutbox:
                     payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
                 )
 
-    def _rows(self, pks: PkSet, most_bytes: int) -> list[Any]:
+    def _rows(self, pks: PkSet, most_bytes: int, version: str | None) -> list[Any]:
         with self.transaction("reading outbox rows") as connection:
             return [
                 row
                 for part, values in by_shape("rows", pks)
-                for row in _driver_rows(connection, part, {**values, "most_bytes": most_bytes})
+                for row in _driver_rows(connection, part, {**values, "most_bytes": most_bytes, "version": version})
             ]
 
-    def _whole(self, pks: Sequence[int]) -> Iterator[Any]:
+    def _whole(self, pks: Sequence[int], version: str | None) -> Iterator[Any]:
         """These rows with all of their payload, one for each pk in its order, None for one that is gone."""
         if not pks:
             return
@@ -240,7 +240,7 @@ class MySQLOutbox:
             more = (sizes.get(pk) or 0) if pk is not None else READ_BYTES + 1
             if end > start and size + more > READ_BYTES:
                 group = pks[start:end]
-                found = {row[0]: row for row in self._rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES)}
+                found = {row[0]: row for row in self._rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES, version)}
                 yield from (found.pop(one, None) for one in group)
                 start, size = end, 0
             size += more

@@ -178,11 +178,13 @@ SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE
 SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
 
 -- name: rows_between
--- Primary key range; no lock. Every integer of the range is the batch's own. Of a payload no more than `most_bytes`:
+-- Primary key range; no lock. Every integer of the range is the batch's own; a row that took its pk since can be of another
+-- version, which is not read where one is asked for. Of a payload no more than `most_bytes`:
 -- what one SELECT brings is bounded, and asking for lengths first would cost an ordinary row half as much again.
 SELECT pk, event_id, workspace_id, deleted_at, LEFT(CAST(payload AS BINARY), :most_bytes) AS payload
 FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk BETWEEN :first_pk AND :last_pk
+  AND (:version IS NULL OR CAST(CONVERT(version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY))
 ORDER BY pk
 
 -- name: rows_in
@@ -190,6 +192,7 @@ ORDER BY pk
 SELECT pk, event_id, workspace_id, deleted_at, LEFT(CAST(payload AS BINARY), :most_bytes) AS payload
 FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk IN :pks
+  AND (:version IS NULL OR CAST(CONVERT(version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY))
 ORDER BY pk
 
 -- name: cut

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
@@ -112,6 +113,30 @@ def test_new_events_under_old_pks_get_a_time_of_their_own(stack: Stack, prompt: 
     assert stack.counts() == (8, 8)
     assert json.loads(prompt("reconcile", "--json").output)["missing"] == 0
     assert states(stack) == ["verified", "verified"]
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000], ids=["small", "large"])
+@pytest.mark.parametrize("how", ["truncate", "new table", "auto increment", "UPDATE"])
+def test_a_claimed_row_that_becomes_one_of_an_unknown_version_is_not_touched(stack: Stack, how: str, size: int) -> None:
+    """Between the claim and the seal a batch is pks alone, and whoever has them then may be of a version that we do not know."""
+    pks = put(stack, "old", 3)
+    (claim,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
+    if how == "UPDATE":
+        stack.sql("UPDATE clickhouse_outbox SET version = 'AUDIT_LOG.v1' WHERE pk = :pk", pk=pks[1])
+    else:
+        begin_again(stack, how)
+        assert put(stack, "new", 1) == pks[:1]
+        workspace_id, event_id, payload = event("unknown")
+        payload = json.dumps({**json.loads(payload), "description": "x" * size})
+        stack.put((workspace_id, event_id, payload), version="audit_log.v9")
+        assert put(stack, "later", 1) == pks[2:]
+    receipt = export.write(
+        stack.outbox, stack.log, claim, export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies, LIMITS
+    )
+    batch = export.mark(stack.outbox, stack.log, receipt, LIMITS)
+    assert (batch.rows, batch.counts.vanished) == (2, 1)
+    assert stack.sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NULL")[0].pk == pks[1]
+    assert sorted(slots(stack)) == (["old_0", "old_2"] if how == "UPDATE" else ["later_0", "new_0"])
 
 
 @pytest.mark.parametrize("stamp", ["5", "UNIX_TIMESTAMP(NOW(3)) * 1000"], ids=["no time", "now"])
