@@ -15,13 +15,14 @@ from auditexport_pipeline.core.batch import VIEW_BARS, VIEW_NOTE, Batch, Block, 
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
+    BatchAltered,
     BatchWaits,
     LeaseLost,
     SetupIncomplete,
 )
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Outbox, Refusal, RefusalKind
-from auditexport_pipeline.core.recut import Recutter, annotate, new_number
+from auditexport_pipeline.core.recut import Recutter, annotate, give_back, new_number
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A view that fails on a requeue: the block goes out this often under a new token until its copy can be counted.
@@ -256,7 +257,8 @@ class Attempt:
     def split_too_large(self, batch: Batch, bodies: Bodies) -> tuple[Batch, list[Block]]:
         """Splits the blocks that met a limit, once ClickHouse lacks them and no INSERT of them can be at work.
 
-        Durable effect: the new cut, with a dead letter for a single row that is too large where others were taken.
+        Durable effect: the new cut, with a dead letter for a single row that is too large where others were taken, and without
+        blocks whose rows were altered since the seal: these go back to pending.
         Returns the blocks to send. Raises `BatchWaits` when that is not yet, or when a limit lets not even one row
         pass.
         """
@@ -293,7 +295,10 @@ class Attempt:
                 continue
             if block.rows == 1 and not block.fits:
                 self._alone.add(block.number)
-            batch, parts = self._recutter.split(batch, block, bodies)
+            try:
+                batch, parts = self._recutter.split(batch, block, bodies)
+            except BatchAltered:  # ClickHouse lacks the block and will not get it any more, so its rows are free
+                batch, parts = give_back(self._outbox, batch, [block]), []
             again += parts
         return batch, again
 

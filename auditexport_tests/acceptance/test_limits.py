@@ -208,6 +208,41 @@ def test_nothing_is_split_while_an_insert_of_it_can_be_at_work(stack: Stack) -> 
     assert (stack.counts(), stack.pending()) == ((16, 16), 0)
 
 
+@pytest.mark.parametrize("generation", ["first export", "requeue"])
+@pytest.mark.parametrize("what", ["deleted", "changed", "all deleted", "swapped"])
+def test_a_block_that_waits_to_be_split_and_is_altered_is_given_back(stack: Stack, what: str, generation: str) -> None:
+    """Nobody can split what is not as it was sealed: it was tried again for ever, and its other rows were stuck with it."""
+    put(stack, rows=16, row_bytes=2_000)
+    if generation == "requeue":
+        drained(stack, stack.log, 1)
+        stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
+    with proxied(stack, 20_000) as log:
+        drained(stack, log, 1)
+        (block,) = stack.outbox.batches([1 + (generation == "requeue")])[0].blocks
+        assert block.limit
+        if what == "deleted":
+            stack.sql("DELETE FROM clickhouse_outbox WHERE event_id = 'evt_3'")
+        elif what == "changed":
+            stack.sql(
+                "UPDATE clickhouse_outbox SET payload = REPLACE(payload, 'evt_3', 'evt_x'), event_id = 'evt_x' WHERE event_id = 'evt_3'"
+            )
+        else:
+            stack.sql("TRUNCATE TABLE clickhouse_outbox")
+        if what == "swapped":
+            put(stack, rows=16, row_bytes=2_000, at=100)
+        errors = drained(stack, log, 8)
+
+    assert stack.pending() == 0, errors
+    left = {"deleted": 15, "changed": 16, "all deleted": 0, "swapped": 16}[what]
+    before = {"deleted": 1, "changed": 1, "all deleted": 16, "swapped": 16}[what] if generation == "requeue" else 0
+    stack.clickhouse("SYSTEM START MERGES audit_logs_raw_v1")
+    stack.clickhouse("OPTIMIZE TABLE audit_logs_raw_v1 FINAL")
+    assert stack.counts() == (left + before, left + before)
+    assert {str(row.state) for row in stack.sql("SELECT state FROM clickhouse_outbox_batch WHERE batch_id")} == {
+        "verified"
+    }
+
+
 def test_a_block_above_a_memory_limit_goes_out_in_parts(stack: Stack) -> None:
     """A profile's max_memory_usage below what a sealed block needs is no reason to stand still."""
     put(stack, rows=40, row_bytes=200_000)
