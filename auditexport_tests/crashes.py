@@ -166,6 +166,9 @@ class CrashingOutbox:
         with self.crash_at.around("finish_mark"):
             return self.real.finish_mark(claim, pks, exported_at_ms, before, ids=ids)
 
+    def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
+        return self.real.own_ids(pks, exported_at_ms)
+
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
         with self.crash_at.around("take_back"):
             self.real.take_back(claim, pks, exported_at_ms)

@@ -443,7 +443,7 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
         raise LeaseLost(f"batch {batch.batch_id} is {batch.state}, not written: its receipt is of another attempt")
     if batch.exported_at_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
-    marking = _Marking(outbox, log, batch, batch.exported_at_ms, limits)
+    marking = _Marking(outbox, log, claim, batch, batch.exported_at_ms, limits)
     try:
         return marking.all()
     except OutboxLocked as error:
@@ -465,9 +465,12 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
 class _Marking:
     """One attempt to mark a batch: its chunks, on several connections, and what is locked of them."""
 
-    def __init__(self, outbox: Outbox, log: AuditLog, batch: Batch, stamp_ms: int, limits: Limits) -> None:
+    def __init__(
+        self, outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, stamp_ms: int, limits: Limits
+    ) -> None:
         self._outbox = outbox
         self._log = log
+        self._claim = claim
         self._batch = batch
         self._stamp_ms = stamp_ms
         self._limits = limits
@@ -481,13 +484,20 @@ class _Marking:
         """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`, and `RowsSwapped`
         when rows keep changing under it.
         """
-        if self._batch.ids is not None:
+        if self._batch.ids is not None and self._may_be_as_sealed():
             with suppress(RowsSwapped):
                 return self._all(self._batch.pks, self._batch.ids)
         for _ in range(PROOFS - 1):
             with suppress(RowsSwapped):
                 return self._all(*self._proven())
         return self._all(*self._proven())
+
+    def _may_be_as_sealed(self) -> bool:
+        """Whether nothing says that other rows have come under the batch's pks since its seal. They would bear its mark until
+        the last chunk shows it; where another run wrote the batch, or wrote it more than once, that was long ago.
+        """
+        recovered = self._batch.attempts > 1 or self._claim.adopted
+        return not recovered or self._outbox.own_ids(self._batch.pks, self._stamp_ms) == self._batch.ids
 
     def _proven(self) -> tuple[PkSet, int]:
         """Those rows of the batch that ClickHouse holds, and the sum of their ids; the others lose a mark that we gave them.

@@ -321,6 +321,10 @@ class Outbox(Protocol):
         """
         ...
 
+    def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
+        """The sum of `id_hash` of these rows, without those that bear another mark than this."""
+        ...
+
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
         """Clears the marks of those of these rows that bear this batch's stamp."""
         ...

@@ -135,6 +135,14 @@ def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[in
     return rows, ids
 
 
+def own_ids(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
+    """The sum of the ids' hashes of these rows, without those that somebody else has marked."""
+    return sum(
+        int(connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).scalar_one())
+        for statement, values in over("own", pks)
+    )
+
+
 def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | None]:
     return {
         row.pk: row.deleted_at for statement, values in over(kind, pks) for row in connection.execute(statement, values)

@@ -34,6 +34,7 @@ _LISTS = {
     "rows_in": "pks",
     "mark_in": "pks",
     "marked_in": "pks",
+    "own_in": "pks",
     "take_back_in": "pks",
     "lock_in": "pks",
     "stamps_in": "pks",

@@ -62,13 +62,15 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.stores import dead_letters
 from auditexport_pipeline.stores.backlog import probe
 from auditexport_pipeline.stores.blockers import holders
-from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, stamp, stamp_unlocked, take_back
+from auditexport_pipeline.stores.marking import LIST_PKS, by_shape, own_ids, stamp, stamp_unlocked, take_back
 from auditexport_pipeline.stores.mysql import SQL, checked, engine_for, translated
 from auditexport_pipeline.stores.mysql_errors import LOCK_WAIT_TIMEOUT, code_and_words
 from auditexport_pipeline.stores.session import MARK_LOCK_WAIT_S
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
+# Rows whose ids one statement sums up.
+OWN_ROWS = 50_000
 READ_BYTES = 8 * 1024**2
 # How many times the average a payload may be, and still come with the others.
 SHARES = 4
@@ -331,6 +333,13 @@ class MySQLOutbox:
             raise OutboxLocked(
                 f"clickhouse_outbox is locked as a whole. {holders(self.engine, error.statement, error.params)}"
             ) from None
+
+    def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
+        ids = 0
+        for chunk in pks.chunks(OWN_ROWS):
+            with self.transaction("comparing rows with their batch") as connection:
+                ids += own_ids(connection, chunk, exported_at_ms)
+        return ids
 
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
         with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:

@@ -272,6 +272,19 @@ SELECT COUNT(*) AS n, COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) A
 FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk IN :pks AND deleted_at = :exported_at_ms
 
+-- name: own_between
+-- Primary key range; no lock. As marked_between, of rows that are to be marked too: before the first chunk of a batch that
+-- another run wrote.
+SELECT COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) AS ids
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk BETWEEN :first_pk AND :last_pk AND (deleted_at IS NULL OR deleted_at = :exported_at_ms)
+
+-- name: own_in
+-- Primary key, point by point; otherwise as own_between.
+SELECT COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) AS ids
+FROM clickhouse_outbox FORCE INDEX (PRIMARY)
+WHERE pk IN :pks AND (deleted_at IS NULL OR deleted_at = :exported_at_ms)
+
 -- name: take_back_between
 -- Primary key range; under fence_shared. Rows of another event that came under the batch's pks and got its stamp.
 UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL

@@ -6,7 +6,7 @@ import pytest
 
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.test_exactly_once import fill, merge, run
 
 ROWS = 20
@@ -41,6 +41,29 @@ def test_an_event_that_takes_a_sealed_rows_pk_is_exported(stack: Stack, how: str
 
     assert stack.counts() == (2 * ROWS, 2 * ROWS)
     assert stack.pending() == 0
+
+
+@pytest.mark.parametrize("recovery", ["one", "two"])
+@pytest.mark.parametrize("how", BEGINS_AGAIN)
+def test_who_recovers_a_batch_marks_no_event_that_is_not_there(stack: Stack, how: str, recovery: str) -> None:
+    """Not even for a moment: a table that is swapped away in that moment takes events with it that bear a mark."""
+    fill(stack, ROWS, seed=1)
+    dies = CrashPoint("before mark 1")
+    with pytest.raises(Crash):
+        drain(CrashingOutbox(stack.outbox, dies), CrashingAuditLog(stack.log, dies), LIMITS, owner="one")
+    for statement in BEGINS_AGAIN[how]:
+        stack.sql(statement)
+    fill(stack, ROWS, seed=2)
+
+    def nothing_is_marked_that_is_not_there() -> None:
+        marked = {str(row.event_id) for row in stack.sql("SELECT event_id FROM clickhouse_outbox WHERE deleted_at > 0")}
+        assert marked <= {str(event_id) for (event_id,) in stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1")}
+
+    watched = CrashPoint("after mark 1", then=nothing_is_marked_that_is_not_there)
+    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 0")
+    drain(CrashingOutbox(stack.outbox, watched), CrashingAuditLog(stack.log, watched), LIMITS, owner=recovery)
+    run(stack, limits=LIMITS)
+    assert (stack.counts(), stack.pending()) == ((2 * ROWS, 2 * ROWS), 0)
 
 
 def test_rows_that_others_delete_before_the_mark_cost_the_rest_nothing(stack: Stack) -> None:
