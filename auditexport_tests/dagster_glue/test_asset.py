@@ -420,9 +420,9 @@ def test_in_one_process_the_rows_are_handed_over_in_memory(
     reads: list[int] = []
     real = MySQLOutbox.read
 
-    def counted(self: MySQLOutbox, pks: PkSet, *, row_bytes: int) -> Iterator[object]:
+    def counted(self: MySQLOutbox, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[object]:
         reads.extend(pks)
-        return real(self, pks, row_bytes=row_bytes)
+        return real(self, pks, row_bytes=row_bytes, version=version)
 
     monkeypatch.setattr(MySQLOutbox, "read", counted)
     pks = stack.put(*events(6))
