@@ -15,15 +15,13 @@ import pytest
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.cli.drain import totals
-from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core import drain as core_drain
+from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Batch, Claim
-from auditexport_pipeline.core.drain import Drained
+from auditexport_pipeline.core.drain import Drain, Drained
 from auditexport_pipeline.core.errors import OutboxUnavailable
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.defs.report import run_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
@@ -275,18 +273,8 @@ class Heard:
 
 
 def rounds(stack: Stack, outbox: Outbox, log: AuditLog, listener: Heard) -> Drained:
-    return core_drain.drain(
-        outbox,
-        log,
-        Ahead(),
-        owner="me",
-        dead_owners=lambda _: (),
-        backlog=lambda: stack.outbox.backlog(tuple(VERSIONS), count_to=1),
-        limits=Limits(batch_rows=20),
-        once=False,
-        stopping=lambda: False,
-        listener=listener,
-    )
+    work = Drain(outbox, log, owner="me", limits=Limits(batch_rows=20), listener=listener)
+    return work.until_empty(lambda: stack.outbox.backlog(tuple(VERSIONS), count_to=1))
 
 
 def test_a_batch_that_another_run_took_over_is_left_to_it(stack: Stack) -> None:
@@ -325,7 +313,7 @@ def test_a_failover_in_the_middle_is_waited_for_and_gone_on_after(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A restart of a database is not a reason to call anybody; and what was written is not written twice."""
-    monkeypatch.setattr(core_drain, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     seed_outbox(stack.mysql_url, seed=14, events=60, writers=1)
     listener = Heard()
     done = rounds(stack, Faltering(stack.outbox, 2), stack.log, listener)

@@ -7,14 +7,15 @@ What belongs here: the loop after a plan, and the rests while marking. What does
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from auditexport_pipeline.core.batch import Batch, Claim, State
+from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import Marked
+from auditexport_pipeline.core.ports import Discrepancy, Marked
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import events
@@ -22,22 +23,42 @@ from auditexport_tests.dagster_glue.conftest import events
 NEVER = CrashPoint("before nothing 1")
 
 
+class Heard:
+    """`core.drain.Listener` that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.exports: list[int] = []
+        self.outcomes: list[dict[int, Discrepancy]] = []
+        self.troubles: list[str] = []
+
+    def claimed(self, claims: Sequence[Claim]) -> None:
+        pass
+
+    def exported(self, batch: Batch) -> None:
+        self.exports.append(batch.rows)
+
+    def verified(self, outcome: dict[int, Discrepancy]) -> None:
+        self.outcomes.append(outcome)
+
+    def trouble(self, what: str) -> None:
+        self.troubles.append(what)
+
+
 def test_a_run_that_stays_drains_what_arrives_and_leaves_when_told(stack: Stack) -> None:
     """Each drain is a whole one: what it found is verified before the next look."""
     arriving = [events(3, "first"), [], events(2, "second")]
 
-    def stays() -> bool:
+    def staying() -> bool:
         if not arriving:
             return False
         stack.put(*arriving.pop(0))
         return True
 
-    told = list(linger(stack.outbox, stack.log, owner="one", limits=Limits(linger_poll_ms=20), stays=stays))
-    assert [[batch.rows for batch in batches] for batches, _ in told] == [[3], [2]]
-    assert all(batch.state is State.VERIFIED for batches, _ in told for batch in batches)
-    assert [[*verified] for _, verified in told] == [[1], [2]]
-    assert stack.counts() == (5, 5)
-    assert stack.pending() == 0
+    heard = Heard()
+    Drain(stack.outbox, stack.log, owner="one", limits=Limits(linger_poll_ms=20), listener=heard).stay(staying)
+    assert (heard.exports, [[*outcome] for outcome in heard.outcomes]) == ([3, 2], [[1], [2]])
+    assert [batch.state for batch in stack.outbox.batches([1, 2])] == [State.VERIFIED, State.VERIFIED]
+    assert (stack.counts(), stack.pending(), heard.troubles) == ((5, 5), 0, [])
 
 
 def test_what_an_earlier_look_left_open_is_taken_up_by_the_next(stack: Stack) -> None:
@@ -47,8 +68,8 @@ def test_what_an_earlier_look_left_open_is_taken_up_by_the_next(stack: Stack) ->
     with pytest.raises(Crash):
         drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), Limits(), owner="one")
     looks = iter([True, False])
-    ((batches, _),) = linger(stack.outbox, stack.log, owner="one", limits=Limits(), stays=lambda: next(looks))
-    assert [batch.attempts for batch in batches] == [2]
+    Drain(stack.outbox, stack.log, owner="one", limits=Limits(), listener=Heard()).stay(lambda: next(looks))
+    assert [batch.attempts for batch in stack.outbox.batches([1])] == [2]
     assert stack.counts() == (2, 2)
 
 

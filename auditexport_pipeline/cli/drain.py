@@ -1,8 +1,4 @@
-"""`auditexport drain`: a run in the foreground, without Dagster.
-
-What belongs here: options made from `core.limits.Limits`, progress, signals, and the totals. What does not: the rounds
-(`core.drain`), the verbs, and working ahead (`defs.ahead`), which the run on Dagster's page does the same way.
-"""
+"""`auditexport drain`: a run in the foreground, without Dagster. Options from `core.limits.Limits`, progress, signals, totals."""
 
 from __future__ import annotations
 
@@ -87,8 +83,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     be marked, 2 the call, the setup or a database is wrong, 3 rows are left to another run, which took a batch over or holds
     all that is pending, 130 interrupted.
     """
-    from auditexport_pipeline.core.drain import drain
-    from auditexport_pipeline.defs.ahead import Ahead
+    from auditexport_pipeline.core.drain import Drain
     from auditexport_pipeline.stores.held import release
     from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
@@ -101,21 +96,19 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
     screen = _Progress(owner, backlog, quiet=as_json)
     with _stoppable() as stopping, screen:
-        done = drain(
+        work = Drain(
             mysql,
             clickhouse,
-            Ahead(),
             owner=owner,
             process=owner,
             dead_owners=processes.dead,
-            backlog=lambda: mysql.backlog(settings.versions, count_to=1),
             limits=settings,
-            once=once,
             stopping=stopping,
             listener=screen,
         )
+        done = work.one_plan() if once else work.until_empty(lambda: mysql.backlog(settings.versions, count_to=1))
         if settings.linger_s and not once and not done.discrepant and not done.unmarked:
-            _linger(mysql, clickhouse, owner, settings, began, stopping, done, screen)
+            work.stay(lambda: time.monotonic() - began < settings.linger_s, release=lambda: release(mysql, clickhouse))
         done.settle(mysql, owner)
     seconds = time.monotonic() - began
     left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
@@ -129,48 +122,6 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         sys.exit(INTERRUPTED)
     if (done.lost and (once or done.held)) or (done.held and not done.rows):
         sys.exit(LEFT_TO_OTHERS)
-
-
-def _linger(
-    mysql: Any,
-    clickhouse: Any,
-    owner: str,
-    limits: Limits,
-    began: float,
-    stopping: Callable[[], bool],
-    done: Drained,
-    screen: _Progress,
-) -> None:
-    from auditexport_pipeline.core.batch import OPEN
-    from auditexport_pipeline.core.linger import linger
-    from auditexport_pipeline.stores.held import release
-
-    def stays() -> bool:
-        done.interrupted = done.interrupted or stopping()
-        return not done.interrupted and time.monotonic() - began < limits.linger_s
-
-    for batches, outcome in linger(
-        mysql,
-        clickhouse,
-        owner=owner,
-        process=owner,
-        limits=limits,
-        stays=stays,
-        exported=done.claimed,
-        left_alone=screen.trouble,
-        release=lambda: release(mysql, clickhouse),
-    ):
-        done.rounds += 1
-        for batch in batches:
-            done.claimed.add(batch.batch_id)
-            if batch.state in OPEN:
-                done.unmarked[batch.batch_id] = batch.last_error
-                continue
-            screen.exported(batch)
-        done.verified |= outcome
-        screen.verified(outcome)
-        if any(outcome.values()):
-            return
 
 
 @contextmanager

@@ -1,23 +1,22 @@
-"""Draining in the foreground: whole plans, one after the other, until what was pending is exported.
+"""The loop over plans: claim, export and verify one plan, plans until the backlog is empty, or what arrives while the run stays.
 
-What belongs here: rounds of claim, fetch, write, mark and verify, when they end, and what an interruption leaves. What
-does not: the verbs (`core.claiming`, `core.export`, `core.verify`), a run that stays (`core.linger`), and Dagster's graph
-of the same verbs (`defs.assets`).
+The CLI's drain and the staying Dagster run use this loop; Dagster's graph runs one plan as steps (`defs.assets`). The verbs of a
+batch are in `core.export`, and `core.pipeline` runs them in threads.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from auditexport_pipeline.core import claiming
+from auditexport_pipeline.core import claiming, retries
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left, Receipt
+from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left
 from auditexport_pipeline.core.errors import (
+    AuditExportError,
     BatchAltered,
     BatchLocked,
     BatchWaits,
@@ -25,42 +24,18 @@ from auditexport_pipeline.core.errors import (
     TableRefuses,
     TransientError,
 )
-from auditexport_pipeline.core.export import Bodies, FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import outcome_of
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Moment, Outbox
-from auditexport_pipeline.core.verify import verify
+from auditexport_pipeline.core.verify import verify_recent
 
-# As often as a step of Dagster's graph is tried again; after that the error is the operator's to see.
-RETRIES = 4
-FIRST_WAIT_S = 1.0
 # A block is split in ever more parts: by then it is down to single rows.
 WAITS_WITHOUT_PROGRESS = 12
 LOOK_FOR_STOP_S = 0.2
-# Batches of earlier runs that died before they verified; the rest waits for the next round.
-VERIFY_LEFTOVERS = 200
-
-
-class MarkedBatch(Protocol):
-    """What a stage of marking gives back."""
-
-    @property
-    def batch(self) -> Batch: ...
-
-
-class Stages(Protocol):
-    """The verbs of a batch, by this thread or ahead of it (`defs.ahead.Ahead`)."""
-
-    def plan(self, claims: Sequence[Claim]) -> None: ...
-
-    def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch: ...
-
-    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt: ...
-
-    def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch: ...
-
-    def close(self) -> None: ...
+# Two statements: one to MySQL, and, while rows are held, one for the definition of ClickHouse's table.
+RELEASE_EVERY_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +72,16 @@ class Drained:
     @property
     def discrepant(self) -> dict[int, str]:
         return {**{batch_id: str(found) for batch_id, found in self.verified.items() if found}, **self.wrong}
+
+    def leave(self, batch_id: int, error: AuditExportError) -> None:
+        """Notes why a batch was left."""
+        if isinstance(error, LeaseLost):
+            self.lost.append(batch_id)
+        elif isinstance(error, BatchAltered):
+            self.altered[batch_id] = str(error)
+        else:
+            assert isinstance(error, BatchWaits | BatchLocked | TableRefuses)
+            self.waiting[batch_id] = error
 
     def settle(self, outbox: Outbox, owner: str) -> None:
         """Takes what was done from the ledger: a round that failed in the middle had done, and found, things too."""
@@ -136,167 +121,233 @@ class Listener(Protocol):
     def trouble(self, what: str) -> None: ...
 
 
-def drain(
-    outbox: Outbox,
-    log: AuditLog,
-    stages: Stages,
-    *,
-    owner: str,
-    process: str = "",
-    dead_owners: Callable[[list[str]], Collection[str]],
-    backlog: Callable[[], Backlog],
-    limits: Limits,
-    once: bool,
-    stopping: Callable[[], bool],
-    listener: Listener,
-) -> Drained:
-    """Drains plan after plan until what was pending at the beginning is exported; with `once` a single plan. No row goes out
-    twice: those whose marks somebody clears meanwhile are left to the next drain, and the listener hears of them.
+class Drain:
+    """Exports plan after plan for one owner. Each call goes on where the one before it ended; `done` counts all of them.
 
-    A plan that is not full has claimed everything there was, so rows that keep arriving do not keep it here. When
-    `stopping()`, the batch at hand is finished and the rest of the plan given back: its leases end at once. Transient errors are
-    tried again by a new plan, and so are batches that have to wait, once the others are done. It adopts what this owner had
-    claimed; `dead_owners` says which of the owners of open batches are known to be dead. Durable effects: those of the verbs.
-    Raises what they raise, but for a batch that another run took over, whose rows were altered, which has to wait, or whose
-    rows could not be marked: the others go on, and the result tells of it. A plan with a batch whose mark was refused is the
-    last one, for the next batches would be refused as well.
+    No row is exported twice: rows whose marks somebody clears meanwhile wait for the next drain, and the listener is told.
+    Transient errors are retried by a new plan, unless not `retried`, because the caller does that. A batch that another run took over, that was altered, that
+    has to wait or whose rows cannot be marked stops only itself. When `stopping()`, the current batch is finished and the
+    others are given back: their leases end at once.
+
+    `dead_owners` gets the owners of open batches and returns those known to be dead; `exported` are batches that this owner has
+    exported before. Durable effects: those of the verbs. Raises what the verbs raise.
     """
-    done = Drained(since=outbox.moment())
-    began = time.monotonic()
-    failures = waits = 0
-    said: set[str] = set()
 
-    def left_alone(line: str) -> None:
-        if line not in said:
-            said.add(line)
-            listener.trouble(line)
+    def __init__(
+        self,
+        outbox: Outbox,
+        log: AuditLog,
+        *,
+        owner: str,
+        limits: Limits,
+        listener: Listener,
+        process: str = "",
+        dead_owners: Callable[[list[str]], Collection[str]] = lambda _: (),
+        stopping: Callable[[], bool] = lambda: False,
+        exported: Iterable[int] = (),
+        retried: bool = True,
+    ) -> None:
+        self._outbox = outbox
+        self._log = log
+        self._owner = owner
+        self._process = process
+        self._limits = limits
+        self._listener = listener
+        self._dead_owners = dead_owners
+        self._stopping = stopping
+        self._retries = retries.RETRIES if retried else 0
+        self._pipeline = Pipeline()
+        self._said: set[str] = set()
+        self._failures = 0
+        self.done = Drained(since=outbox.moment(), claimed=set(exported))
 
-    while True:
-        exported_before = done.batches
-        cleared = PkSet()
+    def one_plan(self) -> Drained:
+        """Exports at most `max_batches` batches; what is left waits."""
+        self._plan()
+        return self.done
 
-        def again(pks: PkSet) -> None:
-            nonlocal cleared
-            cleared |= pks
+    def until_empty(self, backlog: Callable[[], Backlog]) -> Drained:
+        """Exports until everything that was pending at the start is exported. Rows that arrive meanwhile do not keep it.
 
-        try:
-            dead = dead_owners(outbox.open_owners())
-            claims = claiming.claim(
-                outbox,
-                owner=owner,
-                dead_owners=dead,
-                limits=limits,
-                process=process,
-                left_alone=left_alone,
-                exported=done.claimed,
-                cleared=again,
-            )
-            if cleared:
-                left_alone(claiming.cleared_line(cleared))
-            listener.claimed(claims)
-            done.claimed |= {claim.batch_id for claim in claims}
-            done.rounds += 1
-            left = _round(outbox, log, stages, claims, limits, stopping, done, listener)
-            # Those of earlier runs too; and what was exported before an interruption is verified all the same.
-            outcome = verify(outbox, log, outbox.unverified(len(claims) + VERIFY_LEFTOVERS))
-        except TransientError as error:
-            failures = 0 if done.batches > exported_before else failures + 1
-            if failures > RETRIES or stopping():
-                raise
-            wait_s = FIRST_WAIT_S * 2 ** max(0, failures - 1) * random.uniform(0.5, 1.5)
-            listener.trouble(f"{error} — trying again in {wait_s:.1f} s")
-            time.sleep(wait_s)
-            continue
-        failures = 0
-        done.verified |= outcome
-        listener.verified(outcome)
-        # A plan of nothing but batches that stay as they are would be made again and again.
-        if done.interrupted or once or len(left) == len(claims) or Left.REFUSED in left:
-            return done
-        if done.waiting:
-            waits = 0 if done.batches > exported_before else waits + 1
-            wait_s = max(error.wait_s for error in done.waiting.values())
-            if not wait_s or waits > WAITS_WITHOUT_PROGRESS:
-                return done
-            _sleep(wait_s, stopping)
-            continue
-        if len(claims) < limits.max_batches:
-            pending = backlog()
-            if cleared or not pending.rows or pending.lag_s <= time.monotonic() - began:
-                return done
+        Ends early after a batch whose mark was refused, because the next one would be refused as well, and after a plan of
+        nothing but batches that stay as they are.
+        """
+        began = time.monotonic()
+        waits = 0
+        while True:
+            exported_before = self.done.batches
+            plan = self._plan()
+            if self.done.interrupted or len(plan.unmarked) == len(plan.claims) or Left.REFUSED in plan.unmarked:
+                return self.done
+            if self.done.waiting:
+                waits = 0 if self.done.batches > exported_before else waits + 1
+                wait_s = max(error.wait_s for error in self.done.waiting.values())
+                if not wait_s or waits > WAITS_WITHOUT_PROGRESS:
+                    return self.done
+                self._sleep(wait_s)
+            elif len(plan.claims) < self._limits.max_batches:  # the plan took everything there was
+                pending = backlog()
+                if plan.cleared or not pending.rows or pending.lag_s <= time.monotonic() - began:
+                    return self.done
 
+    def stay(
+        self,
+        staying: Callable[[], bool],
+        *,
+        max_rows: Callable[[], int | None] = lambda: None,
+        release: Callable[[], object] = lambda: None,
+    ) -> Drained:
+        """Exports what arrives while `staying()`: one plan every `linger_poll_ms`, of at most `max_rows()` rows.
 
-def _sleep(seconds: float, stopping: Callable[[], bool]) -> None:
-    until = time.monotonic() + seconds
-    while not stopping() and (left_s := until - time.monotonic()) > 0:
-        time.sleep(min(left_s, LOOK_FOR_STOP_S))
+        A new run takes seconds to start; an event that finds a run staying is in ClickHouse within one poll. `release` is called
+        every `RELEASE_EVERY_S`: rows that the table refused are taken again once its definition has changed. Ends early
+        after a batch that could not be marked or that ClickHouse does not hold as sealed. Raises the error of the first batch
+        that was left for another reason.
+        """
+        released = time.monotonic()
+        while staying() and not self.done.interrupted:
+            started = time.monotonic()
+            if started - released >= RELEASE_EVERY_S:
+                released = started
+                release()
+            plan = self._plan(max_rows(), adopt=False)
+            if plan.left:
+                raise plan.left[0]
+            if plan.unmarked or plan.wrong:
+                return self.done
+            self._sleep(started + self._limits.linger_poll_ms / 1000 - time.monotonic())
+        self.done.interrupted = self.done.interrupted or self._stopping()
+        return self.done
 
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pipeline.close()
 
-def _round(
-    outbox: Outbox,
-    log: AuditLog,
-    stages: Stages,
-    claims: Sequence[Claim],
-    limits: Limits,
-    stopping: Callable[[], bool],
-    done: Drained,
-    listener: Listener,
-) -> list[Left]:
-    """One plan; returns why batches of it are not marked."""
-    stages.plan(claims)
-    unmarked = []
-    left = list(claims)
-    try:
-        for claim in claims:
-            if stopping():
-                done.interrupted = True
-                break
-            left.remove(claim)
+    # ── one plan ─────────────────────────────────────────────────────────────────────────────────
+
+    def _plan(self, max_rows: int | None = None, *, adopt: bool = True) -> _Plan:
+        """Claims, exports and verifies one plan; after a transient error another one."""
+        while True:
+            exported_before = self.done.batches
             try:
-                fetched = stages.fetch(outbox, log, claim, limits)
-                receipt = stages.write(outbox, log, claim, fetched.bodies, limits)
-                batch = stages.mark(outbox, log, receipt, limits).batch
-            except LeaseLost as error:
-                done.lost.append(claim.batch_id)
-                listener.trouble(str(error))
-            except (BatchWaits, BatchLocked, TableRefuses) as error:
-                done.waiting[claim.batch_id] = error
-                listener.trouble(str(error))
-            except BatchAltered as error:
-                done.altered[claim.batch_id] = str(error)
-                listener.trouble(str(error))
-            else:
+                plan = self._claim(max_rows, adopt=adopt)
+                self._export(plan)
+                if plan.claims or adopt:
+                    self._verify(plan)
+                self._failures = 0
+                return plan
+            except TransientError as error:
+                self._failures = 0 if self.done.batches > exported_before else self._failures + 1
+                if self._failures > self._retries or self._stopping():
+                    raise
+                wait_s = retries.wait_s(max(0, self._failures - 1))
+                self._listener.trouble(f"{error} — trying again in {wait_s:.1f} s")
+                time.sleep(wait_s)
+
+    def _claim(self, max_rows: int | None, *, adopt: bool) -> _Plan:
+        plan = _Plan()
+        plan.claims = claiming.claim(
+            self._outbox,
+            owner=self._owner,
+            dead_owners=self._dead_owners(self._outbox.open_owners()) if adopt else (),
+            limits=self._limits,
+            process=self._process,
+            max_rows=max_rows,
+            left_alone=self._say,
+            exported=self.done.claimed,
+            cleared=plan.add_cleared,
+        )
+        if plan.cleared:
+            self._say(claiming.cleared_line(plan.cleared), "cleared")
+        self._listener.claimed(plan.claims)
+        self.done.claimed |= {claim.batch_id for claim in plan.claims}
+        self.done.rounds += bool(plan.claims) or adopt
+        return plan
+
+    def _export(self, plan: _Plan) -> None:
+        outbox, log, limits, done = self._outbox, self._log, self._limits, self.done
+        self._pipeline.plan(plan.claims)
+        rest = list(plan.claims)
+        try:
+            for claim in plan.claims:
+                if self._stopping():
+                    break
+                rest.remove(claim)
+                try:
+                    self._pipeline.fetch(outbox, log, claim, limits)
+                    receipt = self._pipeline.write(outbox, log, claim, limits)
+                    batch = self._pipeline.mark(outbox, log, receipt, limits).batch
+                except (LeaseLost, BatchWaits, BatchLocked, TableRefuses, BatchAltered) as error:
+                    done.leave(claim.batch_id, error)
+                    plan.left.append(error)
+                    self._listener.trouble(str(error))
+                    continue
                 if batch.left is not None:
-                    unmarked.append(batch.left)
+                    plan.unmarked.append(batch.left)
                     done.unmarked[claim.batch_id] = batch.last_error
-                    listener.trouble(f"batch {claim.batch_id} is in ClickHouse and not marked: {batch.last_error}")
+                    self._listener.trouble(
+                        f"batch {claim.batch_id} is in ClickHouse and not marked: {batch.last_error}"
+                    )
                     continue
                 done.unmarked.pop(claim.batch_id, None)
                 done.adopted += claim.adopted
                 done.add(batch)
-                listener.exported(batch)
-    finally:
-        stages.close()
-    done.interrupted = done.interrupted or stopping()
-    if left:
-        _give_up(outbox, left, done, listener)
-    return unmarked
+                self._listener.exported(batch)
+        finally:
+            self._pipeline.close()
+        done.interrupted = done.interrupted or self._stopping()
+        if rest:
+            self._give_back(rest)
+
+    def _give_back(self, rest: Sequence[Claim]) -> None:
+        """Ends the leases of the batches that are open, so that the next drain need not wait for them. What a thread has done
+        for one of them is in the ledger, and the next drain goes on from there.
+        """
+        by_id = {claim.batch_id: claim for claim in rest}
+        for batch in self._outbox.batches(by_id):
+            if not batch.held_by(by_id[batch.batch_id]):
+                self.done.lost.append(batch.batch_id)
+            elif batch.state in OPEN:
+                self.done.released.append(batch.batch_id)
+            else:
+                self.done.add(batch)
+                self._listener.exported(batch)
+        if self.done.released:
+            with suppress(LeaseLost):
+                self._outbox.renew(
+                    by_id[self.done.released[0]], 0
+                )  # one plan, one lease: it ends for all that are open
+
+    def _verify(self, plan: _Plan) -> None:
+        """Also what was exported before an interruption, and batches of earlier runs."""
+        outcome = verify_recent(self._outbox, self._log, len(plan.claims))
+        plan.wrong = any(outcome.values())
+        self.done.verified |= outcome
+        self._listener.verified(outcome)
+
+    # ── little things ────────────────────────────────────────────────────────────────────────────
+
+    def _say(self, line: str, key: str = "") -> None:
+        """Tells the listener something once."""
+        if (key or line) not in self._said:
+            self._said.add(key or line)
+            self._listener.trouble(line)
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping() and (left_s := until - time.monotonic()) > 0:
+            time.sleep(min(left_s, LOOK_FOR_STOP_S))
 
 
-def _give_up(outbox: Outbox, left: Sequence[Claim], done: Drained, listener: Listener) -> None:
-    """Ends the leases of a plan's batches that are open still, so that the next drain need not wait for them.
+@dataclass(slots=True, kw_only=True)
+class _Plan:
+    """One plan, and how it ended."""
 
-    What a stage ahead has done for one of them stands in the ledger, and is gone on from there; nothing of it is lost.
-    """
-    by_id = {claim.batch_id: claim for claim in left}
-    for batch in outbox.batches(by_id):
-        if not batch.held_by(by_id[batch.batch_id]):
-            done.lost.append(batch.batch_id)
-        elif batch.state in OPEN:
-            done.released.append(batch.batch_id)
-        else:
-            done.add(batch)
-            listener.exported(batch)
-    if done.released:
-        with suppress(LeaseLost):
-            outbox.renew(by_id[done.released[0]], 0)  # one plan, one lease: of all that are open
+    claims: Sequence[Claim] = ()
+    cleared: PkSet = field(default_factory=PkSet)  # rows this owner exported whose marks were cleared since
+    unmarked: list[Left] = field(default_factory=list)  # why batches are not marked
+    left: list[AuditExportError] = field(default_factory=list)  # why batches are open
+    wrong: bool = False  # ClickHouse does not hold a batch as sealed
+
+    def add_cleared(self, pks: PkSet) -> None:
+        self.cleared |= pks

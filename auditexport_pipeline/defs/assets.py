@@ -24,8 +24,9 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.core import claiming, verify
+from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
+from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     BatchUnmarked,
@@ -33,13 +34,12 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     VerificationFailed,
 )
-from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.linger import linger
 from auditexport_pipeline.core.outcome import Outcome, outcome_of
 from auditexport_pipeline.core.ports import Discrepancy, Moment
 from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
+from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
 from auditexport_pipeline.defs.drains import drain_in, say_alive
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
@@ -52,8 +52,6 @@ from auditexport_pipeline.stores.preflight import refuse_unless_ready
 
 # Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
 COUNT_BACKLOG_TO = 1_000_000
-# Batches of earlier runs that died before they verified; the rest waits for the next run.
-VERIFY_LEFTOVERS = 200
 # How often a run that stays says that it lives, and looks whether another one waits for it to leave.
 HEARTBEAT_EVERY_S = 60.0
 LOOK_FOR_OTHERS_EVERY_S = 2.0
@@ -144,7 +142,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
                 "max_runtime_seconds leaves this run no time to export anything: it claimed nothing. Raise it"
             )
         claimed = time.monotonic()
-        to.ahead.plan(claims, time_for(context, limits))
+        to.pipeline.plan(claims, time_for(context, limits))
         adopted = sum(1 for claim in claims if claim.adopted)
         context.log.info(
             f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
@@ -165,26 +163,30 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
 def _fetch_batch(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("fetch_batch"),
-        out=dg.Out(dict, io_manager_key=names.io_manager),
         config_schema=DRAIN_SCHEMA,
         tags=tags_of_step(0, names.celery_queue),
         required_resource_keys=names.everything,
         description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
     )
-    def fetch_batch(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Bodies]:
+    def fetch_batch(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Claim]:
         to = names.connected(context)
-        if not to.ahead.has_begun(claim) and not time_for(context, limits_of(context))(claim):
+        if not _has_time(context, to, claim):
             context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
-            return dg.Output({}, metadata={"rows": 0, "dead_letters": 0})
+            return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0})
         with told_to_dagster(context, to.heartbeat):
-            fetched = to.ahead.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
+            fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
             f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
         )
-        return dg.Output(fetched.bodies, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
+        return dg.Output(claim, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
 
     return fetch_batch
+
+
+def _has_time(context: dg.OpExecutionContext, to: Connected, claim: Claim) -> bool:
+    """Whether this run can finish the batch before `max_runtime_seconds` ends it. What has begun is finished."""
+    return to.pipeline.has_begun(claim) or time_for(context, limits_of(context))(claim)
 
 
 def _write_clickhouse(names: Names) -> dg.OpDefinition:
@@ -196,15 +198,13 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
     def write_clickhouse(
-        context: dg.OpExecutionContext,
-        claim: Claim,
-        bodies: dict,  # type: ignore[type-arg]  # block number → bytes; Dagster knows the bare type only
+        context: dg.OpExecutionContext, claim: Claim
     ) -> Any:  # a receipt, or a batch that is postponed
         to = names.connected(context)
-        if not to.ahead.has_begun(claim) and not time_for(context, limits_of(context))(claim):
+        if not _has_time(context, to, claim):
             return Postponed(claim=claim)
         with told_to_dagster(context, to.heartbeat):
-            receipt = to.ahead.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, bodies, limits_of(context))
+            receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
         context.log.info(
             f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
             f"bytes, {receipt.seconds:.2f} s"
@@ -230,7 +230,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         if isinstance(receipt, Postponed):
             return receipt.claim.batch_id
         with told_to_dagster(context, to.heartbeat):
-            marked = to.ahead.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
+            marked = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
         batch = marked.batch
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
@@ -275,12 +275,9 @@ def _finish_export(names: Names) -> dg.OpDefinition:
                     "from failure does. Nothing is lost: launch a new run, which adopts the others"
                 )
             outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
-            verified = verify.verify(outbox, log, outbox.unverified(len(batch_ids) + VERIFY_LEFTOVERS))
+            verified = verify_recent(outbox, log, len(batch_ids))
             if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
-                for _, found in _stay(context, names, to, limits, planned.started_at_s, batch_ids):
-                    verified |= found
-                    if any(found.values()):
-                        break
+                verified |= _stay(context, names, to, limits, planned.started_at_s, batch_ids)
             done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
             backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
             dead = outbox.dead_by_reason()
@@ -306,8 +303,10 @@ def _stay(
     limits: Limits,
     started_at_s: float,
     exported: Sequence[int],
-) -> Iterator[tuple[list[Batch], dict[int, Discrepancy]]]:
-    """Drains what arrives until `linger_s` after the run's start, or until another drain waits in the queue."""
+) -> dict[int, Discrepancy]:
+    """Exports what arrives until `linger_s` after the run's start, or until another drain waits in the queue. Returns what
+    verification found.
+    """
     outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
     pinged = looked = time.monotonic()
     context.log.info(f"staying until {limits.linger_s} s after the start, looking every {limits.linger_poll_ms} ms")
@@ -332,18 +331,36 @@ def _stay(
                 return False
         return time.time() < started_at_s + limits.linger_s and max_rows() != 0
 
-    yield from linger(
+    drain = Drain(
         outbox,
         log,
         owner=_owner(context),
         process=process_of(context),
         limits=limits,
-        stays=stays,
-        max_rows=max_rows,
+        listener=_Log(context),
         exported=exported,
-        left_alone=context.log.warning,
-        release=lambda: release(outbox, log),
+        retried=False,  # Dagster retries this step
     )
+    return drain.stay(stays, max_rows=max_rows, release=lambda: release(outbox, log)).verified
+
+
+class _Log:
+    """`core.drain.Listener`: warnings in the run's log."""
+
+    def __init__(self, context: dg.OpExecutionContext) -> None:
+        self._context = context
+
+    def claimed(self, claims: Sequence[Claim]) -> None:
+        pass
+
+    def exported(self, batch: Batch) -> None:
+        pass
+
+    def verified(self, outcome: dict[int, Discrepancy]) -> None:
+        pass
+
+    def trouble(self, what: str) -> None:
+        self._context.log.warning(what)
 
 
 def _raise_if_wrong(done: Outcome) -> None:
@@ -369,7 +386,7 @@ def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any)
 
     @dg.graph(name=names.of("export_batch"))
     def export_batch(claim: Claim) -> Any:
-        return mark(write(claim, fetch(claim)))
+        return mark(write(fetch(claim)))
 
     @dg.graph_asset(
         key=names.asset,

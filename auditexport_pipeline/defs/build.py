@@ -15,15 +15,14 @@ from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs import alerts, automation, catalog, checks, dead_letters, instance, maintenance
 from auditexport_pipeline.defs.assets import export_asset
-from auditexport_pipeline.defs.io import outbox_io_manager
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import (
     AlertsResource,
     ClickHouseResource,
     HeartbeatResource,
     MySQLResource,
-    ahead,
     bound,
+    pipeline,
 )
 from auditexport_pipeline.outboxes import OutboxSettings
 
@@ -60,7 +59,7 @@ def build_audit_export_defs(
     AUDITEXPORT_TARGET_… for the others). `celery_queue` is where workers of Celery's find the drain's steps, if not where they find
     everybody's. `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
-    `clickhouse`, `heartbeat`, `alerts`, `outbox_io_manager`, `ahead`, under those names. A launch cannot configure any of
+    `clickhouse`, `heartbeat`, `alerts`, `pipeline`, under those names. A launch cannot configure any of
     them: connections are those of the definitions.
     """
     names = Names(name=name, celery_queue=celery_queue)
@@ -69,8 +68,7 @@ def build_audit_export_defs(
         "clickhouse": ClickHouseResource(url=clickhouse_url or dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
         "heartbeat": HeartbeatResource(url=heartbeat_url) if heartbeat_url else HeartbeatResource(),
         "alerts": AlertsResource(url=alert_webhook_url) if alert_webhook_url else AlertsResource(),
-        "outbox_io_manager": outbox_io_manager,
-        "ahead": ahead,
+        "pipeline": pipeline,
     }
     if unknown := sorted(set(resources) - set(given)):
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")

@@ -6,7 +6,6 @@ the tree in `core.errors` has done.
 
 from __future__ import annotations
 
-import random
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,9 @@ from pathlib import Path
 
 import dagster as dg
 
+from auditexport_pipeline.core import retries
 from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, BatchWaits, LeaseLost, TransientError
 from auditexport_pipeline.defs.resources import HeartbeatResource
-
-# Long enough for a restart or a failover that takes seconds, short enough to stay within one lease;
-# what lasts longer is for the next run.
-STEP_RETRIES = 4
-FIRST_WAIT_S = 1.0
 
 
 @contextmanager
@@ -40,12 +35,12 @@ def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource
         error.__context__ = None
         again = isinstance(error, TransientError) and not isinstance(error, LeaseLost)
         # What a run left unmarked is marked by the next one, which claims it; this step has no claim.
-        if again and not isinstance(error, BatchUnmarked) and context.retry_number < STEP_RETRIES:
-            wait_s = FIRST_WAIT_S * 2**context.retry_number * random.uniform(0.5, 1.5)
+        if again and not isinstance(error, BatchUnmarked) and context.retry_number < retries.RETRIES:
+            wait_s = retries.wait_s(context.retry_number)
             if isinstance(error, BatchWaits):
                 wait_s = max(wait_s, error.wait_s)
             context.log.warning(f"{error} — trying again in {wait_s:.1f} s")
-            raise dg.RetryRequested(max_retries=STEP_RETRIES, seconds_to_wait=wait_s) from error
+            raise dg.RetryRequested(max_retries=retries.RETRIES, seconds_to_wait=wait_s) from error
         if heartbeat is not None:
             heartbeat.fail()
         raise dg.Failure(

@@ -17,10 +17,11 @@ from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete, Ver
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.retries import RETRIES
 from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.defs.config import checked
-from auditexport_pipeline.defs.failures import STEP_RETRIES, told_to_dagster
+from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.stores.preflight import SKEW_MS
@@ -255,7 +256,7 @@ def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:
     found = []
     with suppress(SetupIncomplete):  # who may not read actions has recorded none
         for verb in ("repair", "reconcile"):
-            for action in upkeep.last_actions(verb, STEP_RETRIES):
+            for action in upkeep.last_actions(verb, RETRIES):
                 if action.by.who != who or action.at_ms < began_ms:
                     continue
                 if verb == "repair" and action.rows:

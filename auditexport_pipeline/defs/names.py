@@ -15,7 +15,7 @@ from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatRes
 from auditexport_pipeline.outboxes import check_name, check_queue
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.defs.ahead import Ahead
+    from auditexport_pipeline.core.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Connected:
     mysql: MySQLResource
     clickhouse: ClickHouseResource
     heartbeat: HeartbeatResource
-    ahead: Ahead
+    pipeline: Pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +90,8 @@ class Names:
         return self.of("alerts")
 
     @property
-    def ahead(self) -> str:
-        return self.of("ahead")
-
-    @property
-    def io_manager(self) -> str:
-        return self.of("outbox_io_manager")
+    def pipeline(self) -> str:
+        return self.of("pipeline")
 
     @property
     def databases(self) -> set[str]:
@@ -105,7 +101,7 @@ class Names:
     @property
     def everything(self) -> set[str]:
         """Keys of what a drain's steps need."""
-        return {self.mysql, self.clickhouse, self.heartbeat, self.ahead}
+        return {self.mysql, self.clickhouse, self.heartbeat, self.pipeline}
 
     def mysql_of(self, context: Any) -> MySQLResource:
         """The MySQL of this outbox, of any context that requires it."""
@@ -122,5 +118,5 @@ class Names:
             mysql=self.mysql_of(context),
             clickhouse=self.clickhouse_of(context),
             heartbeat=getattr(context.resources, self.heartbeat),
-            ahead=getattr(context.resources, self.ahead),
+            pipeline=getattr(context.resources, self.pipeline),
         )

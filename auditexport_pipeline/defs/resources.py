@@ -16,7 +16,7 @@ import dagster as dg
 import msgspec
 from pydantic import Field
 
-from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_pipeline.stores.upkeep import MySQLUpkeep
@@ -175,9 +175,9 @@ def bound(resource: Any) -> Any:
     config_schema={},
     description="Fetches and writes the next batches while this one is marked; for one run in one process.",
 )
-def ahead() -> Iterator[Ahead]:
-    pipeline = Ahead()
+def pipeline() -> Iterator[Pipeline]:
+    running = Pipeline()
     try:
-        yield pipeline
+        yield running
     finally:
-        pipeline.close()
+        running.close()

@@ -63,7 +63,7 @@ def test_no_job_takes_a_connection_from_its_launch(name: str) -> None:
     taking = [
         f"{job.name}: {key}"
         for job in jobs(defs)
-        for key in ("mysql", "clickhouse", "heartbeat", "alerts", "outbox_io_manager", "ahead")
+        for key in ("mysql", "clickhouse", "heartbeat", "alerts", "pipeline")
         if prefix + key in job.resource_defs
         and accepts(
             job,

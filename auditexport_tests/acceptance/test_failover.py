@@ -15,7 +15,7 @@ from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CrashingOutbox, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import events
@@ -33,7 +33,7 @@ def _claim(stack: Stack) -> Claim:
 
 def _sealed(stack: Stack) -> Claim:
     claim = _claim(stack)
-    Ahead().fetch(stack.outbox, stack.log, claim, LIMITS)
+    Pipeline().fetch(stack.outbox, stack.log, claim, LIMITS)
     return claim
 
 
@@ -86,7 +86,7 @@ def test_a_run_from_before_a_failover_changes_nothing_after_it(
     assert _facts(stack) == facts, "the old run changed what is the new one's"
 
     (claim,) = new
-    Ahead().fetch(stack.outbox, stack.log, claim, LIMITS)
+    Pipeline().fetch(stack.outbox, stack.log, claim, LIMITS)
     receipt = export.write(stack.outbox, stack.log, claim, {}, LIMITS)
     export.mark(stack.outbox, stack.log, receipt, LIMITS)
     assert not any(verify.verify(stack.outbox, stack.log, stack.outbox.unverified(10)).values())

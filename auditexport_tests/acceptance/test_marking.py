@@ -14,8 +14,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core import drain as core_drain
+from auditexport_pipeline.core import claiming, retries
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.stores import preflight
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -200,7 +199,7 @@ def test_a_drain_that_can_do_nothing_ends_and_names_who_holds_the_outbox(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Error 1205 alone does not say which lock it was, nor whose."""
-    monkeypatch.setattr(core_drain, "RETRIES", 0)
+    monkeypatch.setattr(retries, "RETRIES", 0)
     stack.put(*events(3))
     altering: threading.Thread | None = None
     with held(stack, WHOLE[kind]) as process:
@@ -270,7 +269,7 @@ def test_a_batch_whose_ledger_row_is_locked_on_its_way_lets_the_others_go_on(
 
 def test_who_holds_the_ledgers_lock_is_named(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can plan meanwhile, and "lock wait timeout" does not say whom to ask."""
-    monkeypatch.setattr(core_drain, "RETRIES", 0)
+    monkeypatch.setattr(retries, "RETRIES", 0)
     stack.put(*events(3))
     with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 0 FOR UPDATE") as process:
         done = drain(stack, monkeypatch)

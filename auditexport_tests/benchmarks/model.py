@@ -1,6 +1,6 @@
 """The plan past this machine: what a drain would do on machines that nobody here has, worked out from what was measured here.
 
-What belongs here: a simulation of the pipeline (`defs/ahead.py`) over machines with so many cores, so far apart; its
+What belongs here: a simulation of the pipeline (`core/pipeline.py`) over machines with so many cores, so far apart; its
 constants with the source of each, once; how far it is off where a measurement exists; where the walls are; what grows in a
 year. What does not: measuring anything (`stages`, `speed`, `workers`, `growth`).
 
@@ -25,7 +25,7 @@ import pandas as pd
 
 from auditexport_pipeline.core.claiming import FIRST_BATCH_ROWS, FURTHER_BATCHES_GROW
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.ahead import BATCHES_IN_MEMORY
+from auditexport_pipeline.core.pipeline import BATCHES_IN_MEMORY
 
 US = 1e-6
 YEAR_S = 365 * 86_400

@@ -23,7 +23,7 @@ import pandas as pd
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -157,12 +157,12 @@ def ahead(urls: tuple[str, str], limits: Limits) -> float:
     outbox.open_owners()
     started = time.monotonic()
     planned = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
-    pipeline = Ahead()
+    pipeline = Pipeline()
     pipeline.plan(planned)
     try:
         for claim in planned:
-            fetched = pipeline.fetch(outbox, log, claim, limits)
-            receipt = pipeline.write(outbox, log, claim, fetched.bodies, limits)
+            pipeline.fetch(outbox, log, claim, limits)
+            receipt = pipeline.write(outbox, log, claim, limits)
             pipeline.mark(outbox, log, receipt, limits)
     finally:
         pipeline.close()

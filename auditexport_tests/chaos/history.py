@@ -147,7 +147,7 @@ class World:
                     "mark_rows": random.choice((5, 17, 50)),
                     "mark_connections": random.choice((1, 2)),
                 },
-                ahead=random.random() < 0.4,
+                prefetch=random.random() < 0.4,
                 hand_over=random.random() < 0.7,
                 retries=0 if self.settles_between_runs else 2 if quiet else random.choice((0, 1, 3)),
                 mutation=self.plan.mutation,

@@ -36,9 +36,9 @@ from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.dead_letters import Which
 from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, TransientError
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
-from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_pipeline.stores import audit_log, clickhouse_connection, dead_letters, mysql
 from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.stores.outbox import MySQLOutbox
@@ -72,7 +72,7 @@ class Run:
     clock: Path
     dead_owners: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=dict)
-    ahead: bool = False
+    prefetch: bool = False
     hand_over: bool = True
     retries: int = 2
     mutation: str = ""  # "no token, no look" or "mark first"
@@ -295,20 +295,20 @@ def _drain(run: Run, told: Told) -> None:
     if run.mutation == "mark first":
         write = _marked_first
     step = _step(run, told)
-    ahead = Ahead() if run.ahead else None
+    pipeline = Pipeline() if run.prefetch else None
     claims = step(lambda: claiming.claim(outbox, owner=run.owner, dead_owners=run.dead_owners, limits=limits))
     if claims is None:
         return
     told.claimed = len(claims)
     told.adopted = sum(claim.adopted for claim in claims)
-    if ahead:
-        ahead.plan(claims)
+    if pipeline:
+        pipeline.plan(claims)
 
     def export_batch(claim: Claim) -> bool:
         fetched = step(
             lambda: (
-                ahead.fetch(outbox, writing_log, claim, limits)
-                if ahead
+                pipeline.fetch(outbox, writing_log, claim, limits)
+                if pipeline
                 else export.fetch(outbox, writing_log, claim, limits)
             )
         )
@@ -318,21 +318,21 @@ def _drain(run: Run, told: Told) -> None:
 
         def write_it() -> Receipt:
             bodies = kept.pop() if kept else {}
-            if ahead:
-                return ahead.write(outbox, writing_log, claim, bodies, limits)
+            if pipeline:
+                return pipeline.write(outbox, writing_log, claim, limits)
             return write(outbox, writing_log, claim, bodies, limits)
 
         receipt = step(write_it)
         if receipt is None:
             return False
         told.found += receipt.found
-        return step(lambda: (ahead or export).mark(outbox, log, receipt, limits)) is not None
+        return step(lambda: (pipeline or export).mark(outbox, log, receipt, limits)) is not None
 
     try:
         done = [export_batch(claim) for claim in claims]
     finally:
-        if ahead:
-            ahead.close()
+        if pipeline:
+            pipeline.close()
     if all(done):
         verified = step(lambda: verify.verify(outbox, log, outbox.unverified(200)))
         for batch_id, found in (verified or {}).items():

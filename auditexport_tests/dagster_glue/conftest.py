@@ -16,9 +16,10 @@ import pytest
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import create_run_for_test
 
+from auditexport_pipeline.core import retries
 from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.definitions import defs
-from auditexport_pipeline.defs import alerts, failures
+from auditexport_pipeline.defs import alerts
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.alerting import Clock
 from auditexport_tests.webhook import Webhook, webhook
@@ -160,7 +161,7 @@ def exporter(home: Path) -> Iterator[Exporter]:
 @pytest.fixture
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that fails is not tried again."""
-    monkeypatch.setattr(failures, "STEP_RETRIES", 0)
+    monkeypatch.setattr(retries, "RETRIES", 0)
 
 
 @pytest.fixture

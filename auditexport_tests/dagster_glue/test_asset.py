@@ -19,13 +19,12 @@ import pytest
 import yaml
 from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
 
-from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.errors import IncompleteRun
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.definitions import build_defs, defs
-from auditexport_pipeline.defs import failures
 from auditexport_pipeline.stores.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import (
@@ -213,11 +212,11 @@ KILLED_AT_ITS_SECOND_MARK = """
 import os, signal, threading
 import dagster as dg
 from auditexport_pipeline.core import export
-from auditexport_pipeline.defs.ahead import Ahead
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_tests.dagster_glue.location import CANARY, leaking_job, the_export_job
 
 real, marks = export.mark, []
-real_step, steps = Ahead.mark, []
+real_step, steps = Pipeline.mark, []
 
 def mark(*arguments):
     marks.append(arguments)
@@ -231,7 +230,7 @@ def mark_step(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real_step(*arguments)
 
-export.mark, Ahead.mark = mark, mark_step
+export.mark, Pipeline.mark = mark, mark_step
 config = {"ops": {"audit_logs_raw_v1": {"config": {"batch_rows": 2}}}}
 with dg.DagsterInstance.get() as instance:
     dg.execute_job(dg.reconstructable(the_export_job), instance=instance, run_config=config)
@@ -536,7 +535,7 @@ def test_nothing_of_a_payload_is_at_rest_in_dagster_when_clickhouse_quotes_it_in
         "ALTER TABLE audit_logs_raw_v1 ADD COLUMN kind Enum8('none' = 1) MATERIALIZED CAST(description AS Enum8('none' = 1))"
     )
     stack.put(*_payloads_with_canaries()[:3])
-    monkeypatch.setattr(failures, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     exporter.drain(raise_on_error=False)
     held = stack.sql("SELECT detail FROM clickhouse_outbox_dead_letter WHERE state = 'held'")
     assert held

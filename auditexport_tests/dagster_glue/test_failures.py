@@ -14,10 +14,9 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.defs import failures
 from auditexport_pipeline.defs.resources import HeartbeatResource
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.stores import setup
@@ -33,8 +32,8 @@ DEAD_PORT = "http://default@127.0.0.1:1/default"
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few retries and short waits between them; what is decided stays the same."""
-    monkeypatch.setattr(failures, "STEP_RETRIES", RETRIES)
-    monkeypatch.setattr(failures, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "RETRIES", RETRIES)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
 
 
 def told(exporter: Exporter, run_id: str) -> tuple[str, str, bool]:

@@ -25,14 +25,13 @@ from unittest import mock
 import dagster as dg
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import export
-from auditexport_pipeline.defs import failures
+from auditexport_pipeline.core import export, retries
 
 _kept: list[Any] = []
 
 
 def main() -> None:
-    failures.STEP_RETRIES, failures.FIRST_WAIT_S = 1, 0.01
+    retries.RETRIES, retries.FIRST_WAIT_S = 1, 0.01
     for step in json.load(sys.stdin):
         os.environ.update(step["environment"])
         with _sabotage(step.get("fault", "")):

@@ -1,8 +1,4 @@
-"""Working ahead: whatever order the steps come in and whatever fails, every batch is exported once and nobody waits.
-
-What belongs here: `defs.ahead` as the steps use it, on real servers. What does not: Dagster's own ordering of
-steps, and what each verb guarantees (`test_exactly_once`).
-"""
+"""The pipeline: whatever order the callers ask in and whatever fails, every batch is exported once and nobody waits."""
 
 from __future__ import annotations
 
@@ -15,8 +11,8 @@ import pytest
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.ports import AuditLog, Outbox
-from auditexport_pipeline.defs.ahead import Ahead
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint
 
@@ -27,24 +23,24 @@ LIMITS = Limits(batch_rows=BATCH_ROWS)
 
 
 @pytest.fixture
-def ahead() -> Iterator[Ahead]:
-    pipeline = Ahead()
-    yield pipeline
-    pipeline.close()
-    assert not [thread for thread in threading.enumerate() if "_ahead" in thread.name]
+def pipeline() -> Iterator[Pipeline]:
+    running = Pipeline()
+    yield running
+    running.close()
+    assert not [thread for thread in threading.enumerate() if "prefetch" in thread.name]
 
 
-def planned(stack: Stack, ahead: Ahead) -> list[Claim]:
+def planned(stack: Stack, pipeline: Pipeline) -> list[Claim]:
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     payload = '{{"event_id": "evt_{0}", "time": 1, "workspace_id": "ws_1", "event": "e"}}'
     stack.put(*(("ws_1", f"evt_{n}", payload.format(n)) for n in range(BATCHES * BATCH_ROWS)))
     claims = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
-    ahead.plan(claims)
+    pipeline.plan(claims)
     return claims
 
 
-def fetch(ahead: Ahead, outbox: Outbox, log: AuditLog, claim: Claim) -> export.Bodies:
-    return ahead.fetch(outbox, log, claim, LIMITS).bodies
+def fetch(pipeline: Pipeline, outbox: Outbox, log: AuditLog, claim: Claim) -> None:
+    assert pipeline.fetch(outbox, log, claim, LIMITS).bodies == {}
 
 
 def lose_the_connection() -> None:
@@ -57,23 +53,25 @@ def assert_all_once(stack: Stack) -> None:
     assert stack.pending() == 0
 
 
-def test_in_order_the_threads_do_the_work(stack: Stack, ahead: Ahead) -> None:
-    """What the pipeline is for: the steps get results and carry no bodies."""
-    for claim in planned(stack, ahead):
-        assert fetch(ahead, stack.outbox, stack.log, claim) == {}
-        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
+def test_in_order_the_threads_do_the_work(stack: Stack, pipeline: Pipeline) -> None:
+    """What the pipeline is for."""
+    for claim in planned(stack, pipeline):
+        fetch(pipeline, stack.outbox, stack.log, claim)
+        assert pipeline.has_begun(claim)
+        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
     assert_all_once(stack)
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
 def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
-    stack: Stack, ahead: Ahead, in_reverse: bool
+    stack: Stack, pipeline: Pipeline, in_reverse: bool
 ) -> None:
     """Retries, priorities and failed steps change Dagster's order; a run that hangs holds its batches for a lease."""
-    claims = planned(stack, ahead)
-    bodies = {claim: fetch(ahead, stack.outbox, stack.log, claim) for claim in claims}
+    claims = planned(stack, pipeline)
+    for claim in claims:
+        fetch(pipeline, stack.outbox, stack.log, claim)
     for claim in reversed(claims) if in_reverse else claims:
-        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, bodies[claim], LIMITS), LIMITS)
+        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
     assert_all_once(stack)
 
 
@@ -85,10 +83,10 @@ def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
     ],
 )
 def test_a_failure_is_raised_in_its_own_step_and_its_retry_and_the_others_go_on(
-    stack: Stack, ahead: Ahead, place: str
+    stack: Stack, pipeline: Pipeline, place: str
 ) -> None:
     """An error in a thread that nobody hears of would be a batch that never arrives."""
-    claims = planned(stack, ahead)
+    claims = planned(stack, pipeline)
     point = CrashPoint(place, then=lose_the_connection)
     outbox, log = CrashingOutbox(stack.outbox, point), CrashingAuditLog(stack.log, point)
     failed = []
@@ -102,16 +100,16 @@ def test_a_failure_is_raised_in_its_own_step_and_its_retry_and_the_others_go_on(
             return verb()
 
     for claim in claims:
-        bodies = step(lambda claim=claim: fetch(ahead, outbox, log, claim))  # type: ignore[misc]
-        receipt = step(lambda claim=claim, bodies=bodies: ahead.write(outbox, log, claim, bodies, LIMITS))  # type: ignore[misc]
-        step(lambda receipt=receipt: ahead.mark(outbox, log, receipt, LIMITS))  # type: ignore[misc]
+        step(lambda claim=claim: fetch(pipeline, outbox, log, claim))  # type: ignore[misc]
+        receipt = step(lambda claim=claim: pipeline.write(outbox, log, claim, LIMITS))  # type: ignore[misc]
+        step(lambda receipt=receipt: pipeline.mark(outbox, log, receipt, LIMITS))  # type: ignore[misc]
     assert len(failed) == 1
     assert_all_once(stack)
 
 
-def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: Stack, ahead: Ahead) -> None:
+def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: Stack, pipeline: Pipeline) -> None:
     """The threads stop at a failure; a step that waits for a later batch would wait for ever."""
-    claims = planned(stack, ahead)
+    claims = planned(stack, pipeline)
     sending = threading.Event()
 
     def fail() -> None:
@@ -119,26 +117,27 @@ def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: S
         lose_the_connection()
 
     log = CrashingAuditLog(stack.log, CrashPoint("before insert 1", then=fail))
-    fetch(ahead, stack.outbox, log, claims[0])
-    fetch(ahead, stack.outbox, log, claims[1])
+    fetch(pipeline, stack.outbox, log, claims[0])
+    fetch(pipeline, stack.outbox, log, claims[1])
     threading.Timer(0.5, sending.set).start()
-    late = fetch(ahead, stack.outbox, log, claims[3])
+    fetch(pipeline, stack.outbox, log, claims[3])
     with pytest.raises(OSError, match="gone"):
-        ahead.write(stack.outbox, log, claims[0], {}, LIMITS)
+        pipeline.write(stack.outbox, log, claims[0], LIMITS)
     for claim in claims:
-        bodies = late if claim == claims[3] else fetch(ahead, stack.outbox, log, claim)
-        ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, log, claim, bodies, LIMITS), LIMITS)
+        if claim != claims[3]:
+            fetch(pipeline, stack.outbox, log, claim)
+        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, log, claim, LIMITS), LIMITS)
     assert_all_once(stack)
 
 
-def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, ahead: Ahead) -> None:
+def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, pipeline: Pipeline) -> None:
     """Dagster skips what depends on a failed step and goes on with the other batches."""
-    claims = planned(stack, ahead)
+    claims = planned(stack, pipeline)
     for claim in claims:
-        fetch(ahead, stack.outbox, stack.log, claim)
+        fetch(pipeline, stack.outbox, stack.log, claim)
         if claim not in claims[1:3]:
-            ahead.mark(stack.outbox, stack.log, ahead.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
-    ahead.close()
+            pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
+    pipeline.close()
     for claim in claims[1:3]:
         export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
     assert_all_once(stack)

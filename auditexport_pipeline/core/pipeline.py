@@ -1,11 +1,11 @@
-"""Working ahead: while one batch is marked, the next is written to ClickHouse and the one after it fetched.
+"""The pipeline of one process: while one batch is marked, the next is written and the one after it is fetched.
 
-What belongs here: three threads that run `core.export.fetch`, `write` and `mark` for the plan's next claims, and hand
-the results to the steps when Dagster comes to them. What does not: anything about Dagster or the databases.
-In another process there is no plan and nothing is ahead: each step works for itself.
+Three threads run the verbs of `core.export` for the batches of a plan, in order. The caller asks for each batch in turn, and gets
+the result of a thread, or of its own call where no thread comes to the batch. The callers are Dagster's steps and `core.drain`.
+Other processes do not prefetch.
 
-Working early is safe because these are the same verbs under the same claim. What they leave in the ledger
-is what the steps would have left, and a run that dies leaves a few batches for the next run to finish.
+A prefetched batch needs no rule of its own: a thread runs the same verb under the same claim as the caller would. A process that
+dies leaves up to four open batches, and the next run finishes them. Rows stay inside: callers see counts only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from threading import Event, Semaphore
 
 from auditexport_pipeline.core import export
-from auditexport_pipeline.core.batch import Batch, Claim, Receipt
-from auditexport_pipeline.core.export import Bodies, FetchedBatch
+from auditexport_pipeline.core.batch import Batch, Bodies, Claim, Receipt
+from auditexport_pipeline.core.export import FetchedBatch
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Outbox
 
@@ -40,23 +40,23 @@ class MarkedBatch:
 
 @dataclass(slots=True, kw_only=True)
 class _Work:
-    """One batch in the threads' hands. Its bodies stay with them: nobody else needs them."""
+    """One batch that the threads are to do, and what has become of it."""
 
     claim: Claim
     fetched: Future[FetchedBatch] = field(default_factory=Future)
     receipt: Future[Receipt] = field(default_factory=Future)
     marked: Future[MarkedBatch] = field(default_factory=Future)
-    written: bool = False  # its receipt, or the error instead of one, is with the step: a retry works alone
-    done: bool = False  # the same, of its marking
+    written: bool = False  # the caller has the receipt or the error; if it asks again, it writes by itself
+    done: bool = False  # the same for the mark
 
     def cancel(self) -> None:
-        """Leaves what has not happened yet to the steps."""
+        """Leaves to the caller what has not happened yet."""
         for future in (self.fetched, self.receipt, self.marked):
             future.cancel()
 
 
-class _Pipeline:
-    """A fetching, a writing and a marking thread that take claims in order, until the last one or the first failure."""
+class _Threads:
+    """A fetching, a writing and a marking thread. They take claims in order until the last one, or until one fails."""
 
     def __init__(
         self,
@@ -73,17 +73,17 @@ class _Pipeline:
         self.works = [_Work(claim=claim) for claim in claims]
         self._room = Semaphore(BATCHES_IN_MEMORY)
         self._stopped = Event()
-        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="fetch_ahead")
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write_ahead")
-        self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark_ahead")
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="prefetch_fetch")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="prefetch_write")
+        self._marking = ThreadPoolExecutor(1, thread_name_prefix="prefetch_mark")
         self._fetching.submit(self._fetch_all)
 
     def work(self, claim: Claim) -> _Work | None:
-        """The work of this batch, or None when no thread will come to it."""
+        """The work on this batch, or None when no thread will come to it."""
         return next((work for work in self.works if work.claim == claim and not work.fetched.cancelled()), None)
 
     def close(self) -> None:
-        """Stops after what is under way, and waits for it: statements have time limits of their own."""
+        """Waits for the statements that are running; each of them has a time limit."""
         self._stopped.set()
         self._fetching.shutdown()
         self._writing.shutdown()
@@ -98,7 +98,7 @@ class _Pipeline:
                 continue
             try:
                 fetched = export.fetch(self._outbox, self._log, work.claim, self._limits)
-            except BaseException as error:  # whatever it was, it is raised in the step that waits for it
+            except BaseException as error:  # raised in the call that asks for this batch
                 self._stopped.set()
                 work.fetched.set_exception(error)
                 work.cancel()
@@ -106,7 +106,7 @@ class _Pipeline:
                 continue
             self._writing.submit(self._write, work, fetched.bodies)
             work.fetched.set_result(replace(fetched, bodies={}))
-            del fetched  # the next batch must not find this one still in memory
+            del fetched  # or it would stay in memory beside the next batch
 
     def _write(self, work: _Work, bodies: Bodies) -> None:
         try:
@@ -144,72 +144,74 @@ def timed_mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) 
 
 
 def _share_one_arena() -> None:
-    """Asks glibc to give all threads one heap: with one each, what a batch freed stays with the thread that had it,
-    and a drain holds a batch's worth of memory for every thread that ever read one.
-    """
+    """Makes all threads use one heap. By default glibc gives each thread its own, and each keeps the memory of one batch."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library has neither the call nor the habit
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has mallopt
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-class Ahead:
-    """What the steps of one process ask for their batches: the threads' result, or their own work."""
+class Pipeline:
+    """The verbs of `core.export` for the batches of one plan after the other. For one caller at a time."""
 
     def __init__(self) -> None:
         _share_one_arena()
         self._planned: list[Claim] = []
         self._time_for: Callable[[Claim], bool] = lambda _: True
-        self._pipeline: _Pipeline | None = None
+        self._threads: _Threads | None = None
+        self._kept: tuple[Claim, Bodies] | None = None
 
     def plan(self, claims: Sequence[Claim], time_for: Callable[[Claim], bool] = lambda _: True) -> None:
-        """The order in which batches will be asked for; none is begun ahead for which there is no time."""
-        self._planned = list(claims)
+        """Sets the order in which the caller will ask for batches. Batches without `time_for` them are not prefetched."""
+        self._planned = list(claims) if len(claims) > 1 else []
         self._time_for = time_for
 
     def has_begun(self, claim: Claim) -> bool:
-        """Whether a thread is writing this batch, or has written it."""
-        work = self._pipeline.work(claim) if self._pipeline else None
+        """Whether a thread is writing this batch or has written it."""
+        work = self._work(claim)
         return work is not None and not work.receipt.cancelled() and work.fetched.done()
 
     def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
-        """`export.fetch`, by this thread or ahead: then without bodies. Raises what `fetch` raises."""
-        if claim not in self._planned:
-            return export.fetch(outbox, log, claim, limits)
-        work = self._pipeline.work(claim) if self._pipeline else None
-        if work is None or self._pipeline is None:
-            self.close()
-            self._pipeline = _Pipeline(outbox, log, self._planned[self._planned.index(claim) :], limits, self._time_for)
-            (work, *_) = self._pipeline.works
-        self._planned.remove(claim)  # a retry of the step does it itself
-        try:
-            return work.fetched.result()
-        except CancelledError:  # another batch failed before the thread came to this one
-            return export.fetch(outbox, log, claim, limits)
+        """`export.fetch`; the rows stay here until `write`. Raises what it raises."""
+        if claim in self._planned:
+            work = self._work(claim)
+            if work is None:
+                self.close()
+                rest = self._planned[self._planned.index(claim) :]
+                self._threads = _Threads(outbox, log, rest, limits, self._time_for)
+                (work, *_) = self._threads.works
+            self._planned.remove(claim)  # if the caller asks again, it fetches by itself
+            with contextlib.suppress(CancelledError):  # another batch failed before the thread came to this one
+                return work.fetched.result()
+        fetched = export.fetch(outbox, log, claim, limits)
+        self._kept = (claim, fetched.bodies)
+        return replace(fetched, bodies={})
 
-    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
-        """`export.write`, by this thread or ahead. Raises what `write` raises."""
-        work = self._pipeline.work(claim) if self._pipeline else None
-        if work is None or work.written:
-            return export.write(outbox, log, claim, bodies, limits)
-        work.written = True
-        try:
-            return work.receipt.result()
-        except CancelledError:  # another batch failed before the thread came to this one
-            return export.write(outbox, log, claim, bodies, limits)
+    def write(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Receipt:
+        """`export.write`; rows that are not here are read again. Raises what it raises."""
+        work = self._work(claim)
+        if work is not None and not work.written:
+            work.written = True
+            with contextlib.suppress(CancelledError):
+                return work.receipt.result()
+        kept, self._kept = self._kept, None
+        bodies = kept[1] if kept is not None and kept[0] == claim else {}
+        return export.write(outbox, log, claim, bodies, limits)
 
     def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch:
-        """`export.mark`, by this thread or ahead. Raises what `mark` raises."""
-        work = self._pipeline.work(receipt.claim) if self._pipeline else None
-        if work is None or work.done:
-            return timed_mark(outbox, log, receipt, limits)
-        work.done = True
-        try:
-            return work.marked.result()
-        except CancelledError:  # its write failed first, or another batch did
-            return timed_mark(outbox, log, receipt, limits)
+        """`export.mark`. Raises what it raises."""
+        work = self._work(receipt.claim)
+        if work is not None and not work.done:
+            work.done = True
+            with contextlib.suppress(CancelledError):
+                return work.marked.result()
+        return timed_mark(outbox, log, receipt, limits)
 
     def close(self) -> None:
-        """No thread of a run outlives it."""
-        if self._pipeline is not None:
-            self._pipeline.close()
-            self._pipeline = None
+        """Ends the threads."""
+        self._kept = None
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+
+    def _work(self, claim: Claim) -> _Work | None:
+        return self._threads.work(claim) if self._threads is not None else None
