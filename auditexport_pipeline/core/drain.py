@@ -124,7 +124,7 @@ class Listener(Protocol):
 class Drain:
     """Exports plan after plan for one owner. Each call goes on where the one before it ended; `done` counts all of them.
 
-    No row is exported twice: rows whose marks somebody clears meanwhile wait for the next drain, and the listener is told.
+    No row is exported twice. Rows whose marks are cleared during the drain wait for the next drain; the listener gets a line.
     Transient errors are retried by a new plan, unless not `retried`, because the caller does that. A batch that another run took over, that was altered, that
     has to wait or whose rows cannot be marked stops only itself. When `stopping()`, the current batch is finished and the
     others are given back: their leases end at once.
@@ -218,10 +218,6 @@ class Drain:
             self._sleep(started + self._limits.linger_poll_ms / 1000 - time.monotonic())
         self.done.interrupted = self.done.interrupted or self._stopping()
         return self.done
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pipeline.close()
 
     # ── one plan ─────────────────────────────────────────────────────────────────────────────────
 

@@ -5,7 +5,7 @@ the result of a thread, or of its own call where no thread comes to the batch. T
 Other processes do not prefetch.
 
 A prefetched batch needs no rule of its own: a thread runs the same verb under the same claim as the caller would. A process that
-dies leaves up to four open batches, and the next run finishes them. Rows stay inside: callers see counts only.
+dies leaves open batches, and the next run finishes them. Rows stay inside: callers see counts only.
 """
 
 from __future__ import annotations

@@ -358,7 +358,7 @@ def _marks(
     for marked_at in _foreign_marks(outbox, upkeep, excuses.now_ms, report):
         pks = PkSet.of(sorted(marked_at))
         taken, open_ = _in_batches(outbox, upkeep, pks)
-        # An open batch sends its rows whoever has marked them. What a closed one had under this pk may have been another event.
+        # An open batch sends its rows even if others marked them. A closed batch may have had another event under the same pk.
         pks -= open_
         keys_of_others.update(keys_of(outbox, open_))
         pks -= upkeep.dead_among(pks)
@@ -376,7 +376,7 @@ def _marks(
         for what, count in (("erased on record", found.erased), ("past the TTL", found.expired)):
             if count:
                 report.explained[what] += count
-        # Of a row that a batch has sent and somebody else has marked, they may have sent it too.
+        # A batch sent this row and somebody else marked it: they may have sent it too.
         sent = {key for pk, key in found.held.items() if key is not None and pk in taken}
         if len(keys_of_others) < KEYS_OF_OTHERS:
             sent.update(key for key in found.held.values() if key is not None)

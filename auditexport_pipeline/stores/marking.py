@@ -136,7 +136,7 @@ def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[in
 
 
 def own_ids(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
-    """The sum of the ids' hashes of these rows, without those that somebody else has marked."""
+    """The sum of the hashes of these rows' event ids. Rows with another mark than this are left out."""
     return sum(
         int(connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).scalar_one())
         for statement, values in over("own", pks)

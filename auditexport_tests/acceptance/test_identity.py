@@ -118,7 +118,7 @@ def test_new_events_under_old_pks_get_a_time_of_their_own(stack: Stack, prompt: 
 @pytest.mark.parametrize("size", [10, 2_000_000], ids=["small", "large"])
 @pytest.mark.parametrize("how", ["truncate", "new table", "auto increment", "UPDATE"])
 def test_a_claimed_row_that_becomes_one_of_an_unknown_version_is_not_touched(stack: Stack, how: str, size: int) -> None:
-    """Between the claim and the seal a batch is pks alone, and whoever has them then may be of a version that we do not know."""
+    """Until its seal a batch is a list of pks. The row under such a pk can be replaced by one of an unknown version."""
     pks = put(stack, "old", 3)
     (claim,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
     if how == "UPDATE":

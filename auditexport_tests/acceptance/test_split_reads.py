@@ -19,6 +19,8 @@ from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.mysql_splitter import Splitter
 from auditexport_tests.prompts import urls
 
+pytestmark = pytest.mark.mysql_sensitive
+
 
 @pytest.fixture(scope="module")
 def replica_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMySQL]:

@@ -9,6 +9,8 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.test_exactly_once import fill, merge, run
 
+pytestmark = pytest.mark.mysql_sensitive
+
 ROWS = 20
 LIMITS = Limits(batch_rows=ROWS, mark_rows=5, mark_connections=1)
 BEGINS_AGAIN = {

@@ -107,7 +107,7 @@ def test_requeued_events_keep_their_first_inserted_at(world: World, how: str) ->
 
 @RUNS_SLOWLY
 def test_a_bad_row_stops_nobody_and_does_not_vanish(world: World, run: str) -> None:
-    """It is set aside with its reason, and goes out once somebody has fixed it and asked for it."""
+    """The row becomes a dead letter with a reason. It is exported after it was fixed and retried."""
     world.put(*IDS[:20])
     world.put("bad", payload=json.dumps({"event_id": "bad", "time": "yesterday", "workspace_id": "ws_1"}))
     world.put(*IDS[20:])
