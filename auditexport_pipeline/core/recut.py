@@ -7,6 +7,7 @@ how culprits are searched for (`core.culprits`). The ledger holds a new cut befo
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,10 +46,11 @@ SMALL_ROW = (
     b'"description":"a small row","actor":{"type":"user","id":"u","name":"n","meta":{"k":1}},"meta":{"k":[1,"a"]},'
     b'"targets":[{"type":"key","id":"k","name":"n","meta":{"k":1}}]}'
 )
-# Rows that tell whether a table refuses everything.
-SAMPLE = 3
-# Of a batch of so many rows each is sent alone before the table is said to refuse all of them.
-FEW_ROWS = 32
+# A table refuses everything when it refuses this many rows that were each sent alone: all rows of a smaller batch, and
+# other ones at each attempt, so that a batch with one good row is not stuck.
+SAMPLE = 32
+# Fewer refused rows than this never say that the table refuses everything.
+FEW_ROWS = 3
 # Rows explained between two signs of life: half a second at 25 µs a row.
 EXPLAINED_AT_ONCE = 20_000
 Key = tuple[str, str, int, str]
@@ -258,7 +260,7 @@ class Recutter:
             if len(group.rows) == 1:
                 self._suspects.append((block, refusal))
                 return batch, []
-            may_be_all = not self.taken and not self._sampled and len(self._suspects) < SAMPLE
+            may_be_all = not self.taken and not self._sampled and not self._suspects
             if may_be_all and len(group.rows) > SAMPLE and self._questions.left > 2 * SAMPLE:
                 return self._sample(batch, block, group, rows, payloads, bodies)
             self._halved[block.number] = group
@@ -291,7 +293,8 @@ class Recutter:
         """Takes a few rows out into blocks of their own: where all of them are refused too, the table refuses everything."""
         self._sampled = True
         self._questions.left -= SAMPLE + 1
-        chosen = {(len(group.rows) - 1) * n // (SAMPLE - 1) for n in range(SAMPLE)}
+        attempt = random.Random(f"{batch.batch_id} {batch.epoch}")
+        chosen = set(attempt.sample(range(len(group.rows)), SAMPLE))
         rest = Group([row for index, row in enumerate(group.rows) if index not in chosen])
         groups = [rest, *(Group([group.rows[index]]) for index in sorted(chosen))]
         number = _next_number(batch)
@@ -316,16 +319,16 @@ class Recutter:
         and has taken none of other batches since it is defined as it is.
         """
         none_taken = not self.taken and not again
-        if none_taken and self._waiting and batch.entries <= FEW_ROWS and self._questions.left >= 2:
+        if none_taken and self._waiting and batch.entries <= SAMPLE and self._questions.left >= 2:
             return batch  # a row that the table takes can be among those that wait
         suspects, self._suspects = self._suspects, []
-        all_refused = none_taken and len(suspects) >= SAMPLE
+        all_refused = none_taken and len(suspects) >= FEW_ROWS
         # Of one workspace it can be a flood of its own, which is searched and held.
         if all_refused and len(self._workspaces(batch, suspects)) > 1 and not self._takes_others(batch):
             self._waiting = []
             raise TableRefuses(
-                f"{VERSIONS[batch.version].table} refuses all rows of batch {batch.batch_id} ({batch.entries:,}), and all of "
-                f"them parse: {_by_what(suspects[0][1])}. The table's definition is wrong, not the rows: look at SHOW CREATE "
+                f"{VERSIONS[batch.version].table} refuses all {len(suspects):,} rows of batch {batch.batch_id} that were each "
+                f"sent alone (of {batch.entries:,}), and all of them parse: {_by_what(suspects[0][1])}. The table's definition is wrong, not the rows: look at SHOW CREATE "
                 "TABLE for a column, constraint or index that somebody added, and drop or mend it. Nothing was set aside, "
                 "and the next run sends the rows"
             )
