@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SHOWN_PKS = 40
 
 
-class _Since(click.ParamType):
+class _Since(click.ParamType):  # type: ignore[type-arg]
     """A moment, or an age: the two ways to say since when."""
 
     name = "since"

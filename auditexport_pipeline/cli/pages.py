@@ -30,7 +30,7 @@ def report_option(command: Command) -> Command:
 
 def typed(context: click.Context) -> str:
     """The command with the options that were given, as one would type it."""
-    words = []
+    words: list[str] = []
     above: click.Context | None = context
     while above is not None and above.parent is not None:
         words.insert(0, above.info_name or "")

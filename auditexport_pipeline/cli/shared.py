@@ -36,7 +36,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 who_option = click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")
 
 
-class Time(click.ParamType):
+class Time(click.ParamType):  # type: ignore[type-arg]
     """A moment: epoch milliseconds, or ISO 8601 (UTC where it names no zone)."""
 
     name = "time"
@@ -53,7 +53,7 @@ class Time(click.ParamType):
         return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1000)
 
 
-class Age(click.ParamType):
+class Age(click.ParamType):  # type: ignore[type-arg]
     """A number and its unit, in seconds."""
 
     name = "age"
@@ -136,7 +136,7 @@ def until_stopped(*signals: signal.Signals) -> Iterator[Callable[[float | None],
     reader, writer = os.pipe()
 
     def ask(number: int, _: object) -> None:
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
         os.write(writer, b"!")
 
     before = {number: signal.signal(number, ask) for number in signals}

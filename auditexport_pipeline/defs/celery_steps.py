@@ -99,7 +99,7 @@ class _CeleryExecutor(CeleryExecutor):
 def celery_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
     """dagster-celery's executor, as it is configured there, with the end that is missing there."""
     config: Any = init_context.executor_config
-    return _CeleryExecutor(
+    return _CeleryExecutor(  # type: ignore[no-untyped-call]
         broker=config.get("broker"),
         backend=config.get("backend"),
         config_source=config.get("config_source"),

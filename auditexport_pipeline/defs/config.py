@@ -63,4 +63,4 @@ def _refuse_unless(check: Callable[[Mapping[str, Any]], object], settings: dict[
     try:
         check(settings)
     except InvalidConfig as error:
-        raise dg.DagsterInvalidConfigError(str(error), [], settings) from None  # type: ignore[no-untyped-call]
+        raise dg.DagsterInvalidConfigError(str(error), [], settings) from None

@@ -799,7 +799,7 @@ def serve(directory: Path, port: int, password: str, config: Path | None = None)
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir(mode=0o700)
     os.chdir(spool)  # the engine reads the name of a table that does not exist as a file's, from here
-    config = uvicorn.Config(
+    serving = uvicorn.Config(
         Server(engine, spool, password).app,
         log_level="warning",
         access_log=False,
@@ -807,7 +807,7 @@ def serve(directory: Path, port: int, password: str, config: Path | None = None)
         timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         timeout_keep_alive=600,  # pooled clients come back late; a closed connection would look like a fault
     )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(serving)
     # uvicorn raises the signal once more when it is done, which must not end us before the engine.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
