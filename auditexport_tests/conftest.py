@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -111,14 +112,20 @@ class Stack:
         return int(str(self.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox WHERE deleted_at IS NULL")[0].n))
 
 
+@lru_cache
+def _admins(mysql_server: str, clickhouse_server: str) -> tuple[sa.Engine, ClickHouseAuditLog]:
+    """Who creates and drops the databases: one of each for all tests, because connecting costs more than either statement."""
+    engine = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    return engine, ClickHouseAuditLog(clickhouse_server + "default")
+
+
 @contextmanager
 def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = True) -> Iterator[Stack]:
     """Two fresh databases, with all tables unless told otherwise, dropped afterwards."""
     name = f"auditexport_test_{os.getpid()}_{next(_numbers)}"
-    admin = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT")
+    admin, admin_log = _admins(mysql_server, clickhouse_server)
     with admin.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    admin_log = ClickHouseAuditLog(clickhouse_server + "default")
     admin_log.client().command(f"CREATE DATABASE {name}")
     outbox = MySQLOutbox(mysql_server + name)
     log = ClickHouseAuditLog(clickhouse_server + name)
@@ -134,7 +141,6 @@ def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = Tru
         with admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name}")
         admin_log.client().command(f"DROP DATABASE {name}")
-        admin.dispose()
 
 
 @pytest.fixture
