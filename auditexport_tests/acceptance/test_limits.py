@@ -124,12 +124,12 @@ def proxied(stack: Stack, most_bytes: int = 10**9, *, settings: str = "") -> Ite
         thread.join()
 
 
-def drained(stack: Stack, log: AuditLog, drains: int, owner: str = "one") -> list[str]:
+def drained(stack: Stack, log: AuditLog, drains: int, owner: str = "one", limits: Limits = LIMITS) -> list[str]:
     """Several drains, each long after the one before by ClickHouse's clock; the names of the errors they ended with."""
     errors = []
     for _ in range(drains):
         try:
-            drain(stack.outbox, log, LIMITS, owner=owner)
+            drain(stack.outbox, log, limits, owner=owner)
         except Exception as error:
             errors.append(type(error).__name__)
         stack.sql("UPDATE clickhouse_outbox_batch SET inserts_until_ms = 0")
@@ -251,6 +251,15 @@ def test_a_block_above_a_memory_limit_goes_out_in_parts(stack: Stack) -> None:
 
     assert (stack.counts(), stack.pending(), letters(stack)) == ((40, 40), 0, []), errors
     assert errors, "the limit had no effect"
+
+
+def test_a_block_that_takes_too_long_every_time_goes_out_in_parts(stack: Stack) -> None:
+    """A time-out that always strikes (159) was met again by every drain, and the batch stayed for ever."""
+    stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD COLUMN slow UInt8 MATERIALIZED sleepEachRow(0.06)")
+    put(stack, rows=24, row_bytes=10)
+    errors = drained(stack, stack.log, 6, limits=Limits(insert_timeout_s=1))
+    assert (stack.counts(), stack.pending(), letters(stack)) == ((24, 24), 0, []), errors
+    assert errors[0] == "AuditLogUnavailable", errors
 
 
 def test_a_server_without_memory_sets_nothing_aside(stack: Stack) -> None:
