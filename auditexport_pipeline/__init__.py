@@ -14,14 +14,15 @@ crash leaves behind and why nothing is lost and nothing is there twice.
 
 Where things are, and the one direction of imports (a test reads it from the source):
 
-    core      what exporting means: no Dagster, no driver, no clock, no environment
-    stores    the two databases, each in its own SQL          may import core
-    outboxes  which outboxes there are                        may import core
-    defs      Dagster: ops, resources, sensor, schedule       may import core, stores, outboxes
-    definitions   the composition root                        may import core, stores, outboxes, defs
-    component     the same as a Dagster component             may import core, stores, outboxes, defs
-    local     servers and events to try it with               may import core, stores
-    cli       the prompt                                      may import anything
+    core        what exporting means: no Dagster, no driver, no clock, no environment
+    mysql, clickhouse   the two databases, each in its own SQL    may import core
+    schema, preflight   tables of both are created, checked       may import core, mysql, clickhouse
+    outboxes    which outboxes there are                          may import core
+    report      pages for people                                  may import core, mysql, clickhouse
+    defs        Dagster: ops, resources, sensor, schedule         may import all of these
+    definitions, component   what Dagster loads                   may import all of these
+    local       servers and events to try it with                 may import core, mysql, clickhouse, schema
+    cli         the prompt                                        may import anything
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.findings import Finding
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.findings import Finding
-from auditexport_pipeline.stores.roles import Role
+from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.engines import chosen
 

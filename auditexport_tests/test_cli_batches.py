@@ -58,7 +58,7 @@ def test_batches_are_listed_newest_first_by_state_owner_and_time(prompt: Prompt,
 
 def test_the_list_is_paged_through_a_long_ledger(prompt: Prompt, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A year of batches is read page by page, and none is left out or told twice."""
-    monkeypatch.setattr("auditexport_pipeline.stores.ledger.PAGE_ROWS", 2)
+    monkeypatch.setattr("auditexport_pipeline.mysql.ledger.PAGE_ROWS", 2)
     assert ids(prompt) == [6, 5, 4, 3, 2, 1]
     assert ids(prompt, "--owner", "run-a", "--limit", "3") == [4, 3, 2]
     assert ids(prompt, "--state", "verified") == [4, 3, 2, 1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline import schema as setup
 from auditexport_pipeline.cli.screen import layout
 from auditexport_pipeline.cli.shared import console
 from auditexport_pipeline.core import claiming
@@ -23,9 +24,8 @@ from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import setup
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.roles import Role
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.prompts import Prompt, at_a_terminal, prompt_in, started

@@ -18,7 +18,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.stores import actions, dead_letters
+from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.clickhouse.checks import clickhouse_version
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.findings import all_findings
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.preflight_clickhouse import clickhouse_version
-from auditexport_pipeline.stores.preflight_mysql import server_version
+from auditexport_pipeline.core.findings import all_findings
+from auditexport_pipeline.mysql.checks import server_version
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.faults import LEDGER, OUTBOX, but_for_the_engine, globally
 

@@ -6,12 +6,14 @@ import re
 
 import pytest
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.clickhouse import checks as preflight_clickhouse
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.stores import preflight, preflight_clickhouse, setup
-from auditexport_pipeline.stores.declared import columns_of
-from auditexport_pipeline.stores.roles import Role
+from auditexport_pipeline.roles import Role
+from auditexport_pipeline.sql import columns_of
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.faults import claims_nothing, findings
@@ -185,8 +187,8 @@ def test_a_table_that_is_missing_is_fatal_to_all_but_who_creates_it(stack: Stack
 
 def test_a_server_that_is_too_old_is_fatal(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its JSON type stores metas differently. Only the text that version() gives is false."""
-    asked = preflight_clickhouse._SQL["clickhouse_server"]
-    monkeypatch.setitem(preflight_clickhouse._SQL, "clickhouse_server", re.sub(r"\bversion\(\)", "'24.8.14.39'", asked))
+    asked = preflight_clickhouse._SQL["server"]
+    monkeypatch.setitem(preflight_clickhouse._SQL, "server", re.sub(r"\bversion\(\)", "'24.8.14.39'", asked))
     (found,) = findings(stack)
     assert "24.8.14.39" in found.what
     assert found.fatal

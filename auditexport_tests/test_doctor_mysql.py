@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.stores import preflight_mysql, setup
-from auditexport_pipeline.stores.declared import columns_of, keys_of
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.roles import MYSQL_GRANTS, MySQLGrants, Role
-from auditexport_pipeline.stores.statements import load
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.mysql import checks as preflight_mysql
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.roles import MYSQL_GRANTS, MySQLGrants, Role
+from auditexport_pipeline.sql import columns_of, keys_of, load
 from auditexport_tests.conftest import Stack
 from auditexport_tests.faults import LEDGER, OUTBOX, claims_nothing, findings, globally, mariadb
 
@@ -92,7 +92,7 @@ TABLES = {
 def test_the_printed_statement_brings_back_any_column_and_any_index(stack: Stack, table: str) -> None:
     """Each declaration is printed only when its own column is missing, and each has to be one that the server takes."""
     name, role = TABLES[table]
-    statement = load("setup.sql")[name]
+    statement = load("mysql/schema.sql")[name]
     primary = str(stack.sql(f"SHOW INDEX FROM {table} WHERE Key_name = 'PRIMARY'")[0].Column_name)
     for column in columns_of(statement):
         if column != primary:
@@ -108,7 +108,7 @@ def test_the_printed_statement_brings_back_any_column_and_any_index(stack: Stack
 def test_the_printed_statement_widens_any_column(stack: Stack, table: str) -> None:
     """A table that somebody made by hand has one of them too narrow, and the key is as likely as any."""
     name, role = TABLES[table]
-    for column in columns_of(load("setup.sql")[name]).values():
+    for column in columns_of(load("mysql/schema.sql")[name]).values():
         narrow = (
             "VARCHAR(9)" if "VARCHAR" in column.type or "TEXT" in column.type or "JSON" in column.type else "TINYINT"
         )
@@ -230,8 +230,8 @@ def test_a_payload_above_the_packet_is_found_before_it_reads_as_nothing(stack: S
 @pytest.mark.parametrize("version", ["5.7.44-log", "10.5.29-MariaDB-log"])
 def test_a_server_that_is_too_old_is_fatal(stack: Stack, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Its SKIP LOCKED or JSON would fail in the middle of a run instead. Only the text that VERSION() gives is false."""
-    asked = preflight_mysql._SQL["mysql_server"]
-    monkeypatch.setitem(preflight_mysql._SQL, "mysql_server", asked.replace("VERSION()", f"'{version}'"))
+    asked = preflight_mysql._SQL["server"]
+    monkeypatch.setitem(preflight_mysql._SQL, "server", asked.replace("VERSION()", f"'{version}'"))
     (found,) = findings(stack)
     assert version in found.what
     assert "upgrade it to" in found.fix

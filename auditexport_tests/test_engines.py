@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline import schema as setup
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.clickhouse.audit_log import INSERT_SETTINGS, ClickHouseAuditLog, connection_arguments
+from auditexport_pipeline.clickhouse.engines import LOCAL_TABLE, TABLE, Engine, Layout
 from auditexport_pipeline.core.errors import AuditLogUnavailable, InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.stores import preflight, setup
-from auditexport_pipeline.stores.audit_log import INSERT_SETTINGS, ClickHouseAuditLog, connection_arguments
-from auditexport_pipeline.stores.engines import LOCAL_TABLE, TABLE, Engine, Layout
-from auditexport_pipeline.stores.roles import Role
+from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.engines import local_clickhouse

@@ -24,6 +24,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Block, State
 from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
@@ -31,7 +32,6 @@ from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Holding, Marked, Refusal
 from auditexport_pipeline.local.generator import START_MS, Generator, seed_outbox
-from auditexport_pipeline.stores import audit_log
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CRASH_POINTS, EFFECTS, Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.waiting import wait_until
@@ -556,8 +556,8 @@ CHILD = """
 import pathlib, sys, threading
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 mysql_url, clickhouse_url, point, marker = sys.argv[1:]

@@ -16,7 +16,7 @@ from auditexport_pipeline.core.batch import Batch, Block
 from auditexport_pipeline.core.culprits import Group, Questions, search
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Refusal
-from auditexport_pipeline.stores import held
+from auditexport_pipeline.mysql import held
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
@@ -220,7 +220,7 @@ def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_q
     assert stack.pending() == 40
     assert 0 < set_aside(stack) < 40, "no row was given back"
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_flood")
-    assert held.release(stack.outbox, stack.log) > 0
+    assert held.release(stack.outbox, stack.log.definition) > 0
     drain(stack.outbox, stack.log, Limits(), owner="three")
     assert stack.pending() == 0
     assert stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1") == [(at_ms,)]

@@ -34,8 +34,8 @@ from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
-from auditexport_pipeline.stores import totals
-from auditexport_pipeline.stores.totals import read_totals
+from auditexport_pipeline.mysql import totals
+from auditexport_pipeline.mysql.totals import read_totals
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event, events
@@ -587,5 +587,5 @@ def test_both_are_in_the_package() -> None:
     )
     assert data
     patterns = re.findall(r'"([^"]+)"', data[1])
-    for name in ("deploy/grafana-dashboard.json", "deploy/prometheus-rules.yml", "stores/totals.sql"):
+    for name in ("deploy/grafana-dashboard.json", "deploy/prometheus-rules.yml", "mysql/totals.sql"):
         assert any(Path(name).match(pattern) for pattern in patterns), name

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.core.compare import compare, slots_of
 from auditexport_pipeline.core.event import Event, OutboxRow
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 

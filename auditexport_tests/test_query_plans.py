@@ -1,6 +1,6 @@
 """Query plans: the statements that run often touch what they need and nothing that grows with the tables.
 
-What belongs here: EXPLAIN of the statements in `stores/outbox.sql`, as they stand there, on tables of which
+What belongs here: EXPLAIN of the statements in `mysql/outbox.sql`, as they stand there, on tables of which
 nearly everything is history. What does not: how long they take (`benchmarks`).
 """
 
@@ -13,10 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.stores import ledger, report, status, totals, upkeep
-from auditexport_pipeline.stores.marking import over
-from auditexport_pipeline.stores.mysql import SQL
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql import ledger, status, totals
+from auditexport_pipeline.mysql import maintenance as upkeep
+from auditexport_pipeline.mysql.connection import SQL
+from auditexport_pipeline.mysql.marking import over
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.report import source as report
 from auditexport_tests.conftest import Stack
 
 pytestmark = pytest.mark.mysql_sensitive

@@ -19,9 +19,9 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.report import page
+from auditexport_pipeline.report import source as counting
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.report.gather import gather
-from auditexport_pipeline.stores import report as counting
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event

@@ -1,4 +1,4 @@
-"""Roles: each does its work with exactly the grants of `stores/roles.py`, on both databases, and is refused the rest.
+"""Roles: each does its work with exactly the grants of `roles.py`, on both databases, and is refused the rest.
 
 The MySQL user is a real one. The embedded ClickHouse has one user only, so that it is started anew for each role,
 with a users.xml that gives it that role's grants and nothing else.
@@ -17,7 +17,9 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.errors import SetupIncomplete
@@ -26,10 +28,8 @@ from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.roles import CLICKHOUSE_GRANTS, MYSQL_GRANTS, Role
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.roles import CLICKHOUSE_GRANTS, MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.engines import local_clickhouse
@@ -333,7 +333,7 @@ def test_a_profile_that_only_reads_stops_who_writes_and_nobody_else(ground: Grou
 
 
 def test_the_readme_prints_the_exporters_grants() -> None:
-    """It is what people copy, and `stores/roles.py` is what is tested above."""
+    """It is what people copy, and `roles.py` is what is tested above."""
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     printed = re.findall(r"^    GRANT (.+) ON (app|audit|\*)\.(\S+) TO '?auditexport", readme, re.MULTILINE)
     assert [(table, privileges) for privileges, database, table in printed if database == "app"] == [

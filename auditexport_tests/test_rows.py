@@ -1,6 +1,6 @@
 """Reading many rows: our loop gives what PyMySQL's gives, and fails as PyMySQL fails.
 
-What belongs here: `stores.rows` and `stores.marking` beside the driver's own way, on a real server. What does not: what
+What belongs here: `mysql.rows` and `mysql.marking` beside the driver's own way, on a real server. What does not: what
 is done with the rows.
 """
 
@@ -17,8 +17,8 @@ from sqlalchemy.engine import make_url
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig, OutboxUnavailable, SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.rows import RowsConnection
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.rows import RowsConnection
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import events

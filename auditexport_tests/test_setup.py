@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline import schema as setup
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
-from auditexport_pipeline.stores import preflight, setup
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 
 

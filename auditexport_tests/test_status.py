@@ -30,10 +30,10 @@ from auditexport_pipeline.core.status import (
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
-from auditexport_pipeline.stores.status import read_status, targets
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.status import read_status, targets
+from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 

@@ -20,14 +20,14 @@ from urllib.parse import urlsplit
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
+from auditexport_pipeline.core.findings import Finding, Look, all_findings
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.findings import Finding, Look, all_findings
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.certificates import Authority, Certificate
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain

@@ -12,12 +12,12 @@ from threading import Barrier
 
 import pytest
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim, State
 from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import event, events, everything_once, ledger

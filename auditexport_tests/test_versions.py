@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from auditexport_pipeline import PayloadVersion, register_version
+from auditexport_pipeline import PayloadVersion, preflight, register_version
+from auditexport_pipeline.clickhouse import audit_log
+from auditexport_pipeline.clickhouse.engines import LOCAL, Engine, Layout
 from auditexport_pipeline.core import versions
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import DAY_MS
 from auditexport_pipeline.core.versions import PIECES, VERSIONS, statements_of
 from auditexport_pipeline.report.gather import gather
-from auditexport_pipeline.stores import audit_log, preflight
-from auditexport_pipeline.stores.engines import LOCAL, Engine, Layout
-from auditexport_pipeline.stores.roles import Role, clickhouse_grants
+from auditexport_pipeline.roles import Role, clickhouse_grants
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import ROOT, event, events, ledger

@@ -1,7 +1,7 @@
 """`auditexport batches`: the ledger, as a list and one batch at a time.
 
 What belongs here: options, tables and JSON. What does not: what a batch is (`core.ledger`) and reading it
-(`stores.ledger`). Ids, counts, digests and times: the ledger has no payloads.
+(`mysql.ledger`). Ids, counts, digests and times: the ledger has no payloads.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def list_batches(
 
     Exit status: 0, or 2 when the call or the setup is wrong.
     """
-    from auditexport_pipeline.stores import ledger
+    from auditexport_pipeline.mysql import ledger
 
     mysql = outbox()
     since_ms = None
@@ -128,7 +128,7 @@ def show_batch(batch_id: int, as_json: bool) -> None:
 
     Exit status: 0, 1 when there is no such batch, 2 when the call or the setup is wrong.
     """
-    from auditexport_pipeline.stores import ledger
+    from auditexport_pipeline.mysql import ledger
 
     details = ledger.show(outbox(), batch_id)
     if details is None:

@@ -1,7 +1,7 @@
 """`auditexport dead-letters`: looking at rows that were set aside, and deciding what becomes of them.
 
 What belongs here: options, tables and JSON. What does not: what the letters are (`core.dead_letters`) and what
-is done to them (`stores.dead_letters`). A payload is shown by `show --payload` and nowhere else.
+is done to them (`mysql.dead_letters`). A payload is shown by `show --payload` and nowhere else.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
 
     Exit status: 0, or 2 when the call or the setup is wrong.
     """
-    from auditexport_pipeline.stores import dead_letters as store
+    from auditexport_pipeline.mysql import dead_letters as store
 
     which = _which(**filters)
     mysql = outbox()
@@ -95,7 +95,7 @@ def show(pk: int, with_payload: bool, as_json: bool) -> None:
 
     Exit status: 0, 1 when the row has no dead letter, 2 when the call or the setup is wrong.
     """
-    from auditexport_pipeline.stores import dead_letters as store
+    from auditexport_pipeline.mysql import dead_letters as store
 
     details = store.show(outbox(), pk, with_payload=with_payload)
     if details is None:
@@ -149,7 +149,7 @@ def _act(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    from auditexport_pipeline.stores import dead_letters as store
+    from auditexport_pipeline.mysql import dead_letters as store
 
     which = _which(**filters)
     whose = by(who, why)

@@ -1,6 +1,6 @@
 """`auditexport doctor`: what is right, what is wrong, what breaks and how to mend it, before anything moves.
 
-What belongs here: the command and its table. What does not: what is looked at (`stores.preflight`).
+What belongs here: the command and its table. What does not: what is looked at (`preflight`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.stores.findings import Look
+    from auditexport_pipeline.core.findings import Look
 
 ROLES = ("exporter", "operator", "sweeper", "reader", "owner")
 
@@ -39,9 +39,9 @@ def doctor(role: str, retention_days: int, as_json: bool) -> None:
 
     Exit status: 0 nothing fatal, 1 something is fatal and a run would claim nothing, 2 the call or a URL is wrong.
     """
-    from auditexport_pipeline.stores import preflight
-    from auditexport_pipeline.stores.findings import all_findings
-    from auditexport_pipeline.stores.roles import Role
+    from auditexport_pipeline import preflight
+    from auditexport_pipeline.core.findings import all_findings
+    from auditexport_pipeline.roles import Role
 
     looks = preflight.examine(outbox(), audit_log(), role=Role(role), retention_days=retention_days)
     fatal = sum(finding.fatal for finding in all_findings(looks))

@@ -84,13 +84,13 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     all that is pending, 130 interrupted.
     """
     from auditexport_pipeline.core.drain import Drain
-    from auditexport_pipeline.stores.held import release
-    from auditexport_pipeline.stores.preflight import refuse_unless_ready
+    from auditexport_pipeline.mysql.held import release
+    from auditexport_pipeline.preflight import refuse_unless_ready
 
     settings = Limits.of({name: value for name, value in limits.items() if value != ()})
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
-    release(mysql, clickhouse)
+    release(mysql, clickhouse.definition)
     owner = processes.this_process()
     began = time.monotonic()
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
@@ -108,7 +108,10 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         )
         done = work.one_plan() if once else work.until_empty(lambda: mysql.backlog(settings.versions, count_to=1))
         if settings.linger_s and not once and not done.discrepant and not done.unmarked:
-            work.stay(lambda: time.monotonic() - began < settings.linger_s, release=lambda: release(mysql, clickhouse))
+            work.stay(
+                lambda: time.monotonic() - began < settings.linger_s,
+                release=lambda: release(mysql, clickhouse.definition),
+            )
         done.settle(mysql, owner)
     seconds = time.monotonic() - began
     left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)

@@ -1,6 +1,6 @@
 """`auditexport init`: creating what is ours.
 
-What belongs here: the command. What does not: what is created and checked (`stores.setup`, `stores.preflight`).
+What belongs here: the command. What does not: what is created and checked (`schema`, `preflight`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def init(
     Changes nothing that exists; what is there and not as it should be is reported with the statement that
     mends it. Exit status: 0 all is there, 1 something is not as it should be, 2 the call or a URL is wrong.
     """
-    from auditexport_pipeline.stores import preflight, setup
-    from auditexport_pipeline.stores.clickhouse_connection import connection_arguments
-    from auditexport_pipeline.stores.engines import KEEPER_PATH, Engine, Layout
-    from auditexport_pipeline.stores.findings import all_findings
-    from auditexport_pipeline.stores.roles import Role
+    from auditexport_pipeline import preflight
+    from auditexport_pipeline import schema as setup
+    from auditexport_pipeline.clickhouse.connection import connection_arguments
+    from auditexport_pipeline.clickhouse.engines import KEEPER_PATH, Engine, Layout
+    from auditexport_pipeline.core.findings import all_findings
+    from auditexport_pipeline.roles import Role
 
     if replicated and engine not in (None, "replicated"):
         raise click.UsageError(f"--replicated and --engine {engine} contradict each other")

@@ -1,7 +1,7 @@
 """`auditexport metrics`: the numbers for Prometheus, printed once, kept in a file, or served.
 
 What belongs here: the text format and the three ways to hand it out. What does not: what is measured (`core.metrics`) and
-how it is read (`stores.status`, `stores.totals`).
+how it is read (`mysql.status`, `mysql.totals`).
 
 Prometheus takes what is served; the node exporter's textfile collector takes the file. Both are told when MySQL does not
 answer: `auditexport_up` is 0 then, and the rest is absent rather than old.
@@ -30,7 +30,7 @@ from auditexport_pipeline.core.metrics import Metric, Read, Totals, metrics_of
 
 if TYPE_CHECKING:
     from auditexport_pipeline.core.targets import Targets
-    from auditexport_pipeline.stores.outbox import MySQLOutbox
+    from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # Several Prometheus servers, and a person with curl, share one look.
 CACHE_S = 5.0
@@ -168,8 +168,8 @@ class Reader:
         return self._metrics
 
     def _ask(self) -> None:
-        from auditexport_pipeline.stores.status import read_status
-        from auditexport_pipeline.stores.totals import last_verified_at_ms, read_totals
+        from auditexport_pipeline.mysql.status import read_status
+        from auditexport_pipeline.mysql.totals import last_verified_at_ms, read_totals
 
         began_s = time.monotonic()
         try:

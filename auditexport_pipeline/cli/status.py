@@ -1,7 +1,7 @@
 """`auditexport status`: how the export stands, on one screen, and what to do about it.
 
 What belongs here: the command, looking at one outbox or all of them, refreshing, JSON. What does not: the screen
-(`cli.screen`), the numbers (`stores.status`) and what they ask for (`core.advice`). MySQL alone is asked: ClickHouse may
+(`cli.screen`), the numbers (`mysql.status`) and what they ask for (`core.advice`). MySQL alone is asked: ClickHouse may
 be down, which `doctor` tells.
 """
 
@@ -108,7 +108,7 @@ class Seen:
 
 def look(at: Chosen | None = None) -> tuple[Status, list[Advice]]:
     """How the export of the chosen outbox stands at this moment, held against its targets."""
-    from auditexport_pipeline.stores.status import read_status
+    from auditexport_pipeline.mysql.status import read_status
 
     at = at or chosen()
     limits = at.targets()

@@ -15,11 +15,11 @@ import click
 from auditexport_pipeline.core.errors import InvalidConfig
 
 if TYPE_CHECKING:
+    from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
     from auditexport_pipeline.core.targets import Targets
+    from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+    from auditexport_pipeline.mysql.outbox import MySQLOutbox
     from auditexport_pipeline.outboxes import Outboxes, OutboxSettings
-    from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-    from auditexport_pipeline.stores.outbox import MySQLOutbox
-    from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 
 # What each of them looks like, for whoever has not set it.
@@ -51,19 +51,19 @@ class Chosen:
 
     def outbox(self) -> MySQLOutbox:
         """Raises `InvalidConfig` for a variable that is not set, and for a URL of another kind."""
-        from auditexport_pipeline.stores.outbox import MySQLOutbox
+        from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
         return MySQLOutbox(self._url("mysql_url_env", "AUDITEXPORT_MYSQL_URL"))
 
     def audit_log(self) -> ClickHouseAuditLog:
         """Raises as `outbox` does."""
-        from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+        from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 
         return ClickHouseAuditLog(self._url("clickhouse_url_env", "AUDITEXPORT_CLICKHOUSE_URL"))
 
     def targets(self) -> Targets:
         """Its own targets, over those of the environment."""
-        from auditexport_pipeline.stores.status import targets
+        from auditexport_pipeline.mysql.status import targets
 
         return targets(self.entry.targets if self.entry is not None else None)
 
@@ -111,7 +111,7 @@ def outbox() -> MySQLOutbox:
 
 def upkeep() -> MySQLUpkeep:
     """The same database, looked back at."""
-    from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+    from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
 
     return MySQLUpkeep(outbox())
 

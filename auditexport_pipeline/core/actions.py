@@ -1,7 +1,7 @@
 """What an operator does: who, why, to which rows.
 
 What belongs here: the values that every deliberate intervention carries (requeue, retry, discard, sweep,
-erasure). What does not: how they are recorded (`stores.actions`), and the interventions themselves.
+erasure). What does not: how they are recorded (`mysql.actions`), and the interventions themselves.
 """
 
 from __future__ import annotations

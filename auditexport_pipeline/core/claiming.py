@@ -1,7 +1,7 @@
 """Claiming: which rows become which batches, decided in one short transaction under the ledger's lock.
 
 What belongs here: adopting what dead owners left open, and cutting new batches and their blocks from pending
-rows. What does not: reading payloads (`core.export`), and how candidates are found (`stores/outbox.sql`).
+rows. What does not: reading payloads (`core.export`), and how candidates are found (`mysql/outbox.sql`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dead letters as operators see them: the states of a letter, which ones are meant, and what became of them.
 
 What belongs here: the values that cross from the prompt and from Dagster to the store and back. What does not:
-why a row became a letter (`core.event`, `core.recut`), SQL (`stores.dead_letters`), and payloads, but for the
+why a row became a letter (`core.event`, `core.recut`), SQL (`mysql.dead_letters`), and payloads, but for the
 one that `LetterDetails` carries when somebody asked for it.
 
     open ──retry──▶ retried ──its row fails again──▶ open
@@ -11,7 +11,7 @@ one that `LetterDetails` carries when somebody asked for it.
 
 Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked. A row that parses and
 that the ClickHouse table refuses is no dead letter, but kept here as `held`: by itself it becomes `retried`, and so pending,
-when the table's definition changes (`stores.held`).
+when the table's definition changes (`mysql.held`).
 """
 
 from __future__ import annotations

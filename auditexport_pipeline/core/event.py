@@ -2,7 +2,7 @@
 
 What belongs here: what an event is, the typed shape of `audit_log.v1`, its fingerprint, and the explanation of payloads
 that no event can be made of. What does not: SQL and drivers; the ClickHouse half of a version stands in its own `.sql`
-file (`stores/audit_log_v1.sql`), and the registry of versions in `core.versions`.
+file (`clickhouse/audit_log_v1.sql`), and the registry of versions in `core.versions`.
 
 What must never happen is that Python takes an event one way and ClickHouse another: both read the same
 text, so every difference between the two readers is settled here or refused there (see `explain`).

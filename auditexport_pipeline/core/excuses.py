@@ -1,7 +1,7 @@
 """What may rightly be gone from ClickHouse: entries past the table's TTL, and entries that were erased on record.
 
 What belongs here: which entry or number of entries an excuse reaches. What does not: finding out what is gone
-(`core.compare`), and reading a TTL clause (`stores.ttl`).
+(`core.compare`), and reading a TTL clause (`clickhouse.ttl`).
 
 Both rules are narrow, because the sweep deletes the last copy of what is excused:
 

@@ -2,7 +2,7 @@
 
 What belongs here: the order of durable effects, and what each verb does with what an earlier attempt
 left. What does not: choosing rows (`core.claiming`), cutting a refused block again (`core.recut`), SQL
-(`stores`), Dagster (`defs`), and the clock: databases tell the time.
+(`mysql`, `clickhouse`), Dagster (`defs`), and the clock: databases tell the time.
 
 Every verb may be run again after any crash, by the same run or by another, and picks up where the
 ledger says it stands. The crash that each line survives is named beside it.

@@ -1,6 +1,6 @@
 """Keeping a lease while a verb is at work: a small timed loop renews it, however long one statement takes.
 
-What belongs here: when a lease is renewed, and when no more. What does not: what a lease is (`stores/outbox.sql`), and how
+What belongs here: when a lease is renewed, and when no more. What does not: what a lease is (`mysql/outbox.sql`), and how
 long an INSERT may take, which ClickHouse bounds by its own clock.
 
 A lease is short, so that a run that died holds its batches for less than a minute. The loop ends with its verb; when

@@ -1,7 +1,7 @@
 """Batches as an operator looks at them: the ledger's rows, which ones are meant, and everything about one.
 
 What belongs here: the values that cross from the store to the prompt. What does not: the life of a batch
-(`core.batch`, `core.export`), and SQL (`stores.ledger`).
+(`core.batch`, `core.export`), and SQL (`mysql.ledger`).
 """
 
 from __future__ import annotations

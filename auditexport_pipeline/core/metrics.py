@@ -1,7 +1,7 @@
 """Metrics: the names that dashboards and alert rules hold, and their values, from a status.
 
 What belongs here: name, kind, unit and meaning of each metric, and its samples. What does not: reading the numbers
-(`stores.status`, `stores.totals`), and the text format and who asks for it (`cli.metrics`). Ids of batches, rows, events and
+(`mysql.status`, `mysql.totals`), and the text format and who asks for it (`cli.metrics`). Ids of batches, rows, events and
 workspaces are no labels: a label's values are few and known.
 """
 

@@ -1,6 +1,6 @@
 """What happened over a window, as counts by hour, by batch and by day: the values that a page for people shows.
 
-What belongs here: frozen values and the grid of hours. What does not: how they are counted (`stores.report`), what is
+What belongs here: frozen values and the grid of hours. What does not: how they are counted (`report.source`), what is
 compared (`core.reconcile`), and anything that is drawn. Ids and counts only.
 """
 

@@ -1,7 +1,7 @@
 """Sweeping: deleting exported rows past retention, once ClickHouse is seen to hold them.
 
 What belongs here: which batches are due, the last look at ClickHouse before their rows go, and in which order
-things are recorded. What does not: the DELETE itself (`stores.upkeep`), and schedules.
+things are recorded. What does not: the DELETE itself (`mysql.maintenance`), and schedules.
 
 A batch is due when it was exported longer ago than the retention and stands verified. Its slots are looked at
 once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost: each

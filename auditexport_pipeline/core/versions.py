@@ -1,7 +1,7 @@
 """The registry of payload versions: a version names the producer of an outbox row, how it is decoded, and where it goes.
 
 What belongs here: what a version consists of, the checks on it, registering one, and finding those of installed packages.
-What does not: how a payload of `audit_log.v1` becomes an event (`core.event`), and speaking to ClickHouse (`stores.audit_log`,
+What does not: how a payload of `audit_log.v1` becomes an event (`core.event`), and speaking to ClickHouse (`clickhouse.audit_log`,
 which puts the pieces of a version's `.sql` file into its statements).
 
 A package adds a version without a fork: its entry point in the group `auditexport_pipeline.versions` names a function that
@@ -258,6 +258,6 @@ register_version(
     PayloadVersion(
         name="audit_log.v1",
         decode=event.decode_audit_log_v1,
-        sql=Path(__file__).parents[1] / "stores" / "audit_log_v1.sql",
+        sql=Path(__file__).parents[1] / "clickhouse" / "audit_log_v1.sql",
     )
 )

@@ -43,8 +43,8 @@ from auditexport_pipeline.defs.drains import IMPLICIT_JOB, failed_in_a_row
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
-from auditexport_pipeline.stores.status import read_status
-from auditexport_pipeline.stores.status import targets as targets_of
+from auditexport_pipeline.mysql.status import read_status
+from auditexport_pipeline.mysql.status import targets as targets_of
 
 RUNS_INTERVAL_S = 30
 NUMBERS_INTERVAL_S = 60

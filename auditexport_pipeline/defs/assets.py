@@ -47,8 +47,8 @@ from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, run_metadata
 from auditexport_pipeline.defs.runtime import left_s, time_for
-from auditexport_pipeline.stores.held import release
-from auditexport_pipeline.stores.preflight import refuse_unless_ready
+from auditexport_pipeline.mysql.held import release
+from auditexport_pipeline.preflight import refuse_unless_ready
 
 # Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
 COUNT_BACKLOG_TO = 1_000_000
@@ -122,7 +122,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         with told_to_dagster(context, to.heartbeat):
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
-            release(outbox, to.clickhouse.audit_log())
+            release(outbox, to.clickhouse.audit_log().definition)
             names_there = outbox.open_owners()
             # A run that its instance takes for started may have been killed here, where nobody watched it.
             dead_owners = _finished(context.instance, names_there) | processes.dead(names_there)
@@ -341,7 +341,7 @@ def _stay(
         exported=exported,
         retried=False,  # Dagster retries this step
     )
-    return drain.stay(stays, max_rows=max_rows, release=lambda: release(outbox, log)).verified
+    return drain.stay(stays, max_rows=max_rows, release=lambda: release(outbox, log.definition)).verified
 
 
 class _Log:

@@ -1,6 +1,6 @@
 """Asset checks on `audit_logs_raw_v1`: what a person should look at although every run was green.
 
-What belongs here: turning counts into a check's result. What does not: counting (`stores`), and anything that a
+What belongs here: turning counts into a check's result. What does not: counting (`mysql.status`), and anything that a
 drain would have to wait for: the export job leaves checks out.
 """
 
@@ -16,8 +16,8 @@ from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata
-from auditexport_pipeline.stores import dead_letters
-from auditexport_pipeline.stores.status import read_status, targets
+from auditexport_pipeline.mysql import dead_letters
+from auditexport_pipeline.mysql.status import read_status, targets
 
 
 def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:

@@ -1,7 +1,7 @@
 """The job `retry_dead_letters`: what `auditexport dead-letters retry` does, from the launchpad.
 
 What belongs here: its configuration and its log line. What does not: discarding, which is left to the prompt,
-where the letters are seen before they are given up; and what a retry is (`stores.dead_letters`).
+where the letters are seen before they are given up; and what a retry is (`mysql.dead_letters`).
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
-from auditexport_pipeline.stores import dead_letters
+from auditexport_pipeline.mysql import dead_letters
 
 RETRY = {
     "why": dg.Field(str, description="What was fixed; recorded."),

@@ -24,8 +24,8 @@ from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
-from auditexport_pipeline.stores.preflight import SKEW_MS
-from auditexport_pipeline.stores.status import targets
+from auditexport_pipeline.mysql.status import targets
+from auditexport_pipeline.preflight import SKEW_MS
 
 _WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
 _DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")

@@ -16,10 +16,10 @@ import dagster as dg
 import msgspec
 from pydantic import Field
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.pipeline import Pipeline
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
 HEARTBEAT_TIMEOUT_S = 5.0

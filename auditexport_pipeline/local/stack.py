@@ -15,12 +15,12 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import InvalidConfig, LocalServerFailed
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import setup
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # The application's database in the private MySQL.
 DATABASE = "app"

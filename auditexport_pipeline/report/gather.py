@@ -1,22 +1,22 @@
 """Gathering the numbers of a page: a few dozen bounded questions to both databases, none of which locks anything.
 
 What belongs here: the order of the questions, and how far back each looks. What does not: the questions
-(`stores.report`).
+(`report.source`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.advice import Severity, advice, verdict
 from auditexport_pipeline.core.series import DAY_MS, Grid, Hour, LagBin
 from auditexport_pipeline.core.targets import Targets
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.status import read_status, targets
+from auditexport_pipeline.report import source as counting
 from auditexport_pipeline.report.figures import Figures
-from auditexport_pipeline.stores import report as counting
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.status import read_status, targets
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
 
 # Points of the lag's line, and batches whose stages are listed and averaged.
 LAG_BINS = 240

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 from click.testing import CliRunner, Result
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.stores import audit_log, preflight
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger

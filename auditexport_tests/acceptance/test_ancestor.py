@@ -10,11 +10,11 @@ import clickhouse_connect
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline.clickhouse.audit_log import connection_arguments
 from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.errors import TransientError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
-from auditexport_pipeline.stores.audit_log import connection_arguments
 from auditexport_tests.benchmarks import ancestor
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import CrashingOutbox, CrashPoint, drain

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import events

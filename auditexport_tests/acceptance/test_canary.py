@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.faults import findings
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, STANDS_IN
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.clickhouse_settings import INSERT_SETTINGS, READ_SETTINGS, STANDS_IN
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event

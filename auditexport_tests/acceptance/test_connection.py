@@ -18,12 +18,12 @@ from urllib.parse import quote
 import pytest
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.processes import free_port
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.alerting import Sensor as AlertSensor

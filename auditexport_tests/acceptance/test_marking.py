@@ -13,12 +13,12 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core import claiming, retries
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger
 from auditexport_tests.prompts import started, urls

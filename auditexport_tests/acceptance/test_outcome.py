@@ -9,8 +9,8 @@ import pytest
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.errors import OutboxUnavailable
 from auditexport_pipeline.defs import assets
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.acceptance.test_takeover import metadata_of
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import Exporter, events, ledger

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.roles import Role
+from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 from click.testing import CliRunner, Result
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
-from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.crashes import drain
 

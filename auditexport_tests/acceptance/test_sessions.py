@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.stores.mysql import engine_for
+from auditexport_pipeline.mysql.connection import engine_for
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.prompts import urls
@@ -148,7 +148,7 @@ def test_a_clock_that_init_connect_stops_goes_on_for_us(stack: Stack) -> None:
         stack.sql(f"CREATE USER '{name}'@'127.0.0.1' IDENTIFIED BY 'x'")
         stack.sql(f"GRANT ALL ON {name}.* TO '{name}'@'127.0.0.1'")
         try:
-            from auditexport_pipeline.stores.outbox import MySQLOutbox
+            from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
             plain = MySQLOutbox(f"mysql+pymysql://{name}:x@{stack.mysql_url.split('@', 1)[1]}")
             with plain.transaction("asking") as connection:

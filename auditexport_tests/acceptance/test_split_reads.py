@@ -9,11 +9,12 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
+from auditexport_pipeline import schema as setup
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import preflight, setup
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import events
 from auditexport_tests.mysql_splitter import Splitter

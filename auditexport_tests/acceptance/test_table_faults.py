@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 from click.testing import CliRunner
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.stores import preflight
 from auditexport_tests.conftest import Stack
 from auditexport_tests.prompts import started, urls
 from auditexport_tests.waiting import wait_until

@@ -32,7 +32,7 @@ from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.local.stack import LocalStack
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
 from auditexport_tests.benchmarks import bench
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import pandas as pd
 import sqlalchemy as sa
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.generator import Generator
 from auditexport_pipeline.local.stack import LocalStack
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks import bench
 
 PACE_PER_S = 100

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks.turns import answer
 
 

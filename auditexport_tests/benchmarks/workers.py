@@ -21,12 +21,12 @@ from typing import Any
 
 import pandas as pd
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.local.stack import LocalStack
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks import bench
 
 WORKERS = (1, 2, 4)

@@ -17,8 +17,8 @@ from datetime import datetime, timedelta, timezone
 from random import Random
 from typing import Any
 
+from auditexport_pipeline.clickhouse.engines import DEDUPLICATION_WINDOW
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.stores.engines import DEDUPLICATION_WINDOW
 from auditexport_tests.chaos.actions import ACTIONS, WEIGHTS
 from auditexport_tests.chaos.application import Book, Writer
 from auditexport_tests.chaos.check import Verdict, judge, month_changes, never_exported

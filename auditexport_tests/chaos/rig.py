@@ -16,10 +16,10 @@ from types import TracebackType
 
 import sqlalchemy as sa
 
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.stores import setup
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.chaos.proxy import Proxy
 from auditexport_tests.engines import local_clickhouse
 

@@ -30,6 +30,9 @@ import pymysql
 import sqlalchemy as sa
 import sqlalchemy.dialects.mysql.pymysql
 
+from auditexport_pipeline.clickhouse import audit_log
+from auditexport_pipeline.clickhouse import connection as clickhouse_connection
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, limits, reconcile, requeue, sweep, verify
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
@@ -39,11 +42,11 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
-from auditexport_pipeline.stores import audit_log, clickhouse_connection, dead_letters, mysql
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
-from auditexport_pipeline.stores.session import MARK_LOCK_WAIT_S
-from auditexport_pipeline.stores.upkeep import MySQLUpkeep
+from auditexport_pipeline.mysql import connection as mysql
+from auditexport_pipeline.mysql import dead_letters
+from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.session import MARK_LOCK_WAIT_S
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.defs.resources import HeartbeatResource
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
-from auditexport_pipeline.stores import setup
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ASSET, Exporter, events, everything_once, ledger
 from auditexport_tests.engines import local_clickhouse

@@ -20,10 +20,10 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from auditexport_pipeline import schema as setup
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.processes import free_port
-from auditexport_pipeline.stores import setup
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
 from auditexport_tests.prompts import urls

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.processes import free_port
-from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.stores.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.e2e.install import find_browser
 from auditexport_tests.waiting import wait_until

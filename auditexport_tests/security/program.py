@@ -90,7 +90,7 @@ def _leak(outbox: Any, log: Any, claim: Any, limits: Any) -> object:
     _kept.extend((nameless, sleeper))
     with outbox.engine.begin() as connection:
         connection.execute(sa.text("UPDATE clickhouse_outbox_batch SET last_error = :text"), {"text": text[:1000]})
-    from auditexport_pipeline.stores.audit_log import ClickHouseAuditLog
+    from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     ClickHouseAuditLog(os.environ["AUDITEXPORT_CLICKHOUSE_URL"]).client().query(f"SELECT length({quoted})")

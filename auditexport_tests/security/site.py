@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import pymysql
 
-from auditexport_pipeline.stores.roles import MYSQL_GRANTS, Role
+from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.dagster_glue.conftest import ROOT, event
 from auditexport_tests.security.canaries import Place, Search, Watch, as_bytes, new_canary

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
-from auditexport_pipeline.stores import audit_log
 from auditexport_tests.conftest import fresh_stack
 from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event

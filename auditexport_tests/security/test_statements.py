@@ -20,7 +20,8 @@ from auditexport_tests.crashes import drain
 from auditexport_tests.dagster_glue.conftest import event
 from auditexport_tests.test_architecture import PACKAGE
 
-PARTS = ("core", "stores", "report", "cli", "defs")
+# All but the local stack, which has servers of its own.
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "local"]
 # The methods and functions by which SQL reaches a driver, and the keywords that they take it under.
 SINKS = {
     *("text", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
@@ -40,57 +41,63 @@ SINKS = {
 # Those that take it second, after what it is for.
 SECOND = {"rows"}
 SQL_KEYWORDS = {"statement", "query", "cmd", "insert_block", "text"}
-# Statements by name, as `statements.load` reads them from a file beside the store.
-NAMED = {"SQL", "_SQL", "_PIECES"}
+# Statements by name, as `sql.load` reads them from a file beside the store.
+NAMED = {"SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
 # Everything else that may be handed over, each with the reason why no data is in it.
 ALLOWED = {
-    ("stores/actions.py", "_ADD"): "a constant of the module",
-    ("stores/actions.py", "_LAST"): "a constant of the module",
-    ("stores/upkeep.py", "_NOW"): "a constant of the module",
-    ("stores/held.py", "_sql(…)"): "from dead_letters.sql, by a name of the module's",
-    ("stores/preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
-    ("stores/session.py", "_FIRST"): "a constant of the module",
-    ("stores/session.py", "_ASK"): "a constant of the module",
-    ("stores/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
-    ("stores/session.py", "self._statement"): "what `_set` made",
-    ("stores/mysql.py", "statement"): "from outbox.sql, when the module is imported",
-    ("stores/status.py", "statement"): "from status.sql, when the module is imported",
-    ("stores/ledger.py", "statement"): "from ledger.sql, when the module is imported",
-    ("stores/totals.py", "statement"): "from totals.sql, when the module is imported",
-    ("stores/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
-    ("stores/marking.py", "statement"): "what `over` made of outbox.sql",
-    ("stores/upkeep.py", "statement"): "from upkeep.sql, when the module is imported",
-    ("stores/report.py", "statement"): "from report.sql, when the module is imported",
-    ("stores/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
-    ("stores/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
-    ("stores/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
-    ("stores/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
-    ("stores/audit_log.py", "_sql(…)"): "a statement of audit_log.sql by name, with the pieces of a registered version",
-    ("stores/audit_log.py", "_request(…)"): "`_bound` writes integers into it, through int(); the payloads are data",
-    ("stores/audit_log.py", "_sql('contents', version).replace('{payloads:String}', whole)"): (
+    ("mysql/actions.py", "_ADD"): "a constant of the module",
+    ("mysql/actions.py", "_LAST"): "a constant of the module",
+    ("mysql/maintenance.py", "_NOW"): "a constant of the module",
+    ("mysql/held.py", "_sql(…)"): "from dead_letters.sql, by a name of the module's",
+    ("preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
+    ("mysql/session.py", "_FIRST"): "a constant of the module",
+    ("mysql/session.py", "_ASK"): "a constant of the module",
+    ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
+    ("mysql/session.py", "self._statement"): "what `_set` made",
+    ("mysql/connection.py", "statement"): "from outbox.sql, when the module is imported",
+    ("mysql/status.py", "statement"): "from status.sql, when the module is imported",
+    ("mysql/ledger.py", "statement"): "from ledger.sql, when the module is imported",
+    ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
+    ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
+    ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
+    ("mysql/maintenance.py", "statement"): "from maintenance.sql, when the module is imported",
+    ("report/source.py", "statement"): "from source.sql, when the module is imported",
+    ("mysql/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
+    ("mysql/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
+    ("mysql/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
+    ("clickhouse/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
+    (
+        "clickhouse/audit_log.py",
+        "_sql(…)",
+    ): "a statement of audit_log.sql by name, with the pieces of a registered version",
+    (
+        "clickhouse/audit_log.py",
+        "_request(…)",
+    ): "`_bound` writes integers into it, through int(); the payloads are data",
+    ("clickhouse/audit_log.py", "_sql('contents', version).replace('{payloads:String}', whole)"): (
         "numbered parameters, as many as there are portions"
     ),
     (
-        "stores/canary.py",
+        "clickhouse/canary.py",
         "statement",
     ): "audit_log.sql with the types and expressions of our table's columns, as ClickHouse has them",
-    ("stores/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
-    ("stores/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}, lock_wait_timeout = {WAIT_S}'"): (
+    ("mysql/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
+    ("mysql/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}, lock_wait_timeout = {WAIT_S}'"): (
         "a constant of the module"
     ),
-    ("stores/blockers.py", "statement"): "from blockers.sql, or one that has waited in vain, as the driver had it",
-    ("stores/setup.py", "Template(_SQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
+    ("mysql/blockers.py", "statement"): "from blockers.sql, or one that has waited in vain, as the driver had it",
+    ("schema.py", "Template(_MYSQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
     ),
-    ("stores/setup.py", "statement"): "setup.sql, or a version's own ddl, with an engine and a setting, both constants",
-    ("stores/report.py", "_by_hour(…)"): "report.sql with the table of a registered version",
-    ("stores/preflight_clickhouse.py", "Template(_SQL['clickhouse_filters']).substitute(table=table)"): (
-        "preflight.sql with the name of our table, a constant"
+    ("schema.py", "statement"): "schema.sql, or a version's own ddl, with an engine and a setting, both constants",
+    ("report/source.py", "_by_hour(…)"): "source.sql with the table of a registered version",
+    ("clickhouse/checks.py", "Template(_SQL['filters']).substitute(table=table)"): (
+        "checks.sql with the name of our table, a constant"
     ),
     (
-        "stores/preflight_clickhouse.py",
+        "clickhouse/checks.py",
         "f'CHECK GRANT {privilege} ON {table}'",
-    ): "from the constants of stores/roles.py",
+    ): "from the constants of roles.py",
 }
 
 
@@ -133,8 +140,7 @@ def _shown(expression: ast.expr) -> str:
 
 def test_what_is_handed_to_a_driver_is_a_statement_of_ours() -> None:
     """One statement that is put together from a value is one that a tenant's name can rewrite."""
-    modules = [path for part in PARTS for path in sorted((PACKAGE / part).rglob("*.py"))]
-    found = {(str(path.relative_to(PACKAGE)), shown) for path in modules for shown in handed_over(path.read_text())}
+    found = {(str(path.relative_to(PACKAGE)), shown) for path in MODULES for shown in handed_over(path.read_text())}
     assert found - set(ALLOWED) == set(), "neither a named statement nor on the list"
     assert set(ALLOWED) - found == set(), "on the list and not in the code any more"
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from auditexport_pipeline import preflight
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.stores import preflight
-from auditexport_pipeline.stores.setup import create
+from auditexport_pipeline.schema import create
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.crashes import CRASH_POINTS, Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.test_exactly_once import assert_everything_once, fill, ledger

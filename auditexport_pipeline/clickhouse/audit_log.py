@@ -1,0 +1,483 @@
+"""ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
+
+What belongs here: putting a version's SQL together, and what a refusal says. What does not: the statements
+(`audit_log.sql`), what they say about settings (`settings`), requests and answers (`connection`),
+creating and checking tables (`schema`), and any decision about what to send.
+
+A payload crosses as the text that the outbox holds; ClickHouse parses it, in the types of `v.input`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from string import Template
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from auditexport_pipeline.clickhouse import connection as clickhouse_connection
+from auditexport_pipeline.clickhouse.connection import (
+    ANSWER_GRACE_S,
+    CONNECT_TIMEOUT_S,
+    LOOK_UP_TIMEOUT_S,
+    Connection,
+    NotClickHouse,
+    Rows,
+    ServerError,
+    connection_arguments,
+    translated,
+)
+from auditexport_pipeline.clickhouse.refusals import is_fence, refusal_of, refusal_of_status
+from auditexport_pipeline.clickhouse.settings import (
+    CONTENT_SETTINGS,
+    EVERYWHERE,
+    INSERT_SETTINGS,
+    Value,
+    stated,
+)
+from auditexport_pipeline.clickhouse.ttl import CANNOT_EVALUATE, CannotEvaluate, TtlReader
+from auditexport_pipeline.core.actions import Erasure
+from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
+from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
+from auditexport_pipeline.core.ports import Refusal, RefusalKind, StoredEntry
+from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
+from auditexport_pipeline.sql import load
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver.client import Client
+
+_Value = TypeVar("_Value")
+
+# Payloads, keys and ids sent with one question at a time; a larger one goes alone.
+CONTENT_BYTES = 1024**2
+# ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
+PARAMETER_CHARACTERS = 30_000
+
+_PIECES = load("clickhouse/audit_log.sql")
+
+
+# The text mirrors of the metas as the table holds them, and as they are computed.
+_STORED_MIRRORS = {"meta_text": "meta_text", "targets_meta_text": "targets_meta_text"}
+_COMPUTED_MIRRORS = {
+    "meta_text": "toJSONString(meta)",
+    "targets_meta_text": r"arrayStringConcat(arrayMap(target -> toJSONString(target), `targets.meta`), '\n')",
+}
+
+
+@lru_cache(maxsize=64)
+def _sql(name: str, version: str) -> str:
+    """A statement for one payload version; both come from the program, never from data."""
+    if version not in VERSIONS:
+        raise InvalidConfig(f"{version} is not a known payload version")
+    pieces, columns = VERSIONS[version].pieces, VERSIONS[version].columns
+    select = pieces["select"]
+    content = Template(pieces["content"])
+    return Template(_PIECES[name]).substitute(
+        table=pieces["table"],
+        columns=pieces["columns"],
+        column_names=", ".join(f"`{column}`" for column in columns),
+        input=pieces["input"],
+        select=select,
+        fingerprint=pieces["fingerprint"],
+        content=content.substitute(_STORED_MIRRORS),
+        content_of_columns=content.substitute(_COMPUTED_MIRRORS),
+        typed_select=", ".join(
+            f"CAST({expression.strip()}, '{type_}') AS `{column}`"
+            for expression, (column, type_) in zip(top_level_parts(select), columns.items(), strict=True)
+        ),
+    )
+
+
+def _bound(statement: str, parameters: Mapping[str, int], settings: str) -> bytes:
+    """The statement with its SETTINGS clause and its `{name:Int64}` parameters; integers of ours, which need no quoting."""
+    statement = statement.replace("{settings}", settings)
+    for name, value in parameters.items():
+        statement = statement.replace(f"{{{name}:Int64}}", str(int(value)))
+    return statement.encode()
+
+
+def _request(statement: bytes, payloads: list[bytes]) -> Generator[bytes, None, None]:
+    """What an INSERT sends, in parts: the HTTP client copies each one, and never sends it a second time by itself.
+
+    The list is emptied on the way: the next batch is read while ClickHouse works on what it has.
+    """
+    yield statement
+    payloads.reverse()
+    while payloads:
+        part = payloads[: -PART_ROWS - 1 : -1]
+        del payloads[-PART_ROWS:]
+        yield from in_parts(part)
+
+
+def _portions(values: Sequence[_Value], bytes_of: Callable[[_Value], int]) -> Iterator[Sequence[_Value]]:
+    """Consecutive values of about `CONTENT_BYTES` together, at least one."""
+    start = size = 0
+    for index, value in enumerate(values):
+        value_bytes = bytes_of(value)
+        if size and size + value_bytes > CONTENT_BYTES:
+            yield values[start:index]
+            start, size = index, 0
+        size += value_bytes
+    if start < len(values):
+        yield values[start:]
+
+
+def _key_bytes(key: Sequence[str | int]) -> int:
+    return sum(len(part) if isinstance(part, str) else 20 for part in key) + 20
+
+
+def _in_pieces(name: str, value: str) -> tuple[str, dict[str, str]]:
+    """A text of any length as an expression, and its parameters: ClickHouse takes 128 KB in one."""
+    pieces = {
+        f"{name}_{number}": value[start : start + PARAMETER_CHARACTERS]
+        for number, start in enumerate(range(0, len(value), PARAMETER_CHARACTERS))
+    }
+    whole = ", ".join(["''", *(f"{{{piece}:String}}" for piece in pieces)])
+    return f"concat({whole})", pieces
+
+
+def _with_lists(statement: str, lists: Mapping[str, Sequence[object]]) -> tuple[str, dict[str, str]]:
+    """The statement with its `{name:Array(…)}` parameters given as JSON, in pieces; and the parameters of the pieces.
+
+    A list that is given literally, in a set of a few thousand keys, takes ClickHouse minutes to analyse.
+    """
+    parameters: dict[str, str] = {}
+    for name, values in lists.items():
+        whole, pieces = _in_pieces(name, msgspec.json.encode(values).decode())
+        parameters |= pieces
+        before, _, rest = statement.partition(f"{{{name}:")
+        kind, _, after = rest.partition("}")
+        statement = f"{before}JSONExtract({whole}, '{kind}'){after}"
+    return statement, parameters
+
+
+@lru_cache(maxsize=256)
+def _client(url: str, timeout_s: int, pid: int) -> Client:
+    import clickhouse_connect
+
+    arguments = connection_arguments(url)
+    settings = arguments.pop("settings", {})
+    return clickhouse_connect.get_client(
+        **arguments,
+        settings=settings,
+        pool_mgr=clickhouse_connection.connection(url, pid).pool,
+        autogenerate_session_id=False,  # a session allows one query at a time
+        connect_timeout=CONNECT_TIMEOUT_S,
+        send_receive_timeout=timeout_s,
+        client_name="auditexport",
+        form_encode_query_params=True,
+    )
+
+
+def ttl_reader(connection: Connection) -> TtlReader:
+    """What reads and evaluates the TTL of this server's tables."""
+
+    def ask(statement: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        with translated("reading a table's TTL"):
+            try:
+                return connection.query(statement, parameters, {"session_timezone": ""}).result_rows
+            except ServerError as error:
+                if error.code in CANNOT_EVALUATE:
+                    raise CannotEvaluate from error
+                raise
+
+    return TtlReader(ask)
+
+
+class ClickHouseAuditLog:
+    """`core.ports.AuditLog` over one ClickHouse database named by an `http[s]://` URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        connection_arguments(url)
+
+    def __repr__(self) -> str:
+        arguments = connection_arguments(self.url)
+        return f"ClickHouseAuditLog({arguments['host']}:{arguments['port']}/{arguments['database']})"
+
+    @property
+    def connection(self) -> Connection:
+        """What everything here goes through, for other questions to the same server."""
+        return clickhouse_connection.connection(self.url, os.getpid())
+
+    def client(self, timeout_s: int = LOOK_UP_TIMEOUT_S) -> Client:
+        """The driver's own client to the same server, for people and tests: no decision rests on its answers."""
+        return _client(self.url, timeout_s + ANSWER_GRACE_S, os.getpid())
+
+    def rows(
+        self,
+        what: str,
+        statement: str,
+        parameters: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Value] | None = None,
+    ) -> Rows:
+        """The rows of a SELECT, proven to be ClickHouse's answer (`Connection.query`); `what` names it in errors."""
+        with translated(what):
+            return self.connection.query(statement, parameters, settings)
+
+    def deadline_ms(self, within_s: float) -> int:
+        ((now_ms,),) = self.rows("asking for the time", _PIECES["now_ms"]).result_rows
+        return int(now_ms) + int(within_s * 1000)
+
+    def insert(
+        self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
+    ) -> Refusal | None:
+        """One synchronous INSERT of one block; None when ClickHouse acknowledged it. `payloads` is emptied.
+
+        Durable effect: `block.rows` rows and one part in the version's table, or nothing; after a `Refusal` either can
+        be the case. Raises `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
+        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a limit.
+        """
+        what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
+        # Where a proxy keeps ClickHouse's headers to itself, a requeue is proven by what it adds, and a replay of one, which may
+        # add nothing, by its content.
+        looks = batch.is_requeue(block) and not self.connection.headers_arrive
+        before = self._rows_at(block) if looks else 0
+        kept = [*payloads] if looks and batch.attempts > 1 else []
+        acknowledged = self._post(
+            "insert",
+            batch.version,
+            payloads,
+            what,
+            parameters={"inserted_at_ms": block.inserted_at_ms, "deadline_ms": deadline_ms},
+            settings={
+                "insert_deduplication_token": batch.token(block),
+                "max_execution_time": timeout_s,
+                # Ten minutes by default, twice a lease; where there is no quorum it says nothing.
+                "insert_quorum_timeout": timeout_s * 1000,
+            },
+            timeout_s=timeout_s,
+            sending=True,
+        )
+        if isinstance(acknowledged, Refusal):
+            return acknowledged
+        if not acknowledged and not self._holds(batch, block, before if looks else None, kept):
+            raise ForeignAnswer(
+                f"the answer to {what} is a 200 that does not prove to be ClickHouse's, and ClickHouse does not hold the block. It may "
+                "still be at work on it, the next attempt looks first. Check what answers at AUDITEXPORT_CLICKHOUSE_URL",
+                200,
+            )
+        return None
+
+    def _rows_at(self, block: Block) -> int:
+        found = self.holdings([block.inserted_at_ms]).get(block.inserted_at_ms)
+        return found.rows if found is not None else 0
+
+    def _holds(self, batch: Batch, block: Block, before: int | None, payloads: Sequence[bytes]) -> bool:
+        """Whether ClickHouse has taken this block. Of a requeue, presence alone proves nothing."""
+        rows = self._rows_at(block)
+        if not batch.is_requeue(block):
+            return rows > 0
+        if before is not None and rows >= before + block.rows:
+            return True
+        contents = {entry.content for entry in self.entries_at(block.inserted_at_ms)} if payloads else set()
+        return bool(payloads) and contents.issuperset(self.contents(batch.version, payloads, block.inserted_at_ms))
+
+    def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
+        answer = self._post(
+            "probe",
+            version,
+            payloads,
+            "parsing rows without writing them",
+            parameters={"inserted_at_ms": 0},
+            settings={"max_execution_time": timeout_s},
+            timeout_s=timeout_s,
+            sending=False,
+        )
+        return answer if isinstance(answer, Refusal) else None
+
+    def _post(
+        self,
+        name: str,
+        version: str,
+        payloads: list[bytes],
+        what: str,
+        *,
+        parameters: dict[str, int],
+        settings: dict[str, Value],
+        timeout_s: int,
+        sending: bool,
+    ) -> Refusal | bool:
+        """Sends payloads, which are taken from the list. True when ClickHouse acknowledged, False when a 200 proves nothing."""
+        connection = self.connection
+        with translated(what, sending=sending):
+            try:
+                wanted = {**EVERYWHERE, **INSERT_SETTINGS, **connection.replica_settings, **settings}
+                statement = _bound(_sql(name, version), parameters, stated(wanted, connection.listed()))
+                return connection.insert(_request(statement, payloads), timeout_s=timeout_s)
+            except ServerError as error:
+                if error.code == clickhouse_connection.UNKNOWN_SETTING:
+                    connection.read_settings_again()
+                refusal = None if is_fence(error.code, error.text) else refusal_of(error.code, error.name, error.text)
+                if refusal is None:
+                    raise
+            except NotClickHouse as error:
+                refusal = refusal_of_status(error.status, clickhouse_connection.FOREIGN.get(error.status, ""))
+                if refusal is None:
+                    raise
+        if sending and refusal.kind is RefusalKind.ROWS:
+            refusal = replace(refusal, definition=self.definition(version))
+        return refusal
+
+    def definition(self, version: str) -> str:
+        """A hash of how the version's table is defined, its columns, constraints and indexes included."""
+        found = self.rows("reading the table's definition", _PIECES["definition"], {"table": VERSIONS[version].table})
+        return "definition " + hashlib.sha256("\n".join(row[0] for row in found.result_rows).encode()).hexdigest()[:32]
+
+    def definition_age_s(self, version: str) -> int:
+        found = self.rows("reading the table's age", _PIECES["definition_age"], {"table": VERSIONS[version].table})
+        return int(found.result_rows[0][0])
+
+    def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
+        if not inserted_at_ms:
+            return {}
+        found: dict[int, Holding] = {}
+        lists = {"inserted_at_ms": list(inserted_at_ms)}
+        for at_ms, rows, fingerprint, content, copies in self._look_up("holdings", "looking for blocks", lists):
+            found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
+        return found
+
+    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
+        return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms})
+
+    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
+        return self._entries("some_entries_at", parameters={"inserted_at_ms": inserted_at_ms, "most": most})[:most]
+
+    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for version in VERSIONS:
+            rows = self.rows("counting entries", _sql("workspaces_at", version), {"inserted_at_ms": inserted_at_ms})
+            for workspace_id, entries in rows.result_rows:
+                counts[workspace_id] = counts.get(workspace_id, 0) + entries
+        return counts
+
+    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
+        total = 0
+        for start in range(0, len(inserted_at_ms), 1_000):
+            for version in VERSIONS:
+                parameters = {"inserted_at_ms": list(inserted_at_ms[start : start + 1_000])}
+                ((entries,),) = self.rows("counting entries", _sql("count_at", version), parameters).result_rows
+                total += entries
+        return total
+
+    def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
+        return [entry for some in _portions(keys, _key_bytes) for entry in self._entries("entries_of", {"keys": some})]
+
+    def keys_held(
+        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
+    ) -> set[tuple[tuple[str, str, int, str], int]]:
+        held: set[tuple[tuple[str, str, int, str], int]] = set()
+        for some in _portions(keys, _key_bytes):
+            lists: dict[str, Sequence[object]] = {"keys": some, "inserted_at_ms": inserted_at_ms}
+            for row in self._look_up("keys_held", "looking for events", lists):
+                held.add(((row[0], row[1], row[2], row[3]), row[4]))
+        return held
+
+    def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        held: set[tuple[str, str]] = set()
+        for some in _portions(ids, _key_bytes):
+            lists: dict[str, Sequence[object]] = {"workspaces": sorted({pair[0] for pair in some}), "ids": some}
+            held.update((row[0], row[1]) for row in self._look_up("ids_held", "looking for events", lists))
+        return held
+
+    def _look_up(
+        self,
+        name: str,
+        what: str,
+        lists: Mapping[str, Sequence[object]] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Iterator[Sequence[Any]]:
+        """The rows of a statement, over the tables of all versions."""
+        for version in VERSIONS:
+            statement, pieces = _with_lists(_sql(name, version), lists or {})
+            yield from self.rows(what, statement, {**(parameters or {}), **pieces}).result_rows
+
+    def _entries(
+        self,
+        name: str,
+        lists: Mapping[str, Sequence[object]] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> list[StoredEntry]:
+        return [
+            StoredEntry(key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6])
+            for row in self._look_up(name, "reading entries", lists, parameters)
+        ]
+
+    def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
+        found: list[int] = []
+        for part in _portions(payloads, len):
+            whole, pieces = _in_pieces("payloads", b"\n".join(part).decode())
+            rows = self.rows(
+                "parsing payloads for a comparison",
+                _sql("contents", version).replace("{payloads:String}", whole),
+                {**pieces, "inserted_at_ms": inserted_at_ms},
+                {**INSERT_SETTINGS, **CONTENT_SETTINGS},
+            ).result_rows
+            found.extend(row[0] for row in rows)
+        return found
+
+    def slots_between(self, from_ms: int, to_ms: int) -> list[int]:
+        """Every `inserted_at` that has entries in [from_ms, to_ms), ascending."""
+        found: set[int] = set()
+        for version in VERSIONS:
+            rows = self.rows("looking for blocks", _sql("slots_between", version), {"from_ms": from_ms, "to_ms": to_ms})
+            found.update(row[0] for row in rows.result_rows)
+        return sorted(found)
+
+    def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
+        counts: dict[tuple[str, int], int] = {}
+        for version in VERSIONS:
+            rows = self.rows("counting entries", _sql("by_workspace", version), {"from_ms": from_ms, "to_ms": to_ms})
+            for workspace_id, day_ms, entries in rows.result_rows:
+                counts[workspace_id, day_ms] = counts.get((workspace_id, day_ms), 0) + entries
+        return counts
+
+    def surplus(self, from_ms: int, to_ms: int) -> tuple[int, int, int]:
+        """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those among them that repeat an event, and
+        those of these that repeat it under the same `inserted_at`. Merges take the repetitions away.
+        """
+        counted = [0, 0, 0]
+        for version in VERSIONS:
+            rows = self.rows("counting repeated events", _sql("surplus", version), {"from_ms": from_ms, "to_ms": to_ms})
+            counted = [total + int(found or 0) for total, found in zip(counted, rows.result_rows[0], strict=True)]
+        return counted[0], counted[1], counted[2]
+
+    def named_by(self, erasure: Erasure, until_ms: int) -> int:
+        values = {
+            "workspace": erasure.workspace_id,
+            "event": erasure.event_id,
+            "from_ms": erasure.from_ms if erasure.from_ms is not None else -(2**63),
+            "to_ms": erasure.to_ms if erasure.to_ms is not None else 2**63 - 1,
+            "until_ms": until_ms,
+        }
+        entries = 0
+        for version in VERSIONS:
+            ((found,),) = self.rows("counting what an erasure names", _sql("named_by", version), values).result_rows
+            entries += found
+        return entries
+
+    # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
+
+    def _ttls(self) -> TtlReader:
+        return ttl_reader(self.connection)
+
+    def ttl(self, version: str) -> str:
+        ttl = self._ttls().ttl(VERSIONS[version].table)
+        return ttl.text
+
+    def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
+        past = self._ttls().past_slots(VERSIONS[version].table, inserted_at_ms, ahead_s=ahead_s)
+        return dict(zip(inserted_at_ms, past, strict=True))
+
+    def past_ttl_of(
+        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
+    ) -> dict[tuple[str, str, int, str], bool | None]:
+        return dict(zip(keys, self._ttls().past_keys(VERSIONS[version].table, inserted_at_ms, keys), strict=True))
+
+    def kept_ms(self) -> int | None:
+        kept = [self._ttls().kept_ms(version.table) for version in VERSIONS.values()]
+        return None if None in kept else max(one for one in kept if one is not None)

@@ -1,0 +1,360 @@
+"""MySQL, looked back at: what requeue, sweep and reconcile need of it, behind `core.ports.Upkeep`.
+
+What belongs here: reading batches and marks over a window, clearing and deleting rows in bounded chunks, and the
+record of who did it. What does not: the statements (`maintenance.sql`), the life of a batch (`mysql.outbox`), and
+any decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, TextClause, bindparam, text
+
+from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
+from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_text, observed_to_text
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.mysql import actions, dead_letters
+from auditexport_pipeline.mysql.marking import LIST_PKS, by_shape
+from auditexport_pipeline.mysql.outbox import IN_CLICKHOUSE, MySQLOutbox, batch_of
+from auditexport_pipeline.sql import load
+
+_LISTS = {
+    "stamped": ("versions", "exact_versions"),
+    "marks_between": ("versions", "exact_versions"),
+    "dead_among": ("pks",),
+    "marked_between": ("event_ids",),
+    "workspaces_in": ("pks",),
+    "unmark_in": ("pks",),
+    "count_due_in": ("pks",),
+    "delete_in": ("pks",),
+    "times": ("pks",),
+}
+SQL: dict[str, TextClause] = {
+    name: text(statement).bindparams(*(bindparam(each, expanding=True) for each in _LISTS.get(name, ())))
+    for name, statement in load("mysql/maintenance.sql").items()
+}
+# Rows looked at by one statement of a scan: a few megabytes of pages, some ten milliseconds.
+SCAN_PKS = 20_000
+# Marks of another exporter read by one statement: its batches are of some thousand rows.
+STAMPS_AT_ONCE = 20
+
+
+class MySQLUpkeep:
+    """`core.ports.Upkeep` over the same database as a `MySQLOutbox`."""
+
+    def __init__(self, outbox: MySQLOutbox) -> None:
+        self.outbox = outbox
+
+    # ── the ledger, looked back at ───────────────────────────────────────────────────────────────
+
+    def now_ms(self) -> int:
+        with self.outbox.transaction("asking for the time") as connection:
+            return int(connection.execute(_NOW).scalar_one())
+
+    def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
+        values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
+        return self._batches("inserted_between", values)
+
+    def _batches(self, statement: str, values: Mapping[str, object]) -> list[Batch]:
+        with self.outbox.transaction("reading the ledger") as connection:
+            return [_with_sweep(row) for row in connection.execute(SQL[statement], values)]
+
+    def held(self, pks: PkSet) -> dict[int, PkSet]:
+        """Which of these pks each batch of the ledger has, open or closed."""
+        found: dict[int, PkSet] = {}
+        with self.outbox.transaction("reading the ledger") as connection:
+            for first_pk, last_pk in pks.spans(64):
+                for row in connection.execute(SQL["held_between"], {"first_pk": first_pk, "last_pk": last_pk}):
+                    common = PkSet.parse(row.pks) & pks
+                    if common:
+                        found[row.batch_id] = common
+        return found
+
+    def slot_owner(self, slot_ms: int) -> int | None:
+        with self.outbox.transaction("reading the ledger") as connection:
+            values = {"slot_ms": slot_ms, "in_manifest": f'%"at":{slot_ms},%'}
+            found: int | None = connection.execute(SQL["slot_owner"], values).scalar()
+            return found
+
+    def open_pks(self) -> PkSet:
+        with self.outbox.transaction("reading the ledger") as connection:
+            return PkSet.union(PkSet.parse(row.pks) for row in connection.execute(SQL["open_pks"]))
+
+    def first_inserted_ms(self) -> int | None:
+        with self.outbox.transaction("reading the ledger") as connection:
+            found: int | None = connection.execute(SQL["first_inserted"]).scalar()
+            return found
+
+    def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
+        values = {
+            "batch_id": batch.batch_id,
+            "state": str(State.DISCREPANT if discrepancy else State.VERIFIED),
+            "error": f"in ClickHouse: {discrepancy}" if discrepancy else "",
+            "observed": observed_to_text(observed),
+        }
+        with self.outbox.transaction(f"recording the reconciliation of batch {batch.batch_id}") as connection:
+            connection.execute(SQL["reconciled"], values)
+
+    # ── the outbox's marks ───────────────────────────────────────────────────────────────────────
+
+    def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
+        """Rows whose `deleted_at`, in [first, last], no batch has set: pk to `deleted_at`, in portions by ascending mark.
+
+        Source: `drainer_pending_idx`; one statement for `STAMPS_AT_ONCE` marks that no mark of ours lies between.
+        """
+        with self.outbox.transaction("reading marks") as connection:
+            limits = {"first_ms": first_ms, "last_ms": last_ms}
+            stamps = sorted(row.stamp_ms for row in connection.execute(SQL["outbox_stamps"], limits))
+            ours = {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])} if stamps else set()
+        for run in _runs(stamps, ours):
+            with self.outbox.transaction("reading marks") as connection:
+                values: dict[str, object] = {
+                    "first_ms": run[0],
+                    "last_ms": run[-1],
+                    "versions": list(versions),
+                    "exact_versions": [v.encode() for v in versions],
+                }
+                marks = {row.pk: row.stamp_ms for row in connection.execute(SQL["marks_between"], values)}
+            if marks:
+                yield marks
+
+    def count_stamped(self, stamp_ms: int) -> int:
+        with self.outbox.transaction("counting marks") as connection:
+            return int(connection.execute(SQL["count_stamped"], {"stamp_ms": stamp_ms}).scalar_one())
+
+    def stamped(self, stamp_ms: int, versions: Sequence[str]) -> PkSet:
+        with self.outbox.transaction("reading marks") as connection:
+            values = {
+                "stamp_ms": stamp_ms,
+                "versions": list(versions),
+                "exact_versions": [v.encode() for v in versions],
+            }
+            rows = connection.execute(SQL["stamped"], values)
+            return PkSet.of(row.pk for row in rows)
+
+    def dead_among(self, pks: PkSet) -> PkSet:
+        """Those that were set aside, whoever marked them since; one that is to be retried is not."""
+        with self.outbox.transaction("reading dead letters") as connection:
+            return PkSet.of(
+                row.pk
+                for chunk in pks.chunks(LIST_PKS)
+                for row in connection.execute(SQL["dead_among"], {"pks": list(chunk)})
+            )
+
+    def marked(self, wanted: RowFilter, within: PkSet | None) -> Iterator[PkSet]:
+        """The marked rows that a filter names, in portions by ascending pk; `within` limits where to look.
+
+        Source: `drainer_pending_idx` for a range of export time, else the primary key, some thousand rows a
+        statement. No lock.
+        """
+        if wanted.from_exported_ms is not None or wanted.to_exported_ms is not None:
+            limits = {"from_ms": wanted.from_exported_ms or 0, "to_ms": wanted.to_exported_ms or 2**63 - 1}
+            with self.outbox.transaction("reading marks") as connection:
+                found = PkSet.of(row.pk for row in connection.execute(SQL["stamped_between"], limits))
+            within = found if within is None else within & found
+        for first_pk, last_pk in self._spans(wanted, within):
+            while True:
+                with self.outbox.transaction("looking for rows") as connection:
+                    first: int | None = connection.execute(SQL["next_pk"], {"pk": first_pk}).scalar()
+                    if first is None or first > last_pk:
+                        break
+                    until = min(last_pk, first + SCAN_PKS - 1)
+                    values = {"first_pk": first, "last_pk": until, **_conditions(wanted)}
+                    pks = PkSet.of(row.pk for row in connection.execute(SQL["marked_between"], values))
+                if within is not None:
+                    pks &= within
+                if pks:
+                    yield pks
+                first_pk = until + 1
+
+    def _spans(self, wanted: RowFilter, within: PkSet | None) -> list[tuple[int, int]]:
+        if within is not None:
+            spans = within.spans(64) if within else []
+        else:
+            with self.outbox.transaction("looking for rows") as connection:
+                ends = connection.execute(SQL["outbox_ends"]).one()
+            spans = [(ends.first_pk, ends.last_pk)] if ends.first_pk is not None else []
+        low = wanted.from_pk if wanted.from_pk is not None else 0
+        high = wanted.to_pk if wanted.to_pk is not None else 2**64 - 1
+        return [(max(first, low), min(last, high)) for first, last in spans if first <= high and last >= low]
+
+    def by_workspace(self, pks: PkSet) -> dict[str, int]:
+        """How many of these rows each workspace has in the outbox."""
+        counts: dict[str, int] = {}
+        for chunk in pks.chunks(SCAN_PKS):
+            with self.outbox.transaction("counting rows") as connection:
+                for statement, values in by_shape("workspaces", chunk):
+                    for row in connection.execute(SQL[statement], values):
+                        counts[row.workspace_id] = counts.get(row.workspace_id, 0) + row.n
+        return counts
+
+    # ── effects ──────────────────────────────────────────────────────────────────────────────────
+
+    def record_action(self, verb: str, by: By, selection: Mapping[str, object]) -> int:
+        """Writes the record that every further effect of this action counts in; returns its id."""
+        with self.outbox.transaction(f"recording a {verb}") as connection:
+            return actions.record(connection, verb, by, selection, 0)
+
+    def actions(self, count: int) -> list[Action]:
+        with self.outbox.transaction("reading what was done") as connection:
+            return actions.last(connection, count)
+
+    def unmark(self, pks: PkSet, action_id: int) -> int:
+        """Clears the marks of these rows and counts them in the action, in one transaction; returns how many."""
+        with self.outbox.transaction("clearing marks") as connection:
+            rows = _effect(connection, "unmark", pks, {})
+            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
+            return rows
+
+    def sweepable(self, before_ms: int, after_id: int, batches: int) -> list[Batch]:
+        return self._batches("sweepable", {"before_ms": before_ms, "after_id": after_id, "row_limit": batches})
+
+    def held_back(self, before_ms: int) -> int:
+        with self.outbox.transaction("counting batches") as connection:
+            return int(connection.execute(SQL["held_back"], {"before_ms": before_ms}).scalar_one())
+
+    def discrepant_due(self, before_ms: int) -> dict[int, str]:
+        with self.outbox.transaction("listing discrepant batches") as connection:
+            found = connection.execute(SQL["discrepant_due"], {"before_ms": before_ms})
+            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
+
+    def count_due(self, pks: PkSet, before_ms: int) -> int:
+        rows = 0
+        for chunk in pks.chunks(SCAN_PKS):
+            with self.outbox.transaction("counting rows") as connection:
+                for statement, values in by_shape("count_due", chunk):
+                    rows += connection.execute(SQL[statement], {**values, "before_ms": before_ms}).scalar_one()
+        return rows
+
+    def delete(self, batch_id: int, pks: PkSet, before_ms: int, action_id: int) -> int:
+        """Deletes those of these rows that were exported before, and counts them, in one transaction."""
+        with self.outbox.transaction(f"sweeping rows of batch {batch_id}") as connection:
+            rows = _effect(connection, "delete", pks, {"before_ms": before_ms})
+            connection.execute(SQL["count_swept"], {"batch_id": batch_id, "rows": rows})
+            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
+            return rows
+
+    def record_swept(self, batch_id: int) -> None:
+        with self.outbox.transaction(f"recording batch {batch_id} as swept") as connection:
+            connection.execute(SQL["record_swept"], {"batch_id": batch_id})
+
+    def compact(self, before_ms: int, batches: int, by: By) -> int:
+        """Compacts swept batches exported before, at most `batches`, and records it; returns how many."""
+        with self.outbox.transaction("compacting the ledger") as connection:
+            due = [
+                batch_of(row)
+                for row in connection.execute(SQL["compactable"], {"before_ms": before_ms, "row_limit": batches})
+            ]
+            for batch in due:
+                connection.execute(
+                    SQL["compact"], {"batch_id": batch.batch_id, "manifest": compacted_text(batch.blocks)}
+                )
+            if due:
+                actions.record(connection, "compact", by, {"before_ms": before_ms}, len(due))
+            return len(due)
+
+    def close_letters(self) -> int:
+        """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
+        return dead_letters.upkeep(self.outbox)
+
+    def add_erasures(self, by: By, erasures: Collection[Erasure]) -> int:
+        """Records erasures, all or none, and returns the action's id."""
+        with self.outbox.transaction("recording erasures") as connection:
+            workspaces = sorted({erasure.workspace_id for erasure in erasures})
+            newest_pk = connection.execute(SQL["outbox_ends"]).one().last_pk or 0
+            selection = {"workspaces": workspaces[:20], "erasures": len(erasures), "newest_pk": newest_pk}
+            action_id = actions.record(connection, "erasure", by, selection, len(erasures))
+            for erasure in erasures:
+                values = {
+                    "action_id": action_id,
+                    "workspace_id": erasure.workspace_id,
+                    "event_id": erasure.event_id,
+                    "from_ms": erasure.from_ms,
+                    "to_ms": erasure.to_ms,
+                }
+                connection.execute(SQL["add_erasure"], values)
+            return action_id
+
+    def erasures(self) -> list[RecordedErasure]:
+        with self.outbox.transaction("reading erasures") as connection:
+            return [
+                RecordedErasure(
+                    erasure=Erasure(
+                        workspace_id=row.workspace_id, event_id=row.event_id, from_ms=row.from_ms, to_ms=row.to_ms
+                    ),
+                    at_ms=row.at_ms,
+                    by=By(who=row.who, why=row.why),
+                    newest_pk=_newest_pk(row.selection),
+                )
+                for row in connection.execute(SQL["erasures"])
+            ]
+
+    def last_actions(self, verb: str, count: int) -> list[Action]:
+        with self.outbox.transaction("reading what was done") as connection:
+            rows = connection.execute(SQL["last_actions"], {"verb": verb, "row_limit": count})
+            return [actions.action_of(row) for row in rows]
+
+    def created_at(self, pks: PkSet) -> dict[int, int]:
+        return {pk: created_ms for pk, (created_ms, _) in self.times(pks).items()}
+
+    def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
+        found: dict[int, tuple[int, int | None]] = {}
+        for chunk in pks.chunks(5_000):
+            with self.outbox.transaction("reading rows") as connection:
+                rows = connection.execute(SQL["times"], {"pks": list(chunk)})
+                found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
+        return found
+
+
+_NOW = text("SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms")
+
+
+def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
+    """Ascending marks of others, as far as none of ours lies between them, at most `STAMPS_AT_ONCE` together."""
+    run: list[int] = []
+    for stamp in stamps:
+        if stamp in ours or len(run) == STAMPS_AT_ONCE:
+            if run:
+                yield run
+            run = []
+        if stamp not in ours:
+            run.append(stamp)
+    if run:
+        yield run
+
+
+def _newest_pk(selection: str) -> int:
+    """What the action of an erasure keeps of the outbox; records of earlier releases do not."""
+    try:
+        return msgspec.json.decode(selection, type=_ErasureRecord).newest_pk
+    except msgspec.DecodeError:
+        return 0
+
+
+class _ErasureRecord(msgspec.Struct):
+    newest_pk: int = 0
+
+
+def _with_sweep(row: Row[Any]) -> Batch:
+    return replace(batch_of(row), swept=row.swept_at_ms is not None)
+
+
+def _effect(connection: Connection, kind: str, pks: PkSet, values: Mapping[str, object]) -> int:
+    return sum(
+        connection.execute(SQL[statement], {**where, **values}).rowcount for statement, where in by_shape(kind, pks)
+    )
+
+
+def _conditions(wanted: RowFilter) -> dict[str, object]:
+    return {
+        "workspace_id": wanted.workspace_id,
+        "any_event": 0 if wanted.event_ids else 1,
+        "event_ids": [event_id.encode() for event_id in wanted.event_ids] or [b""],
+        "from_event_ms": wanted.from_event_ms,
+        "to_event_ms": wanted.to_event_ms,
+    }

@@ -1,0 +1,187 @@
+"""Marking: the UPDATE that stamps rows exported, and what it found of those it did not stamp.
+
+What belongs here: how a set of pks becomes statements, and which form of the UPDATE a server gets. What does not: the
+transaction and the fence around it (`mysql.outbox`), chunks and rests (`core.export`).
+
+Half of what a mark costs is not ours to save: the row grows by the eight bytes of `deleted_at`, and InnoDB, whose pages
+an application fills to fifteen sixteenths, reorganizes a page for nearly every row of it (`benchmarks/README.md`).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+
+from auditexport_pipeline.core.errors import MarkRefused
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import Marked
+from auditexport_pipeline.mysql.connection import SQL, expanding
+from auditexport_pipeline.mysql.errors import code_and_words
+
+# Above this many runs in a chunk, one statement with a list beats a statement per run.
+LIST_ABOVE_RUNS = 8
+# Of one list, so that every server looks its pks up one by one. From 1,000 on MariaDB joins a list as a table
+# (in_predicate_conversion_threshold) and from 16,000 (optimizer_max_sel_args) it reads the whole outbox, as MySQL does when
+# a list takes more than range_optimizer_max_mem_size: 36,000 in its 8 MB.
+LIST_PKS = 900
+# What a trigger's own statements end in (no grant, no such column, table or routine, no definer, a signal, this table in use by
+# the statement that fired it), and a CHECK of `deleted_at`.
+_REFUSALS = {1054, 1142, 1143, 1146, 1305, 1364, 1370, 1442, 1449, 1644, 1690, 3819, 4025}
+_SIGNAL = "45"  # the class of SQLSTATE that SIGNAL is meant to have
+ADMINISTRATORS_LOOK = (
+    "SELECT trigger_name, action_timing, action_statement FROM information_schema.triggers WHERE event_object_schema = "
+    "DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'"
+)
+# MariaDB's JSON type is a CHECK (json_valid(payload)), which every UPDATE of a row evaluates, whatever it sets.
+UNCHECKED = "SET STATEMENT check_constraint_checks = 0 FOR "
+_RANGE = "pk BETWEEN :first_pk AND :last_pk"
+
+
+def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
+    """The statements that cover these pks, in their order: a range each for few runs, else lists of `LIST_PKS`."""
+    if len(pks.runs) > max(LIST_ABOVE_RUNS, -(-len(pks) // LIST_PKS)):
+        return [(f"{kind}_in", {"pks": list(part)}) for part in pks.chunks(LIST_PKS)]
+    return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
+
+
+def over(kind: str, pks: PkSet, before: str = "") -> list[tuple[TextClause, dict[str, object]]]:
+    """As `by_shape`, with `before` in front of each statement, and one statement for a few runs: a round trip, not one each."""
+    shapes = by_shape(kind, pks)
+    if len(shapes) < 2 or len(shapes) > LIST_ABOVE_RUNS or "pks" in shapes[0][1]:
+        return [(_statement(name, 1, before), values) for name, values in shapes]
+    values = {f"{name}_{n}": pk for n, (_, run) in enumerate(shapes) for name, pk in run.items()}
+    return [(_statement(shapes[0][0], len(shapes), before), values)]
+
+
+@cache
+def _statement(name: str, runs: int, before: str) -> TextClause:
+    said = SQL[name].text
+    if runs > 1:
+        said = said.replace(
+            _RANGE, f"({' OR '.join(f'pk BETWEEN :first_pk_{n} AND :last_pk_{n}' for n in range(runs))})"
+        )
+    return expanding(name, text(f"{before}{said}"))
+
+
+def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
+    """Sets `deleted_at` of these rows in the caller's transaction; None where some are not as the batch had them: the
+    caller rolls back and goes by `stamp_unlocked`, as it does where somebody holds one of them locked.
+
+    `deleted_at` is read again: the driver counts rows that an UPDATE found, not those that it changed, and a trigger can
+    undo what it set. Raises `MarkRefused` where the UPDATE ends in a trigger's error.
+    """
+    stamped = _update(connection, pks, exported_at_ms)
+    marked, ids = _marked(connection, pks, exported_at_ms)
+    return Marked(stamped=stamped, earlier=marked - stamped, ids=ids) if marked == len(pks) else None
+
+
+def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+    """As `stamp`, row by row: those that somebody holds locked stay as they are, and are named in the answer.
+
+    Raises `MarkRefused` where rows of ours do not keep the stamp; the caller rolls back.
+    """
+    stamps = _stamps(connection, "lock", pks)
+    pending = PkSet.of(pk for pk, stamp_ms in stamps.items() if stamp_ms is None)
+    if pending:
+        _update(connection, pending, exported_at_ms)
+        undone = len(pending) - _marked(connection, pending, exported_at_ms)[0]
+        if undone:
+            raise MarkRefused(
+                f"{undone:,} of {len(pending):,} rows do not keep their mark: deleted_at is another right after it was set. "
+                + triggers_to_blame(connection)
+            )
+    others = pks - PkSet.of(stamps)
+    stamps |= _stamps(connection, "stamps", others)
+    locked = PkSet.of(pk for pk in others if pk in stamps and stamps[pk] is None)
+    earlier = sum(1 for stamp_ms in stamps.values() if stamp_ms == exported_at_ms)
+    return Marked(
+        stamped=len(pending),
+        earlier=earlier,
+        elsewhere=len(stamps) - len(pending) - len(locked) - earlier,
+        vanished=len(pks) - len(stamps),
+        ids=_marked(connection, pks - locked, exported_at_ms)[1],
+        locked=locked,
+    )
+
+
+def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
+    before = UNCHECKED if _checks_json_only(connection) else ""
+    found = 0
+    try:
+        for statement, values in over("mark", pks, before):
+            found += connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).rowcount
+    except DBAPIError as error:
+        if (said := _refusal(error)) is not None:
+            raise MarkRefused(f"MySQL refuses to mark rows ({said}). {triggers_to_blame(connection)}") from None
+        raise
+    return found
+
+
+def take_back(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
+    """Clears the marks of those of these rows that bear this stamp, in the caller's transaction."""
+    for statement, values in over("take_back", pks):
+        connection.execute(statement, {**values, "exported_at_ms": exported_at_ms})
+
+
+def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[int, int]:
+    """How many of these rows bear the stamp, and the sum of their ids' hashes."""
+    rows = ids = 0
+    for statement, values in over("marked", pks):
+        found = connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).one()
+        rows, ids = rows + found.n, ids + int(found.ids)
+    return rows, ids
+
+
+def own_ids(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
+    """The sum of the hashes of these rows' event ids. Rows with another mark than this are left out."""
+    return sum(
+        int(connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).scalar_one())
+        for statement, values in over("own", pks)
+    )
+
+
+def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | None]:
+    return {
+        row.pk: row.deleted_at for statement, values in over(kind, pks) for row in connection.execute(statement, values)
+    }
+
+
+def _refusal(error: DBAPIError) -> str | None:
+    """What the server says, where it is this UPDATE that it refuses: our part of it is one integer, so what is wrong is
+    what somebody added. None for a lock, a deadlock, or a connection that is gone.
+    """
+    code, words = code_and_words(error.orig)
+    if isinstance(error, IntegrityError | DataError):
+        return f"error {code}, of a table that a trigger writes to"  # the server's words would quote a value
+    if code in _REFUSALS or str(getattr(error.orig, "sqlstate", "")).startswith(_SIGNAL):
+        return f"error {code}: {words}"
+    return None
+
+
+def triggers_to_blame(connection: Connection) -> str:
+    """The triggers that this user can see on an UPDATE of the outbox, or what an administrator can ask."""
+    seen = [f"{row.name} ({row.timing} UPDATE)" for row in connection.execute(SQL["update_triggers"])]
+    if seen:
+        return f"On clickhouse_outbox there is the trigger {', '.join(seen)}; it has to leave alone what changes deleted_at only"
+    return (
+        "This user sees no trigger on clickhouse_outbox, which takes the TRIGGER privilege; an administrator does: "
+        + ADMINISTRATORS_LOOK
+    )
+
+
+def _checks_json_only(connection: Connection) -> bool:
+    """Whether this is MariaDB and the outbox's CHECKs are those of its JSON column: then marking need not repeat them.
+
+    An application's own CHECK, of `deleted_at` perhaps, stays in force. Asked once a connection.
+    """
+    known = connection.info.get("outbox_checks_json_only")
+    if known is None:
+        known = False
+        if getattr(connection.dialect, "is_mariadb", False):
+            clauses = [row.check_clause for row in connection.execute(SQL["outbox_checks"])]
+            known = bool(clauses) and all(re.fullmatch(r"json_valid\(`\w+`\)", clause) for clause in clauses)
+        connection.info["outbox_checks_json_only"] = known
+    return bool(known)

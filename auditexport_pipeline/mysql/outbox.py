@@ -1,0 +1,708 @@
+"""MySQL: the application's outbox, our ledger and our dead letters, behind `core.ports.Outbox`.
+
+What belongs here: transactions and fences. What does not: the statements (`outbox.sql`), the connection and
+its errors (`mysql.connection`), creating and checking tables (`schema`), and any decision.
+
+Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S` (those that mark:
+`MARK_LOCK_WAIT_S`), and holds no transaction while anything but MySQL is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.batch import (
+    Batch,
+    Block,
+    Claim,
+    Counts,
+    Holding,
+    State,
+    blocks_from_text,
+    blocks_to_text,
+    observed_from_text,
+    observed_to_text,
+    pks_of,
+)
+from auditexport_pipeline.core.errors import (
+    BatchLocked,
+    LeaseLost,
+    OutboxLocked,
+    OutboxUnavailable,
+    RowsLocked,
+    RowsSwapped,
+    SetupIncomplete,
+)
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import (
+    Cut,
+    Discrepancy,
+    Holder,
+    Marked,
+    Moment,
+    OpenBatch,
+    PlannedBlock,
+    StoredRow,
+    UnreadableBatch,
+)
+from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.mysql import dead_letters
+from auditexport_pipeline.mysql.backlog import probe
+from auditexport_pipeline.mysql.blockers import holders
+from auditexport_pipeline.mysql.connection import SQL, checked, engine_for, translated
+from auditexport_pipeline.mysql.errors import LOCK_WAIT_TIMEOUT, code_and_words
+from auditexport_pipeline.mysql.marking import LIST_PKS, by_shape, own_ids, stamp, stamp_unlocked, take_back
+from auditexport_pipeline.mysql.session import MARK_LOCK_WAIT_S
+
+# One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
+READ_ROWS = 5_000
+# Rows whose ids one statement sums up.
+OWN_ROWS = 50_000
+READ_BYTES = 8 * 1024**2
+# How many times the average a payload may be, and still come with the others.
+SHARES = 4
+# No server takes a longer one (max_allowed_packet).
+LONGEST_PAYLOAD_BYTES = 1024**3
+# Exported batches of a version that is not installed, which are looked past.
+LEFT_ALONE_AT_MOST = 1_000
+# The width of the ledger's column.
+KEY_LETTERS = 32
+# How the ledger's `last_error` of a discrepant batch begins.
+IN_CLICKHOUSE = "in ClickHouse: "
+# A plan that takes longer renews its leases once more before it commits.
+LONG_PLAN_S = 3.0
+
+
+class MySQLOutbox:
+    """`core.ports.Outbox` over one MySQL or MariaDB database named by a SQLAlchemy URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = checked(url)
+
+    def __repr__(self) -> str:
+        return f"MySQLOutbox({make_url(self.url).render_as_string(hide_password=True)})"
+
+    @property
+    def engine(self) -> Engine:
+        return engine_for(self.url, os.getpid())
+
+    @property
+    def marking_engine(self) -> Engine:
+        return engine_for(self.url, os.getpid(), MARK_LOCK_WAIT_S)
+
+    def disconnect(self) -> None:
+        """Closes this process's idle connections; the next call opens others."""
+        self.engine.dispose()
+        self.marking_engine.dispose()
+
+    @contextmanager
+    def transaction(self, what: str) -> Iterator[Connection]:
+        """A READ COMMITTED transaction: committed at the end, rolled back by any exception."""
+        with self._named(what, self.engine) as connection:
+            yield connection
+
+    @contextmanager
+    def _named(self, what: str, engine: Engine) -> Iterator[Connection]:
+        """A transaction whose wait for a lock, if it is in vain, ends in an error that names who holds it."""
+        try:
+            with translated(what), engine.begin() as connection:
+                yield connection
+        except OutboxUnavailable as error:
+            locked = error.__cause__
+            if not isinstance(locked, OperationalError) or code_and_words(locked.orig)[0] != LOCK_WAIT_TIMEOUT:
+                raise
+            if not locked.statement:  # a COMMIT's
+                raise
+            said = f"{error}. {holders(self.engine, locked.statement, locked.params)}"
+            # Every statement about one row of the ledger says so.
+            batch_id = locked.params.get("batch_id") if isinstance(locked.params, dict) else None
+            raise (BatchLocked if batch_id else OutboxUnavailable)(said) from locked
+
+    @contextmanager
+    def _marking(self, what: str) -> Iterator[Connection]:
+        """As `transaction`, of a connection that gives up early on a lock: the caller then goes another way."""
+        with suppress(_NotAsUsual), translated(what):
+            try:
+                with self.marking_engine.begin() as connection:
+                    yield connection
+            except OperationalError as error:
+                if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                    raise
+                raise _NotAsUsual from None
+
+    # ── planning ─────────────────────────────────────────────────────────────────────────────────
+
+    def open_owners(self) -> list[str]:
+        holders = self.batch_holders()
+        return sorted({name for holder in holders for name in (holder.owner, holder.process) if name})
+
+    def batch_holders(self) -> list[Holder]:
+        with self.transaction("reading the ledger's owners") as connection:
+            return [
+                Holder(
+                    owner=row.owner,
+                    process=row.at_work,
+                    batches=row.batches,
+                    rows=row.row_count,
+                    lease_left_s=row.lease_left_ms / 1000,
+                    lease_until_ms=row.lease_until_ms,
+                )
+                for row in connection.execute(SQL["batch_holders"])
+            ]
+
+    @contextmanager
+    def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[MySQLPlanning]:
+        with self.transaction("planning batches") as connection:
+            epoch, last_ms = _lock_ledger(connection)
+            connection.execute(SQL["count_plan"], {"epoch": epoch + 1})
+            # With the epoch in front, a batch shows when a release that writes no keys has adopted it since.
+            key = f"{_key_of(epoch + 1)}{secrets.token_hex(16)}"[:KEY_LETTERS]
+            plan = Plan(epoch=epoch + 1, key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
+            began = time.monotonic()
+            yield MySQLPlanning(connection, plan, last_ms=last_ms)
+            if time.monotonic() - began > LONG_PLAN_S:  # the first batch's lease began when it was claimed
+                _renew_plan(connection, epoch=plan.epoch, key=plan.key, lease_ms=plan.lease_ms)
+
+    def reserve_inserted_at(self, count: int) -> list[int]:
+        with self.transaction("reserving an inserted_at") as connection:
+            _, last_ms = _lock_ledger(connection)
+            return _reserve(connection, last_ms, count)
+
+    # ── a batch's life ───────────────────────────────────────────────────────────────────────────
+
+    def renew(self, claim: Claim, lease_s: int) -> Batch:
+        with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
+            return _renew(connection, claim, lease_s)
+
+    def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
+        with self.transaction(f"renewing the lease of batch {claim.batch_id}") as connection:
+            _renew(connection, claim, lease_s)
+            _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
+            values = {"batch_id": claim.batch_id, "until_ms": until_ms, "epoch": claim.epoch, "claim_key": claim.key}
+            connection.execute(SQL["allow_inserts"], values)
+
+    def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
+        """The rows of these pks that exist, by ascending pk, marked or not; of one version, or of any.
+
+        In memory at a time: `READ_ROWS` rows, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
+        whatever `row_bytes` says: one SELECT brings no more than a share of each payload. Payloads beyond their share are
+        read after that, as many together as come to `READ_BYTES`, or one alone. Source: the outbox's primary key; no lock.
+        """
+        for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
+            share = SHARES * READ_BYTES // len(chunk)
+            found = self._rows(chunk, share, version)
+            cut_off = [row[0] for row in found if len(row[-1] or b"") == share]
+            whole = self._whole(cut_off, version)
+            large = set(cut_off)
+            for row in found:
+                if row[0] in large:
+                    row = next(whole)
+                    if row is None:  # gone since the first look
+                        continue
+                pk, event_id, workspace_id, exported_at_ms, payload = row
+                yield StoredRow(
+                    pk=pk,
+                    event_id=event_id,
+                    workspace_id=workspace_id,
+                    exported_at_ms=exported_at_ms,
+                    payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
+                )
+
+    def _rows(self, pks: PkSet, most_bytes: int, version: str | None) -> list[Any]:
+        with self.transaction("reading outbox rows") as connection:
+            return [
+                row
+                for part, values in by_shape("rows", pks)
+                for row in _driver_rows(connection, part, {**values, "most_bytes": most_bytes, "version": version})
+            ]
+
+    def _whole(self, pks: Sequence[int], version: str | None) -> Iterator[Any]:
+        """These rows with all of their payload, one for each pk in its order, None for one that is gone."""
+        if not pks:
+            return
+        sizes: dict[int, int] = {}
+        with self.transaction("measuring outbox rows") as connection:
+            for at in range(0, len(pks), LIST_PKS):
+                sizes.update(_driver_rows(connection, "payload_bytes", {"pks": list(pks[at : at + LIST_PKS])}))
+        start = size = 0
+        for end, pk in enumerate([*pks, None]):
+            more = (sizes.get(pk) or 0) if pk is not None else READ_BYTES + 1
+            if end > start and size + more > READ_BYTES:
+                group = pks[start:end]
+                found = {row[0]: row for row in self._rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES, version)}
+                yield from (found.pop(one, None) for one in group)
+                start, size = end, 0
+            size += more
+
+    def seal(self, claim: Claim, cut: Cut) -> None:
+        self._cut(claim, cut, State.CLAIMED)
+
+    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
+        self._cut(claim, cut, State.SEALED, State.STOPPED, cut_digest=instead_of)
+
+    def _cut(self, claim: Claim, cut: Cut, *states: State, cut_digest: str | None = None) -> None:
+        # A requeue is found by the rows that it can have sent, those that it gave back included.
+        sent = cut.pks | pks_of(cut.given_back)
+        with self.transaction(f"sealing batch {claim.batch_id}") as connection:
+            _fence(connection, claim, *states, cut_digest=cut_digest)
+            connection.execute(
+                SQL["cut"],
+                {
+                    "batch_id": claim.batch_id,
+                    "rows": len(cut.pks),
+                    "entries": sum(block.rows for block in cut.blocks),
+                    "bytes": sum(block.bytes for block in cut.blocks),
+                    "first_pk": sent.first if sent else None,
+                    "last_pk": sent.last if sent else None,
+                    "pks": str(cut.pks),
+                    "manifest": blocks_to_text(cut.blocks, cut.given_back),
+                    "counts": _counts_to_text(cut.counts),
+                    "digest": cut.digest,
+                    "inserted_at_ms": max((block.inserted_at_ms for block in cut.blocks), default=0),
+                    "oldest_ms": cut.oldest_ms,
+                    "newest_ms": cut.newest_ms,
+                    "generation": cut.generation,
+                    "note": cut.note[:1000] if cut.note is not None else None,
+                },
+            )
+            dead_letters.add(connection, claim, cut.dead_letters)
+
+    def begin_write(self, claim: Claim, lease_s: int) -> Batch:
+        with self.transaction(f"beginning to write batch {claim.batch_id}") as connection:
+            _fence(
+                connection,
+                claim,
+                State.SEALED,
+                State.STOPPED,
+                State.WRITTEN,
+                State.EXPORTED,
+                State.VERIFIED,
+                State.DISCREPANT,
+            )
+            connection.execute(SQL["begin_write"], {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000})
+            return _own(connection, claim)
+
+    def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
+        with self.transaction(f"stopping batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.SEALED)
+            values = {"batch_id": claim.batch_id, "error": error[:1000], "wait_ms": max(0, wait_ms)}
+            connection.execute(SQL["stop"], values)
+
+    def record_written(self, claim: Claim, digest: str) -> Batch:
+        with self.transaction(f"recording batch {claim.batch_id} as written") as connection:
+            _fence(connection, claim, State.SEALED, State.STOPPED, cut_digest=digest)
+            connection.execute(SQL["record_written"], {"batch_id": claim.batch_id})
+            return _own(connection, claim)
+
+    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
+        what = f"marking rows of batch {claim.batch_id}"
+        with self._marking(what) as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            return _stamp(connection, pks, exported_at_ms)
+        with self._named(what, self.marking_engine) as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            return self._stamp_unlocked(connection, pks, exported_at_ms)
+
+    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
+        what = f"marking the last rows of batch {claim.batch_id}"
+        with self._marking(what) as connection:
+            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, _stamp)
+        with self._named(what, self.marking_engine) as connection:
+            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, self._stamp_unlocked)
+
+    def _stamp_unlocked(self, connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+        """As `marking.stamp_unlocked`. Rows that are locked are left out, so what it waits for in vain is the whole table."""
+        try:
+            return stamp_unlocked(connection, pks, exported_at_ms)
+        except OperationalError as error:
+            if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT or not error.statement:
+                raise
+            raise OutboxLocked(
+                f"clickhouse_outbox is locked as a whole. {holders(self.engine, error.statement, error.params)}"
+            ) from None
+
+    def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
+        ids = 0
+        for chunk in pks.chunks(OWN_ROWS):
+            with self.transaction("comparing rows with their batch") as connection:
+                ids += own_ids(connection, chunk, exported_at_ms)
+        return ids
+
+    def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
+        with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:
+            _fence(connection, claim, State.WRITTEN, shared=True)
+            take_back(connection, pks, exported_at_ms)
+
+    @staticmethod
+    def _finish_mark(
+        connection: Connection,
+        claim: Claim,
+        pks: PkSet,
+        exported_at_ms: int,
+        before: Marked,
+        ids: int,
+        how: Callable[[Connection, PkSet, int], Marked],
+    ) -> Batch:
+        _fence(connection, claim, State.WRITTEN)
+        last = how(connection, pks, exported_at_ms)
+        if last.locked:
+            raise RowsLocked(f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again")
+        total = before + last
+        if total.ids != ids:
+            raise RowsSwapped(f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again")
+        counts = _own(connection, claim).counts
+        counts = Counts(
+            dead=counts.dead,
+            folded=counts.folded,
+            released=counts.released,
+            vanished=counts.vanished + total.vanished,
+            elsewhere=counts.elsewhere + total.elsewhere,
+            unmarked=total.vanished + total.elsewhere,
+        )
+        connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
+        return _own(connection, claim)
+
+    def leave_written(self, claim: Claim, why: str) -> Batch:
+        with self.transaction(f"leaving batch {claim.batch_id} unmarked") as connection:
+            _fence(connection, claim, State.WRITTEN)
+            connection.execute(SQL["leave_written"], {"batch_id": claim.batch_id, "error": why[:1000]})
+            return _own(connection, claim)
+
+    def holders(self, pks: PkSet) -> str:
+        return holders(self.engine, f"SELECT pk FROM clickhouse_outbox WHERE pk = {pks.first:d} FOR UPDATE")
+
+    def written_within(self, version: str, age_s: int) -> bool:
+        with self.transaction("looking for batches that were written") as connection:
+            values = {"version": version, "age_s": age_s}
+            return connection.execute(SQL["written_within"], values).first() is not None
+
+    def moment(self) -> Moment:
+        with self.transaction("reading the ledger's last batch") as connection:
+            row = connection.execute(SQL["moment"]).one()
+            return Moment(batch_id=row.batch_id or 0, at_ms=row.now_ms)
+
+    def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
+        with self.transaction("listing a run's batches") as connection:
+            found = connection.execute(SQL["claimed_since"], {"owner": owner, "after_id": since.batch_id})
+            return [batch_of(row) for row in found]
+
+    def discrepant_since(self, since: Moment) -> dict[int, str]:
+        with self.transaction("listing discrepant batches") as connection:
+            found = connection.execute(SQL["discrepant_since"], {"since_ms": since.at_ms})
+            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
+
+    def unverified(self, batches: int) -> list[Batch]:
+        with self.transaction("listing batches to verify") as connection:
+            # Those of a version that is not installed stay as they are, and must not take everybody's place.
+            rows = connection.execute(SQL["unverified"], {"row_limit": batches + LEFT_ALONE_AT_MOST})
+            return [batch_of(row) for row in rows if row.version in VERSIONS][:batches]
+
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
+        state = State.DISCREPANT if discrepancy else State.VERIFIED
+        error = f"{IN_CLICKHOUSE}{discrepancy}" if discrepancy else ""
+        with self.transaction(f"recording the verification of batch {batch.batch_id}") as connection:
+            connection.execute(
+                SQL["record_verified"],
+                {
+                    "batch_id": batch.batch_id,
+                    "digest": batch.digest,
+                    "state": str(state),
+                    "error": error,
+                    "observed": observed_to_text(observed),
+                },
+            )
+
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        with self.transaction("reading the ledger") as connection:
+            found = connection.execute(SQL["sent_over"], {"first_pk": first_pk, "last_pk": last_pk})
+            return [batch_of(row) for row in found]
+
+    def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
+        with self.transaction("reading batches") as connection:
+            found = [connection.execute(SQL["batch"], {"batch_id": batch_id}).one_or_none() for batch_id in batch_ids]
+            return [batch_of(row) for row in found if row is not None]
+
+    # ── the backlog ──────────────────────────────────────────────────────────────────────────────
+
+    def backlog(self, versions: Sequence[str], *, count_to: int) -> Backlog:
+        with self.transaction("probing the backlog") as connection:
+            return probe(connection, versions, count_to)
+
+    def dead_by_reason(self) -> dict[str, int]:
+        """Open dead letters by reason, most frequent first."""
+        with self.transaction("counting dead letters") as connection:
+            return {row.reason: row.n for row in connection.execute(SQL["dead_by_reason"])}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one plan writes into each batch that it claims or adopts."""
+
+    epoch: int
+    key: str
+    owner: str
+    process: str
+    lease_ms: int
+
+    @property
+    def values(self) -> dict[str, object]:
+        return {
+            "epoch": self.epoch,
+            "claim_key": self.key,
+            "owner": self.owner,
+            "process": self.process,
+            "lease_ms": self.lease_ms,
+        }
+
+
+class MySQLPlanning:
+    """`core.ports.Planning`: lives inside one transaction that holds the ledger's lock."""
+
+    def __init__(self, connection: Connection, plan: Plan, *, last_ms: int) -> None:
+        self._connection = connection
+        self._plan = plan
+        self._last_ms = last_ms
+
+    def open_batches(self) -> list[OpenBatch]:
+        rows = self._connection.execute(SQL["open_batches"])
+        return [
+            OpenBatch(batch=batch_of(row), lease_expired=bool(row.lease_expired), lease_left_ms=row.lease_left_ms)
+            for row in rows
+        ]
+
+    def unreadable(self) -> list[UnreadableBatch]:
+        known = {str(state) for state in State} | {"head"}
+        states = {row.state for row in self._connection.execute(SQL["states"])} - known
+        return [
+            UnreadableBatch(batch_id=row.batch_id, state=state, pks=PkSet.parse(row.pks))
+            for state in sorted(states)
+            for row in self._connection.execute(SQL["in_state"], {"state": state})
+        ]
+
+    def begin_lease_again(self, batch: Batch) -> None:
+        self._connection.execute(
+            SQL["begin_lease_again"], {"batch_id": batch.batch_id, "lease_ms": self._plan.lease_ms}
+        )
+
+    def adopt(self, batch: Batch) -> Claim | None:
+        if not list(self._connection.execute(SQL["unlocked"], {"batch_ids": [batch.batch_id]})):
+            return None
+        self._connection.execute(SQL["adopt"], {"batch_id": batch.batch_id, **self._plan.values})
+        return Claim(
+            batch_id=batch.batch_id,
+            epoch=self._plan.epoch,
+            key=self._plan.key,
+            version=batch.version,
+            generation=batch.generation,
+            rows=batch.rows,
+            adopted=True,
+        )
+
+    def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
+        page = {"version": version, "from_pk": from_pk, "row_limit": rows}
+        pks = PkSet(tuple(self._read("candidates", page)))
+        first_letter, last_letter = self._standing_letters
+        if pks and first_letter <= last_letter and first_letter <= pks.last and last_letter >= pks.first:
+            return PkSet(tuple(self._read("candidates_beside_letters", page)))
+        return pks
+
+    @cached_property
+    def _standing_letters(self) -> tuple[int, int]:
+        """The first and the last pk that a dead letter holds. It stays so: further ones are of rows in open batches."""
+        ((first, last),) = self._read("standing_letters", {})
+        return (first, last) if last is not None else (1, 0)
+
+    def _read(self, statement: str, values: Mapping[str, object]) -> list[Any]:
+        return _driver_rows(self._connection, statement, values)
+
+    def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]:
+        return dict(self._read("payload_bytes", {"pks": list(pks)}))
+
+    def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})
+        return [batch_of(row) for row in found]
+
+    def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim:
+        new = sum(1 for block in blocks if block.inserted_at_ms is None)
+        reserved = iter(_reserve(self._connection, self._last_ms, new) if new else [])
+        planned = tuple(
+            Block(
+                number=number,
+                inserted_at_ms=block.inserted_at_ms if block.inserted_at_ms is not None else next(reserved),
+                pks=block.pks,
+                bytes=block.bytes,
+            )
+            for number, block in enumerate(blocks)
+        )
+        if new:
+            self._last_ms = max(block.inserted_at_ms for block in planned)
+        pks = pks_of(planned)
+        batch_id = self._connection.execute(SQL["last_batch_id"]).scalar_one() + 1
+        self._connection.execute(
+            SQL["add_batch"],
+            {
+                **self._plan.values,
+                "batch_id": batch_id,
+                "generation": generation,
+                "version": version,
+                "rows": len(pks),
+                "bytes": sum(block.bytes for block in planned),
+                "first_pk": pks.first,
+                "last_pk": pks.last,
+                "pks": str(pks),
+                "manifest": blocks_to_text(planned),
+                "inserted_at_ms": max(block.inserted_at_ms for block in planned),
+            },
+        )
+        return Claim(
+            batch_id=batch_id,
+            epoch=self._plan.epoch,
+            key=self._plan.key,
+            version=version,
+            generation=generation,
+            rows=len(pks),
+        )
+
+
+class _NotAsUsual(Exception):
+    """Ends a transaction that could not mark a chunk as usual; nothing of it is kept."""
+
+
+def _stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
+    marked = stamp(connection, pks, exported_at_ms)
+    if marked is None:
+        raise _NotAsUsual
+    return marked
+
+
+def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
+    """The driver's own tuples: for every row that is read, SQLAlchemy's would cost as much again."""
+    cursor = connection.execute(SQL[statement], values).cursor
+    assert cursor is not None
+    return list(cursor.fetchall())
+
+
+def _lock_ledger(connection: Connection) -> tuple[int, int]:
+    head = connection.execute(SQL["lock_ledger"]).one_or_none()
+    if head is None:
+        raise SetupIncomplete("clickhouse_outbox_batch lacks its row 0, the ledger's lock; run `auditexport init`")
+    return head.epoch, head.inserted_at_ms
+
+
+def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
+    """`count` values of `inserted_at`, above every earlier one and not before the database's clock."""
+    first_ms = max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)
+    connection.execute(SQL["reserve_inserted_at"], {"last_ms": first_ms + count - 1})
+    return list(range(first_ms, first_ms + count))
+
+
+def _fence(
+    connection: Connection, claim: Claim, *states: State, cut_digest: str | None = None, shared: bool = False
+) -> None:
+    """Refuses a claim that another plan has adopted, or whose batch is past this step, or cut anew; locks the ledger row."""
+    row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
+    if row is None or not _holds(claim, row):
+        raise _lost(claim, row)
+    if row.state not in tuple(map(str, states)):
+        raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
+    if cut_digest is not None and row.digest != cut_digest:
+        raise LeaseLost(
+            f"batch {claim.batch_id} was cut anew meanwhile, by a second attempt of the same step that a queue gave out; "
+            "this one is refused and changed nothing. Nothing is lost: the other attempt or the next run continues"
+        )
+
+
+def _key_of(epoch: int) -> str:
+    """How the key of a plan begins."""
+    return f"{epoch:x}-"
+
+
+def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
+    """Whether the batch is still this claim's: an epoch alone can recur, after a failover that lost commits."""
+    return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
+
+
+def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:
+    _renew_plan(connection, epoch=claim.epoch, key=claim.key, lease_ms=lease_s * 1000)
+    return _own(connection, claim)
+
+
+def _renew_plan(connection: Connection, *, epoch: int, key: str, lease_ms: int) -> None:
+    plan = {"epoch": epoch, "claim_key": key}
+    leased = [row.batch_id for row in connection.execute(SQL["leased"], plan)]
+    if leased:
+        values = {"lease_ms": lease_ms, **plan}
+        try:
+            connection.execute(SQL["renew"], {"batch_ids": leased, **values})
+        except OperationalError as error:
+            if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                raise
+            # Somebody holds a batch of the plan locked. Nobody else can adopt it meanwhile; the others are not to wait for it.
+            free = [row.batch_id for row in connection.execute(SQL["unlocked"], {"batch_ids": leased})]
+            if free:
+                connection.execute(SQL["renew"], {"batch_ids": free, **values})
+
+
+def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:
+    if row is None:
+        now = "is not in the ledger"
+    elif row.epoch == 0:
+        now = "is stopped: the first run after its lease takes it up"
+    elif row.epoch == claim.epoch:
+        now = f"is another batch, of {row.owner}: MySQL has forgotten this plan, as a failover or a restore does"
+    else:
+        now = f"is held by plan {row.epoch} of {row.owner}"
+    return LeaseLost(
+        f"batch {claim.batch_id} was claimed by plan {claim.epoch} and now {now}; this run is refused and changed nothing"
+    )
+
+
+def _own(connection: Connection, claim: Claim) -> Batch:
+    row = connection.execute(SQL["batch"], {"batch_id": claim.batch_id}).one_or_none()
+    if row is None or not _holds(claim, row):
+        raise _lost(claim, row)
+    return batch_of(row)
+
+
+def _counts_to_text(counts: Counts) -> str:
+    return msgspec.json.encode({name: count for name, count in asdict(counts).items() if count}).decode()
+
+
+def batch_of(row: Row[tuple[object, ...]]) -> Batch:
+    blocks, given_back = blocks_from_text(row.manifest)
+    return Batch(
+        batch_id=row.batch_id,
+        epoch=row.epoch,
+        generation=row.generation,
+        version=row.version,
+        state=State(row.state),
+        owner=row.owner,
+        claim_key=row.claim_key,
+        process=row.process if row.claim_key.startswith(_key_of(row.epoch)) else "",
+        pks=PkSet.parse(row.pks),
+        blocks=blocks,
+        given_back=given_back,
+        bytes=row.bytes,
+        counts=Counts(**msgspec.json.decode(row.counts, type=dict[str, int])) if row.counts else Counts(),
+        digest=row.digest,
+        attempts=row.attempts,
+        inserts_until_ms=row.inserts_until_ms,
+        exported_at_ms=row.exported_at_ms,
+        oldest_ms=row.oldest_event_ms,
+        newest_ms=row.newest_event_ms,
+        last_error=row.last_error,
+        observed=observed_from_text(row.observed),
+    )

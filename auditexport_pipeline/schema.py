@@ -1,0 +1,98 @@
+"""Tables: creating what is ours.
+
+What belongs here: `auditexport init`. What does not: exporting; checking what is there (`preflight`); and
+altering a table that exists, which is never done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Template
+
+from sqlalchemy import text
+
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
+from auditexport_pipeline.clickhouse.connection import connection_arguments
+from auditexport_pipeline.clickhouse.connection import translated as clickhouse_errors
+from auditexport_pipeline.clickhouse.engines import TABLE, Engine, Layout, family_of
+from auditexport_pipeline.clickhouse.settings import DDL_SETTINGS
+from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.sql import load
+
+_MYSQL = load("mysql/schema.sql")
+_CLICKHOUSE = load("clickhouse/schema.sql")
+_OUR_TABLES = {
+    "clickhouse_outbox_batch": "ledger",
+    "clickhouse_outbox_dead_letter": "dead_letters",
+    "clickhouse_outbox_action": "actions",
+    "clickhouse_outbox_erasure": "erasures",
+}
+
+
+def create(
+    outbox: MySQLOutbox,
+    log: ClickHouseAuditLog,
+    *,
+    with_outbox: bool = False,
+    layout: Layout | None = None,
+    cluster: str = "",
+) -> list[str]:
+    """Creates what does not exist yet and returns the names created; changes nothing that exists.
+
+    Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
+    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
+    `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
+    server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if
+    `audit_logs_raw_v1` is there already: raises `InvalidConfig` when a table has to be created beside one on replicas or
+    shards, whose layout nobody can guess.
+    """
+    created = []
+    with outbox.transaction("looking for tables") as connection:
+        mariadb = "mariadb" in str(connection.execute(text("SELECT VERSION()")).scalar()).lower()
+        existing = {row.table_name for row in connection.exec_driver_sql(_MYSQL["tables"])}
+        collation = "utf8mb4_bin" if mariadb else "utf8mb4_0900_as_cs"
+    wanted = {"clickhouse_outbox": "outbox", **_OUR_TABLES} if with_outbox else _OUR_TABLES
+    for table, statement in wanted.items():
+        if table not in existing:
+            with outbox.transaction(f"creating {table}") as connection:
+                connection.exec_driver_sql(
+                    Template(_MYSQL[statement]).substitute(collation=collation).replace("%", "%%")
+                )
+            created.append(table)
+    with outbox.transaction("preparing the ledger") as connection:
+        connection.exec_driver_sql(_MYSQL["ledger_head"])
+
+    with clickhouse_errors("creating tables"):
+        client = log.connection
+        engines = {str(name): str(engine) for name, engine in client.query(_CLICKHOUSE["tables"]).result_rows}
+        wanted_there = (layout or _beside(engines, cluster)).statements(connection_arguments(log.url)["database"])
+        for table, statement in wanted_there.items():
+            if table not in engines:
+                client.command(statement, settings=DDL_SETTINGS)
+                created.append(table)
+    return created
+
+
+def _beside(engines: Mapping[str, str], cluster: str) -> Layout:
+    """The layout of tables beside `audit_logs_raw_v1`, from the engines that are there by name."""
+    family = family_of(engines.get(TABLE, ""))
+    if family in (Engine.MERGE_TREE, Engine.SHARED):
+        return Layout(engine=family, cluster=cluster)
+    missing = [version.table for version in VERSIONS.values() if version.table not in engines]
+    if missing:
+        on = "[--cluster NAME]" if family is Engine.REPLICATED else "--cluster NAME"
+        raise InvalidConfig(
+            f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: say what it is to stand on, as "
+            f"then: auditexport init --engine {family.value} {on}"
+        )
+    return Layout(cluster=cluster)  # for the view
+
+
+def printed(layout: Layout, database: str) -> dict[str, list[str]]:
+    """What `create` would send to databases that have nothing yet, but for the application's outbox."""
+    return {
+        "mysql": [*(_MYSQL[statement] for statement in _OUR_TABLES.values()), _MYSQL["ledger_head"]],
+        "clickhouse": [*layout.statements(database).values()],
+    }

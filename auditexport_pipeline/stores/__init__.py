@@ -1,1 +1,0 @@
-"""The two databases: `outbox` is MySQL, `audit_log` is ClickHouse, `setup` is the tables of both."""
