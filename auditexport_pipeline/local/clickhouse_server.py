@@ -58,8 +58,6 @@ HOST: Final = "127.0.0.1"
 MAX_STATEMENTS: Final = 16
 # A part of a body that is decoded at once, beside the other requests.
 SMALL_PART_BYTES: Final = 16_384
-# Of a statement that sets several settings, well below max_query_size.
-SET_LIMIT_CHARACTERS: Final = 16_384
 # What the event loop collects before a thread decompresses and spools it: smaller costs hand-overs, larger costs memory.
 PART_BYTES: Final = 1 << 20
 # A server's http_max_field_value_size: what it would refuse must not pass here.
@@ -569,15 +567,15 @@ class Scope:
         settings = {**SERVER_SETTINGS, **dict(self.settings)}
         if self.read_only:
             settings.setdefault("readonly", "2")
-        # `readonly` comes last, for it forbids setting anything after it. Short ones share a statement; two long parameters in
-        # one would exceed max_query_size.
-        told: list[str] = []
-        for name in sorted(settings, key="readonly".__eq__):
-            setting = f"{name} = {literal(settings[name])}"
-            if told and name != "readonly" and len(told[-1]) + len(setting) < SET_LIMIT_CHARACTERS:
-                told[-1] += f", {setting}"
-            else:
-                told.append(f"SET {setting}")
+        # `readonly` comes last, for it forbids setting anything after it. A parameter can be long, and two long ones in a
+        # statement would exceed max_query_size.
+        parameters = [name for name in settings if name.startswith("param_")]
+        short = [name for name in settings if name != "readonly" and name not in parameters]
+        alone = [*parameters, *(name for name in settings if name == "readonly")]
+        told = [
+            "SET " + ", ".join(f"{name} = {literal(settings[name])}" for name in group)
+            for group in (short, *([name] for name in alone))
+        ]
         if self.database:
             told.insert(0, "USE `" + self.database.replace("\\", "\\\\").replace("`", "\\`") + "`")
         return told
