@@ -31,7 +31,7 @@ from auditexport_tests.users import users_xml
 ALL = ("GRANT ALL ON *.* WITH GRANT OPTION",)
 CONFIG = "<clickhouse><users_config>{users}</users_config></clickhouse>"
 ROWS = 4
-CLICKHOUSE_MD = Path(preflight.__file__).parents[1] / "docs" / "clickhouse.md"
+CLICKHOUSE_MD = Path(preflight.__file__).parent / "docs" / "clickhouse.md"
 
 # Each alone changes a number that a decision rests on, or the text of a meta, or refuses what we ask.
 HOSTILE = {
