@@ -27,7 +27,7 @@ dev: $(READY) server
 # CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; README.md has examples.
 test: SELECTED = -m 'not slow'
 test test-all: $(READY) server
-	@$(BIN)/python -m auditexport_tests.engines $(CLICKHOUSE)
+	@$(BIN)/python -m auditexport_tests.support.engines $(CLICKHOUSE)
 	@AUDITEXPORT_TEST_CLICKHOUSE_ENGINE=$(CLICKHOUSE) $(if $(MYSQLD),AUDITEXPORT_MYSQLD='$(MYSQLD)') \
 		$(BIN)/python -m pytest -n 4 --dist worksteal $(SELECTED) $(PYTEST_ARGS)
 

@@ -3,7 +3,7 @@
 A missing server fails the run. AUDITEXPORT_TEST_MYSQL_URL and AUDITEXPORT_TEST_CLICKHOUSE_URL point the
 suite at servers of yours (it creates and drops databases there); otherwise a private MySQL or MariaDB
 (AUDITEXPORT_MYSQLD chooses) and the embedded ClickHouse (AUDITEXPORT_TEST_CLICKHOUSE_ENGINE chooses, see
-`auditexport_tests.engines`) are started and stopped here.
+`auditexport_tests.support.engines`) are started and stopped here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_tests import engines
-from auditexport_tests.engines import local_clickhouse
+from auditexport_tests.support import engines
+from auditexport_tests.support.engines import local_clickhouse
 
 _numbers = itertools.count(1)
 

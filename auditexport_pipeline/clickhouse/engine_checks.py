@@ -3,7 +3,7 @@ event once. The same questions for the table of every payload version.
 
 What belongs here: engine, keys, sharding, replicas and the deduplication window, what each answer breaks and how it is
 mended. What does not: columns, TTL and grants (`checks`, `version_checks`), the statements
-(`checks.sql`), and what `init` creates (`engines`).
+(`checks.sql`), and what `init` creates (`support.engines`).
 """
 
 from __future__ import annotations

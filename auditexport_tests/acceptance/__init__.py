@@ -1,1 +1,4 @@
-"""Black-box tests of what the issue on other people's worlds asks for, one file a theme."""
+"""What users see, and nothing else: the CLI, Dagster's own commands, and two servers that are asked in SQL.
+
+Nothing here imports `auditexport_pipeline`, so these tests pass unmodified before and after any change of the code inside.
+"""

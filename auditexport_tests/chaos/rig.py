@@ -21,7 +21,7 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.chaos.proxy import Proxy
-from auditexport_tests.engines import local_clickhouse
+from auditexport_tests.support.engines import local_clickhouse
 
 _numbers = itertools.count(1)
 

@@ -23,7 +23,7 @@ from auditexport_pipeline.local.processes import free_port
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.e2e.install import find_browser
-from auditexport_tests.waiting import wait_until
+from auditexport_tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 # The last run's pictures, for whoever wants to look: `make test-e2e` overwrites them.

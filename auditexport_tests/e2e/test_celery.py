@@ -1,7 +1,7 @@
 """A drain on Celery: Redis or RabbitMQ, PostgreSQL for Dagster's storage, three workers as processes, and one of them killed.
 
 What belongs here: what only workers in other processes can show. What does not: how the executor is put together
-(`dagster_glue/test_executors.py`). RabbitMQ tells a lost worker by its connection, Redis by a time.
+(`integration/dagster/test_executors.py`). RabbitMQ tells a lost worker by its connection, Redis by a time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.local.processes import Child
 from auditexport_tests.chaos.proxy import Fault, Proxy
 from auditexport_tests.conftest import Stack
-from auditexport_tests.dagster_glue.conftest import events, everything_once, launchpad, ledger
 from auditexport_tests.e2e.install import find_postgres
 from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres, rabbitmq, redis
-from auditexport_tests.test_deploy import DEPLOY
-from auditexport_tests.waiting import wait_until
+from auditexport_tests.integration.dagster.conftest import events, everything_once, launchpad, ledger
+from auditexport_tests.support.waiting import wait_until
+from auditexport_tests.unit.test_deploy import DEPLOY
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[2]

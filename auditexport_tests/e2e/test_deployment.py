@@ -22,10 +22,10 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.local.processes import Child, free_port
 from auditexport_tests.conftest import Stack
-from auditexport_tests.dagster_glue.conftest import events, everything_once
 from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres
-from auditexport_tests.test_deploy import DEPLOY, started, unit, variables
-from auditexport_tests.waiting import wait_until
+from auditexport_tests.integration.dagster.conftest import events, everything_once
+from auditexport_tests.support.waiting import wait_until
+from auditexport_tests.unit.test_deploy import DEPLOY, started, unit, variables
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -24,8 +24,8 @@ import pytest
 import yaml
 
 from auditexport_tests.conftest import Stack
-from auditexport_tests.dagster_glue.conftest import ROOT, Exporter, events, everything_once, launchpad
-from auditexport_tests.test_deploy import KUBERNETES
+from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, launchpad
+from auditexport_tests.unit.test_deploy import KUBERNETES
 
 pytestmark = pytest.mark.timeout(900)
 LAUNCHER: dict[str, Any] = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]

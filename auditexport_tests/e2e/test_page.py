@@ -1,7 +1,7 @@
 """What an operator does on Dagster's page, done by a real browser: launch, misconfigure, automate.
 
 What belongs here: what only a browser can tell, that a person finds the button and sees the number. What does not:
-what a launch does to the databases, which `dagster_glue` tests without one.
+what a launch does to the databases, which `integration.dagster` tests without one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.e2e.conftest import PICTURES, SENSOR_ROWS, Dev
-from auditexport_tests.waiting import wait_until
+from auditexport_tests.support.waiting import wait_until
 
 # A browser may be a minute late on a loaded machine, and each test waits for several things.
 pytestmark = pytest.mark.timeout(900)

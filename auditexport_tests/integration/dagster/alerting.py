@@ -1,0 +1,132 @@
+"""What the tests of alerts share: the sensors as the daemon ticks them, their clock, and runs that go wrong."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import dagster as dg
+import msgspec
+import pytest
+
+from auditexport_pipeline.core.run_alerts import RunAlerts
+from auditexport_pipeline.definitions import build_audit_export_defs, defs
+from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource, MySQLResource
+from auditexport_tests.conftest import Stack
+
+if TYPE_CHECKING:  # which has the fixtures, and imports this
+    from auditexport_tests.integration.dagster.conftest import Exporter
+
+DEAD_PORT = "http://default@127.0.0.1:1/default"
+DEAD_MYSQL = "mysql+pymysql://nobody:very-secret@127.0.0.1:1/app"
+
+
+class Clock:
+    """The sensors' clock, which a test sets forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class Sensor:
+    """An alert sensor as the daemon ticks it, its cursor carried from tick to tick."""
+
+    def __init__(self, exporter: Exporter, stack: Stack, name: str, definitions: dg.Definitions = defs) -> None:
+        self._instance = exporter.instance
+        self._definitions = definitions
+        self.name = name
+        self.mysql_url = stack.mysql_url
+        self.cursor: str | None = None
+
+    def tick(self) -> str:
+        """One evaluation; what it says."""
+        sensor = self._definitions.resolve_sensor_def(self.name)
+        prefix = self.name.removesuffix("run_alerts").removesuffix("number_alerts")
+        every = {
+            "mysql": MySQLResource(url=self.mysql_url),
+            "alerts": AlertsResource(),
+            "heartbeat": HeartbeatResource(),
+        }
+        with dg.build_sensor_context(
+            instance=self._instance,
+            cursor=self.cursor,
+            resources={
+                f"{prefix}{key}": each
+                for key, each in every.items()
+                if f"{prefix}{key}" in sensor.required_resource_keys
+            },
+        ) as context:
+            result = sensor._raw_fn(context)
+        assert isinstance(result, dg.SensorResult)
+        assert not result.run_requests
+        self.cursor = result.cursor
+        assert result.skip_reason is not None
+        return str(result.skip_reason.skip_message)
+
+    def later(self, seconds: float) -> None:
+        """Sets what it remembers back, which is the same as its clock forward, but not the runs'."""
+        memory = msgspec.json.decode(self.cursor or "", type=RunAlerts)
+        for stands in memory.board.standing.values():
+            stands.told_ms -= int(seconds * 1000)
+        memory.waiting = {
+            run_id: msgspec.structs.replace(waits, ended_ms=waits.ended_ms - int(seconds * 1000))
+            for run_id, waits in memory.waiting.items()
+        }
+        self.cursor = msgspec.json.encode(memory).decode()
+
+
+def failing(exporter: Exporter, monkeypatch: pytest.MonkeyPatch, **settings: object) -> str:
+    """The id of a drain that failed because ClickHouse is away."""
+    with monkeypatch.context() as away:
+        away.setenv("AUDITEXPORT_CLICKHOUSE_URL", DEAD_PORT)
+        return exporter.drain(raise_on_error=False, **settings).run_id
+
+
+def died(
+    exporter: Exporter, job: str = "audit_log_export", selection: frozenset[dg.AssetKey] | None = None
+) -> dg.DagsterRun:
+    """A run that failed from outside, as when its worker was killed, and that Dagster does not launch again."""
+    run = exporter.put_run(job, "STARTED", selection)
+    exporter.instance.report_run_failed(run, "Run worker process unexpectedly exited")
+    exporter.instance.add_run_tags(run.run_id, {"dagster/will_retry": "false"})
+    return run
+
+
+def ended_untold(exporter: Exporter) -> dg.DagsterRun:
+    """A run whose failure is stored, to the microsecond, and of whose retry Dagster has yet to speak."""
+    run = exporter.put_run("audit_log_export", "STARTED")
+    failed = dg.DagsterEvent(event_type_value="PIPELINE_FAILURE", job_name=run.job_name)
+    exporter.instance.run_storage.handle_run_event(run.run_id, failed, datetime.now(timezone.utc))
+    found = exporter.instance.get_run_by_id(run.run_id)
+    assert found is not None
+    assert found.status is dg.DagsterRunStatus.FAILURE
+    assert "dagster/will_retry" not in found.tags
+    return found
+
+
+class Broken(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Somebody's database that cannot be set up."""
+
+    url: str = ""
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        raise ValueError("very-secret-payload")
+
+
+def cannot_begin(exporter: Exporter) -> None:
+    """A drain that fails before its first step could tell anybody."""
+    broken = dg.Definitions.merge(
+        build_audit_export_defs(mysql=Broken()), dg.Definitions(executor=dg.in_process_executor)
+    )
+    result = broken.resolve_job_def("audit_log_export").execute_in_process(
+        instance=exporter.instance, raise_on_error=False
+    )
+    assert not result.success
+    exporter.instance.add_run_tags(result.run_id, {"dagster/will_retry": "false"})

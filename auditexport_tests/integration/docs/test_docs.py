@@ -1,0 +1,368 @@
+"""The README and the pages of `auditexport_pipeline/docs`: what they name exists, and what exists they name.
+
+What belongs here: links, commands, options, variables, statements, errors, checks and tests that a page mentions.
+What does not: whether what a page says is well said.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.core import errors
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
+from auditexport_pipeline.core.targets import TARGET_VARIABLES, Targets
+from auditexport_pipeline.definitions import defs
+from auditexport_tests.conftest import Stack
+from auditexport_tests.integration.dagster.conftest import event, events
+from auditexport_tests.support.crashes import drain
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = ROOT / "auditexport_pipeline"
+TESTS = ROOT / "auditexport_tests"
+DOCS = PACKAGE / "docs"
+README = ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+RUNBOOK = DOCS / "runbook.md"
+
+_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r"`([^`]+)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def _code(page: Path) -> Iterator[str]:
+    """Each line of each code block, and each code span, as written; a span over two lines is one line."""
+    text = page.read_text()
+    for fence in _FENCE.findall(text):
+        yield from fence.splitlines()[1:-1]
+    text = _FENCE.sub("", text)
+    for line in text.splitlines():
+        if line.startswith("    "):
+            yield line.strip()
+    prose = "\n".join(line if not line.startswith("    ") else "" for line in text.splitlines())
+    for span in _SPAN.findall(prose):
+        yield " ".join(span.split())
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that the page's headings get where it is shown."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ── links ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for target in _LINK.findall(_FENCE.sub("", text)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists() or (anchor and anchor not in _anchors(there)):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_anchor_of_a_page_resolves(page: Path) -> None:
+    """A runbook is read at night, by somebody who has no time for a dead link."""
+    assert not _broken_links(page, page.read_text())
+
+
+def test_a_broken_link_is_found() -> None:
+    """The check above reads what is there."""
+    text = "[a](runbook.md#lag-is-above-its-target) [b](runbook.md#nowhere) [c](nothing.md)"
+    assert _broken_links(DOCS / "operations.md", text) == ["runbook.md#nowhere", "nothing.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_ours_that_a_page_names_exists(page: Path) -> None:
+    """`core/verify.py` is a promise that there is something to read."""
+    for code in _code(page):
+        if re.fullmatch(r"(?:\w+/)+[\w.*-]+\.(?:py|sql|md|yaml|service|example)", code):
+            places = [place for base in (ROOT, PACKAGE, TESTS, PACKAGE / "deploy") for place in base.glob(code)]
+            assert places, f"{page.name} names {code}"
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command line as a page prints it."""
+
+    page: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.line}"
+
+
+def _trees() -> dict[str, click.Command]:
+    from dagster._cli import create_dagster_cli
+    from dagster._daemon.cli import create_dagster_daemon_cli
+    from dagster_webserver.cli import dagster_webserver
+
+    return {
+        "auditexport": main,
+        "dagster": create_dagster_cli(),
+        "dagster-daemon": create_dagster_daemon_cli(),
+        "dagster-webserver": dagster_webserver,
+    }
+
+
+def _commands() -> list[Command]:
+    return [
+        Command(page.name, line)
+        for page in PAGES
+        for line in dict.fromkeys(_code(page))
+        if re.match(r"(?:auditexport|dagster|dagster-daemon|dagster-webserver) ", line)
+    ]
+
+
+def _unknown_to(tree: click.Command, words: list[str]) -> list[str]:
+    """What of these words neither is a subcommand nor an option of the command that they lead to."""
+    command, unknown, at = tree, [], 0
+    context = click.Context(command)
+    while isinstance(command, click.Group) and at < len(words) and not words[at].startswith("-"):
+        found = command.get_command(context, words[at])
+        if found is None:
+            return [words[at]]
+        # `list | show | retry` names several: each must exist, and the last one is gone on with.
+        siblings = [command.get_command(context, word) for word in words[at + 1 :] if word != "|"]
+        if "|" in words[at + 1 : at + 2]:
+            names = [word for word in words[at:] if word != "|"]
+            return [name for name, sibling in zip(names[1:], siblings, strict=True) if sibling is None]
+        command, at = found, at + 1
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    options |= {"--help", "-h"}
+    unknown += [word for word in words[at:] if word.startswith("-") and word not in options]
+    return unknown
+
+
+def _words(line: str) -> list[str]:
+    line = line.split(" # ")[0].split("  #")[0]
+    line = re.sub(r"[\[\]]", "", line)  # what may be left out is still an option
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("command", _commands(), ids=str)
+def test_every_command_and_option_of_a_page_exists(command: Command) -> None:
+    """Somebody types it as it stands there."""
+    assert not _unknown_to(_trees()[command.line.split()[0]], _words(command.line))
+
+
+def test_a_command_or_an_option_that_does_not_exist_is_found() -> None:
+    """The check above can fail: at the command, below it, and at the option."""
+    assert _unknown_to(main, _words("auditexport frobnicate")) == ["frobnicate"]
+    assert _unknown_to(main, _words("auditexport dead-letters burn --all")) == ["burn"]
+    assert _unknown_to(main, _words("auditexport sweep [--outbox-days 30] [--now]")) == ["--now"]
+    assert _unknown_to(main, _words("auditexport dead-letters list | show | burn")) == ["burn"]
+    assert not _unknown_to(main, _words("auditexport dead-letters list | show | retry"))
+
+
+def test_every_command_of_ours_is_on_a_page() -> None:
+    """What no page mentions, nobody finds."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name, command in main.commands.items():
+        assert f"auditexport {name}" in text or f"make {name}" in text, f"no page names `auditexport {name}`"
+        if isinstance(command, click.Group):
+            for sub in command.commands:
+                assert re.search(rf"auditexport {name} [^`\n]*\b{sub}\b", text), f"no page names `{name} {sub}`"
+
+
+def test_every_make_target_of_a_page_exists() -> None:
+    """`make` is the first thing that anybody types here."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {match for page in PAGES for code in _code(page) for match in re.findall(r"^make ([\w-]+)", code)}
+    assert {"demo", "test"} <= named
+    assert named <= targets
+
+
+# ── commands and statements that are carried out ─────────────────────────────────────────────────
+
+
+def _runnable() -> list[str]:
+    """The runbook's own commands, as printed: those with options, and those that need none. `--watch` would never end."""
+    lines = [line.split("  #")[0].strip() for line in dict.fromkeys(_code(RUNBOOK)) if line.startswith("auditexport ")]
+    alone = ("status", "doctor", "drain", "batches", "erasures", "metrics")
+    return [line for line in lines if "--watch" not in line and ("--" in line or line.split()[1] in alone)]
+
+
+def test_every_command_of_the_runbook_runs(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stack with an export, a dead letter and an erasure, none of them is a wrong call."""
+    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", stack.mysql_url)
+    monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", stack.clickhouse_url)
+    _export_something(stack)
+    lines = _runnable()
+    assert len(lines) >= 12
+    for line in lines:
+        done = CliRunner().invoke(main, _words(line))
+        assert done.exit_code in (0, BAD_OUTCOME), f"{line}: {done.output}"
+        assert done.exception is None or isinstance(done.exception, SystemExit), f"{line}: {done.exception!r}"
+
+
+# BACKUP is left out: it needs a disk for backups, and the embedded ClickHouse has none.
+_STATEMENT = re.compile(r"(?:SELECT|ALTER TABLE|DELETE FROM|OPTIMIZE TABLE|SHOW ENGINE) ")
+
+
+def _statements() -> list[tuple[str, str]]:
+    """Each SQL statement of the pages, with the page's name: of a block, all its lines are one."""
+    found = []
+    for page in PAGES:
+        text = _FENCE.sub("", page.read_text())
+        spans = [" ".join(span.split()) for span in _SPAN.findall(re.sub(r"^    .*$", "", text, flags=re.MULTILINE))]
+        blocks = [" ".join(block.split()) for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]
+        found += [(page.name, code) for code in dict.fromkeys([*spans, *blocks]) if _STATEMENT.match(code)]
+    return found
+
+
+@pytest.mark.parametrize(("page", "statement"), _statements())
+def test_every_statement_of_the_pages_runs(stack: Stack, page: str, statement: str) -> None:
+    """A statement that an operator pastes at night has been run before."""
+    _export_something(stack)
+    if re.search(r"audit_logs_raw_v1|\bsystem\.", statement):
+        stack.log.client().command(statement)
+    else:
+        stack.sql(statement)
+
+
+def _export_something(stack: Stack) -> None:
+    """Ten events exported and verified, and row 4711 set aside."""
+    stack.put(*events(10))
+    workspace_id, event_id, payload = event("evt_4711")
+    stack.sql(
+        "INSERT INTO clickhouse_outbox (pk, version, workspace_id, event_id, payload, created_at) "
+        "VALUES (4711, 'audit_log.v1', :workspace_id, :event_id, :payload, 1760000000000)",
+        workspace_id=workspace_id,
+        event_id=event_id,
+        payload=payload.replace('"key.create"', "17"),
+    )
+    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+
+
+# ── variables, settings, errors, checks, tests ───────────────────────────────────────────────────
+
+
+def test_every_variable_is_documented_and_every_documented_variable_exists() -> None:
+    """A variable that nobody reads about is not there; one that nobody reads any more is worse."""
+    name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
+    sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py"]
+    used = {found for path in sources for found in name.findall(path.read_text())}
+    used |= {f"{TARGET_VARIABLES}{target.name.upper()}" for target in fields(Targets)}
+    used |= {f"{POLICY_VARIABLES}{setting.name.upper()}" for setting in fields(Policy)}
+    documented = {found for page in PAGES for found in name.findall(page.read_text())}
+    assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
+    assert used == documented
+
+
+def test_every_setting_of_a_drain_is_in_the_table_of_knobs() -> None:
+    """Whoever scales it looks there and nowhere else."""
+    table = (DOCS / "operations.md").read_text().split("\n## Scaling\n")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in _SPAN.findall(row)}
+    assert named == {limit.name for limit in fields(Limits)}
+
+
+def test_the_table_of_targets_has_their_defaults() -> None:
+    """A number that an operator is called by is looked up there."""
+    text = (DOCS / "operations.md").read_text()
+    for target in fields(Targets):
+        assert f"| `{TARGET_VARIABLES}{target.name.upper()}` | {target.default:g} |" in text
+    text = (DOCS / "alerts.md").read_text()
+    for setting in fields(Policy):
+        assert f"| `{POLICY_VARIABLES}{setting.name.upper()}` | {setting.default:g} |" in text
+
+
+def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
+    """A job that no page mentions is found by accident."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    jobs = {job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")}
+    automation = {found.name for found in (*(defs.sensors or ()), *(defs.schedules or ()))}
+    assert "audit_log_export" in jobs
+    assert "sweep_schedule" in automation
+    assert not {name for name in jobs | automation if f"`{name}`" not in text}
+
+
+def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
+    """The name that status gives a finding leads to its section."""
+    about = set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "advice.py").read_text()))
+    assert "lag" in about
+    first_table = RUNBOOK.read_text().split("\n## ")[0]
+    assert not {name for name in about if f"`{name}`" not in first_table}
+
+
+def test_every_alert_rule_leads_to_a_section_of_the_runbook() -> None:
+    """Whoever is called at night has a link in the notice."""
+    rules = (PACKAGE / "deploy" / "prometheus-rules.yml").read_text()
+    anchors = re.findall(r"runbook: auditexport_pipeline/docs/runbook\.md#(\S+)", rules)
+    assert len(anchors) == len(re.findall(r"- alert: ", rules)) > 5
+    assert set(anchors) <= _anchors(RUNBOOK)
+
+
+def _raised() -> list[str]:
+    """The errors that are raised themselves: the leaves of the tree, and those with a docstring of their own cause."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    roots = {errors.AuditExportError, errors.TransientError, errors.PermanentError}
+    return sorted(kind.__name__ for kind in kinds if kind not in roots)
+
+
+@pytest.mark.parametrize("error", _raised())
+def test_every_error_has_a_section_in_the_runbook(error: str) -> None:
+    """A failed run gives an error's name; the name must lead somewhere."""
+    assert error.lower() in _anchors(RUNBOOK)
+
+
+def test_every_asset_check_is_in_the_runbooks_table() -> None:
+    """A check that fails is a question; the runbook has the answer."""
+    checks = {key.name for check in defs.asset_checks or () for key in check.check_keys}
+    assert "recent_exports_reconcile" in checks
+    first_table = RUNBOOK.read_text().split("\n## ")[0]
+    assert not {name for name in checks if f"`{name}`" not in first_table}
+
+
+def _tests_of(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    """A promise whose test was renamed away is not held by anything."""
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (DOCS / "guarantees.md").read_text())
+    assert len(named) > 30
+    missing = [f"{path}::{name}" for path, name in named if name not in _tests_of(TESTS / path)]
+    assert not missing
+
+
+def test_every_promise_names_a_test() -> None:
+    """What is promised in a quoted line is held by the table beneath it."""
+    sections = (DOCS / "guarantees.md").read_text().split("\n## ")[1:]
+    assert sum("\n> " in section for section in sections) >= 6
+    for section in sections:
+        assert "::test_" in section, section.splitlines()[0]
+
+
+def test_the_pages_ship_with_the_package() -> None:
+    """Whoever installs the package has the runbook."""
+    if (ROOT / "pyproject.toml").exists():
+        shipped = (ROOT / "pyproject.toml").read_text()
+        for pattern in (
+            "docs/*.md",
+            "docs/images/*.png",
+            "deploy/*.yaml",
+            "deploy/systemd/*",
+            "deploy/container/*",
+            "deploy/kubernetes/*",
+        ):
+            assert f'"{pattern}"' in shipped
+            assert list(PACKAGE.glob(pattern)) or pattern.endswith(".png"), pattern

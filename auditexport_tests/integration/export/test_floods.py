@@ -1,0 +1,297 @@
+"""Floods of bad rows: one workspace's must not slow the others, and each drain's work is bounded.
+
+What belongs here: how much is asked of ClickHouse and what gets through meanwhile, over real stores. What does not:
+single bad rows among good ones (`integration.export.test_exactly_once`), and what operators do about letters (`integration.maintenance.test_dead_letters`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from auditexport_pipeline.core import culprits
+from auditexport_pipeline.core.batch import Batch, Block
+from auditexport_pipeline.core.culprits import Group, Questions, search
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.ports import Refusal
+from auditexport_pipeline.mysql import held
+from auditexport_tests.conftest import Stack
+from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+
+NEVER = "before nothing 1"
+
+
+def row(number: int, workspace_id: str, **fields: object) -> tuple[str, str, str]:
+    event = {"event_id": f"evt_{number}", "time": number, "workspace_id": workspace_id, "event": "key.create"}
+    return workspace_id, f"evt_{number}", json.dumps({**event, **fields})
+
+
+def fill(stack: Stack, rows: list[tuple[str, str, str]]) -> None:
+    with stack.outbox.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
+            "VALUES ('audit_log.v1', %s, %s, %s, 1)",
+            rows,
+        )
+
+
+def mixed_in(good: int, bad: int, **fields: object) -> list[tuple[str, str, str]]:
+    """Good rows of ten workspaces, spread evenly among bad ones of one."""
+    rows = [row(number, f"ws_{number % 10}") for number in range(good)]
+    every = bad // good
+    return [
+        each
+        for number, sound in enumerate(rows)
+        for each in (sound, *(row(good + number * every + n, "ws_flood", **fields) for n in range(every)))
+    ]
+
+
+class Counting(CrashingAuditLog):
+    """Counts what ClickHouse is asked."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack.log, CrashPoint(NEVER))
+        self.probes = self.inserts = 0
+
+    def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
+        self.probes += 1
+        return super().probe(version, payloads, timeout_s=timeout_s)
+
+    def insert(
+        self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
+    ) -> Refusal | None:
+        self.inserts += 1
+        return super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
+
+
+@pytest.fixture(autouse=True)
+def no_merges(stack: Stack) -> None:
+    """A duplicate must still be there when it is counted."""
+    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(culprits, "QUESTIONS", 40)
+    return culprits.QUESTIONS
+
+
+def workspaces(stack: Stack) -> dict[str, int]:
+    found = stack.clickhouse("SELECT workspace_id, count() FROM audit_logs_raw_v1 GROUP BY ALL")
+    return {str(name): int(str(rows)) for name, rows in found}
+
+
+def refuse_floods(stack: Stack) -> None:
+    """The table refuses what the parser takes: no probe and no explanation tells which rows."""
+    stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_flood CHECK description != 'x'")
+
+
+def set_aside(stack: Stack) -> int:
+    """Rows that are held because the table refuses them, and dead letters."""
+    ((rows,),) = stack.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox_dead_letter WHERE state IN ('held', 'open')")
+    return int(str(rows))
+
+
+# ── fairness ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _undecodable(stack: Stack) -> list[tuple[str, str, str]]:
+    return mixed_in(1_000, 10_000, actor=5)
+
+
+def _refused_by_the_table(stack: Stack) -> list[tuple[str, str, str]]:
+    refuse_floods(stack)
+    return mixed_in(1_000, 10_000, description="x")
+
+
+@pytest.mark.parametrize("flood", [_undecodable, pytest.param(_refused_by_the_table, marks=pytest.mark.slow)])
+def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood: object) -> None:
+    """Audit evidence of a thousand tenants must not wait for one tenant's broken writer."""
+    fill(stack, flood(stack))
+    log = Counting(stack)
+    drain(stack.outbox, log, Limits(), owner="one")
+
+    assert workspaces(stack) == {f"ws_{number}": 100 for number in range(10)}
+    assert stack.counts() == (1_000, 1_000)
+    assert stack.pending() == 10_000
+    assert log.probes + log.inserts <= culprits.QUESTIONS + 2
+
+
+# ── bounded work, and progress ───────────────────────────────────────────────────────────────────
+
+
+def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few_questions: int) -> None:
+    """Bounded work that finds nothing would be the same work for ever."""
+    refuse_floods(stack)
+    fill(stack, mixed_in(20, 60, description="x"))
+    letters: list[int] = []
+    for number in range(20):
+        log = Counting(stack)
+        drain(stack.outbox, log, Limits(), owner=f"owner {number}")
+        assert log.probes + log.inserts <= few_questions + 2
+        letters.append(set_aside(stack))
+        if letters[-1] == 60:
+            break
+        assert letters[-1] > (letters[-2] if len(letters) > 1 else 0), letters
+    assert letters[-1] == 60
+    assert len(letters) > 1, "the flood was too small to need a second drain"
+    assert stack.counts() == (20, 20)
+    assert stack.pending() == 60
+    assert stack.sql("SELECT DISTINCT state FROM clickhouse_outbox_batch WHERE batch_id > 0")[0].state == "verified"
+
+
+def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_bound(
+    stack: Stack, few_questions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody has an explanation for is what a new version of ClickHouse will bring."""
+
+    class Picky(Counting):
+        """Refuses as ClickHouse's parser would, whatever holds the word."""
+
+        def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
+            answer = super().probe(version, [*payloads], timeout_s=timeout_s)
+            return Refusal(code=117, name="INCORRECT_DATA") if any(b"unheard" in text for text in payloads) else answer
+
+        def insert(
+            self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
+        ) -> Refusal | None:
+            if any(b"unheard" in text for text in payloads):
+                self.inserts += 1
+                return Refusal(code=117, name="INCORRECT_DATA")
+            return super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
+
+    fill(stack, mixed_in(20, 60, description="unheard"))
+    drains = 0
+    while sum(stack.outbox.dead_by_reason().values()) < 60:
+        log = Picky(stack)
+        before = sum(stack.outbox.dead_by_reason().values())
+        drain(stack.outbox, log, Limits(), owner=f"owner {drains}")
+        assert log.probes <= few_questions
+        assert log.inserts <= 2
+        assert stack.counts() == (20, 20)  # from the first drain on
+        assert sum(stack.outbox.dead_by_reason().values()) > before
+        drains += 1
+    assert drains > 1
+    assert stack.pending() == 60
+
+
+def test_a_flood_of_repeated_keys_costs_a_handful_of_probes(stack: Stack) -> None:
+    """Two probes a row made an hour of a drain; MySQL never keeps such a row, MariaDB does."""
+    rows = [row(number, "ws_1", meta=0) for number in range(2_000)]
+    fill(stack, [(ws, event, text.replace('"meta": 0', '"meta": {"k": 1, "k": 2}')) for ws, event, text in rows])
+    log = Counting(stack)
+    drain(stack.outbox, log, Limits(), owner="one")
+    assert log.probes <= 1
+    assert log.inserts <= 2
+    assert stack.counts() == (2_000, 2_000)
+    assert stack.pending() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crash_point", [f"{side} recut {n}" for n in (1, 3, 9) for side in ("before", "after")])
+def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
+    stack: Stack, few_questions: int, crash_point: str
+) -> None:
+    """Giving rows back is one more durable effect, and one more wrong moment to die."""
+    refuse_floods(stack)
+    fill(stack, mixed_in(20, 60, description="x"))
+    crash_at = CrashPoint(crash_point)
+    with pytest.raises(Crash):
+        drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), Limits(), owner="owner")
+    for number in range(20):
+        drain(stack.outbox, stack.log, Limits(), owner=f"owner {number}", dead_owners={"owner"})
+        if set_aside(stack) == 60:
+            break
+    assert set_aside(stack) == 60
+    assert stack.counts() == (20, 20)
+    assert stack.pending() == 60
+
+
+def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_questions: int) -> None:
+    """A later generation that loses the first `inserted_at` would be a second event to the table."""
+    fill(stack, [row(number, f"ws_{number % 2}", description="x" if number % 2 else "y") for number in range(80)])
+    drain(stack.outbox, stack.log, Limits(), owner="one")
+    ((at_ms,),) = stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1")
+    refuse_floods(stack)
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
+    drain(stack.outbox, stack.log, Limits(), owner="two")
+    assert stack.pending() == 40
+    assert 0 < set_aside(stack) < 40, "no row was given back"
+    stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_flood")
+    assert held.release(stack.outbox, stack.log.definition) > 0
+    drain(stack.outbox, stack.log, Limits(), owner="three")
+    assert stack.pending() == 0
+    assert stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1") == [(at_ms,)]
+    assert stack.clickhouse("SELECT count() FROM audit_logs") == [(80,)]
+
+
+@pytest.mark.parametrize("fate", ["dead", "given back"])
+def test_a_folded_row_whose_standing_row_leaves_the_batch_is_not_marked(
+    stack: Stack, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marked without an entry, the event would be nowhere: the one loss that no count in the outbox shows."""
+    refuse_floods(stack)
+    if fate == "given back":
+        monkeypatch.setattr(culprits, "QUESTIONS", 1)
+    rows = [row(1, "ws_1", description="sound"), row(1, "ws_1", description="x"), row(2, "ws_1")]
+    fill(stack, rows)
+    drain(stack.outbox, stack.log, Limits(), owner="one")
+    marked = stack.sql("SELECT event_id FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")
+    there = {str(event) for (event,) in stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1")}
+    assert {str(found.event_id) for found in marked} <= there
+    monkeypatch.undo()
+    for owner in ("two", "three"):
+        drain(stack.outbox, stack.log, Limits(), owner=owner)
+    assert stack.counts() == (2, 2)
+    assert stack.pending() == 1
+
+
+# ── the search by itself ─────────────────────────────────────────────────────────────────────────
+
+
+def _groups(sizes: dict[str, int]) -> dict[int, str]:
+    names: Iterator[str] = (name for name, size in sizes.items() for _ in range(size))
+    return dict(enumerate(names, start=1))
+
+
+def test_a_search_with_enough_questions_finds_exactly_the_culprits() -> None:
+    """The rest is what goes out, so a row too many is a loss and a row too few a refused block."""
+    where = _groups({"ws_a": 40, "ws_b": 3, "ws_c": 100})
+    bad = {1, 40, 41, 100, 143}
+    found = search(Group.of(where), lambda pks: "no" if bad & set(pks) else None, Questions(left=1_000))
+    assert (set(found.refused), found.unresolved) == (bad, [])
+
+
+@pytest.mark.parametrize("questions", [1, 2, 3, 20, 100])
+def test_a_search_never_asks_more_than_it_may_and_calls_nothing_sound_that_it_has_not_asked_about(
+    questions: int,
+) -> None:
+    """A row that is sent unasked makes the next block refused again, for nothing."""
+    where = _groups({"ws_a": 50, "ws_flood": 500, "ws_z": 50})
+    asked: list[set[int]] = []
+
+    def ask(pks: list[int]) -> str | None:
+        asked.append(set(pks))
+        return "no" if any(where[pk] == "ws_flood" for pk in pks) else None
+
+    found = search(Group.of(where), ask, Questions(left=questions, for_single_rows=questions // 2))
+    assert len(asked) <= questions
+    cleared = set(where) - set(found.refused) - set(found.unresolved)
+    assert all(where[pk] != "ws_flood" for pk in cleared)
+    if questions >= 20:
+        assert len(cleared) == 100
+    if questions >= 100:
+        assert found.refused, "no progress: the next drain would begin where this one did"
+
+
+def test_groups_are_cut_between_workspaces() -> None:
+    """A half that shares a workspace with the other tells nothing about either's neighbours."""
+    group = Group.of(_groups({"ws_a": 1, "ws_flood": 50, "ws_z": 1}))
+    assert [[len(half.rows), half.mixed] for half in group.halves()] in (
+        [[1, False], [51, True]],
+        [[51, True], [1, False]],
+    )
+    alone = Group.of(_groups({"ws_a": 5}))
+    assert [len(half.rows) for half in alone.halves()] == [2, 3]

@@ -1,0 +1,79 @@
+"""The backlog is what a drain would take, and a row whose created_at says nothing is seen all the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.defs.automation import DEFAULT_THRESHOLDS
+from auditexport_tests.conftest import Stack
+from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.prompts import prompt_in, urls
+
+
+def _backlog(stack: Stack) -> Backlog:
+    return stack.outbox.backlog(tuple(VERSIONS), count_to=100_000)
+
+
+def test_letters_whose_rows_were_deleted_hide_no_row(stack: Stack) -> None:
+    """Five hundred of them hid 450 rows for ever: no launch, no error."""
+    stack.put(*(("ws_1", f"bad_{number}", "{}") for number in range(30)))
+    drain(stack.outbox, stack.log, Limits(), owner="one")
+    assert _backlog(stack).rows == 0
+    stack.sql("DELETE FROM clickhouse_outbox WHERE pk > 10")
+    stack.put(*events(15))
+    assert (_backlog(stack).rows, _backlog(stack).dead_rows) == (15, 30)
+
+
+def test_a_stopped_batch_has_no_owner_at_work(stack: Stack) -> None:
+    """Nobody works on it until its lease ends, so it must not keep the next run from starting."""
+    stack.put(*events(2_000))
+    stack.sql(
+        "INSERT INTO clickhouse_outbox_batch (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, "
+        "row_count, entry_count, bytes, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms) "
+        "VALUES (1, 0, 0, 'audit_log.v1', 'stopped', 'gone', UNIX_TIMESTAMP(NOW(3)) * 1000 + 250000, 1, 1, 1, 1, '', '[]', '', '', "
+        "1, 1, '', UNIX_TIMESTAMP(NOW(3)) * 1000)"
+    )
+    assert _backlog(stack).leasing_owners == ()
+
+
+@pytest.mark.parametrize(
+    "created_at",
+    [
+        "UNIX_TIMESTAMP(NOW(3)) * 1000000",
+        "UNIX_TIMESTAMP(NOW(3)) * 1000000000",
+        "UNIX_TIMESTAMP(NOW(3))",
+        "UNIX_TIMESTAMP(NOW(3)) * 1000 + 86400000",
+        "0",
+        "-5",
+    ],
+)
+def test_a_created_at_that_is_no_epoch_milliseconds_hides_no_lag(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, created_at: str
+) -> None:
+    """In microseconds or in the future it made the lag 0 for ever; in seconds it made it half a century."""
+    pks = stack.put(*events(10))
+    hour_ago = "UNIX_TIMESTAMP(NOW(3)) * 1000 - 3600000"
+    stack.sql(f"UPDATE clickhouse_outbox SET created_at = CASE pk WHEN {pks[-1]} THEN {hour_ago} ELSE {created_at} END")
+    backlog = _backlog(stack)
+    assert 3_600 <= backlog.lag_s < 7_200
+    assert decide(backlog, DEFAULT_THRESHOLDS, at_work=None, failures=NO_FAILURES).launch
+    prompt = prompt_in(urls(stack), monkeypatch)
+    assert "created_at that is no epoch milliseconds" in prompt("doctor").output.replace("\n", " ")
+    assert f"pk {pks[0]}" in prompt("status", status=1).output
+
+
+def test_where_no_created_at_is_sound_the_last_claim_tells(stack: Stack) -> None:
+    """Rows that are all in the future are old all the same."""
+    stack.put(*events(3))
+    stack.sql("UPDATE clickhouse_outbox SET created_at = created_at + 864000000")
+    stack.sql(
+        "INSERT INTO clickhouse_outbox_batch (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, "
+        "row_count, entry_count, bytes, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms) "
+        "VALUES (1, 1, 0, 'audit_log.v1', 'verified', 'one', 0, 1, 1, 1, 1, '', '[]', '', '', 1, 1, '', "
+        "UNIX_TIMESTAMP(NOW(3)) * 1000 - 600000)"
+    )
+    assert 600 <= _backlog(stack).lag_s < 1_200
