@@ -14,8 +14,9 @@ from collections import Counter
 from pathlib import Path
 from random import SystemRandom
 
-from auditexport_tests.chaos.history import Outcome, Plan, play
+from auditexport_tests.chaos.history import play
 from auditexport_tests.chaos.rig import Rig
+from auditexport_tests.chaos.world import Outcome, Plan
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pymysql
 
@@ -21,11 +21,9 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_tests.chaos.application import Row, connected, meddle, swap
 from auditexport_tests.chaos.proxy import WIRE_KINDS, Fault, Kind, Proxy
 from auditexport_tests.chaos.worker import UPKEEP_RETRIES
+from auditexport_tests.chaos.world import World
 
-if TYPE_CHECKING:
-    from auditexport_tests.chaos.history import World
-
-Act = Callable[["World"], None]
+Act = Callable[[World], None]
 A = TypeVar("A", bound=Act)
 
 OPEN = ", ".join(f"'{state}'" for state in OPEN_STATES)

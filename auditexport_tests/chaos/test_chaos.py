@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 
 from auditexport_tests.chaos.actions import ACTIONS
-from auditexport_tests.chaos.history import BROUGHT_ABOUT_BY, Plan, play
+from auditexport_tests.chaos.history import BROUGHT_ABOUT_BY, play
 from auditexport_tests.chaos.proxy import WIRE_KINDS
 from auditexport_tests.chaos.rig import Rig
+from auditexport_tests.chaos.world import Plan
 
 # Of one theme at most, until each of its faults has hit.
 HISTORIES = 4
