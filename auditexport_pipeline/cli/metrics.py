@@ -1,24 +1,22 @@
 """`auditexport metrics`: the numbers for Prometheus, printed once, kept in a file, or served.
 
-What belongs here: the text format and the three ways to hand it out. What does not: what is measured (`core.metrics`) and
-how it is read (`mysql.status`, `mysql.totals`).
-
-Prometheus takes what is served; the node exporter's textfile collector takes the file. Both are told when MySQL does not
-answer: `auditexport_up` is 0 then, and the rest is absent rather than old.
+prometheus-client writes the text and the file and answers requests; this module gives it a collector that reads MySQL.
+When MySQL does not answer, `auditexport_up` is 0 and the other numbers are absent rather than old.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,20 +24,25 @@ from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import until_stopped
 from auditexport_pipeline.cli.stores import Chosen, chosen, every
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
-from auditexport_pipeline.core.metrics import Metric, Read, Totals, metrics_of
+from auditexport_pipeline.core.metrics import NAMES, Reading, Totals, samples
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
     from auditexport_pipeline.core.targets import Targets
     from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
-# Several Prometheus servers, and a person with curl, share one look.
+    Family = CounterMetricFamily | GaugeMetricFamily
+
+# Several Prometheus servers, and a person with curl, share one reading.
 CACHE_S = 5.0
-# Below Prometheus' scrape_timeout of 10 s: a MySQL that hangs is answered with `auditexport_up 0`, not with silence.
+# Below Prometheus' scrape_timeout of 10 s: when MySQL hangs, the answer is `auditexport_up 0`, not silence.
 ANSWER_WITHIN_S = 8.0
-# A client that connects and says nothing.
+# A client that connects and sends nothing is cut off after this long.
 CLIENT_TIMEOUT_S = 10.0
 SHORTEST_EVERY_S = 1.0
-_LABEL_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
+_LABEL = re.compile(r"((?!__)[a-zA-Z_][a-zA-Z0-9_]*)=(.*)", re.DOTALL)
 
 
 @main.command()
@@ -68,9 +71,11 @@ def metrics(
     Reads AUDITEXPORT_MYSQL_URL as a user that may only read, and AUDITEXPORT_TARGET_…; ClickHouse is not asked. An
     outbox of the file AUDITEXPORT_OUTBOXES has its name as the label outbox.
 
-    Exit status: 0 MySQL answered, or it was stopped; 1 MySQL did not answer, of one outbox at least (its auditexport_up is
-    0); 2 the call is wrong.
+    Exit status: 0 MySQL answered, or the command was stopped; 1 MySQL did not answer, for at least one outbox (its
+    auditexport_up is 0); 2 the call is wrong.
     """
+    from prometheus_client import CollectorRegistry, generate_latest
+
     if path is not None and listen is not None:
         raise click.UsageError("--file and --listen are two ways to do the same; give one of them")
     if every_s is not None and path is None:
@@ -82,273 +87,219 @@ def metrics(
         chosen().outbox()  # a wrong setup of the only outbox ends here
     if "outbox" in given and (of_all or chosen().name):
         raise click.UsageError("--label outbox=… is the outbox's own name here; take another label")
-    readers = [_reader(which, given) for which in (every() if of_all else [chosen()])]
-    reader = readers[0] if len(readers) == 1 else Readers(readers)
+    collector = OutboxCollector(
+        [_reader(which, given) for which in (every() if of_all else [chosen()])],
+        within_s=None if listen is None and every_s is None else ANSWER_WITHIN_S,
+    )
+    registry = CollectorRegistry()
+    registry.register(collector)
     if listen is not None:
-        _serve(reader, *_address(listen))
-    elif path is not None:
-        _keep(reader, path, every_s)
+        _serve(registry, *_address(listen))
+    elif path is not None and every_s is not None:
+        _write_every(every_s, path, registry, collector)
     else:
-        click.echo(reader.exposition().decode(), nl=False)
-        _leave(reader)
+        if path is not None:
+            _write(path, registry)
+        else:
+            click.echo(generate_latest(registry).decode(), nl=False)
+        if collector.error:
+            click.echo(f"auditexport: {collector.error}", err=True)
+            sys.exit(BAD_OUTCOME)
 
 
-def _reader(which: Chosen, labels: Mapping[str, str]) -> Reader:
-    return Reader(which.outbox, which.targets(), {**labels, **({"outbox": which.name} if which.name else {})})
+def _reader(which: Chosen, labels: Mapping[str, str]) -> OutboxReader:
+    own = {"outbox": which.name} if which.name else {}
+    return OutboxReader(open_outbox=which.outbox, targets=which.targets(), labels={**labels, **own})
 
 
 def _labels(given: tuple[str, ...]) -> dict[str, str]:
-    import re
-
     labels = {}
     for one in given:
-        name, equals, value = one.partition("=")
-        if not equals or not re.fullmatch(_LABEL_NAME, name) or name.startswith("__"):
+        found = _LABEL.fullmatch(one)
+        if not found:
             raise click.UsageError(f"--label {one!r} must read NAME=VALUE, and a name is letters, digits and _")
-        labels[name] = value
+        labels[found[1]] = found[2]
     return labels
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
+    host, _, port = text.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+    if not host or not port.isdecimal() or int(port) > 65_535:
         raise click.UsageError(f"--listen {text!r} must read HOST:PORT, such as 127.0.0.1:9469")
     return host, int(port)
-
-
-def _leave(reader: Reader | Readers) -> None:
-    if reader.trouble:
-        click.echo(f"auditexport: {reader.trouble}", err=True)
-        sys.exit(BAD_OUTCOME)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Reader:
-    """One look at a time, however many ask: whoever comes while one is under way waits for it and shares it."""
+@dataclass(kw_only=True, eq=False)
+class OutboxReader:
+    """Reads one outbox, once at a time: whoever asks during a reading, or within CACHE_S after it, gets that one."""
 
-    def __init__(self, mysql: Callable[[], MySQLOutbox], targets: Targets, labels: Mapping[str, str]) -> None:
-        # Opened at each look: an outbox whose variable or URL is wrong is one that does not answer.
-        self._mysql = mysql
-        self._targets = targets
-        self._labels = labels
-        self.outbox_name = labels.get("outbox", "")
-        self._known: Totals | None = None
-        self._lock = threading.Lock()
-        self._look: threading.Thread | None = None
-        self._metrics: list[Metric] = []
-        self._at_s = -CACHE_S
-        self.trouble = ""
+    # Called for every reading: an outbox whose URL is wrong is one that does not answer.
+    open_outbox: Callable[[], MySQLOutbox]
+    targets: Targets
+    labels: Mapping[str, str] = field(default_factory=dict)
+    result: tuple[Reading | None, str] = (None, "")  # of the last reading that ended, and its error
+    _known: Totals | None = None
+    _thread: threading.Thread | None = None
+    _ended_s: float = 0.0  # by the monotonic clock
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def exposition(self, accept: str = "", *, within_s: float | None = None) -> bytes:
-        """The metrics in the format that is asked for; `auditexport_up 0` when MySQL does not answer in time."""
-        return _encoder(accept)[0](_Registry(self.labelled(within_s)))  # type: ignore[no-any-return]
-
-    def labelled(self, within_s: float | None) -> list[Metric]:
-        """The metrics of one look, each sample with this reader's labels."""
-        return [
-            replace(metric, samples=tuple(({**self._labels, **labels}, value) for labels, value in metric.samples))
-            for metric in self._read(within_s)
-        ]
-
-    def _read(self, within_s: float | None) -> list[Metric]:
+    def begin(self) -> threading.Thread:
+        """The reading to wait for. It has a thread because a wait can end in time, and a call to a hanging MySQL can not."""
         with self._lock:
-            if self._look is None or not self._look.is_alive():
-                if time.monotonic() - self._at_s < CACHE_S:
-                    return self._metrics
-                self._look = threading.Thread(target=self._ask, name="auditexport-metrics", daemon=True)
-                self._look.start()
-            look = self._look
-        look.join(within_s)
-        if look.is_alive():
-            self.trouble = f"MySQL did not answer within {within_s:g} s"
-            return metrics_of(None, self._targets, at_s=time.time())
-        return self._metrics
+            thread = self._thread
+            if thread is None or (not thread.is_alive() and time.monotonic() - self._ended_s >= CACHE_S):
+                self._thread = thread = threading.Thread(target=self._run, name="auditexport-metrics", daemon=True)
+                thread.start()
+            return thread
 
-    def _ask(self) -> None:
+    def _run(self) -> None:
+        try:
+            self.result = self._read(), ""
+        except AuditExportError as error:
+            self.result = None, str(error)
+        except Exception as error:
+            # The error's own text may quote anything.
+            self.result = None, f"{type(error).__name__}: a defect of this program, or of its surroundings"
+        self._ended_s = time.monotonic()
+
+    def _read(self) -> Reading:
         from auditexport_pipeline.mysql.status import read_status
         from auditexport_pipeline.mysql.totals import last_verified_at_ms, read_totals
 
         began_s = time.monotonic()
-        try:
-            mysql = self._mysql()
-            status = read_status(mysql)
-            known, totals = read_totals(mysql, self._known)
-            verified_at_ms = last_verified_at_ms(mysql)
-            self._known = known
-            read = Read(
-                status=status,
-                totals=totals,
-                last_verified_at_ms=verified_at_ms,
-                seconds=time.monotonic() - began_s,
-            )
-            self._metrics = metrics_of(read, self._targets, at_s=time.time())
-            self.trouble = ""
-        except AuditExportError as error:
-            self._metrics = metrics_of(None, self._targets, at_s=time.time())
-            self.trouble = str(error)
-        except Exception as error:
-            # Its text may quote anything; a thread that died would leave old numbers standing.
-            self._metrics = metrics_of(None, self._targets, at_s=time.time())
-            self.trouble = f"{type(error).__name__}: a defect of this program, or of its surroundings"
-        self._at_s = time.monotonic()
+        outbox = self.open_outbox()
+        status = read_status(outbox)
+        self._known, totals = read_totals(outbox, self._known)
+        return Reading(
+            status=status,
+            totals=totals,
+            last_verified_at_ms=last_verified_at_ms(outbox),
+            at_s=time.time(),
+            seconds=time.monotonic() - began_s,
+        )
 
 
-class Readers:
-    """Several outboxes as one: they are asked at the same time, and each metric has the samples of all of them."""
+class OutboxCollector:
+    """The metrics of one or several outboxes for prometheus-client. The readers have the same label names."""
 
-    def __init__(self, readers: list[Reader]) -> None:
+    def __init__(self, readers: Sequence[OutboxReader], *, within_s: float | None = None) -> None:
         self._readers = readers
+        self._within_s = within_s
+        self.error = ""  # of the last collection
 
-    @property
-    def trouble(self) -> str:
-        return "; ".join(f"outbox {reader.outbox_name}: {reader.trouble}" for reader in self._readers if reader.trouble)
+    def describe(self) -> Iterable[Family]:
+        """Every family without samples: prometheus-client learns the names without asking MySQL."""
+        return self._families().values()
 
-    def exposition(self, accept: str = "", *, within_s: float | None = None) -> bytes:
-        from concurrent.futures import ThreadPoolExecutor
+    def collect(self) -> Iterable[Family]:
+        """Every family, with `auditexport_up 0` for an outbox that fails or that does not answer within `within_s`."""
+        families = self._families()
+        until_s = None if self._within_s is None else time.monotonic() + self._within_s
+        # All readings begin before the first is waited for: an outbox that does not answer delays no other.
+        begun = [(reader, reader.begin()) for reader in self._readers]
+        errors = []
+        for reader, thread in begun:
+            thread.join(None if until_s is None else max(0.0, until_s - time.monotonic()))
+            reading, error = reader.result
+            if thread.is_alive():
+                reading, error = None, f"MySQL did not answer within {self._within_s:g} s"
+            if error:
+                name = reader.labels.get("outbox")
+                errors.append(f"outbox {name}: {error}" if name else error)
+            for metric, own, value in samples(reading, reader.targets, now_s=time.time()):
+                families[metric].add_metric((*reader.labels.values(), *own), value)
+        self.error = "; ".join(errors)
+        return families.values()
 
-        with ThreadPoolExecutor(max_workers=len(self._readers)) as threads:
-            found = list(threads.map(lambda reader: reader.labelled(within_s), self._readers))
-        together = [
-            replace(first, samples=tuple(sample for metric in (first, *others) for sample in metric.samples))
-            for first, *others in zip(*found, strict=True)
-        ]
-        return _encoder(accept)[0](_Registry(together))  # type: ignore[no-any-return]
-
-
-class _Registry:
-    """What prometheus-client collects from."""
-
-    def __init__(self, metrics: list[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Any]:
+    def _families(self) -> dict[str, Family]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-        from prometheus_client.core import Metric as Family
 
-        for metric in self._metrics:
-            family: Family
-            if metric.counter:
-                family = CounterMetricFamily(metric.name.removesuffix("_total"), metric.meaning)
-            else:
-                family = GaugeMetricFamily(metric.name, metric.meaning)
-            for labels, value in metric.samples:
-                family.add_sample(metric.name, dict(labels), value)
-            yield family
-
-
-def _encoder(accept: str) -> Any:
-    from prometheus_client.exposition import choose_encoder
-
-    return choose_encoder(accept)
+        made: dict[str, Family] = {}
+        for name, meaning, own in NAMES:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            made[name] = kind(name, meaning, labels=(*self._readers[0].labels, *own))
+        return made
 
 
 # ── handing out ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _keep(reader: Reader | Readers, path: Path, every_s: float | None) -> None:
-    if not path.parent.is_dir():
-        raise InvalidConfig(
-            f"{path.parent} is no directory; --file names a file in the node exporter's textfile directory"
-        )
-    if every_s is None:
-        _write(path, reader.exposition())
-        _leave(reader)
-        return
-    said = ""
-    with until_stopped(signal.SIGTERM, signal.SIGINT) as waited:
+def _write_every(every_s: float, path: Path, registry: CollectorRegistry, collector: OutboxCollector) -> None:
+    shown = ""
+    with until_stopped(signal.SIGTERM, signal.SIGINT) as wait:
         while True:
-            _write(path, reader.exposition(within_s=ANSWER_WITHIN_S))
-            said = _say(reader.trouble, said)
-            if not waited(every_s):
+            _write(path, registry)
+            if collector.error != shown:  # once: a line each time would fill a log
+                shown = collector.error
+                click.echo(f"auditexport: {shown or 'MySQL answers again'}", err=True)
+            if not wait(every_s):
                 return
 
 
-def _write(path: Path, text: bytes) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    # The collector reads *.prom only, so not this one.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: Path, registry: CollectorRegistry) -> None:
+    from prometheus_client import write_to_textfile
+
+    umask = os.umask(0o022)  # the node exporter reads the file as another user
     try:
-        with partial.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
+        write_to_textfile(str(path), registry)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InvalidConfig(f"{path} cannot be written ({error.strerror})") from error
+        raise InvalidConfig(
+            f"{path} cannot be written ({error.strerror}); --file names a file in the node exporter's textfile directory"
+        ) from error
+    finally:
+        os.umask(umask)
 
 
-def _say(trouble: str, said: str) -> str:
-    """Trouble is told once, and its end: a line a minute would fill a log."""
-    if trouble != said:
-        click.echo(f"auditexport: {trouble or 'MySQL answers again'}", err=True)
-    return trouble
-
-
-def _serve(reader: Reader | Readers, host: str, port: int) -> None:
-    server = server_for(reader, host, port)
-    thread = threading.Thread(target=server.serve_forever, name="auditexport-metrics-server", daemon=True)
-    with until_stopped(signal.SIGTERM, signal.SIGINT) as waited:
-        thread.start()
+def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
+    with server_for(registry, host, port) as server, until_stopped(signal.SIGTERM, signal.SIGINT) as wait:
+        threading.Thread(target=server.serve_forever, name="auditexport-metrics-server", daemon=True).start()
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"serving http://{shown}:{server.server_port}/metrics", err=True)
-        waited(None)
-    server.shutdown()
-    server.server_close()
+        wait(None)
+        server.shutdown()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+def server_for(registry: CollectorRegistry, host: str, port: int) -> ThreadingHTTPServer:
+    """A server of /metrics and /healthz, bound and not yet serving. Raises `InvalidConfig` if it cannot be bound.
 
-
-def server_for(reader: Reader | Readers, host: str, port: int) -> ThreadingHTTPServer:
-    """A server of /metrics and /healthz, bound and not yet serving. Raises `InvalidConfig` where it cannot be bound."""
+    `prometheus_client.start_http_server` would answer every path with metrics, wait for ever for a client that sends
+    nothing, and print a traceback when a client goes away.
+    """
     import socket
 
-    class Handler(BaseHTTPRequestHandler):
-        server_version = "auditexport"
-        sys_version = ""
+    from prometheus_client import MetricsHandler
+
+    class Handler(MetricsHandler):
+        server_version, sys_version = "auditexport", ""
         timeout = CLIENT_TIMEOUT_S
 
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def _answer(self, *, body: bool) -> None:
+        def do_GET(self) -> None:  # noqa: N802
             path = self.path.partition("?")[0]
-            kind = "text/plain; charset=utf-8"
             if path == "/metrics":
-                accept = self.headers.get("Accept", "")
-                text, status, kind = reader.exposition(accept, within_s=ANSWER_WITHIN_S), 200, _encoder(accept)[1]
+                super().do_GET()
             elif path == "/healthz":
-                # This process is well, whatever MySQL is: restarting it would not help MySQL.
-                text, status = b"ok\n", 200
-            elif path == "/":
-                text, status = b"auditexport: /metrics and /healthz\n", 200
+                # This process is well, whatever MySQL is: a restart would not help MySQL.
+                self.do_HEAD()
+                self.wfile.write(b"ok\n")
             else:
-                text, status = b"not found: /metrics and /healthz are\n", 404
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(text)))
+                self.send_error(404, explain="/metrics and /healthz are here")
+
+        def do_HEAD(self) -> None:  # noqa: N802
+            self.send_response(200 if self.path.partition("?")[0] in ("/metrics", "/healthz") else 404)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
             self.end_headers()
-            if body:
-                self.wfile.write(text)
 
-        def log_message(self, *_: object) -> None:
-            """A scrape every few seconds is no news."""
-
-    class Server(_Server):
+    class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request: object, client_address: object) -> None:
-            """A client that went away is no news either."""
+            """A client that goes away is no news."""
 
+    Handler.registry = registry
     try:
         return Server((host, port), Handler)
     except OSError as error:

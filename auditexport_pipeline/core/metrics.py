@@ -1,29 +1,31 @@
-"""Metrics: the names that dashboards and alert rules hold, and their values, from a status.
+"""Metrics: the names that dashboards and alert rules use, and their values.
 
-What belongs here: name, kind, unit and meaning of each metric, and its samples. What does not: reading the numbers
-(`mysql.status`, `mysql.totals`), and the text format and who asks for it (`cli.metrics`). Ids of batches, rows, events and
-workspaces are no labels: a label's values are few and known.
+`mysql.status` and `mysql.totals` read the numbers; `cli.metrics` hands them out. An id of a batch, a row, an event or a
+workspace is never a label: each id would be a new series in Prometheus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from auditexport_pipeline.core.advice import Severity, advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.core.targets import Targets
 
-# States in which a batch waits for something. Of the others there are as many as the ledger is old; a counter has them.
-STANDING = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED, State.EXPORTED, State.DISCREPANT)
-NO_LABELS: Mapping[str, str] = {}
+# States in which a batch waits for something. The other states hold as many batches as the ledger is old: counters show them.
+WAITING = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED, State.EXPORTED, State.DISCREPANT)
+
+# None: no sample. A mapping: label values to value.
+Value = float | None | Mapping[tuple[str, ...], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What batches that are closed for good have exported, up to `batch_id`. It never becomes less: the ledger keeps the
-    counts of batches that are swept and compacted.
+    """What closed batches up to `batch_id` have exported. Totals never fall: the ledger keeps the counts of batches that
+    are swept and compacted.
     """
 
     batch_id: int = 0
@@ -32,37 +34,19 @@ class Totals:
     entries: int = 0
     bytes: int = 0  # of payload
 
-    def __add__(self, more: Totals) -> Totals:
-        return Totals(
-            batch_id=max(self.batch_id, more.batch_id),
-            batches=self.batches + more.batches,
-            rows=self.rows + more.rows,
-            entries=self.entries + more.entries,
-            bytes=self.bytes + more.bytes,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One metric and its samples: labels to value."""
-
-    name: str
-    counter: bool
-    meaning: str
-    samples: tuple[tuple[Mapping[str, str], float], ...] = field(default=())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """What one look at MySQL brought back."""
+class Reading:
+    """The numbers of one outbox, read from MySQL within `seconds`."""
 
     status: Status
     totals: Totals
     last_verified_at_ms: int | None
+    at_s: float  # when it ended, by this host's clock
     seconds: float
 
 
-# Every metric, in the order in which it is shown: (name, meaning, label names). A name ending in _total is a counter.
+# Every metric in the order in which it is shown: (name, meaning, label names). A name that ends in _total is a counter.
 NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_up", "1 when MySQL answered this look; 0 when nothing below is known.", ()),
     ("auditexport_read_timestamp_seconds", "When these numbers were read: a file that nobody writes any more is old.", ()),
@@ -96,66 +80,64 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_reconcile_target_seconds", "How often they should be (AUDITEXPORT_TARGET_RECONCILE_HOURS).", ()),
     ("auditexport_advice", "1 for each thing that needs an operator, as auditexport status names it.", ("about", "severity")),
 )  # fmt: skip
-_MEANINGS = {name: meaning for name, meaning, _ in NAMES}
 
 
-def metrics_of(read: Read | None, targets: Targets, *, at_s: float) -> list[Metric]:
-    """The metrics of one look at `at_s`, or of one that failed: then only `auditexport_up`, its time and the targets."""
-    values: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+def samples(reading: Reading | None, targets: Targets, *, now_s: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """(name, label values, value) of every sample; None is a reading that failed now: only the targets are known."""
+    values: dict[str, Value] = {
+        "auditexport_up": reading is not None,
+        "auditexport_read_timestamp_seconds": reading.at_s if reading else now_s,
+        "auditexport_lag_target_seconds": targets.lag_s,
+        "auditexport_open_batch_target_seconds": targets.batch_open_minutes * 60,
+        "auditexport_retention_seconds": targets.retention_days * 86_400,
+        "auditexport_reconcile_target_seconds": targets.reconcile_hours * 3_600,
+    }
+    if reading is not None:
+        values |= _values(reading, targets)
+    for name, value in values.items():
+        for labels, number in (value if isinstance(value, Mapping) else {(): value}).items():
+            if number is not None:
+                yield name, labels, float(number)
 
-    def put(name: str, value: float | None, **labels: str) -> None:
-        if value is not None:
-            values.setdefault(name, []).append((labels or NO_LABELS, float(value)))
 
-    put("auditexport_up", read is not None)
-    put("auditexport_read_timestamp_seconds", at_s)
-    put("auditexport_lag_target_seconds", targets.lag_s)
-    put("auditexport_open_batch_target_seconds", targets.batch_open_minutes * 60)
-    put("auditexport_retention_seconds", targets.retention_days * 86_400)
-    put("auditexport_reconcile_target_seconds", targets.reconcile_hours * 3_600)
-    if read is not None:
-        status, backlog = read.status, read.status.backlog
-        put("auditexport_read_seconds", read.seconds)
-        put("auditexport_backlog_rows", backlog.rows)
-        put("auditexport_backlog_capped", backlog.rows_at_least)
-        put("auditexport_lag_seconds", backlog.lag_s)
-        put("auditexport_exported_rows_total", read.totals.rows)
-        put("auditexport_exported_entries_total", read.totals.entries)
-        put("auditexport_exported_bytes_total", read.totals.bytes)
-        put("auditexport_exported_batches_total", read.totals.batches)
-        put("auditexport_rows_per_second", status.rows_per_s)
-        put("auditexport_drains_at_work", len(status.at_work))
-        by_state = dict.fromkeys(STANDING, 0)
-        for batch in status.open_batches:
-            by_state[batch.state] += 1
-        by_state[State.EXPORTED], by_state[State.DISCREPANT] = status.unverified_batches, status.discrepant_batches
-        for state, count in by_state.items():
-            put("auditexport_batches", count, state=str(state))
-        put("auditexport_oldest_open_batch_seconds", status.oldest_open_age_s)
-        put("auditexport_oldest_unverified_batch_seconds", status.unverified_age_s)
-        put("auditexport_held_rows", status.backlog.held_rows)
-        put("auditexport_view_failures", len(status.view_failures))
-        for reason, letters in status.dead_by_reason.items():
-            put("auditexport_dead_letters", letters, reason=reason)
-        for version, rows in backlog.unknown_by_version.items():
-            put("auditexport_unknown_rows", rows, version=version)
-        put("auditexport_last_export_timestamp_seconds", _seconds(status.last_exported_at_ms))
-        put("auditexport_last_verified_timestamp_seconds", _seconds(read.last_verified_at_ms))
-        put("auditexport_oldest_unswept_seconds", status.oldest_unswept_age_s)
-        if status.last_sweep is not None:
-            put("auditexport_last_sweep_timestamp_seconds", _seconds(status.last_sweep.at_ms))
-            put("auditexport_last_sweep_rows", status.last_sweep.rows)
-        if status.last_reconcile is not None:
-            put("auditexport_last_reconcile_timestamp_seconds", _seconds(status.last_reconcile.at_ms))
-            for kind in ("missing", "duplicated", "unexpected", "altered"):
-                put("auditexport_last_reconcile_entries", getattr(status.differing, kind), kind=kind)
-        for one in advice(status, targets):
-            if one.severity is not Severity.NOTE:
-                put("auditexport_advice", 1, about=one.about, severity=str(one.severity))
-    return [
-        Metric(name=name, counter=name.endswith("_total"), meaning=_MEANINGS[name], samples=tuple(values.get(name, ())))
-        for name, _, _ in NAMES
-    ]
+def _values(reading: Reading, targets: Targets) -> dict[str, Value]:
+    status, backlog, totals = reading.status, reading.status.backlog, reading.totals
+    by_state = Counter(batch.state for batch in status.open_batches)
+    by_state[State.EXPORTED], by_state[State.DISCREPANT] = status.unverified_batches, status.discrepant_batches
+    values: dict[str, Value] = {
+        "auditexport_read_seconds": reading.seconds,
+        "auditexport_backlog_rows": backlog.rows,
+        "auditexport_backlog_capped": backlog.rows_at_least,
+        "auditexport_lag_seconds": backlog.lag_s,
+        "auditexport_exported_rows_total": totals.rows,
+        "auditexport_exported_entries_total": totals.entries,
+        "auditexport_exported_bytes_total": totals.bytes,
+        "auditexport_exported_batches_total": totals.batches,
+        "auditexport_rows_per_second": status.rows_per_s,
+        "auditexport_drains_at_work": len(status.at_work),
+        "auditexport_batches": {(str(state),): by_state[state] for state in WAITING},
+        "auditexport_oldest_open_batch_seconds": status.oldest_open_age_s,
+        "auditexport_oldest_unverified_batch_seconds": status.unverified_age_s,
+        "auditexport_dead_letters": {(reason,): letters for reason, letters in status.dead_by_reason.items()},
+        "auditexport_held_rows": backlog.held_rows,
+        "auditexport_view_failures": len(status.view_failures),
+        "auditexport_unknown_rows": {(version,): rows for version, rows in backlog.unknown_by_version.items()},
+        "auditexport_last_export_timestamp_seconds": _seconds(status.last_exported_at_ms),
+        "auditexport_last_verified_timestamp_seconds": _seconds(reading.last_verified_at_ms),
+        "auditexport_oldest_unswept_seconds": status.oldest_unswept_age_s,
+        "auditexport_advice": {
+            (one.about, str(one.severity)): 1 for one in advice(status, targets) if one.severity is not Severity.NOTE
+        },
+    }
+    if status.last_sweep is not None:
+        values["auditexport_last_sweep_timestamp_seconds"] = _seconds(status.last_sweep.at_ms)
+        values["auditexport_last_sweep_rows"] = status.last_sweep.rows
+    if status.last_reconcile is not None:
+        values["auditexport_last_reconcile_timestamp_seconds"] = _seconds(status.last_reconcile.at_ms)
+        values["auditexport_last_reconcile_entries"] = {
+            (kind,): getattr(status.differing, kind) for kind in ("missing", "duplicated", "unexpected", "altered")
+        }
+    return values
 
 
 def _seconds(at_ms: int | None) -> float | None:
