@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from auditexport_pipeline.cli import main
+from auditexport_pipeline.cli.group import main
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import Age, Command, by, json_option, moment, print_json, print_table, table
 from auditexport_pipeline.cli.stores import outbox
 from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, LetterState, Which

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import Command, console, interactive, json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.claiming import held_line

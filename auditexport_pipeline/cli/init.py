@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.errors import InvalidConfig

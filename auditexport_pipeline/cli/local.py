@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from auditexport_pipeline.cli import main
+from auditexport_pipeline.cli.group import main
 from auditexport_pipeline.cli.shared import json_option
 
 _directory = click.option(

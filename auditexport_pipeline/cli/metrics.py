@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import until_stopped
 from auditexport_pipeline.cli.stores import Chosen, chosen, every
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig

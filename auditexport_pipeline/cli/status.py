@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from auditexport_pipeline.cli import BAD_CALL, BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME, main
 from auditexport_pipeline.cli.pages import report_option, typed
 from auditexport_pipeline.cli.screen import layout, overview
 from auditexport_pipeline.cli.shared import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from auditexport_pipeline.cli import BAD_OUTCOME, main
+from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.pages import report_option, typed
 from auditexport_pipeline.cli.shared import (
     TABLE_ROWS,
