@@ -5,16 +5,16 @@ What belongs here: laying numbers out for a width and a height. What does not: l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME
 from auditexport_pipeline.cli.shared import console, moment, table
 from auditexport_pipeline.core.advice import Advice, Severity, needs_operator, verdict
 from auditexport_pipeline.core.status import RATE_WINDOW_S, Status, shown_counts, shown_s
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from auditexport_pipeline.cli.status import Line
 
 # Lines of each table where the screen's height does not say (a file, a pager).
 LISTED = 20
@@ -176,6 +176,21 @@ def _runs(now: Status, rows: int, width: int) -> list[RenderableType]:
             str(run.worst),
         )
     return ["", shown]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One outbox among others. Without a status, `trouble` says why there is none."""
+
+    name: str
+    now: Status | None
+    found: list[Advice]
+    trouble: str = ""
+
+    @property
+    def status(self) -> int:
+        """The exit status that this outbox calls for."""
+        return BAD_CALL if self.now is None else BAD_OUTCOME if needs_operator(self.found) else 0
 
 
 def overview(lines: list[Line], width: int) -> RenderableType:

@@ -19,7 +19,7 @@ import click
 
 from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME, main
 from auditexport_pipeline.cli.pages import report_option, typed
-from auditexport_pipeline.cli.screen import layout, overview
+from auditexport_pipeline.cli.screen import Line, layout, overview
 from auditexport_pipeline.cli.shared import (
     console,
     interactive,
@@ -136,30 +136,10 @@ def _all_outboxes() -> Seen:
         status=max(line.status for line in lines),
         values=lambda: {
             "healthy": not any(line.status for line in lines),
-            "outboxes": [{"outbox": line.name, **line.values} for line in lines],
+            "outboxes": [{"outbox": line.name, **_line_values(line)} for line in lines],
         },
         show=lambda width, _: overview(lines, width),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One outbox among others. Without a status, `trouble` says why there is none."""
-
-    name: str
-    now: Status | None
-    found: list[Advice]
-    trouble: str = ""
-
-    @property
-    def status(self) -> int:
-        return BAD_CALL if self.now is None else BAD_OUTCOME if needs_operator(self.found) else 0
-
-    @property
-    def values(self) -> dict[str, Any]:
-        if self.now is None:
-            return {"verdict": "not known", "healthy": False, "error": self.trouble, "todo": []}
-        return status_values(self.now, self.found)
 
 
 def _line_of(which: Chosen) -> Line:
@@ -217,6 +197,12 @@ def _watch(every_s: float, as_json: bool, view: Callable[[], Seen]) -> None:
 
 
 # ── for programs ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _line_values(line: Line) -> dict[str, Any]:
+    if line.now is None:
+        return {"verdict": "not known", "healthy": False, "error": line.trouble, "todo": []}
+    return status_values(line.now, line.found)
 
 
 def status_values(now: Status, found: list[Advice]) -> dict[str, Any]:
