@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
-from auditexport_pipeline.cli.shared import Age, Time, json_option, moment, print_json, print_table, table
+from auditexport_pipeline.cli.shared import Age, Time, json_option, moment, print_fields, print_json, print_table, table
 from auditexport_pipeline.cli.stores import outbox, upkeep
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.ledger import PAGE_BATCHES, BatchDetails, LedgerBatch, WhichBatches
@@ -181,7 +181,7 @@ def _print_details(details: BatchDetails) -> None:
     kind = f"generation {line.generation}, a requeue" if line.generation else "first export"
     pks = f"{line.first_pk} to {line.last_pk}" if line.first_pk is not None else "none left"
     counts = ", ".join(f"{count:,} {name}" for name, count in asdict(batch.counts).items() if count)
-    said = {
+    fields = {
         "batch": f"{line.batch_id}, {line.version}, {kind}",
         "state": f"{line.state}{lease if line.state in OPEN else ''}",
         "owner": f"{line.owner} (plan {line.epoch})",
@@ -191,13 +191,12 @@ def _print_details(details: BatchDetails) -> None:
         "digest": line.digest or "not sealed yet",
     }
     if line.exported_at_ms is not None:
-        said["stamp"] = f"deleted_at = {line.exported_at_ms} ({moment(line.exported_at_ms)} UTC)"
+        fields["stamp"] = f"deleted_at = {line.exported_at_ms} ({moment(line.exported_at_ms)} UTC)"
     if line.swept_rows:
-        said["swept"] = f"{line.swept_rows:,} rows"
+        fields["swept"] = f"{line.swept_rows:,} rows"
     if line.last_error:
-        said["error"] = line.last_error
-    for name, text in said.items():
-        click.echo(f"{name:<9}{text}")
+        fields["error"] = line.last_error
+    print_fields(fields, width=9)
     click.echo()
     steps = table("state", "since (UTC)", "after", left=("since (UTC)",))
     before_ms = line.claimed_at_ms
@@ -210,16 +209,15 @@ def _print_details(details: BatchDetails) -> None:
         seen = values["observed_entries"]
         click.echo()
         # Not a table: a token is there to be copied.
-        for name, text in {
+        fields = {
             "block": f"{block.number}{', given back' if block in batch.given_back else ''}",
             "at": f"inserted_at = {block.inserted_at_ms} ({moment(block.inserted_at_ms)} UTC)",
             "rows": f"{block.rows:,}, {block.bytes:,} bytes{'' if seen is None else f', {seen:,} entries seen in ClickHouse'}",
             "pks": _shortened(values["pks"]),
             "digest": values["digest"] or "not sealed yet",
             "token": values["token"],
-        }.items():
-            if text:
-                click.echo(f"  {name:<7}{text}")
+        }
+        print_fields({name: text for name, text in fields.items() if text}, width=7, indent="  ")
 
 
 def _shortened(pks: str) -> str:

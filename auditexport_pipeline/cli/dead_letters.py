@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
-from auditexport_pipeline.cli.shared import Age, Command, by, json_option, moment, print_json, print_table, table
+from auditexport_pipeline.cli.shared import (
+    Age,
+    Command,
+    by,
+    dry_run_option,
+    json_option,
+    moment,
+    print_fields,
+    print_json,
+    print_table,
+    table,
+    who_option,
+)
 from auditexport_pipeline.cli.stores import outbox
 from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, LetterState, Which
 from auditexport_pipeline.core.errors import InvalidConfig
@@ -47,10 +59,10 @@ def _filters(*states: str) -> Callable[[Command], Command]:
 def _acting(command: Command) -> Command:
     for option in (
         json_option,
-        click.option("--dry-run", is_flag=True, help="Say how many and which; change nothing."),
+        dry_run_option,
         click.option("--all", "everything", is_flag=True, help="Every letter in that state: needed without a filter."),
         click.option("--at-most", type=click.IntRange(min=1), help="Stop after this many, oldest row first."),
-        click.option("--who", default=None, help="Who decides this.  [default: the user at this prompt]"),
+        who_option,
     ):
         command = option(command)
     return command
@@ -224,7 +236,7 @@ def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) ->
 def _print_details(details: LetterDetails) -> None:
     letter = details.letter
     exported = f" since {moment(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
-    lines = {
+    fields = {
         "row": f"{letter.pk}, {details.row}{exported}",
         "state": f"{letter.state}, set aside {moment(letter.created_at_ms)}, changed {moment(letter.updated_at_ms)} UTC",
         "event": f"{letter.event_id} of workspace {letter.workspace_id}, {letter.version}",
@@ -233,8 +245,7 @@ def _print_details(details: LetterDetails) -> None:
     }
     if details.action is not None:
         action = details.action
-        lines["action"] = (
+        fields["action"] = (
             f"{action.action_id}: {action.verb} by {action.by.who}, {moment(action.at_ms)} UTC: {action.by.why}"
         )
-    for name, text in lines.items():
-        click.echo(f"{name:<8}{text}")
+    print_fields(fields, width=8)

@@ -80,6 +80,12 @@ def by(who: str | None, why: str) -> By:
     return By(who=who or user(), why=why)
 
 
+def print_fields(fields: Mapping[str, str], *, width: int, indent: str = "") -> None:
+    """A line for each name and its text; the texts begin `width` characters after the indent."""
+    for name, text in fields.items():
+        click.echo(f"{indent}{name:<{width}}{text}")
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """One JSON object on a line of its own."""
     click.echo(msgspec.json.encode(values).decode())
