@@ -1,7 +1,6 @@
-"""`auditexport batches`: the ledger, as a list and one batch at a time.
+"""`auditexport batches`: the ledger as a list, and one batch in full.
 
-What belongs here: options, tables and JSON. What does not: what a batch is (`core.ledger`) and reading it
-(`mysql.ledger`). Ids, counts, digests and times: the ledger has no payloads.
+`mysql.ledger` reads the ledger, which holds ids, counts, digests and times, and no payloads.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from auditexport_pipeline.core.status import shown_s
 if TYPE_CHECKING:
     from auditexport_pipeline.core.batch import Block
 
-# Pks of a block that fit a line; `--json` has them all.
+# Characters of a block's pks that fit a line; `--json` has all pks.
 SHOWN_PKS = 40
 
 
 class _Since(click.ParamType):  # type: ignore[type-arg]
-    """A moment, or an age: the two ways to say since when."""
+    """A moment or an age."""
 
     name = "since"
 
@@ -41,7 +40,7 @@ class _Since(click.ParamType):  # type: ignore[type-arg]
 
 @main.group()
 def batches() -> None:
-    """The ledger: which batches there are, who has them, and everything about one. Asks MySQL only."""
+    """The ledger: list its batches and their owners, or show all about one. Asks MySQL only."""
 
 
 @batches.command("list")
@@ -53,7 +52,7 @@ def batches() -> None:
     help="In this state; may be repeated.",
 )
 @click.option("--open", "are_open", is_flag=True, help="Not exported yet: claimed, sealed, written or stopped.")
-@click.option("--owner", default="", help="Of this owner: a run's id or a process, or how it begins.")
+@click.option("--owner", default="", help="Of this owner: a run's id or a process, or the beginning of either.")
 @click.option("--since", type=_Since(), help="Claimed since: 15m, 6h, 7d, or 2026-11-23T04:00.")
 @click.option(
     "--limit", type=click.IntRange(1, 10_000), default=PAGE_BATCHES, show_default=True, help="The newest so many."
@@ -124,7 +123,7 @@ def list_batches(
 @click.argument("batch_id", type=click.IntRange(min=1))
 @json_option
 def show_batch(batch_id: int, as_json: bool) -> None:
-    """Everything that the ledger holds about one batch: states with their times, blocks, digests, counts, last error.
+    """Show all that the ledger holds about one batch: states with their times, blocks, digests, counts, last error.
 
     Exit status: 0, 1 when there is no such batch, 2 when the call or the setup is wrong.
     """
@@ -141,7 +140,7 @@ def show_batch(batch_id: int, as_json: bool) -> None:
 
 
 def line_values(line: LedgerBatch) -> dict[str, Any]:
-    """One row of the ledger for programs."""
+    """One row of the ledger as JSON."""
     return {**asdict(line), "state": str(line.state), "seconds": line.seconds}
 
 
@@ -208,7 +207,7 @@ def _print_details(details: BatchDetails) -> None:
         values = _block_values(details, block)
         seen = values["observed_entries"]
         click.echo()
-        # Not a table: a token is there to be copied.
+        # Not a table, so that a token can be copied whole.
         fields = {
             "block": f"{block.number}{', given back' if block in batch.given_back else ''}",
             "at": f"inserted_at = {block.inserted_at_ms} ({moment(block.inserted_at_ms)} UTC)",

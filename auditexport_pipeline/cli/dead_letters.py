@@ -1,7 +1,6 @@
-"""`auditexport dead-letters`: looking at rows that were set aside, and deciding what becomes of them.
+"""`auditexport dead-letters`: list and show rows that were set aside, retry or discard them.
 
-What belongs here: options, tables and JSON. What does not: what the letters are (`core.dead_letters`) and what
-is done to them (`mysql.dead_letters`). A payload is shown by `show --payload` and nowhere else.
+`mysql.dead_letters` does the work. Only `show --payload` prints a payload.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _ANY = "any"
 
 
 def _filters(*states: str) -> Callable[[Command], Command]:
-    """The options that say which letters are meant; the first state is the default."""
+    """The options that select dead letters; the first state is the default."""
 
     def added(command: Command) -> Command:
         for option in (
@@ -103,7 +102,7 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
 @click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox holds it now.")
 @json_option
 def show(pk: int, with_payload: bool, as_json: bool) -> None:
-    """Show the dead letter of one outbox row, what became of the row, and who did what.
+    """Show the dead letter of one outbox row, the state of the row now, and the last action on it.
 
     Exit status: 0, 1 when the row has no dead letter, 2 when the call or the setup is wrong.
     """
@@ -130,7 +129,7 @@ def show(pk: int, with_payload: bool, as_json: bool) -> None:
 @_acting
 @click.option("--why", default="retry", show_default=True, help="What was fixed.")
 def retry(**options: Any) -> None:
-    """Let the rows of dead letters go back to pending; the next drain tries them again.
+    """Make the rows of dead letters pending again; the next drain tries them again.
 
     Exit status: 0 done, 2 the call or the setup is wrong.
     """
@@ -142,7 +141,7 @@ def retry(**options: Any) -> None:
 @_acting
 @click.option("--why", required=True, help="Why these events are given up; recorded.")
 def discard(**options: Any) -> None:
-    """Give dead letters up, with a reason. Their rows stay in the outbox, unmarked, and are not exported.
+    """Give up dead letters, with a reason. Their rows stay in the outbox, not marked, and are not exported.
 
     Exit status: 0 done, 2 the call or the setup is wrong.
     """

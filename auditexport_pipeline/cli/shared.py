@@ -1,8 +1,4 @@
-"""What the commands share: options, the user's name, times, tables and JSON, each once.
-
-What belongs here: whatever two commands would otherwise say differently. What does not: a command, and the stores
-(`cli.stores`).
-"""
+"""What several commands need: options, the user's name, times, tables and JSON. The stores are in `cli.stores`."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# Lines of a table at the prompt; everything is in `--json`.
+# Lines of a table on the terminal; `--json` has all of them.
 TABLE_ROWS = 40
 _AGE_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
@@ -68,7 +64,7 @@ class Age(click.ParamType):  # type: ignore[type-arg]
 
 
 def user() -> str:
-    """The user at this prompt; raises `InvalidConfig` for one without a name, as in many containers."""
+    """The name of this process's user; raises `InvalidConfig` if the user has none, as in many containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError) as error:
@@ -76,7 +72,7 @@ def user() -> str:
 
 
 def by(who: str | None, why: str) -> By:
-    """Who intervenes, and why."""
+    """Who acts, and why."""
     return By(who=who or user(), why=why)
 
 
@@ -92,7 +88,7 @@ def print_json(values: Mapping[str, Any]) -> None:
 
 
 def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
-    """A table without lines; the first column and those in `left` are words, the others numbers."""
+    """A table without lines; the first column and those in `left` hold words, the others numbers."""
     from rich.table import Table
 
     made = Table(box=None, header_style="bold", pad_edge=False)
@@ -103,14 +99,14 @@ def table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The screen. Ids are chosen by whoever writes events: nothing in them is markup."""
+    """The terminal. Applications choose the ids of events, so no text is read as markup."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, stderr=stderr)
 
 
 def print_table(made: Table) -> None:
-    """On a screen as wide as it is; in a pipe or a file as wide as the table, so that ids stay whole."""
+    """As wide as the terminal; in a pipe or a file as wide as the table needs, so that ids stay whole."""
     screen = console()
     if not screen.is_terminal and "COLUMNS" not in os.environ:
         screen.width = max(screen.width, screen.measure(made, options=screen.options.update(max_width=1_000)).maximum)
@@ -127,17 +123,19 @@ def day(at_ms: int) -> str:
 
 
 def interactive() -> bool:
-    """Whether somebody looks at it, rather than a file or a program."""
+    """True if stdout is a terminal."""
     return sys.stdout.isatty()
 
 
 @contextmanager
 def until_stopped(*signals: signal.Signals) -> Iterator[Callable[[float | None], bool]]:
-    """A wait for some seconds, or for ever, that tells whether to go on: no more once one of these signals came, also
-    between two waits. The next one does what it always does.
+    """Yields a function that waits for some seconds, or for ever for None, and returns whether to go on.
 
-    An exception out of a handler could be raised in the middle of a destructor or a callback, which swallow it, and a lock
-    may be held by what it interrupts. So it only writes into a pipe that the wait looks at.
+    It returns False at once when one of these signals arrives, or arrived between two waits. A second signal has its usual
+    effect.
+
+    The handler only writes into a pipe, which the wait reads. An exception from a handler could be raised in a destructor
+    or a callback, which would swallow it, or while a lock is held.
     """
     reader, writer = os.pipe()
 

@@ -1,6 +1,6 @@
-"""`auditexport requeue`, `sweep`, `reconcile` and `erasures`: upkeep at the prompt.
+"""`auditexport requeue`, `sweep`, `reconcile` and `erasures`: options, tables and JSON.
 
-What belongs here: options, tables and JSON. What does not: the work, which `core` does the same way for the jobs.
+`core` does the work, the same way for these commands and for the Dagster jobs.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 @click.option("--why", required=True, help="Why; it is kept with the action.")
 @json_option
 def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_json: bool, **conditions: Any) -> None:
-    """Export rows again: the next drain sends them under their first `inserted_at`, and readers see each event once.
+    """Export rows again: the next drain sends them with their first `inserted_at`, and readers see each event once.
 
-    All conditions that are given hold together. A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds. Safe
+    A row must meet all conditions that are given. A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds. Safe
     while a drain runs. Exit status: 0 done, 2 the call or the setup is wrong.
     """
     from auditexport_pipeline.core.requeue import requeue
@@ -127,10 +127,10 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 @who_option
 @json_option
 def sweep(ttl_days: float | None, dry_run: bool, who: str | None, as_json: bool, **retention: Any) -> None:
-    """Delete exported rows past retention, once ClickHouse is seen to hold them. May be ended at any moment.
+    """Delete exported rows past retention, after a check that ClickHouse holds them. Safe to interrupt.
 
-    Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, or because nobody can tell whether it is past
-    the TTL, 2 the call or the setup is wrong.
+    Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, or because its TTL cannot be evaluated,
+    2 the call or the setup is wrong.
     """
     from auditexport_pipeline.core.sweep import Retention, sweep
 
@@ -177,11 +177,11 @@ def sweep(ttl_days: float | None, dry_run: bool, who: str | None, as_json: bool,
 @click.option("--days", type=float, default=7.0, show_default=True, help="Exports of this many days up to now.")
 @click.option("--from", "from_ms", type=Time(), help="Instead of --days: first export from, inclusive.")
 @click.option("--to", "to_ms", type=Time(), help="First export to, exclusive.  [default: now]")
-@click.option("--others-write", is_flag=True, help="Somebody else fills the table too: count, do not accuse.")
-@click.option("--repair", is_flag=True, help="Requeue exactly what is missing.")
 @click.option(
-    "--dry-run", is_flag=True, help="Record nothing of what is seen and, with --repair, say what would be requeued."
+    "--others-write", is_flag=True, help="Other writers fill the table too: count unknown entries, do not report them."
 )
+@click.option("--repair", is_flag=True, help="Requeue exactly what is missing.")
+@click.option("--dry-run", is_flag=True, help="Do not record the result; with --repair, say what would be requeued.")
 @who_option
 @click.option("--why", default="reconciliation", show_default=True, help="Kept with the repair.")
 @report_option
@@ -198,12 +198,12 @@ def reconcile(
     report_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Hold outbox and ledger against ClickHouse: missing, duplicated, unexpected, altered. With --report as a page, too.
+    """Compare outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered. --report writes a page too.
 
     A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds.
 
-    Exit status: 0 they agree, 1 they differ, also when it was repaired (run again after the next drain), 2 the call or
-    the setup is wrong.
+    Exit status: 0 they agree, 1 they differ, also after a repair (run again after the next drain), 2 the call or the
+    setup is wrong.
     """
     from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
 
@@ -339,7 +339,7 @@ def _show_report(report: Report) -> None:
 
 @main.group()
 def erasures() -> None:
-    """Deliberate erasures from ClickHouse, recorded so that nobody takes them for a loss."""
+    """Record deliberate erasures from ClickHouse, so that a reconciliation does not report a loss."""
 
 
 @erasures.command("add")
@@ -361,7 +361,7 @@ def add_erasure(
     why: str,
     as_json: bool,
 ) -> None:
-    """Record an erasure: who, when, why, which. It erases nothing itself.
+    """Record an erasure: who, when, why and which events. This command erases nothing.
 
     A TIME is 2026-11-23, 2026-11-23T04:00 (UTC) or epoch milliseconds.
 
