@@ -79,6 +79,50 @@ def test_the_import_rule_can_fail() -> None:
     assert any(name.startswith("auditexport_pipeline.core") for name in imports)
 
 
+def _circles(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that import each other, at whatever distance."""
+
+    def reached_from(name: str) -> set[str]:
+        reached: set[str] = set()
+        pending = [name]
+        while pending:
+            new = imports[pending.pop()] - reached
+            reached |= new
+            pending += new
+        return reached
+
+    reach = {name: reached_from(name) for name in imports}
+    in_circles = {frozenset(other for other in reach[name] if name in reach[other]) for name in reach}
+    return [set(circle) for circle in in_circles if circle]
+
+
+def _modules_imported(path: Path, names: set[str]) -> set[str]:
+    """Modules among `names` that a module imports, also within functions and for type checking only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= within & names or {node.module}
+    return found & names
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """In a circle no module can be read, tested or changed alone, and one is only half there when another needs it."""
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    imports = {name: _modules_imported(path, set(names)) - {name} for name, path in names.items()}
+    assert "auditexport_pipeline.cli.group" in imports["auditexport_pipeline.cli.metrics"]
+    # The two MySQL modules are being taken apart; drop the exception with that change.
+    allowed = {f"auditexport_pipeline.mysql.{name}" for name in ("dead_letters", "outbox")}
+    assert [circle for circle in _circles(imports) if circle != allowed] == []
+    # A control: three modules in a circle, one beside it.
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+
+
 @pytest.mark.parametrize(
     "path",
     [
