@@ -14,9 +14,9 @@ from auditexport_pipeline.cli import (  # noqa: F401
     drain,
     init,
     local,
+    maintenance,
     metrics,
     status,
-    upkeep,
 )
 from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME, main
 
