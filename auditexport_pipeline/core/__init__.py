@@ -57,7 +57,7 @@ recorded erasures take away or add. A batch that was `discrepant` is `verified` 
 
 Dead letters. An open or a discarded one holds its row: no batch takes it. Retried, the row is pending again;
 `core.dead_letters` has the states. What an attempt does about rows that ClickHouse refuses is bounded
-(`core.culprits`), so that one workspace's flood costs the others nothing but that.
+(`core.poison`), so that one workspace's flood costs the others nothing but that.
 
 Looking on. `core.status` says how it all stands at a moment and `core.advice` what an operator should do; page, prompt and
 alerts show the same. Without Dagster, `core.drain` does the rounds. What a run did is what the ledger says (`core.outcome`),

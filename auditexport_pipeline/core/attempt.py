@@ -2,7 +2,7 @@
 
 An error of ClickHouse's does not say that nothing was written: a materialized view fails after the block is in the table.
 So every error is followed by a look, by `inserted_at`, before anything is split or sent again. What does not belong here:
-sending (`core.export`), and searching a block for the rows that are refused (`core.recut`).
+sending (`core.export`), and searching a block for the rows that are refused (`core.split`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from auditexport_pipeline.core.errors import (
 )
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Outbox, Refusal, RefusalKind
-from auditexport_pipeline.core.recut import Recutter, annotate, give_back, new_number
+from auditexport_pipeline.core.split import Splitter, give_back, new_cut, new_number, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A view that fails on a requeue: the block goes out this often under a new token until its copy can be counted.
@@ -60,7 +60,7 @@ class Attempt:
         self._outbox = outbox
         self._log = log
         self._limits = limits
-        self._recutter = Recutter(outbox, log, limits)
+        self._splitter = Splitter(outbox, log, limits)
         self._earlier_note = batch.view_note
         self._troubles: dict[str, _Trouble] = {}
         self._before: dict[int, Holding] = {}
@@ -81,7 +81,7 @@ class Attempt:
 
     def found(self, blocks: Sequence[Block]) -> None:
         """Notes blocks that an earlier attempt has written."""
-        self._recutter.taken = self._recutter.taken or bool(blocks)
+        self._splitter.taken = self._splitter.taken or bool(blocks)
 
     def count_before(self, batch: Batch, blocks: Sequence[Block]) -> None:
         """Notes what is there under the `inserted_at` of a requeue: only more than this shows that it was written."""
@@ -123,8 +123,8 @@ class Attempt:
             for block, outcome in missing
             if isinstance(outcome, Refusal) and outcome.kind is RefusalKind.ROWS
         ]
-        self._recutter.taken = self._recutter.taken or bool(self._taken)
-        batch, parts = self._recutter.cut(batch, refused, bodies)
+        self._splitter.taken = self._splitter.taken or bool(self._taken)
+        batch, parts = self._splitter.split_refused(batch, refused, bodies)
         return batch, again + parts
 
     def _stored(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]]) -> set[int]:
@@ -166,7 +166,7 @@ class Attempt:
             trouble.slots.append(block.inserted_at_ms)
         if not news:
             return batch
-        return annotate(self._outbox, batch, batch.blocks, note=self.note(batch))
+        return new_cut(self._outbox, batch, batch.blocks, note=self.note(batch))
 
     def note(self, batch: Batch) -> str:
         """What the operator should know of views that failed, at this attempt or an earlier one; "" when none did."""
@@ -211,7 +211,7 @@ class Attempt:
                     f"if that happens again. {WHAT_TO_RAISE[refusal.kind].capitalize()}"
                 )
         blocks = tuple(marked.get(block.number, block) for block in batch.blocks)
-        return annotate(self._outbox, batch, blocks), error
+        return new_cut(self._outbox, batch, blocks), error
 
     def _another_fits(self, batch: Batch, block: Block) -> bool:
         """Whether the row alone is at fault: another one of ordinary size was taken in this attempt.
@@ -222,7 +222,7 @@ class Attempt:
         usual = sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
         if any(taken.row_bytes * 2 >= usual for taken in self._taken):
             return True
-        return self._recutter.only_this_row_is_too_large(batch, block)
+        return self._splitter.is_too_large_alone(batch, block)
 
     def _after_views(
         self, batch: Batch, missing: Sequence[tuple[Block, Outcome]], bodies: Bodies
@@ -242,10 +242,10 @@ class Attempt:
                     + " stored. Fix or drop that view; the rows stay pending, and the next run sends them"
                 )
                 if not self.note(batch):
-                    annotate(self._outbox, batch, batch.blocks, note=str(error))
+                    new_cut(self._outbox, batch, batch.blocks, note=str(error))
                 raise error
             # The copy can have merged with the first export, or the token be known from an earlier attempt.
-            body = self._recutter.payloads(batch, block)
+            body = read_payloads(self._outbox, batch, block)
             batch, renewed = new_number(self._outbox, batch, block)
             bodies[renewed.digest] = body
             self._copies[renewed.number] = copies + 1
@@ -296,7 +296,7 @@ class Attempt:
             if block.rows == 1 and not block.fits:
                 self._alone.add(block.number)
             try:
-                batch, parts = self._recutter.split(batch, block, bodies)
+                batch, parts = self._splitter.split_too_large(batch, block, bodies)
             except BatchAltered:  # ClickHouse lacks the block and will not get it any more, so its rows are free
                 batch, parts = give_back(self._outbox, batch, [block]), []
             again += parts

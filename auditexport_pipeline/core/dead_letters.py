@@ -1,7 +1,7 @@
 """Dead letters as operators see them: the states of a letter, which ones are meant, and what became of them.
 
 What belongs here: the values that cross from the prompt and from Dagster to the store and back. What does not:
-why a row became a letter (`core.event`, `core.recut`), SQL (`mysql.dead_letters`), and payloads, but for the
+why a row became a letter (`core.event`, `core.split`), SQL (`mysql.dead_letters`), and payloads, but for the
 one that `LetterDetails` carries when somebody asked for it.
 
     open ──retry──▶ retried ──its row fails again──▶ open

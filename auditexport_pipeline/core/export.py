@@ -1,7 +1,7 @@
 """Exporting a claimed batch, as three verbs: fetch, write, mark.
 
 What belongs here: the order of durable effects, and what each verb does with what an earlier attempt
-left. What does not: choosing rows (`core.claiming`), cutting a refused block again (`core.recut`), SQL
+left. What does not: choosing rows (`core.claiming`), splitting a refused block (`core.split`), SQL
 (`mysql`, `clickhouse`), Dagster (`defs`), and the clock: databases tell the time.
 
 Every verb may be run again after any crash, by the same run or by another, and picks up where the
@@ -49,7 +49,7 @@ from auditexport_pipeline.core.limits import START_WITHIN_S, Limits
 from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, StoredRow
-from auditexport_pipeline.core.recut import give_back, read_payloads
+from auditexport_pipeline.core.split import give_back, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
@@ -345,8 +345,8 @@ def _send_all(
     """Sends blocks, several at once, until ClickHouse has them all or refuses nothing any more.
 
     A block that was refused and is not there is cut again around the offending rows, the ledger holds the new
-    cut before any of it is sent, and the loop goes on with the new blocks: for so long as `core.culprits`
-    has questions left, so that a flood of refused rows costs one drain no more than that. Blocks that are too large
+    cut before any of it is sent, and the loop goes on with the new blocks: for as long as the probe budget
+    of `core.poison` lasts, so that a flood of refused rows costs one drain no more than that. Blocks that are too large
     come last: nothing may be sent of the batch for a while before they are split.
     """
     to_send = attempt.hold_back(to_send)

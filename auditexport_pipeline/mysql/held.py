@@ -1,7 +1,7 @@
 """Rows that the ClickHouse table refuses although they parse: held until the table's definition changes.
 
 They are in `clickhouse_outbox_dead_letter` in the state `held`, with the definition that refused them. What does not belong
-here: finding them (`core.recut`), and dead letters, which wait for an operator.
+here: finding them (`core.split`), and dead letters, which wait for an operator.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import psutil
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.recut import read_payloads
+from auditexport_pipeline.core.split import read_payloads
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from auditexport_pipeline.core import culprits
+from auditexport_pipeline.core import poison
 from auditexport_pipeline.core.batch import Batch, Block
-from auditexport_pipeline.core.culprits import Group, Questions, search
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.poison import Group, ProbeBudget, search
 from auditexport_pipeline.core.ports import Refusal
 from auditexport_pipeline.mysql import held
 from auditexport_tests.conftest import Stack
@@ -73,9 +73,9 @@ def no_merges(stack: Stack) -> None:
 
 
 @pytest.fixture
-def few_questions(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(culprits, "QUESTIONS", 40)
-    return culprits.QUESTIONS
+def few_probes(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(poison, "PROBES", 40)
+    return poison.PROBES
 
 
 def workspaces(stack: Stack) -> dict[str, int]:
@@ -116,13 +116,13 @@ def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood
     assert workspaces(stack) == {f"ws_{number}": 100 for number in range(10)}
     assert stack.counts() == (1_000, 1_000)
     assert stack.pending() == 10_000
-    assert log.probes + log.inserts <= culprits.QUESTIONS + 2
+    assert log.probes + log.inserts <= poison.PROBES + 2
 
 
 # ── bounded work, and progress ───────────────────────────────────────────────────────────────────
 
 
-def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few_questions: int) -> None:
+def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few_probes: int) -> None:
     """Bounded work that finds nothing would be the same work for ever."""
     refuse_floods(stack)
     fill(stack, mixed_in(20, 60, description="x"))
@@ -130,7 +130,7 @@ def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few
     for number in range(20):
         log = Counting(stack)
         drain(stack.outbox, log, Limits(), owner=f"owner {number}")
-        assert log.probes + log.inserts <= few_questions + 2
+        assert log.probes + log.inserts <= few_probes + 2
         letters.append(set_aside(stack))
         if letters[-1] == 60:
             break
@@ -143,7 +143,7 @@ def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few
 
 
 def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_bound(
-    stack: Stack, few_questions: int, monkeypatch: pytest.MonkeyPatch
+    stack: Stack, few_probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What nobody has an explanation for is what a new version of ClickHouse will bring."""
 
@@ -168,7 +168,7 @@ def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_boun
         log = Picky(stack)
         before = sum(stack.outbox.dead_by_reason().values())
         drain(stack.outbox, log, Limits(), owner=f"owner {drains}")
-        assert log.probes <= few_questions
+        assert log.probes <= few_probes
         assert log.inserts <= 2
         assert stack.counts() == (20, 20)  # from the first drain on
         assert sum(stack.outbox.dead_by_reason().values()) > before
@@ -192,7 +192,7 @@ def test_a_flood_of_repeated_keys_costs_a_handful_of_probes(stack: Stack) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("crash_point", [f"{side} recut {n}" for n in (1, 3, 9) for side in ("before", "after")])
 def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
-    stack: Stack, few_questions: int, crash_point: str
+    stack: Stack, few_probes: int, crash_point: str
 ) -> None:
     """Giving rows back is one more durable effect, and one more wrong moment to die."""
     refuse_floods(stack)
@@ -209,7 +209,7 @@ def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
     assert stack.pending() == 60
 
 
-def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_questions: int) -> None:
+def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_probes: int) -> None:
     """A later generation that loses the first `inserted_at` would be a second event to the table."""
     fill(stack, [row(number, f"ws_{number % 2}", description="x" if number % 2 else "y") for number in range(80)])
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -234,7 +234,7 @@ def test_a_folded_row_whose_standing_row_leaves_the_batch_is_not_marked(
     """Marked without an entry, the event would be nowhere: the one loss that no count in the outbox shows."""
     refuse_floods(stack)
     if fate == "given back":
-        monkeypatch.setattr(culprits, "QUESTIONS", 1)
+        monkeypatch.setattr(poison, "PROBES", 1)
     rows = [row(1, "ws_1", description="sound"), row(1, "ws_1", description="x"), row(2, "ws_1")]
     fill(stack, rows)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -256,11 +256,11 @@ def _groups(sizes: dict[str, int]) -> dict[int, str]:
     return dict(enumerate(names, start=1))
 
 
-def test_a_search_with_enough_questions_finds_exactly_the_culprits() -> None:
+def test_a_search_with_a_large_budget_finds_exactly_the_poison_rows() -> None:
     """The rest is what goes out, so a row too many is a loss and a row too few a refused block."""
     where = _groups({"ws_a": 40, "ws_b": 3, "ws_c": 100})
     bad = {1, 40, 41, 100, 143}
-    found = search(Group.of(where), lambda pks: "no" if bad & set(pks) else None, Questions(left=1_000))
+    found = search(Group.of(where), lambda pks: "no" if bad & set(pks) else None, ProbeBudget(left=1_000))
     assert (set(found.refused), found.unresolved) == (bad, [])
 
 
@@ -276,7 +276,7 @@ def test_a_search_never_asks_more_than_it_may_and_calls_nothing_sound_that_it_ha
         asked.append(set(pks))
         return "no" if any(where[pk] == "ws_flood" for pk in pks) else None
 
-    found = search(Group.of(where), ask, Questions(left=questions, for_single_rows=questions // 2))
+    found = search(Group.of(where), ask, ProbeBudget(left=questions, for_single_rows=questions // 2))
     assert len(asked) <= questions
     cleared = set(where) - set(found.refused) - set(found.unresolved)
     assert all(where[pk] != "ws_flood" for pk in cleared)

@@ -1,0 +1,462 @@
+"""Splitting a sealed block that cannot go out as it is, because ClickHouse refuses rows of it or because it is too large.
+
+What belongs here: comparing rows with their seal, the new blocks, and the rows that leave the batch: dead letters, held rows,
+rows that go back to pending. What does not: sending (`core.export`), and which rows to probe next (`core.poison`).
+The ledger holds a new cut before any of its blocks is sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from auditexport_pipeline.core.batch import (
+    Batch,
+    Block,
+    Bodies,
+    State,
+    batch_digest,
+    block_digest,
+    pks_of,
+    sealed_block,
+)
+from auditexport_pipeline.core.errors import BatchAltered, InsertRefused, TableRefuses
+from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable, explain, id_hash, normal_form
+from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.poison import Group, ProbeBudget, next_to_halve, search
+from auditexport_pipeline.core.ports import (
+    LIMITS_OF_A_BLOCK,
+    AuditLog,
+    Cut,
+    DeadLetter,
+    Outbox,
+    Refusal,
+    StoredRow,
+)
+from auditexport_pipeline.core.versions import VERSIONS
+
+# A block that is too large is split into twice as many parts each time, and into this many at most.
+MOST_PARTS = 16
+# A row that fits every limit; each payload version takes the fields that it knows.
+SMALL_ROW = (
+    b'{"event_id":"evt_small","time":1700000000000,"workspace_id":"ws_small","bucket":"b","source":"platform","event":"a.b",'
+    b'"description":"a small row","actor":{"type":"user","id":"u","name":"n","meta":{"k":1}},"meta":{"k":[1,"a"]},'
+    b'"targets":[{"type":"key","id":"k","name":"n","meta":{"k":1}}]}'
+)
+# Rows that are sent alone to find out whether the table refuses everything: all rows of a smaller batch. Each attempt draws
+# other rows, so that a batch with one good row is not stuck.
+SAMPLE = 32
+# With fewer refused rows than this, the table is never said to refuse everything.
+FEW_ROWS = 3
+# Rows checked between lease renewals: half a second at 25 µs a row.
+ROWS_PER_RENEWAL = 20_000
+NO_ROWS = PkSet()
+
+
+# ── a sealed block, read again ───────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedRows:
+    """The rows of a sealed block, and their payloads as they are sent; both by pk."""
+
+    version: str
+    rows: dict[int, StoredRow]
+    payloads: dict[int, bytes]
+
+    @classmethod
+    def read(cls, outbox: Outbox, batch: Batch, block: Block) -> SealedRows:
+        """Reads the rows from the outbox; raises `BatchAltered` when they are not what was sealed."""
+        rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
+        payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
+        if block_digest(batch.version, block.inserted_at_ms, PkSet.of(rows), list(payloads.values())) != block.digest:
+            gone = block.rows - len(rows)
+            raise BatchAltered(
+                f"batch {batch.batch_id}, block {block.number}: of {block.rows} sealed rows {gone} are gone from the outbox"
+                f"{'' if gone else ' but some were changed'} before ClickHouse had them; nothing of the block was written. "
+                "Find out who deletes or changes outbox rows; once the lease has ended, the next run gives the remaining "
+                "rows back to the backlog and exports them in a new batch"
+            )
+        return cls(version=batch.version, rows=rows, payloads=payloads)
+
+    def group(self, pks: Iterable[int]) -> Group:
+        return Group.of({pk: self.rows[pk].workspace_id for pk in pks})
+
+    def block_of(self, pks: Sequence[int], block: Block, bodies: Bodies) -> Block:
+        """The block with these rows only, sealed; `bodies` gets its payloads."""
+        decode = VERSIONS[self.version].decode
+        kept = PkSet.of(pks)
+        block = replace(block, normalised=block.normalised & kept, renewed=block.renewed & kept)
+        payloads = [self.payloads[pk] for pk in pks]
+        fingerprint = sum(_fingerprint(decode(self.rows[pk])) for pk in pks) % 2**64
+        ids = sum(id_hash(self.rows[pk].event_id) for pk in pks)
+        sealed = sealed_block(self.version, block, kept, payloads, fingerprint, ids=ids)
+        bodies[sealed.digest] = payloads
+        return sealed
+
+
+def read_payloads(outbox: Outbox, batch: Batch, block: Block) -> list[bytes]:
+    """A sealed block's payloads, read again; raises `BatchAltered` when they are not what was sealed."""
+    return list(SealedRows.read(outbox, batch, block).payloads.values())
+
+
+def _fingerprint(event: Event | Undecodable) -> int:
+    if isinstance(event, Undecodable):
+        raise InsertRefused(
+            f"a sealed row no longer decodes ({event.reason} at {event.json_path}): was the program changed?"
+        )
+    return event.fingerprint
+
+
+# ── a new cut ────────────────────────────────────────────────────────────────────────────────────
+
+
+def new_cut(
+    outbox: Outbox,
+    batch: Batch,
+    blocks: tuple[Block, ...],
+    *,
+    dead: Sequence[DeadLetter] = (),
+    released: PkSet = NO_ROWS,
+    is_lost: Callable[[Key | None], bool] = lambda _: False,
+    note: str | None = None,
+) -> Batch:
+    """Records these blocks in the place of the batch's own, and returns the batch as the ledger has it now.
+
+    Durable effect, in one transaction: the cut, the dead letters, the note for the operator. `dead` and `released` rows leave
+    the batch; the `released` ones are pending again.
+
+    A folded row goes out as the row it was folded into. Where that row leaves the batch (`is_lost` tells by the event's
+    key), the folded row is released as well: otherwise it would be marked although its event is nowhere.
+    """
+    orphans = NO_ROWS
+    if (dead or released) and (folded := _folded(batch)):
+        rows = outbox.read(folded, row_bytes=-(-batch.bytes // max(1, batch.entries)))
+        orphans = PkSet.of(row.pk for row in rows if (key := _key(batch, row)) is None or is_lost(key))
+    held = sum(letter.held for letter in dead)
+    counts = replace(
+        batch.counts,
+        dead=batch.counts.dead + len(dead) - held,
+        released=batch.counts.released + len(released) + len(orphans) + held,
+        folded=batch.counts.folded - len(orphans),
+    )
+    pks = batch.pks - PkSet.of(sorted(letter.pk for letter in dead)) - released - orphans
+    cut = Cut(
+        blocks=blocks,
+        pks=pks,
+        counts=counts,
+        digest=batch_digest(blocks, pks - pks_of(blocks)),
+        given_back=batch.given_back,
+        dead_letters=tuple(dead),
+        note=note,
+    )
+    outbox.recut(batch.claim, cut, instead_of=batch.digest)
+    return replace(
+        batch,
+        state=State.SEALED,
+        blocks=blocks,
+        pks=pks,
+        counts=counts,
+        digest=cut.digest,
+        bytes=sum(block.bytes for block in blocks),
+    )
+
+
+def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
+    """Releases the rows of blocks that cannot be reproduced, and keeps the count.
+
+    Call it only when ClickHouse was checked after the last moment at which an INSERT of these blocks could be at work, and holds
+    none of them. Blocks of a requeue may be there all the same: the ledger keeps them as given back, so that their copies
+    are not called duplicates. The batch is sealed again: its new owner sends the blocks that it kept.
+    """
+    requeued = tuple(block for block in altered if batch.is_requeue(block))
+    if requeued:
+        batch = replace(batch, given_back=(*batch.given_back, *requeued))
+    kept = tuple(block for block in batch.blocks if block not in altered)
+    # The altered rows cannot be trusted to say which keys are lost; the kept ones say which are not.
+    still_there = _keys(batch, _rows_of(outbox, kept))
+    return new_cut(outbox, batch, kept, released=pks_of(altered), is_lost=lambda key: key not in still_there)
+
+
+def new_number(outbox: Outbox, batch: Batch, block: Block) -> tuple[Batch, Block]:
+    """Gives a requeued block another number, and so another token. The copy under the old token may be there as well."""
+    renewed = replace(block, number=_next_number(batch))
+    batch = replace(batch, given_back=(*batch.given_back, block))
+    return new_cut(outbox, batch, _with_parts(batch, block, [renewed])), renewed
+
+
+def _folded(batch: Batch) -> PkSet:
+    return batch.pks - pks_of(batch.blocks)
+
+
+def _key(batch: Batch, row: OutboxRow) -> Key | None:
+    event = VERSIONS[batch.version].decode(row)
+    return event.key if isinstance(event, Event) else None
+
+
+def _keys(batch: Batch, rows: Iterable[OutboxRow]) -> set[Key | None]:
+    """The keys of these rows; without folded rows nobody needs them, and nothing is read."""
+    return {_key(batch, row) for row in rows} if _folded(batch) else set()
+
+
+def _rows_of(outbox: Outbox, blocks: Iterable[Block]) -> Iterable[StoredRow]:
+    return (row for block in blocks for row in outbox.read(block.pks, row_bytes=block.row_bytes))
+
+
+def _with_parts(batch: Batch, block: Block, parts: Sequence[Block]) -> tuple[Block, ...]:
+    """The batch's blocks, with these parts in the place of that block."""
+    position = batch.blocks.index(block)
+    return (*batch.blocks[:position], *parts, *batch.blocks[position + 1 :])
+
+
+def _next_number(batch: Batch) -> int:
+    """A block number that no block of this batch has or had; tokens are made from it."""
+    return max(block.number for block in (*batch.blocks, *batch.given_back)) + 1
+
+
+# ── one attempt's splits ─────────────────────────────────────────────────────────────────────────
+
+
+class Splitter:
+    """Splits blocks of one batch, for one attempt to write it, within the attempt's budget of probes.
+
+    A refused block was not written, so its rows may leave the batch. Rows that are unresolved when the budget is spent
+    are released; the next drain starts without the dead letters of this one and gets further.
+    """
+
+    def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits) -> None:
+        self._outbox = outbox
+        self._log = log
+        self._limits = limits
+        self._budget = ProbeBudget()
+        # By block number. The parser takes these rows and the table does not, for example by a constraint that somebody
+        # added. No parse tells which rows are at fault, so each half becomes a block, and its INSERT is the probe.
+        self._groups: dict[int, Group] = {}
+        self._waiting: list[tuple[Group, Block]] = []  # refused, to be halved
+        # Single rows that the table refuses, with its answer: they are held once another row was taken.
+        self._refused_alone: list[tuple[Block, Refusal]] = []
+        self._sampled = False
+        self.taken = False  # whether ClickHouse has any row of the batch
+
+    def split_refused(
+        self, batch: Batch, refused: list[tuple[Block, Refusal]], bodies: Bodies
+    ) -> tuple[Batch, list[Block]]:
+        """Finds the rows for which ClickHouse refused these blocks, and cuts the blocks again without them.
+
+        The poison rows become dead letters, unless their normal form is acceptable (a repeated key). Durable
+        effect: each new cut with its dead letters, in one transaction. Returns the blocks to send; `bodies` gets
+        their payloads.
+        """
+        to_send: list[Block] = []
+        # Single rows first: where the table refuses several of them, larger blocks are not sampled again.
+        for block, refusal in sorted(refused, key=lambda one: one[0].rows):
+            batch, parts = self._split_one(batch, block, refusal, bodies)
+            to_send += parts
+        if self._refused_alone:
+            batch = self._hold(batch, to_send)
+        while self._waiting and not to_send:
+            if self._budget.left < 2:
+                return self._release_waiting(batch), []
+            group, block = self._waiting.pop(next_to_halve([group for group, _ in self._waiting], self._budget))
+            self._budget.left -= 2
+            sealed = SealedRows.read(self._outbox, batch, block)
+            batch, to_send = self._divide(batch, block, sealed, group.halves(), bodies)
+        return batch, to_send
+
+    def _split_one(self, batch: Batch, block: Block, refusal: Refusal, bodies: Bodies) -> tuple[Batch, list[Block]]:
+        group = self._groups.get(block.number)
+        if group is not None and len(group) > 1:
+            self._waiting.append((group, block))
+            return batch, []
+        sealed = SealedRows.read(self._outbox, batch, block)
+        rows = sealed.rows
+        dead: dict[int, DeadLetter] = {}
+        normalised: set[int] = set()
+        unresolved: set[int] = set()
+        if group is None:
+            problems = self._explain(batch, sealed.payloads)
+            dead = {pk: DeadLetter.of(rows[pk], problem) for pk, problem in problems.items() if problem is not None}
+            normalised = {pk for pk, problem in problems.items() if problem is None}
+            if len(dead) < len(rows):
+                found = search(
+                    sealed.group(pk for pk in rows if pk not in dead),
+                    lambda pks: self._probe(batch, [sealed.payloads[pk] for pk in pks]),
+                    self._budget,
+                )
+                unresolved = set(found.unresolved)
+                for pk, answer in found.refused.items():
+                    problem = explain(rows[pk].payload) if pk in normalised else None
+                    dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
+        if not dead and not normalised and not unresolved:
+            return self._split_later(batch, block, refusal, sealed, bodies)
+        kept = [pk for pk in rows if pk not in dead and pk not in unresolved]
+        as_sent = replace(block, normalised=block.normalised | PkSet.of(sorted(normalised)))
+        parts = [sealed.block_of(kept, as_sent, bodies)] if kept else []
+        batch = new_cut(
+            self._outbox,
+            batch,
+            _with_parts(batch, block, parts),
+            dead=tuple(dead.values()),
+            released=PkSet.of(sorted(unresolved)),
+            is_lost=_keys(batch, (rows[pk] for pk in (*dead, *unresolved))).__contains__,
+        )
+        return batch, parts
+
+    def _split_later(
+        self, batch: Batch, block: Block, refusal: Refusal, sealed: SealedRows, bodies: Bodies
+    ) -> tuple[Batch, list[Block]]:
+        """A block whose rows all parse: only INSERTs can tell which of them the table refuses."""
+        group = sealed.group(sealed.rows)
+        if len(group) == 1:
+            self._refused_alone.append((block, refusal))
+            return batch, []
+        may_be_all = not self.taken and not self._sampled and not self._refused_alone
+        if may_be_all and len(group) > SAMPLE and self._budget.left > 2 * SAMPLE:
+            self._sampled = True
+            self._budget.left -= SAMPLE + 1
+            chosen = set(random.Random(f"{batch.batch_id} {batch.epoch}").sample(range(len(group)), SAMPLE))
+            rest = Group([row for index, row in enumerate(group.rows) if index not in chosen])
+            alone = [Group([group.rows[index]]) for index in sorted(chosen)]
+            return self._divide(batch, block, sealed, [rest, *alone], bodies)
+        self._groups[block.number] = group
+        self._waiting.append((group, block))
+        return batch, []
+
+    def _hold(self, batch: Batch, to_send: list[Block]) -> Batch:
+        """Holds the single rows that the table refuses. Raises `TableRefuses` where the table has refused every row that was sent,
+        and has taken no row of another batch since its definition changed.
+        """
+        none_taken = not self.taken and not to_send
+        if none_taken and self._waiting and batch.entries <= SAMPLE and self._budget.left >= 2:
+            return batch  # the table may take one of the rows that wait
+        refused, self._refused_alone = self._refused_alone, []
+        if none_taken and len(refused) >= FEW_ROWS:
+            # Rows of one workspace can be a flood of its own, which is searched and held.
+            workspaces = {row.workspace_id for row in _rows_of(self._outbox, (block for block, _ in refused))}
+            if len(workspaces) > 1 and not self._table_takes_other_batches(batch):
+                self._waiting = []
+                raise TableRefuses(
+                    f"{VERSIONS[batch.version].table} refuses all {len(refused):,} rows of batch {batch.batch_id} that were each "
+                    f"sent alone (of {batch.entries:,}), and all of them parse: {_refused_by(refused[0][1])}. The table's definition is wrong, not the rows: look at SHOW CREATE "
+                    "TABLE for a column, constraint or index that somebody added, and drop or fix it. Nothing was set aside, "
+                    "and the next run sends the rows"
+                )
+        for block, refusal in refused:
+            problem = Undecodable(reason="refused_by_table", json_path=refusal.definition, detail=_refused_by(refusal))
+            batch = self._set_aside(batch, block, SealedRows.read(self._outbox, batch, block), problem, held=True)
+        return batch
+
+    def _table_takes_other_batches(self, batch: Batch) -> bool:
+        return self._outbox.written_within(batch.version, self._log.definition_age_s(batch.version))
+
+    def _explain(self, batch: Batch, payloads: dict[int, bytes]) -> dict[int, Undecodable | None]:
+        """The problem of each row that has one, by pk: None for a repeated key, whose payload is put in normal form."""
+        problems: dict[int, Undecodable | None] = {}
+        for number, (pk, payload) in enumerate(payloads.items()):
+            if number % ROWS_PER_RENEWAL == 0:
+                self._outbox.renew(batch.claim, self._limits.lease_s)
+            problem = explain(payload)
+            if problem is None:
+                continue
+            if problem.reason == "duplicate_key" and explain(text := normal_form(payload)) is None:
+                payloads[pk] = text
+                problem = None
+            problems[pk] = problem
+        return problems
+
+    def _probe(self, batch: Batch, payloads: list[bytes]) -> Refusal | None:
+        self._outbox.renew(batch.claim, self._limits.lease_s)
+        return self._log.probe(batch.version, payloads, timeout_s=self._limits.insert_timeout_s)
+
+    def is_too_large_alone(self, batch: Batch, block: Block) -> bool:
+        """Whether the parser meets a limit with the block's only row and not with a small one."""
+        (row,) = read_payloads(self._outbox, batch, block)
+        if self._probe(batch, [SMALL_ROW]) is not None:
+            return False
+        refusal = self._probe(batch, [row])
+        return refusal is not None and refusal.kind in LIMITS_OF_A_BLOCK
+
+    def split_too_large(self, batch: Batch, block: Block, bodies: Bodies) -> tuple[Batch, list[Block]]:
+        """Splits a block that is too large. A single row becomes a dead letter, or is sent as it is if `fits` is unset.
+
+        The caller has made sure that ClickHouse lacks the block and that no INSERT of it can be at work. Each part of a
+        first export gets its own `inserted_at`. The parts of a requeue keep theirs, and the ledger keeps the block as given
+        back, because an earlier attempt may have sent it.
+        """
+        sealed = SealedRows.read(self._outbox, batch, block)
+        if block.rows == 1 and block.fits:
+            problem = Undecodable(reason="too_large_for_clickhouse", detail=block.limit)
+            return self._set_aside(batch, block, sealed, problem), []
+        if block.rows == 1:
+            again = replace(block, limit="")
+            bodies[block.digest] = list(sealed.payloads.values())
+            return new_cut(self._outbox, batch, _with_parts(batch, block, [again])), [again]
+        if batch.is_requeue(block):
+            batch = replace(batch, given_back=(*batch.given_back, block))
+        pks = list(sealed.rows)
+        count = min(block.rows, MOST_PARTS, 2 ** max(1, block.strikes - 1))
+        parts = [pks[len(pks) * n // count : len(pks) * (n + 1) // count] for n in range(count)]
+        return self._replace(batch, block, sealed, parts, self._new_blocks(batch, block, count), bodies)
+
+    def _divide(
+        self, batch: Batch, block: Block, sealed: SealedRows, groups: Sequence[Group], bodies: Bodies
+    ) -> tuple[Batch, list[Block]]:
+        """Divides a refused block into a block for each group; the first group keeps the number and the `inserted_at`."""
+        shells = [block, *self._new_blocks(batch, block, len(groups) - 1)]
+        self._groups |= {shell.number: group for shell, group in zip(shells, groups, strict=True)}
+        return self._replace(batch, block, sealed, [group.pks for group in groups], shells, bodies)
+
+    def _new_blocks(self, batch: Batch, block: Block, count: int) -> list[Block]:
+        """So many copies of the block, each with a number of its own and, but for a requeue, an `inserted_at` of its own."""
+        number = _next_number(batch)
+        at_ms = [block.inserted_at_ms] * count if batch.is_requeue(block) else self._outbox.reserve_inserted_at(count)
+        return [replace(block, number=number + n, inserted_at_ms=at_ms[n], limit="", fits=False) for n in range(count)]
+
+    def _replace(
+        self,
+        batch: Batch,
+        block: Block,
+        sealed: SealedRows,
+        parts: Sequence[Sequence[int]],
+        shells: Sequence[Block],
+        bodies: Bodies,
+    ) -> tuple[Batch, list[Block]]:
+        """Puts the block's rows, part by part, into these blocks instead."""
+        blocks = [sealed.block_of(pks, shell, bodies) for pks, shell in zip(parts, shells, strict=True)]
+        return new_cut(self._outbox, batch, _with_parts(batch, block, blocks)), blocks
+
+    def _set_aside(
+        self, batch: Batch, block: Block, sealed: SealedRows, problem: Undecodable, *, held: bool = False
+    ) -> Batch:
+        """Takes a block out of the batch: each of its rows becomes a dead letter, or is held."""
+        return new_cut(
+            self._outbox,
+            batch,
+            _with_parts(batch, block, []),
+            dead=[replace(DeadLetter.of(row, problem), held=held) for row in sealed.rows.values()],
+            is_lost=_keys(batch, sealed.rows.values()).__contains__,
+        )
+
+    def _release_waiting(self, batch: Batch) -> Batch:
+        """Releases the rows of the blocks that still wait: none of them was written."""
+        blocks = [block for _, block in self._waiting]
+        self._waiting = []
+        kept = tuple(block for block in batch.blocks if block not in blocks)
+        lost = _keys(batch, _rows_of(self._outbox, blocks))
+        return new_cut(self._outbox, batch, kept, released=pks_of(blocks), is_lost=lost.__contains__)
+
+
+def _refused(refusal: Refusal) -> Undecodable:
+    return Undecodable(reason="refused_by_clickhouse", detail=f"code {refusal.code} ({refusal.name})")
+
+
+def _refused_by(refusal: Refusal) -> str:
+    """What of the table refuses a row, as far as ClickHouse says it."""
+    what = "a column or an index of the table"
+    if refusal.constraint:
+        what = f"constraint {refusal.constraint}"
+    elif refusal.column:
+        what = f"column {refusal.column}"
+    return f"{what} ({refusal})"
