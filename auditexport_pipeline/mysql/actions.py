@@ -11,24 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row
 
 from auditexport_pipeline.core.actions import Action, By
+from auditexport_pipeline.mysql.statements import statements
 
 # The column is TEXT: 65,535 bytes.
 LONGEST_SELECTION = 60_000
 # Of a list that does not fit, so many entries are named.
 NAMED_ENTRIES = 100
 
-_ADD = text(
-    "INSERT INTO clickhouse_outbox_action (at_ms, verb, who, why, selection, row_count) "
-    "VALUES (CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED), :verb, :who, :why, :selection, :rows)"
-)
-# Primary key, descending; no lock.
-_LAST = text(
-    "SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action "
-    "ORDER BY action_id DESC LIMIT :row_limit"
-)
+SQL = statements("mysql/actions.sql")
 
 
 def record(connection: Connection, verb: str, by: By, selection: Mapping[str, object], rows: int) -> int:
@@ -40,7 +33,12 @@ def record(connection: Connection, verb: str, by: By, selection: Mapping[str, ob
         "selection": _text_of(selection),
         "rows": rows,
     }
-    return int(connection.execute(_ADD, values).lastrowid)
+    return int(connection.execute(SQL["add"], values).lastrowid)
+
+
+def count_rows(connection: Connection, action_id: int, rows: int) -> None:
+    """Adds rows to an action, in the transaction of their effect."""
+    connection.execute(SQL["count"], {"action_id": action_id, "rows": rows})
 
 
 def _text_of(selection: Mapping[str, object]) -> str:
@@ -69,11 +67,20 @@ def _text_of(selection: Mapping[str, object]) -> str:
 
 def last(connection: Connection, count: int) -> list[Action]:
     """The last `count` actions, newest first."""
-    return [action_of(row) for row in connection.execute(_LAST, {"row_limit": count})]
+    return [_action_of(row) for row in connection.execute(SQL["last"], {"row_limit": count})]
 
 
-def action_of(row: Row[Any]) -> Action:
-    """An action as a row of its table."""
+def last_of_verb(connection: Connection, verb: str, count: int) -> list[Action]:
+    """The last `count` actions of one verb, newest first."""
+    return [_action_of(row) for row in connection.execute(SQL["last_of_verb"], {"verb": verb, "row_limit": count})]
+
+
+def one(connection: Connection, action_id: int) -> Action | None:
+    row = connection.execute(SQL["one"], {"action_id": action_id}).one_or_none()
+    return _action_of(row) if row is not None else None
+
+
+def _action_of(row: Row[Any]) -> Action:
     return Action(
         action_id=row.action_id,
         at_ms=row.at_ms,

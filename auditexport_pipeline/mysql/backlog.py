@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from auditexport_pipeline.core.backlog import Backlog, Lease
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.mysql.connection import SQL
+from auditexport_pipeline.mysql.statements import SQL
 
 # The probe steps through the versions that are pending; more than this is a misuse of the column.
 VERSIONS_LOOKED_AT = 50

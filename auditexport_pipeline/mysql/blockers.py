@@ -11,12 +11,12 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.mysql.statements import statements
 
-_SQL = {name: text(statement) for name, statement in load("mysql/blockers.sql").items()}
+_SQL = statements("mysql/blockers.sql")
 # MariaDB keeps an answer about locks for a tenth of a second; the shortest wait for a lock is a second.
 ASK_EVERY_S = 0.1
 WAIT_S = 1

@@ -1,7 +1,7 @@
-"""The connection to MySQL: its URL, engines, and our statements.
+"""The connection to MySQL: its URL and its engines.
 
-What belongs here: how we connect. What does not: what a session states (`mysql.session`), what an error means
-(`mysql.errors`), what is said over the connection (`outbox.sql`), and in which transaction (`mysql.outbox`).
+What does not belong here: what a session states (`mysql.session`), what an error means (`mysql.errors`), and transactions
+(`mysql.database`).
 """
 
 from __future__ import annotations
@@ -14,44 +14,19 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
-from sqlalchemy import URL, Connection, Engine, TextClause, bindparam, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.hosts import is_local
 from auditexport_pipeline.mysql.errors import NOT_REACHED, not_reached
-from auditexport_pipeline.mysql.errors import translated as translated
 from auditexport_pipeline.mysql.session import LOCK_WAIT_S, READ_TIMEOUT_S, Session
-from auditexport_pipeline.sql import load
 
 CONNECT_TIMEOUT_S = 10
 # The server's flags: a transaction is open; every statement is its own.
 IN_TRANSACTION, AUTOCOMMIT = 1, 2
 LONGEST_TIMEOUT_S = 3600
-
-_LISTS = {
-    "rows_in": "pks",
-    "mark_in": "pks",
-    "marked_in": "pks",
-    "own_in": "pks",
-    "take_back_in": "pks",
-    "lock_in": "pks",
-    "stamps_in": "pks",
-    "renew": "batch_ids",
-    "unlocked": "batch_ids",
-    "payload_bytes": "pks",
-}
-
-
-def expanding(name: str, statement: TextClause) -> TextClause:
-    """The statement with the parameter that stands for a list, if the one of this name has such a one."""
-    return statement.bindparams(bindparam(_LISTS[name], expanding=True)) if name in _LISTS else statement
-
-
-SQL: dict[str, TextClause] = {
-    name: expanding(name, text(statement)) for name, statement in load("mysql/outbox.sql").items()
-}
 
 # Ours, beside the driver's: which images of changed rows our sessions leave in the binary log.
 ROW_IMAGE = "binlog_row_image"

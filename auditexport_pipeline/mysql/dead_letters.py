@@ -8,13 +8,11 @@ request: nothing is logged, and an action keeps conditions and pks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from string import Template
-from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Row, TextClause, bindparam, text
+from sqlalchemy import Connection, Row, TextClause
 
-from auditexport_pipeline.core.actions import Action, By
+from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.dead_letters import (
     HELD,
@@ -30,12 +28,13 @@ from auditexport_pipeline.core.dead_letters import (
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import DeadLetter
 from auditexport_pipeline.mysql import actions
+from auditexport_pipeline.mysql.database import Database
+from auditexport_pipeline.mysql.statements import SQL as OUTBOX_SQL
+from auditexport_pipeline.mysql.statements import prepared, statements
 from auditexport_pipeline.sql import load
 
-if TYPE_CHECKING:
-    from auditexport_pipeline.mysql.outbox import MySQLOutbox
-
-_PIECES = load("mysql/dead_letters.sql")
+SQL = statements("mysql/dead_letters.sql")
+_PIECES = load("mysql/dead_letters.sql")  # of which a statement about some letters is put together
 # Letters added or changed at a time. Their pks, twenty digits each at most, fit an action's record (TEXT, 64 KB).
 CHUNK_LETTERS = 2_000
 # The workspaces that a count names; reasons and versions are few.
@@ -49,10 +48,10 @@ _NARROWEST = ("pks", "reason", "workspace_id", "version", "state")
 
 def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> None:
     """Adds the letters of a batch, or opens theirs again, in the transaction that takes their rows out of the batch."""
-    now_ms = connection.execute(_sql("now_ms")).scalar_one() if letters else 0
+    now_ms = connection.execute(OUTBOX_SQL["now_ms"]).scalar_one() if letters else 0
     for start in range(0, len(letters), CHUNK_LETTERS):
         connection.execute(
-            _sql("add"),
+            SQL["add"],
             [
                 {
                     "pk": letter.pk,
@@ -74,14 +73,14 @@ def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> 
 def held_by_detail(connection: Connection) -> dict[str, int]:
     """Held rows by what refuses them, most frequent first."""
     values = {"looked_at": HELD_LOOKED_AT, "row_limit": TOP_WORKSPACES}
-    return {row.detail: row.n for row in connection.execute(_sql("held_by_detail"), values)}
+    return {row.detail: row.n for row in connection.execute(SQL["held_by_detail"], values)}
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def page(
-    outbox: MySQLOutbox,
+    outbox: Database,
     which: Which,
     *,
     letters: int = PAGE_LETTERS,
@@ -100,7 +99,7 @@ def page(
         return [_letter(row) for row in connection.execute(_about("page", which, edge, direction=direction), values)]
 
 
-def count(outbox: MySQLOutbox, which: Which) -> LetterCounts:
+def count(outbox: Database, which: Which) -> LetterCounts:
     """How many letters are meant: by reason, by version, and by workspace for the ten with the most.
 
     Source: as `page`, or the index of what is counted when only the state is given; its cost grows with the
@@ -120,22 +119,22 @@ def count(outbox: MySQLOutbox, which: Which) -> LetterCounts:
     )
 
 
-def show(outbox: MySQLOutbox, pk: int, *, with_payload: bool = False) -> LetterDetails | None:
+def show(outbox: Database, pk: int, *, with_payload: bool = False) -> LetterDetails | None:
     """One letter with its row and its last action, or None; the payload, as the outbox holds it now, only on request."""
     with outbox.transaction("reading a dead letter") as connection:
-        row = connection.execute(_sql("one"), {"pk": pk}).one_or_none()
+        row = connection.execute(SQL["one"], {"pk": pk}).one_or_none()
         if row is None:
             return None
         letter = _letter(row)
-        action = connection.execute(_sql("action"), {"action_id": letter.action_id}).one_or_none()
+        action = actions.one(connection, letter.action_id) if letter.action_id is not None else None
         wanted = with_payload and row.outbox_pk is not None
-        payload = connection.execute(_sql("payload"), {"pk": pk}).scalar() if wanted else None
+        payload = connection.execute(SQL["payload"], {"pk": pk}).scalar() if wanted else None
     here = RowState.PENDING if row.deleted_at is None else RowState.EXPORTED
     return LetterDetails(
         letter=letter,
         row=here if row.outbox_pk is not None else RowState.DELETED,
         exported_at_ms=row.deleted_at,
-        action=_action(action) if action is not None else None,
+        action=action,
         payload=bytes(payload) if payload is not None else None,
     )
 
@@ -143,7 +142,7 @@ def show(outbox: MySQLOutbox, pk: int, *, with_payload: bool = False) -> LetterD
 # ── acting ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def retry(outbox: MySQLOutbox, which: Which, by: By, *, at_most: int | None = None) -> Acted:
+def retry(outbox: Database, which: Which, by: By, *, at_most: int | None = None) -> Acted:
     """Lets the rows of open or discarded letters go back to pending; the next drain tries them again.
 
     Durable effect, `CHUNK_LETTERS` at a time: the letters are `retried` (or `gone`, when their row is no longer
@@ -153,7 +152,7 @@ def retry(outbox: MySQLOutbox, which: Which, by: By, *, at_most: int | None = No
     return _act(outbox, which, by, "retry", LetterState.RETRIED, HELD, at_most)
 
 
-def discard(outbox: MySQLOutbox, which: Which, by: By, *, at_most: int | None = None) -> Acted:
+def discard(outbox: Database, which: Which, by: By, *, at_most: int | None = None) -> Acted:
     """Gives open letters up: their rows stay in the outbox, unmarked, and no batch takes them.
 
     Durable effect: as `retry`, with `discarded`. A discarded letter can be retried. Raises `OutboxUnavailable`.
@@ -161,7 +160,7 @@ def discard(outbox: MySQLOutbox, which: Which, by: By, *, at_most: int | None = 
     return _act(outbox, which, by, "discard", LetterState.DISCARDED, (LetterState.OPEN,), at_most)
 
 
-def upkeep(outbox: MySQLOutbox) -> int:
+def upkeep(outbox: Database) -> int:
     """Finds letters that hold a row which is no longer pending, because somebody deleted or marked it: they are `gone`.
 
     Durable effect: their state, a chunk a transaction. Returns how many. Its cost grows with the letters that hold
@@ -171,7 +170,7 @@ def upkeep(outbox: MySQLOutbox) -> int:
     for state in HELD:
         for pks in _chunks(outbox, Which(state=state)):
             with outbox.transaction("looking for the rows of dead letters") as connection:
-                pending = connection.execute(_sql("pending"), {"pks": list(pks)}).scalars()
+                pending = connection.execute(SQL["pending"], {"pks": list(pks)}).scalars()
                 without_row = pks - PkSet.of(pending)
                 if without_row:
                     gone += _set_gone(connection, _locked(connection, without_row, HELD))
@@ -179,7 +178,7 @@ def upkeep(outbox: MySQLOutbox) -> int:
 
 
 def _act(
-    outbox: MySQLOutbox,
+    outbox: Database,
     which: Which,
     by: By,
     verb: str,
@@ -198,19 +197,17 @@ def _act(
                 locked = _locked(connection, pks, (state,))
                 if not locked:
                     continue
-                pending = PkSet.of(connection.execute(_sql("pending"), {"pks": list(locked)}).scalars())
+                pending = PkSet.of(connection.execute(SQL["pending"], {"pks": list(locked)}).scalars())
                 gone += _set_gone(connection, locked - pending)
                 if pending:
                     action_id = actions.record(connection, verb, by, which.of_pks(pending).selection, len(pending))
-                    connection.execute(
-                        _sql("change"), {"pks": list(pending), "state": to.value, "action_id": action_id}
-                    )
+                    connection.execute(SQL["change"], {"pks": list(pending), "state": to.value, "action_id": action_id})
                     changed += len(pending)
                     action_ids.append(action_id)
     return Acted(changed=changed, gone=gone, action_ids=tuple(action_ids))
 
 
-def _chunks(outbox: MySQLOutbox, which: Which, state: LetterState | None = None) -> Iterator[PkSet]:
+def _chunks(outbox: Database, which: Which, state: LetterState | None = None) -> Iterator[PkSet]:
     """The pks of the letters that are meant, in chunks, each read when it is asked for."""
     from_pk = 0
     given = list(which.pks.chunks(CHUNK_LETTERS)) if which.pks is not None else [None]
@@ -228,26 +225,16 @@ def _chunks(outbox: MySQLOutbox, which: Which, state: LetterState | None = None)
 
 def _locked(connection: Connection, pks: PkSet, states: Sequence[LetterState]) -> PkSet:
     values = {"pks": list(pks), "states": [state.value for state in states]}
-    return PkSet.of(connection.execute(_sql("lock"), values).scalars())
+    return PkSet.of(connection.execute(SQL["lock"], values).scalars())
 
 
 def _set_gone(connection: Connection, pks: PkSet) -> int:
     if pks:
-        connection.execute(_sql("gone"), {"pks": list(pks)})
+        connection.execute(SQL["gone"], {"pks": list(pks)})
     return len(pks)
 
 
 # ── putting a statement together ─────────────────────────────────────────────────────────────────
-
-
-@lru_cache(maxsize=64)
-def _sql(name: str) -> TextClause:
-    return _bound(_PIECES[name])
-
-
-def _bound(statement: str) -> TextClause:
-    lists = [name for name in ("pks", "states") if f":{name}" in statement]
-    return text(statement).bindparams(*(bindparam(name, expanding=True) for name in lists))
 
 
 def _about(name: str, which: Which, edge: str | None = None, *, column: str = "", direction: str = "") -> TextClause:
@@ -259,7 +246,7 @@ def _about(name: str, which: Which, edge: str | None = None, *, column: str = ""
     if column and narrowest == "state":
         narrowest = column
     conditions = [_PIECES[f"where.{condition}"] for condition in (*given, *([edge] if edge else ()))]
-    return _bound(
+    return prepared(
         Template(_PIECES[name]).substitute(
             source=_PIECES[f"source.{narrowest}"],
             conditions=" AND ".join(conditions) or "TRUE",
@@ -295,15 +282,4 @@ def _letter(row: Row[tuple[object, ...]]) -> Letter:
         created_at_ms=row.created_at_ms,
         updated_at_ms=row.updated_at_ms,
         action_id=row.action_id,
-    )
-
-
-def _action(row: Row[tuple[object, ...]]) -> Action:
-    return Action(
-        action_id=row.action_id,
-        at_ms=row.at_ms,
-        verb=row.verb,
-        by=By(who=row.who, why=row.why),
-        selection=row.selection,
-        rows=row.row_count,
     )

@@ -17,9 +17,6 @@ ON DUPLICATE KEY UPDATE
   state = VALUES(state), reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
   batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
 
--- name: now_ms
-SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
-
 -- ── which letters ───────────────────────────────────────────────────────────────────────────────
 
 -- name: source.pks
@@ -128,10 +125,6 @@ WHERE pk IN :pks
 UPDATE clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
 SET state = 'gone', updated_at_ms = CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
 WHERE pk IN :pks
-
--- name: action
--- Primary key; no lock.
-SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action WHERE action_id = :action_id
 
 -- ── rows that the table refuses, held until its definition changes ──────────────────────────────
 

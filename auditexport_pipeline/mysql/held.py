@@ -7,34 +7,24 @@ here: finding them (`core.split`), and dead letters, which wait for an operator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-
-from sqlalchemy import TextClause, text
 
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_pipeline.sql import load
-
-_PIECES = load("mysql/dead_letters.sql")
+from auditexport_pipeline.mysql.database import Database
+from auditexport_pipeline.mysql.dead_letters import SQL
 
 
-def release(outbox: MySQLOutbox, definition_of: Callable[[str], str]) -> int:
+def release(outbox: Database, definition_of: Callable[[str], str]) -> int:
     """Lets held rows go back to pending whose table has another definition by now; returns how many.
 
     Called before a plan, and now and then by a run that stays. `definition_of` a version is what ClickHouse says of its table
     now; it is asked only when rows are held. Durable effect: their state, one statement a version; the next claim takes them. Raises `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     with outbox.transaction("looking for held rows") as connection:
-        held = {row.version for row in connection.execute(_sql("held_versions"))}
+        held = {row.version for row in connection.execute(SQL["held_versions"])}
     released = 0
     for version in sorted(held & set(VERSIONS)):
         definition = definition_of(version)
         with outbox.transaction("releasing held rows") as connection:
             values = {"version": version, "definition": definition}
-            released += connection.execute(_sql("release_held"), values).rowcount
+            released += connection.execute(SQL["release_held"], values).rowcount
     return released
-
-
-@lru_cache
-def _sql(name: str) -> TextClause:
-    return text(_PIECES[name])

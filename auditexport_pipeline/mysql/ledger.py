@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Row, TextClause, text
+from sqlalchemy import Row
 
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.ledger import BatchDetails, LedgerBatch, WhichBatches
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.statements import statements
 from auditexport_pipeline.mysql.status import unmarked
-from auditexport_pipeline.sql import load
 
-SQL: dict[str, TextClause] = {name: text(statement) for name, statement in load("mysql/ledger.sql").items()}
+SQL = statements("mysql/ledger.sql")
 # Rows of one statement: a few milliseconds.
 PAGE_ROWS = 500
 # Claims are in the order of their ids but for a clock that was set back: beyond a day of it a look back ends.

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, TextClause, bindparam, text
+from sqlalchemy import Connection, Row
 
 from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
 from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_text, observed_to_text
@@ -21,23 +21,10 @@ from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_pipeline.mysql.marking import LIST_PKS, by_shape
 from auditexport_pipeline.mysql.outbox import IN_CLICKHOUSE, MySQLOutbox, batch_of
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.mysql.statements import SQL as OUTBOX_SQL
+from auditexport_pipeline.mysql.statements import statements
 
-_LISTS = {
-    "stamped": ("versions", "exact_versions"),
-    "marks_between": ("versions", "exact_versions"),
-    "dead_among": ("pks",),
-    "marked_between": ("event_ids",),
-    "workspaces_in": ("pks",),
-    "unmark_in": ("pks",),
-    "count_due_in": ("pks",),
-    "delete_in": ("pks",),
-    "times": ("pks",),
-}
-SQL: dict[str, TextClause] = {
-    name: text(statement).bindparams(*(bindparam(each, expanding=True) for each in _LISTS.get(name, ())))
-    for name, statement in load("mysql/maintenance.sql").items()
-}
+SQL = statements("mysql/maintenance.sql")
 # Rows looked at by one statement of a scan: a few megabytes of pages, some ten milliseconds.
 SCAN_PKS = 20_000
 # Marks of another exporter read by one statement: its batches are of some thousand rows.
@@ -54,7 +41,7 @@ class MySQLUpkeep:
 
     def now_ms(self) -> int:
         with self.outbox.transaction("asking for the time") as connection:
-            return int(connection.execute(_NOW).scalar_one())
+            return int(connection.execute(OUTBOX_SQL["now_ms"]).scalar_one())
 
     def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
         values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
@@ -208,7 +195,7 @@ class MySQLUpkeep:
         """Clears the marks of these rows and counts them in the action, in one transaction; returns how many."""
         with self.outbox.transaction("clearing marks") as connection:
             rows = _effect(connection, "unmark", pks, {})
-            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
+            actions.count_rows(connection, action_id, rows)
             return rows
 
     def sweepable(self, before_ms: int, after_id: int, batches: int) -> list[Batch]:
@@ -236,7 +223,7 @@ class MySQLUpkeep:
         with self.outbox.transaction(f"sweeping rows of batch {batch_id}") as connection:
             rows = _effect(connection, "delete", pks, {"before_ms": before_ms})
             connection.execute(SQL["count_swept"], {"batch_id": batch_id, "rows": rows})
-            connection.execute(SQL["count_action"], {"action_id": action_id, "rows": rows})
+            actions.count_rows(connection, action_id, rows)
             return rows
 
     def record_swept(self, batch_id: int) -> None:
@@ -296,8 +283,7 @@ class MySQLUpkeep:
 
     def last_actions(self, verb: str, count: int) -> list[Action]:
         with self.outbox.transaction("reading what was done") as connection:
-            rows = connection.execute(SQL["last_actions"], {"verb": verb, "row_limit": count})
-            return [actions.action_of(row) for row in rows]
+            return actions.last_of_verb(connection, verb, count)
 
     def created_at(self, pks: PkSet) -> dict[int, int]:
         return {pk: created_ms for pk, (created_ms, _) in self.times(pks).items()}
@@ -309,9 +295,6 @@ class MySQLUpkeep:
                 rows = connection.execute(SQL["times"], {"pks": list(chunk)})
                 found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
         return found
-
-
-_NOW = text("SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms")
 
 
 def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:

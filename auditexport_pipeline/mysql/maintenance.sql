@@ -177,16 +177,7 @@ WHERE state = 'verified' AND swept_at_ms IS NOT NULL AND exported_at_ms <= :befo
 UPDATE clickhouse_outbox_batch SET state = 'compacted', pks = '', manifest = :manifest
 WHERE batch_id = :batch_id AND state = 'verified' AND swept_at_ms IS NOT NULL
 
--- ── actions and erasures ────────────────────────────────────────────────────────────────────────
-
--- name: count_action
--- Primary key; in the transaction of the effect.
-UPDATE clickhouse_outbox_action SET row_count = row_count + :rows WHERE action_id = :action_id
-
--- name: last_actions
--- verb_idx, from the end of one verb.
-SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
-WHERE verb = :verb ORDER BY at_ms DESC, action_id DESC LIMIT :row_limit
+-- ── rows and erasures ────────────────────────────────────────────────────────────────────────
 
 -- name: times
 -- Primary key, point by point; no lock.

@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection, TextClause
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from auditexport_pipeline.core.errors import MarkRefused
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Marked
-from auditexport_pipeline.mysql.connection import SQL, expanding
 from auditexport_pipeline.mysql.errors import code_and_words
+from auditexport_pipeline.mysql.statements import SQL, prepared
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
@@ -63,7 +63,7 @@ def _statement(name: str, runs: int, before: str) -> TextClause:
         said = said.replace(
             _RANGE, f"({' OR '.join(f'pk BETWEEN :first_pk_{n} AND :last_pk_{n}' for n in range(runs))})"
         )
-    return expanding(name, text(f"{before}{said}"))
+    return prepared(f"{before}{said}")
 
 
 def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:

@@ -1,26 +1,21 @@
 """MySQL: the application's outbox, our ledger and our dead letters, behind `core.ports.Outbox`.
 
-What belongs here: transactions and fences. What does not: the statements (`outbox.sql`), the connection and
-its errors (`mysql.connection`), creating and checking tables (`schema`), and any decision.
-
-Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S` (those that mark:
-`MARK_LOCK_WAIT_S`), and holds no transaction while anything but MySQL is asked.
+What belongs here: effects and their fences. What does not: the statements (`outbox.sql`), transactions (`mysql.database`),
+creating and checking tables (`schema`), and any decision.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.engine import make_url
+from sqlalchemy import Connection, Row
 from sqlalchemy.exc import OperationalError
 
 from auditexport_pipeline.core.backlog import Backlog
@@ -38,10 +33,8 @@ from auditexport_pipeline.core.batch import (
     pks_of,
 )
 from auditexport_pipeline.core.errors import (
-    BatchLocked,
     LeaseLost,
     OutboxLocked,
-    OutboxUnavailable,
     RowsLocked,
     RowsSwapped,
     SetupIncomplete,
@@ -62,10 +55,10 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.backlog import probe
 from auditexport_pipeline.mysql.blockers import holders
-from auditexport_pipeline.mysql.connection import SQL, checked, engine_for, translated
-from auditexport_pipeline.mysql.errors import LOCK_WAIT_TIMEOUT, code_and_words
+from auditexport_pipeline.mysql.database import Database
+from auditexport_pipeline.mysql.errors import LOCK_WAIT_TIMEOUT, code_and_words, translated
 from auditexport_pipeline.mysql.marking import LIST_PKS, by_shape, own_ids, stamp, stamp_unlocked, take_back
-from auditexport_pipeline.mysql.session import MARK_LOCK_WAIT_S
+from auditexport_pipeline.mysql.statements import SQL
 
 # One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
 READ_ROWS = 5_000
@@ -85,63 +78,13 @@ IN_CLICKHOUSE = "in ClickHouse: "
 # A plan that takes longer renews its leases once more before it commits.
 LONG_PLAN_S = 3.0
 
+# How rows get their stamp: connection, pks, `deleted_at`.
+Stamp = Callable[[Connection, PkSet, int], Marked]
+Result = TypeVar("Result")
 
-class MySQLOutbox:
+
+class MySQLOutbox(Database):
     """`core.ports.Outbox` over one MySQL or MariaDB database named by a SQLAlchemy URL."""
-
-    def __init__(self, url: str) -> None:
-        self.url = checked(url)
-
-    def __repr__(self) -> str:
-        return f"MySQLOutbox({make_url(self.url).render_as_string(hide_password=True)})"
-
-    @property
-    def engine(self) -> Engine:
-        return engine_for(self.url, os.getpid())
-
-    @property
-    def marking_engine(self) -> Engine:
-        return engine_for(self.url, os.getpid(), MARK_LOCK_WAIT_S)
-
-    def disconnect(self) -> None:
-        """Closes this process's idle connections; the next call opens others."""
-        self.engine.dispose()
-        self.marking_engine.dispose()
-
-    @contextmanager
-    def transaction(self, what: str) -> Iterator[Connection]:
-        """A READ COMMITTED transaction: committed at the end, rolled back by any exception."""
-        with self._named(what, self.engine) as connection:
-            yield connection
-
-    @contextmanager
-    def _named(self, what: str, engine: Engine) -> Iterator[Connection]:
-        """A transaction whose wait for a lock, if it is in vain, ends in an error that names who holds it."""
-        try:
-            with translated(what), engine.begin() as connection:
-                yield connection
-        except OutboxUnavailable as error:
-            locked = error.__cause__
-            if not isinstance(locked, OperationalError) or code_and_words(locked.orig)[0] != LOCK_WAIT_TIMEOUT:
-                raise
-            if not locked.statement:  # a COMMIT's
-                raise
-            said = f"{error}. {holders(self.engine, locked.statement, locked.params)}"
-            # Every statement about one row of the ledger says so.
-            batch_id = locked.params.get("batch_id") if isinstance(locked.params, dict) else None
-            raise (BatchLocked if batch_id else OutboxUnavailable)(said) from locked
-
-    @contextmanager
-    def _marking(self, what: str) -> Iterator[Connection]:
-        """As `transaction`, of a connection that gives up early on a lock: the caller then goes another way."""
-        with suppress(_NotAsUsual), translated(what):
-            try:
-                with self.marking_engine.begin() as connection:
-                    yield connection
-            except OperationalError as error:
-                if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
-                    raise
-                raise _NotAsUsual from None
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
@@ -308,20 +251,51 @@ class MySQLOutbox:
             return _own(connection, claim)
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
-        what = f"marking rows of batch {claim.batch_id}"
-        with self._marking(what) as connection:
+        def work(connection: Connection, stamp_rows: Stamp) -> Marked:
             _fence(connection, claim, State.WRITTEN, shared=True)
-            return _stamp(connection, pks, exported_at_ms)
-        with self._named(what, self.marking_engine) as connection:
-            _fence(connection, claim, State.WRITTEN, shared=True)
-            return self._stamp_unlocked(connection, pks, exported_at_ms)
+            return stamp_rows(connection, pks, exported_at_ms)
+
+        return self._marking(f"marking rows of batch {claim.batch_id}", work)
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
-        what = f"marking the last rows of batch {claim.batch_id}"
-        with self._marking(what) as connection:
-            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, _stamp)
-        with self._named(what, self.marking_engine) as connection:
-            return self._finish_mark(connection, claim, pks, exported_at_ms, before, ids, self._stamp_unlocked)
+        def work(connection: Connection, stamp_rows: Stamp) -> Batch:
+            _fence(connection, claim, State.WRITTEN)
+            last = stamp_rows(connection, pks, exported_at_ms)
+            if last.locked:
+                raise RowsLocked(
+                    f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again"
+                )
+            total = before + last
+            if total.ids != ids:
+                raise RowsSwapped(
+                    f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again"
+                )
+            counts = _own(connection, claim).counts
+            counts = replace(
+                counts,
+                vanished=counts.vanished + total.vanished,
+                elsewhere=counts.elsewhere + total.elsewhere,
+                unmarked=total.vanished + total.elsewhere,
+            )
+            connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
+            return _own(connection, claim)
+
+        return self._marking(f"marking the last rows of batch {claim.batch_id}", work)
+
+    def _marking(self, what: str, work: Callable[[Connection, Stamp], Result]) -> Result:
+        """Runs `work` in a transaction that gives up early on a lock, and marks all rows by one UPDATE. Where rows are locked, or
+        are not as the batch had them, runs it again in another transaction, which goes row by row.
+        """
+        with suppress(_NotAsUsual), translated(what):
+            try:
+                with self.marking_engine.begin() as connection:
+                    return work(connection, _stamp)
+            except OperationalError as error:
+                if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                    raise
+                raise _NotAsUsual from None
+        with self.transaction(what, self.marking_engine) as connection:
+            return work(connection, self._stamp_unlocked)
 
     def _stamp_unlocked(self, connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
         """As `marking.stamp_unlocked`. Rows that are locked are left out, so what it waits for in vain is the whole table."""
@@ -345,35 +319,6 @@ class MySQLOutbox:
         with self.transaction(f"taking marks back of batch {claim.batch_id}") as connection:
             _fence(connection, claim, State.WRITTEN, shared=True)
             take_back(connection, pks, exported_at_ms)
-
-    @staticmethod
-    def _finish_mark(
-        connection: Connection,
-        claim: Claim,
-        pks: PkSet,
-        exported_at_ms: int,
-        before: Marked,
-        ids: int,
-        how: Callable[[Connection, PkSet, int], Marked],
-    ) -> Batch:
-        _fence(connection, claim, State.WRITTEN)
-        last = how(connection, pks, exported_at_ms)
-        if last.locked:
-            raise RowsLocked(f"{len(last.locked):,} of the last rows of batch {claim.batch_id} are locked; run again")
-        total = before + last
-        if total.ids != ids:
-            raise RowsSwapped(f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again")
-        counts = _own(connection, claim).counts
-        counts = Counts(
-            dead=counts.dead,
-            folded=counts.folded,
-            released=counts.released,
-            vanished=counts.vanished + total.vanished,
-            elsewhere=counts.elsewhere + total.elsewhere,
-            unmarked=total.vanished + total.elsewhere,
-        )
-        connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
-        return _own(connection, claim)
 
     def leave_written(self, claim: Claim, why: str) -> Batch:
         with self.transaction(f"leaving batch {claim.batch_id} unmarked") as connection:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, TextClause, text
+from sqlalchemy import Connection, Row
 
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.batch import OPEN, State
@@ -36,9 +36,9 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_pipeline.mysql.backlog import probe
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.mysql.statements import statements
 
-SQL: dict[str, TextClause] = {name: text(statement) for name, statement in load("mysql/status.sql").items()}
+SQL = statements("mysql/status.sql")
 # Counting stops here: beyond, nobody wants to know how many, and the count takes a quarter of a second.
 COUNT_BACKLOG_TO = 1_000_000
 # Batches looked back at for the last runs and the rate: more than one run of the default limits, some milliseconds.
@@ -210,12 +210,7 @@ def _last_actions(outbox: MySQLOutbox) -> tuple[Action | None, list[Action], boo
     """The last sweep, the last reconciliations, newest first, and whether this user may read them: the exporter's need not."""
     try:
         with outbox.transaction("reading what was done") as connection:
-            swept = _actions(connection, "sweep", 1)
-            return swept[0] if swept else None, _actions(connection, "reconcile", LOOKS_READ), True
+            swept = actions.last_of_verb(connection, "sweep", 1)
+            return swept[0] if swept else None, actions.last_of_verb(connection, "reconcile", LOOKS_READ), True
     except SetupIncomplete:
         return None, [], False
-
-
-def _actions(connection: Connection, verb: str, count: int) -> list[Action]:
-    rows = connection.execute(SQL["last_actions"], {"verb": verb, "row_limit": count})
-    return [actions.action_of(row) for row in rows]

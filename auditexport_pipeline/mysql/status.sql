@@ -77,8 +77,3 @@ GROUP BY 1, 2, 3
 -- verb_idx. Requeues and repairs of the last day.
 SELECT COUNT(*) AS n FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
 WHERE verb IN ('requeue', 'repair') AND at_ms >= :from_ms
-
--- name: last_actions
--- verb_idx, from the end of one verb.
-SELECT action_id, at_ms, verb, who, why, selection, row_count FROM clickhouse_outbox_action FORCE INDEX (verb_idx)
-WHERE verb = :verb ORDER BY at_ms DESC, action_id DESC LIMIT :row_limit

@@ -24,7 +24,7 @@ from auditexport_tests.unit.test_architecture import PACKAGE
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "local"]
 # The methods and functions by which SQL reaches a driver, and the keywords that they take it under.
 SINKS = {
-    *("text", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
+    *("text", "prepared", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
     *(
         "command",
         "query",
@@ -42,29 +42,26 @@ SINKS = {
 SECOND = {"rows"}
 SQL_KEYWORDS = {"statement", "query", "cmd", "insert_block", "text"}
 # Statements by name, as `sql.load` reads them from a file beside the store.
-NAMED = {"SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
+NAMED = {"SQL", "OUTBOX_SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
 # Everything else that may be handed over, each with the reason why no data is in it.
 ALLOWED = {
-    ("mysql/actions.py", "_ADD"): "a constant of the module",
-    ("mysql/actions.py", "_LAST"): "a constant of the module",
-    ("mysql/maintenance.py", "_NOW"): "a constant of the module",
-    ("mysql/held.py", "_sql(…)"): "from dead_letters.sql, by a name of the module's",
     ("preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
     ("mysql/session.py", "_FIRST"): "a constant of the module",
     ("mysql/session.py", "_ASK"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
     ("mysql/session.py", "self._statement"): "what `_set` made",
-    ("mysql/connection.py", "statement"): "from outbox.sql, when the module is imported",
-    ("mysql/status.py", "statement"): "from status.sql, when the module is imported",
-    ("mysql/ledger.py", "statement"): "from ledger.sql, when the module is imported",
+    ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
     ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
-    ("mysql/maintenance.py", "statement"): "from maintenance.sql, when the module is imported",
     ("report/source.py", "statement"): "from source.sql, when the module is imported",
-    ("mysql/dead_letters.py", "statement"): "what `_about` or `_bound` were given: pieces of dead_letters.sql",
-    ("mysql/dead_letters.py", "_sql(…)"): "a statement of dead_letters.sql by name",
-    ("mysql/dead_letters.py", "_about(…)"): "pieces of dead_letters.sql, chosen by which conditions are given",
+    ("mysql/dead_letters.py", "statement"): "what `_about` made: pieces of dead_letters.sql",
+    (
+        "mysql/dead_letters.py",
+        "Template(_PIECES[name]).substitute(source=_PIECES[f'source.{narrowest}'], conditions=' AND '.join(conditions) or 'TRUE', "
+        "column=column, direction=direction)",
+    ): "pieces of dead_letters.sql, chosen by which conditions are given",
+    ("mysql/dead_letters.py", "_about(…)"): "what `_about` made: pieces of dead_letters.sql",
     ("clickhouse/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
     (
         "clickhouse/audit_log.py",

@@ -1,0 +1,26 @@
+"""The statements of a `.sql` file, by name, as SQLAlchemy executes them. A parameter after IN stands for a list."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import TextClause, bindparam, text
+
+from auditexport_pipeline.sql import load
+
+_LIST = re.compile(r"\bIN :(\w+)")
+
+
+def prepared(statement: str) -> TextClause:
+    """The statement; `IN :pks` takes a list of any length."""
+    lists = dict.fromkeys(_LIST.findall(statement))
+    return text(statement).bindparams(*(bindparam(name, expanding=True) for name in lists))
+
+
+def statements(path: str) -> dict[str, TextClause]:
+    """The statements of a `.sql` file of this package; `path` is like `mysql/outbox.sql`."""
+    return {name: prepared(statement) for name, statement in load(path).items()}
+
+
+# Those of the outbox and the ledger, which several modules here share.
+SQL = statements("mysql/outbox.sql")
