@@ -205,7 +205,8 @@ def reconcile(
     Exit status: 0 they agree, 1 they differ, also after a repair (run again after the next drain), 2 the call or the
     setup is wrong.
     """
-    from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+    from auditexport_pipeline.core.reconcile import reconcile
+    from auditexport_pipeline.core.units import DAY_MS
 
     if report_path is not None:
         from auditexport_pipeline.report import page

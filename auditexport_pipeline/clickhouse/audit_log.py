@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -43,6 +44,7 @@ from auditexport_pipeline.clickhouse.ttl import CANNOT_EVALUATE, CannotEvaluate,
 from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
+from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.ports import Refusal, RefusalKind, StoredEntry
 from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.sql import load
@@ -56,6 +58,8 @@ _Value = TypeVar("_Value")
 CONTENT_BYTES = 1024**2
 # ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
 PARAMETER_CHARACTERS = 30_000
+# More than there are under any `inserted_at`.
+MOST_ENTRIES = 2**63 - 1
 
 _PIECES = load("clickhouse/audit_log.sql")
 
@@ -341,36 +345,14 @@ class ClickHouseAuditLog:
             found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
         return found
 
-    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]:
-        return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms})
+    def entries_at(self, inserted_at_ms: int, *, most: int = MOST_ENTRIES) -> list[StoredEntry]:
+        return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms, "most": most})[:most]
 
-    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
-        return self._entries("some_entries_at", parameters={"inserted_at_ms": inserted_at_ms, "most": most})[:most]
-
-    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for version in VERSIONS:
-            rows = self.rows("counting entries", _sql("workspaces_at", version), {"inserted_at_ms": inserted_at_ms})
-            for workspace_id, entries in rows.result_rows:
-                counts[workspace_id] = counts.get(workspace_id, 0) + entries
-        return counts
-
-    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
-        total = 0
-        for start in range(0, len(inserted_at_ms), 1_000):
-            for version in VERSIONS:
-                parameters = {"inserted_at_ms": list(inserted_at_ms[start : start + 1_000])}
-                ((entries,),) = self.rows("counting entries", _sql("count_at", version), parameters).result_rows
-                total += entries
-        return total
-
-    def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]:
+    def entries_of(self, keys: Sequence[Key]) -> list[StoredEntry]:
         return [entry for some in _portions(keys, _key_bytes) for entry in self._entries("entries_of", {"keys": some})]
 
-    def keys_held(
-        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
-    ) -> set[tuple[tuple[str, str, int, str], int]]:
-        held: set[tuple[tuple[str, str, int, str], int]] = set()
+    def keys_held(self, keys: Sequence[Key], inserted_at_ms: Sequence[int]) -> set[tuple[Key, int]]:
+        held: set[tuple[Key, int]] = set()
         for some in _portions(keys, _key_bytes):
             lists: dict[str, Sequence[object]] = {"keys": some, "inserted_at_ms": inserted_at_ms}
             for row in self._look_up("keys_held", "looking for events", lists):
@@ -420,31 +402,28 @@ class ClickHouseAuditLog:
             found.extend(row[0] for row in rows)
         return found
 
-    def slots_between(self, from_ms: int, to_ms: int) -> list[int]:
-        """Every `inserted_at` that has entries in [from_ms, to_ms), ascending."""
-        found: set[int] = set()
-        for version in VERSIONS:
-            rows = self.rows("looking for blocks", _sql("slots_between", version), {"from_ms": from_ms, "to_ms": to_ms})
-            found.update(row[0] for row in rows.result_rows)
-        return sorted(found)
+    def count_by_inserted_at(self, from_ms: int, to_ms: int) -> dict[int, int]:
+        counts: Counter[int] = Counter()
+        for at_ms, entries in self._in_window("count_by_inserted_at", from_ms, to_ms):
+            counts[at_ms] += entries
+        return dict(sorted(counts.items()))
 
-    def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
-        counts: dict[tuple[str, int], int] = {}
-        for version in VERSIONS:
-            rows = self.rows("counting entries", _sql("by_workspace", version), {"from_ms": from_ms, "to_ms": to_ms})
-            for workspace_id, day_ms, entries in rows.result_rows:
-                counts[workspace_id, day_ms] = counts.get((workspace_id, day_ms), 0) + entries
-        return counts
+    def count_by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
+        counts: Counter[tuple[str, int]] = Counter()
+        for workspace_id, day_ms, entries in self._in_window("count_by_workspace", from_ms, to_ms):
+            counts[workspace_id, day_ms] += entries
+        return dict(counts)
 
     def surplus(self, from_ms: int, to_ms: int) -> tuple[int, int, int]:
         """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those among them that repeat an event, and
         those of these that repeat it under the same `inserted_at`. Merges take the repetitions away.
         """
-        counted = [0, 0, 0]
-        for version in VERSIONS:
-            rows = self.rows("counting repeated events", _sql("surplus", version), {"from_ms": from_ms, "to_ms": to_ms})
-            counted = [total + int(found or 0) for total, found in zip(counted, rows.result_rows[0], strict=True)]
-        return counted[0], counted[1], counted[2]
+        found = [[int(count or 0) for count in row] for row in self._in_window("surplus", from_ms, to_ms)]
+        entries, copies, same_slot = (sum(counts) for counts in zip(*found, strict=True))
+        return entries, copies, same_slot
+
+    def _in_window(self, name: str, from_ms: int, to_ms: int) -> Iterator[Sequence[Any]]:
+        return self._look_up(name, "counting entries", parameters={"from_ms": from_ms, "to_ms": to_ms})
 
     def named_by(self, erasure: Erasure, until_ms: int) -> int:
         values = {
@@ -454,11 +433,7 @@ class ClickHouseAuditLog:
             "to_ms": erasure.to_ms if erasure.to_ms is not None else 2**63 - 1,
             "until_ms": until_ms,
         }
-        entries = 0
-        for version in VERSIONS:
-            ((found,),) = self.rows("counting what an erasure names", _sql("named_by", version), values).result_rows
-            entries += found
-        return entries
+        return sum(row[0] for row in self._look_up("named_by", "counting what an erasure names", parameters=values))
 
     # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
 
@@ -473,9 +448,7 @@ class ClickHouseAuditLog:
         past = self._ttls().past_slots(VERSIONS[version].table, inserted_at_ms, ahead_s=ahead_s)
         return dict(zip(inserted_at_ms, past, strict=True))
 
-    def past_ttl_of(
-        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
-    ) -> dict[tuple[str, str, int, str], bool | None]:
+    def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
         return dict(zip(keys, self._ttls().past_keys(VERSIONS[version].table, inserted_at_ms, keys), strict=True))
 
     def kept_ms(self) -> int | None:

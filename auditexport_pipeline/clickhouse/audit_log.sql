@@ -32,22 +32,7 @@ GROUP BY inserted_at
 SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
 FROM $table
 WHERE inserted_at = {inserted_at_ms:Int64}
-
--- name: some_entries_at
-SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
-FROM $table
-WHERE inserted_at = {inserted_at_ms:Int64}
 LIMIT {most:UInt64}
-
--- name: workspaces_at
--- minmax index on inserted_at; one column.
-SELECT workspace_id, count() AS entries
-FROM $table
-WHERE inserted_at = {inserted_at_ms:Int64}
-GROUP BY workspace_id
-
--- name: count_at
-SELECT count() AS entries FROM $table WHERE inserted_at IN {inserted_at_ms:Array(Int64)}
 
 -- name: entries_of
 -- Primary key: the set is built before the table is read.
@@ -85,22 +70,22 @@ FROM (
   FROM format('JSONEachRow', '$input', {payloads:String})
 )
 
--- name: slots_between
--- minmax index on inserted_at, pruned to the partitions in between.
-SELECT DISTINCT inserted_at
+-- name: count_by_inserted_at
+-- minmax index on inserted_at, pruned to the partitions in between; one column.
+SELECT inserted_at, count() AS entries
 FROM $table
 WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
-ORDER BY inserted_at
+GROUP BY inserted_at
 
--- name: by_workspace
--- As slots_between; one pass over three columns.
+-- name: count_by_workspace
+-- As count_by_inserted_at; two columns.
 SELECT workspace_id, intDiv(inserted_at, 86400000) * 86400000 AS day_ms, count() AS entries
 FROM $table
 WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64}
 GROUP BY workspace_id, day_ms
 
 -- name: surplus
--- As slots_between; groups by the sort key, so memory grows with the window's events. `same_slot` are copies under one
+-- As count_by_inserted_at; groups by the sort key, so memory grows with the window's events. `same_slot` are copies under one
 -- inserted_at, which only a requeue or a second INSERT makes; the others an event that the outbox holds twice.
 SELECT sum(n) AS entries, sum(n - 1) AS copies, sum(n - slots) AS same_slot
 FROM (

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.sql import load
-
-Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
 
 _SQL = load("clickhouse/ttl.sql")
 # Slots or keys of one question: their ids fit the 128 KB of a form's field, in which they travel.

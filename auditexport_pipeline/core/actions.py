@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.event import Key
 
 # As wide as the ledger's columns.
 LONGEST_WHO = 128
@@ -92,7 +93,7 @@ class Erasure:
     from_ms: int | None = None
     to_ms: int | None = None
 
-    def covers(self, key: tuple[str, str, int, str]) -> bool:
+    def covers(self, key: Key) -> bool:
         workspace_id, _, at_ms, event_id = key
         return (
             workspace_id == self.workspace_id

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.batch import VIEW_BARS, VIEW_NOTE, Batch, Block, Bodies, Holding
+from auditexport_pipeline.core.batch import NO_ENTRIES, VIEW_BARS, VIEW_NOTE, Batch, Block, Bodies, Holding
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
@@ -35,7 +35,6 @@ WAIT_IN_RUN_S = 5.0
 NAMED_SLOTS = 8
 # `inserted_at`s asked about in one statement, whose parameter takes 128 KB.
 SLOTS_AT_ONCE = 2_000
-NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
 WHAT_TO_RAISE = {
     RefusalKind.MEMORY: "raise max_memory_usage for this user, or give the server more memory",
     RefusalKind.SIZE: "raise the size that ClickHouse, or the proxy in front of it, takes (nginx: client_max_body_size)",

@@ -154,6 +154,9 @@ class Holding:
     workspaces: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
+NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends.

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
-from auditexport_pipeline.core.batch import SMALLEST_BLOCK_ROWS, Claim, State
+from auditexport_pipeline.core.batch import OPEN, SMALLEST_BLOCK_ROWS, Claim, State
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holder, Outbox, PlannedBlock, Planning
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
@@ -35,7 +36,7 @@ LOOK_FOR_WHO_CLEARS = (
 )
 # No run can ask for a longer one. A lease that ends later was given before the server's clock was set back, and would
 # keep its batch waiting for as long as the clock went back.
-LONGEST_LEASE_MS = 86_400_000
+LONGEST_LEASE_MS = DAY_MS
 
 
 def claim(
@@ -113,6 +114,11 @@ def claim(
 def _room(claims: Sequence[Claim], max_rows: int | None) -> int:
     """Rows that may still be claimed."""
     return sys.maxsize if max_rows is None else max_rows - sum(claim.rows for claim in claims)
+
+
+def open_owners(outbox: Outbox) -> list[str]:
+    """The owners of open batches, and the processes that the ledger names beside them."""
+    return sorted({name for holder in outbox.batch_holders() for name in (holder.owner, holder.process) if name})
 
 
 def held_by_others(outbox: Outbox, owner: str) -> list[Holder]:
@@ -214,7 +220,8 @@ def _add(
     again: dict[int, int] = {}
     generation = 0
     # By spans: one old row among new ones must not ask for every batch between them.
-    found = {origin.batch_id: origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.exported_over(*span)}
+    sent = (origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.sent_over(*span))
+    found = {origin.batch_id: origin for origin in sent if origin.state not in OPEN}
     own = PkSet.union(origin.pks for batch_id, origin in found.items() if batch_id in exported) & pks
     if own:
         cleared(own)

@@ -19,19 +19,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
-from auditexport_pipeline.core.event import Undecodable, normal_form
+from auditexport_pipeline.core.event import Key, Undecodable, normal_form
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import NAMED_EVENTS, AuditLog, Discrepancy, Outbox, StoredEntry, StoredRow
 from auditexport_pipeline.core.versions import VERSIONS
 
-Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
-
 # Rows decoded and parsed again together.
 ROWS_AT_ONCE = 1_000
 BYTES_AT_ONCE = 8 * 1024**2
 KEYS_AT_ONCE = 1_000
-NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
 # What a row is expected to take where nothing says more.
 ROW_BYTES = 1_000
 

@@ -245,7 +245,7 @@ class Drain:
         plan.claims = claiming.claim(
             self._outbox,
             owner=self._owner,
-            dead_owners=self._dead_owners(self._outbox.open_owners()) if adopt else (),
+            dead_owners=self._dead_owners(claiming.open_owners(self._outbox)) if adopt else (),
             limits=self._limits,
             process=self._process,
             max_rows=max_rows,

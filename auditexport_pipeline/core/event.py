@@ -75,7 +75,7 @@ def id_hash(event_id: str) -> int:
 
 
 # workspace_id, bucket, time, event_id: the sort key of every version's table.
-Key = tuple[str, str, int, str]
+Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
 
 
 class Event(msgspec.Struct, gc=False, frozen=True):

@@ -20,13 +20,12 @@ import msgspec
 
 from auditexport_pipeline.core.actions import By, RecordedErasure
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Upkeep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
-
-DAY_MS = 86_400_000
 LONGEST_TTL_DAYS = 36_500
 TTL_UNKNOWN_TODO = (
     "To do: `auditexport doctor` shows the TTL. If it keeps an entry DAYS days after inserted_at, say so once: "
@@ -130,8 +129,8 @@ class Excuses:
         """Whether these rows were in the outbox when it was recorded, and were exported later."""
         if any(pk > recorded.newest_pk for pk in pks):
             return False
-        created = self._upkeep.created_at(PkSet.of(sorted(pks)))
-        return all(pk in created and created[pk] <= recorded.at_ms for pk in pks)
+        times = self._upkeep.times(PkSet.of(sorted(pks)))
+        return all(pk in times and times[pk][0] <= recorded.at_ms for pk in pks)
 
     def erased_unseen(self, slot_ms: int, lost: int, lost_by_workspace: Mapping[str, int] | None = None) -> int:
         """Of `lost` entries of a slot whose rows are gone from the outbox: how many recorded erasures may have taken.

@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.batch import Batch
-from auditexport_pipeline.core.compare import KEYS_AT_ONCE, ROW_BYTES, Key, entries_of
-from auditexport_pipeline.core.event import Undecodable
-from auditexport_pipeline.core.excuses import DAY_MS, Excuses
+from auditexport_pipeline.core.compare import KEYS_AT_ONCE, ROW_BYTES, entries_of
+from auditexport_pipeline.core.event import Key, Undecodable
+from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A mark before 2000 or more than a day ahead is no time of an export.

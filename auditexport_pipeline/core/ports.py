@@ -18,7 +18,7 @@ from typing import Protocol
 
 from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, Holding
-from auditexport_pipeline.core.event import OutboxRow, Undecodable
+from auditexport_pipeline.core.event import Key, OutboxRow, Undecodable
 from auditexport_pipeline.core.pks import PkSet
 
 # Event ids named in a discrepancy: enough to look, few enough for one line.
@@ -137,7 +137,7 @@ class Marked:
 class StoredEntry:
     """One entry as ClickHouse holds it: its sort key, its `inserted_at`, its fingerprint and its content's hash."""
 
-    key: tuple[str, str, int, str]
+    key: Key
     inserted_at_ms: int
     fingerprint: int
     content: int
@@ -253,8 +253,8 @@ class Planning(Protocol):
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
 
-    def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        """Closed batches whose pk range overlaps, oldest first: whoever is pending again comes from one of them."""
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        """As `Outbox.sent_over`, in the planner's transaction: pending rows that were exported before come from these batches."""
         ...
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim: ...
@@ -262,10 +262,6 @@ class Planning(Protocol):
 
 class Outbox(Protocol):
     """MySQL: the application's outbox, our ledger and our dead letters."""
-
-    def open_owners(self) -> list[str]:
-        """Who holds open batches: the owners, and the processes that the ledger names beside them."""
-        ...
 
     def batch_holders(self) -> list[Holder]:
         """Who holds open batches, how many rows, and until when."""
@@ -429,10 +425,6 @@ class Upkeep(Protocol):
         """The last actions of one verb, newest first."""
         ...
 
-    def created_at(self, pks: PkSet) -> dict[int, int]:
-        """The application's `created_at` of those rows that exist, by pk."""
-        ...
-
     def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
         """`created_at` and `deleted_at` of those rows that exist, by pk."""
         ...
@@ -464,25 +456,13 @@ class AuditLog(Protocol):
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]: ...
 
-    def entries_at(self, inserted_at_ms: int) -> list[StoredEntry]: ...
-
-    def some_entries_at(self, inserted_at_ms: int, most: int) -> list[StoredEntry]:
-        """At most so many of the entries of one `inserted_at`."""
+    def entries_at(self, inserted_at_ms: int, *, most: int = ...) -> list[StoredEntry]:
+        """The entries of one `inserted_at`, or `most` of them."""
         ...
 
-    def workspaces_at(self, inserted_at_ms: int) -> dict[str, int]:
-        """How many entries each workspace has under one `inserted_at`."""
-        ...
+    def entries_of(self, keys: Sequence[Key]) -> list[StoredEntry]: ...
 
-    def count_at(self, inserted_at_ms: Sequence[int]) -> int:
-        """How many entries there are under these `inserted_at`s together."""
-        ...
-
-    def entries_of(self, keys: Sequence[tuple[str, str, int, str]]) -> list[StoredEntry]: ...
-
-    def keys_held(
-        self, keys: Sequence[tuple[str, str, int, str]], inserted_at_ms: Sequence[int]
-    ) -> set[tuple[tuple[str, str, int, str], int]]:
+    def keys_held(self, keys: Sequence[Key], inserted_at_ms: Sequence[int]) -> set[tuple[Key, int]]:
         """Those of these keys that have an entry under one of these `inserted_at`, and which."""
         ...
 
@@ -494,11 +474,11 @@ class AuditLog(Protocol):
         """What each payload's entry would hash to as content, by ClickHouse's own parser; writes nothing."""
         ...
 
-    def slots_between(self, from_ms: int, to_ms: int) -> list[int]:
-        """Every `inserted_at` that has entries in [from, to), ascending."""
+    def count_by_inserted_at(self, from_ms: int, to_ms: int) -> dict[int, int]:
+        """How many entries there are under each `inserted_at` in [from, to), ascending."""
         ...
 
-    def by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
+    def count_by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
         """Entries by workspace and by UTC day of their `inserted_at` (its first millisecond), in [from, to)."""
         ...
 
@@ -516,9 +496,7 @@ class AuditLog(Protocol):
         """
         ...
 
-    def past_ttl_of(
-        self, version: str, inserted_at_ms: int, keys: Sequence[tuple[str, str, int, str]]
-    ) -> dict[tuple[str, str, int, str], bool | None]:
+    def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
         """As `past_ttl`, of entries whose sort keys are known."""
         ...
 

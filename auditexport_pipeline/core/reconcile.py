@@ -21,11 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import By
-from auditexport_pipeline.core.batch import OPEN, Batch, Holding, State
+from auditexport_pipeline.core.batch import NO_ENTRIES, OPEN, Batch, Holding, State
 from auditexport_pipeline.core.compare import (
-    NO_ENTRIES,
     Comparison,
-    Key,
     Slot,
     compare,
     compare_at_rest,
@@ -34,16 +32,17 @@ from auditexport_pipeline.core.compare import (
     slots_of,
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
+from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for, successors
 from auditexport_pipeline.core.looks import LOOKS_READ, OpenFinding, open_findings, record_of
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 from auditexport_pipeline.core.requeue import Requeue, clear
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.core.versions import VERSIONS
 
-DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 100
 # A batch is listed by the latest of its slots; its others lie at most this far before.
 SLOTS_APART_MS = 60_000
@@ -155,17 +154,17 @@ def reconcile(
     # What is claimed from here on lies after the window.
     report = Report(from_ms=from_ms, to_ms=min(to_ms, now_ms), count_places=count_places)
     excuses = Excuses(upkeep, log)
-    stored_slots = log.slots_between(report.from_ms, report.to_ms)
+    stored = log.count_by_inserted_at(report.from_ms, report.to_ms)
     known_slots: set[int] = set()
     missing = PkSet()
     for page in _pages(upkeep, report.from_ms, report.to_ms + SLOTS_APART_MS):
         missing |= _batches(outbox, upkeep, log, page, excuses, known_slots, report, dry_run=dry_run)
     unexported, keys_of_others = _marks(outbox, upkeep, log, excuses, missing, report)
     report.missing_pks = missing | unexported
-    strangers = [slot for slot in stored_slots if slot not in known_slots]
-    _strangers(upkeep, log, strangers, keys_of_others, others_write, report)
+    unknown = {at_ms: entries for at_ms, entries in stored.items() if at_ms not in known_slots}
+    _strangers(upkeep, log, unknown, keys_of_others, others_write, report)
     if count_places:
-        for place, entries in log.by_workspace(report.from_ms, report.to_ms).items():
+        for place, entries in log.count_by_workspace(report.from_ms, report.to_ms).items():
             report.places[place].entries += entries
     if repair is not None and report.missing_pks:
         selection: dict[str, object] = {"from_ms": report.from_ms, "to_ms": report.to_ms}
@@ -420,11 +419,11 @@ def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) 
         yield from upkeep.foreign_marks(first_ms, last_ms, tuple(VERSIONS))
     for low_ms, high_ms in ((0, FIRST_TIME_MS - 1), (now_ms + AHEAD_MS + 1, 2**63 - 1)):
         for marks in upkeep.foreign_marks(low_ms, high_ms, tuple(VERSIONS)):
-            created = upkeep.created_at(PkSet.of(sorted(marks)))
+            times = upkeep.times(PkSet.of(sorted(marks)))
             yield {
                 # One that is no time either counts as of now: it is looked at, and nothing excuses it.
                 pk: at_ms if is_time(at_ms, now_ms) else report.to_ms - 1
-                for pk, at_ms in created.items()
+                for pk, (at_ms, _) in times.items()
                 if report.from_ms <= at_ms < report.to_ms or not is_time(at_ms, now_ms)
             }
     for line in report.batches:
@@ -445,25 +444,24 @@ def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[i
 def _strangers(
     upkeep: Upkeep,
     log: AuditLog,
-    slots: Sequence[int],
+    counts: Mapping[int, int],
     keys_of_others: set[Key],
     others_write: bool,
     report: Report,
 ) -> None:
-    """Entries under an `inserted_at` that no batch had: copies of our events, somebody else's export, or unexpected."""
+    """Entries under an `inserted_at` that no batch had, counted: copies of our events, another exporter's, or unexpected."""
     ours_since_ms = upkeep.first_inserted_ms()
-    earlier = [slot for slot in slots if ours_since_ms is None or slot < ours_since_ms]
-    if earlier:
-        report.explained["before the first batch"] += log.count_at(earlier)
-    for slot_ms in slots[len(earlier) :]:
-        if upkeep.slot_owner(slot_ms) is None:
+    for slot_ms, entries in counts.items():
+        if ours_since_ms is None or slot_ms < ours_since_ms:
+            report.explained["before the first batch"] += entries
+        elif upkeep.slot_owner(slot_ms) is None:
             _stranger(log, slot_ms, keys_of_others, others_write, report)
 
 
 def _stranger(log: AuditLog, slot_ms: int, keys_of_others: set[Key], others_write: bool, report: Report) -> None:
     """One such slot. Its entries are counted in ClickHouse; some are read, and what is beyond counts as unexpected."""
-    left = log.workspaces_at(slot_ms)
-    entries = log.some_entries_at(slot_ms, STRANGERS_READ)
+    left = {workspace_id: rows for (workspace_id, _), rows in log.count_by_workspace(slot_ms, slot_ms + 1).items()}
+    entries = log.entries_at(slot_ms, most=STRANGERS_READ)
     elsewhere = {
         entry.key for entry in entries_of(log, {entry.key for entry in entries}) if entry.inserted_at_ms != slot_ms
     }

@@ -22,12 +22,13 @@ from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import is_time, look_for, successors
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 # One UPDATE's rows: as a marking chunk, a few megabytes of binary log.
 CHUNK_ROWS = 5_000
 # A requeued entry keeps its `inserted_at`: with less than this left of the table's TTL it would hardly arrive.
-LEAST_LEFT_MS = 86_400_000
+LEAST_LEFT_MS = DAY_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

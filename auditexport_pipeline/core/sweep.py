@@ -16,16 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import By
-from auditexport_pipeline.core.batch import Batch, Holding
-from auditexport_pipeline.core.compare import NO_ENTRIES, compare, compare_at_rest, slot_at
+from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
+from auditexport_pipeline.core.compare import compare, compare_at_rest, slot_at
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-DAY_MS = 86_400_000
 BATCHES_AT_ONCE = 50
 # Of a swept slot the ledger keeps the names of so many workspaces at most: some hundred bytes.
 WORKSPACES_KEPT = 32

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from auditexport_pipeline.core.batch import Batch, Block, Holding
-from auditexport_pipeline.core.compare import NO_ENTRIES, Slot, compare, compare_at_rest
+from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Block, Holding
+from auditexport_pipeline.core.compare import Slot, compare, compare_at_rest
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.versions import VERSIONS
 

@@ -123,7 +123,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
             release(outbox, to.clickhouse.audit_log().definition)
-            names_there = outbox.open_owners()
+            names_there = claiming.open_owners(outbox)
             # A run that its instance takes for started may have been killed here, where nobody watched it.
             dead_owners = _finished(context.instance, names_there) | processes.dead(names_there)
             since = outbox.moment()

@@ -12,7 +12,8 @@ import dagster as dg
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.advice import Severity, advice, needs_operator
 from auditexport_pipeline.core.dead_letters import LetterCounts, Which
-from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata

@@ -15,11 +15,12 @@ import dagster as dg
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete, VerificationFailed
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
-from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.retries import RETRIES
 from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.defs.config import checked
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Names

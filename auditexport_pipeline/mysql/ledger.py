@@ -13,6 +13,7 @@ from sqlalchemy import Row
 
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.ledger import BatchDetails, LedgerBatch, WhichBatches
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.statements import statements
 from auditexport_pipeline.mysql.status import unmarked
@@ -21,7 +22,7 @@ SQL = statements("mysql/ledger.sql")
 # Rows of one statement: a few milliseconds.
 PAGE_ROWS = 500
 # Claims are in the order of their ids but for a clock that was set back: beyond a day of it a look back ends.
-CLOCK_STEP_MS = 86_400_000
+CLOCK_STEP_MS = DAY_MS
 _BEYOND_ALL = 2**63 - 1
 
 

@@ -285,9 +285,6 @@ class MySQLUpkeep:
         with self.outbox.transaction("reading what was done") as connection:
             return actions.last_of_verb(connection, verb, count)
 
-    def created_at(self, pks: PkSet) -> dict[int, int]:
-        return {pk: created_ms for pk, (created_ms, _) in self.times(pks).items()}
-
     def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
         found: dict[int, tuple[int, int | None]] = {}
         for chunk in pks.chunks(5_000):

@@ -5,8 +5,7 @@
 
 -- name: inserted_between
 -- inserted_idx, by pages of batch_id; no lock. Requeues too, under the latest inserted_at they share.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process, swept_at_ms
+SELECT $batch_columns, swept_at_ms
 FROM clickhouse_outbox_batch
 WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :to_ms AND batch_id > :after_id
   AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
@@ -121,8 +120,7 @@ UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE pk IN
 
 -- name: sweepable
 -- sweep_idx; no lock. A batch is swept once all of its rows are gone; one that was begun is still here.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process, swept_at_ms
+SELECT $batch_columns, swept_at_ms
 FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state = 'verified' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms AND batch_id > :after_id
 ORDER BY batch_id LIMIT :row_limit
@@ -167,8 +165,7 @@ WHERE batch_id = :batch_id AND swept_at_ms IS NULL
 
 -- name: compactable
 -- sweep_idx; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process, swept_at_ms
+SELECT $batch_columns, swept_at_ms
 FROM clickhouse_outbox_batch
 WHERE state = 'verified' AND swept_at_ms IS NOT NULL AND exported_at_ms <= :before_ms ORDER BY batch_id LIMIT :row_limit
 

@@ -88,10 +88,6 @@ class MySQLOutbox(Database):
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
-    def open_owners(self) -> list[str]:
-        holders = self.batch_holders()
-        return sorted({name for holder in holders for name in (holder.owner, holder.process) if name})
-
     def batch_holders(self) -> list[Holder]:
         with self.transaction("reading the ledger's owners") as connection:
             return [
@@ -372,8 +368,7 @@ class MySQLOutbox(Database):
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         with self.transaction("reading the ledger") as connection:
-            found = connection.execute(SQL["sent_over"], {"first_pk": first_pk, "last_pk": last_pk})
-            return [batch_of(row) for row in found]
+            return _sent_over(connection, first_pk, last_pk)
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]:
         with self.transaction("reading batches") as connection:
@@ -476,9 +471,8 @@ class MySQLPlanning:
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]:
         return dict(self._read("payload_bytes", {"pks": list(pks)}))
 
-    def exported_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        found = self._connection.execute(SQL["exported_over"], {"first_pk": first_pk, "last_pk": last_pk})
-        return [batch_of(row) for row in found]
+    def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
+        return _sent_over(self._connection, first_pk, last_pk)
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim:
         new = sum(1 for block in blocks if block.inserted_at_ms is None)
@@ -538,6 +532,11 @@ def _driver_rows(connection: Connection, statement: str, values: Mapping[str, ob
     cursor = connection.execute(SQL[statement], values).cursor
     assert cursor is not None
     return list(cursor.fetchall())
+
+
+def _sent_over(connection: Connection, first_pk: int, last_pk: int) -> list[Batch]:
+    found = connection.execute(SQL["sent_over"], {"first_pk": first_pk, "last_pk": last_pk})
+    return [batch_of(row) for row in found]
 
 
 def _lock_ledger(connection: Connection) -> tuple[int, int]:

@@ -21,8 +21,7 @@ UPDATE clickhouse_outbox_batch SET inserted_at_ms = :last_ms WHERE batch_id = 0
 
 -- name: open_batches
 -- state_idx; no lock. Read before the candidates: a batch that closes in between has marked its rows by then.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process,
+SELECT $batch_columns,
        IF(claim_key LIKE CONCAT(LOWER(HEX(epoch)), '-%'), process, '') AS at_work, -- as batch_holders
        lease_until_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_expired,
        lease_until_ms - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS lease_left_ms
@@ -103,14 +102,6 @@ ORDER BY first_pk
 -- Primary key, point by point, for a sample and for the large rows of a read; no lock.
 SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks
 
--- name: exported_over
--- last_pk_idx: new rows lie above every exported batch, so this reads the few that overlap a late commit.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
-FROM clickhouse_outbox_batch
-WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND state IN ('exported', 'verified', 'discrepant')
-ORDER BY batch_id
-
 -- name: last_batch_id
 -- Primary key, last entry; under lock_ledger.
 SELECT MAX(batch_id) AS batch_id FROM clickhouse_outbox_batch
@@ -165,8 +156,7 @@ SELECT batch_id FROM clickhouse_outbox_batch FORCE INDEX (PRIMARY) WHERE batch_i
 
 -- name: batch
 -- Primary key; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
+SELECT $batch_columns
 FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 
 -- name: fence
@@ -323,8 +313,7 @@ UPDATE clickhouse_outbox_batch SET last_error = :error WHERE batch_id = :batch_i
 
 -- name: unverified
 -- state_idx; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
+SELECT $batch_columns
 FROM clickhouse_outbox_batch WHERE state = 'exported' ORDER BY batch_id LIMIT :row_limit
 
 -- name: written_within
@@ -339,8 +328,7 @@ SELECT MAX(batch_id) AS batch_id, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) 
 
 -- name: claimed_since
 -- Primary key, from its end; no lock.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
+SELECT $batch_columns
 FROM clickhouse_outbox_batch FORCE INDEX (PRIMARY) WHERE batch_id > :after_id AND owner = :owner ORDER BY batch_id
 
 -- name: discrepant_since
@@ -349,9 +337,9 @@ SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (state_idx)
 WHERE state = 'discrepant' AND verified_at_ms >= :since_ms ORDER BY batch_id
 
 -- name: sent_over
--- last_pk_idx; no lock. Batches with rows in this range of pks that may have sent something.
-SELECT batch_id, epoch, generation, version, state, owner, pks, manifest, counts, bytes, digest, attempts, inserts_until_ms, exported_at_ms,
-       oldest_event_ms, newest_event_ms, last_error, observed, claim_key, process
+-- last_pk_idx; no lock. Batches with rows in this range of pks that may have sent something. New rows lie above every batch, so
+-- a plan reads the few that overlap a late commit.
+SELECT $batch_columns
 FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk
   AND state IN ('sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')

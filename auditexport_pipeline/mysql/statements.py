@@ -9,6 +9,11 @@ from sqlalchemy import TextClause, bindparam, text
 from auditexport_pipeline.sql import load
 
 _LIST = re.compile(r"\bIN :(\w+)")
+# What `outbox.batch_of` reads of a row of the ledger; the files say `$batch_columns`.
+BATCH_COLUMNS = (
+    "batch_id, epoch, generation, version, state, owner, claim_key, process, pks, manifest, bytes, counts, digest, attempts, "
+    "inserts_until_ms, exported_at_ms, oldest_event_ms, newest_event_ms, last_error, observed"
+)
 
 
 def prepared(statement: str) -> TextClause:
@@ -19,7 +24,9 @@ def prepared(statement: str) -> TextClause:
 
 def statements(path: str) -> dict[str, TextClause]:
     """The statements of a `.sql` file of this package; `path` is like `mysql/outbox.sql`."""
-    return {name: prepared(statement) for name, statement in load(path).items()}
+    return {
+        name: prepared(statement.replace("$batch_columns", BATCH_COLUMNS)) for name, statement in load(path).items()
+    }
 
 
 # Those of the outbox and the ledger, which several modules here share.

@@ -116,7 +116,7 @@ def far_away(stack: LocalStack, mysql_ms: float, clickhouse_ms: float) -> Iterat
 def _work(urls: tuple[str, str], limits: Limits, claims: Any, done: Any) -> None:
     outbox, log = MySQLOutbox(urls[0]), ClickHouseAuditLog(urls[1])
     log.client().command("SELECT 1")
-    outbox.open_owners()
+    claiming.open_owners(outbox)
     done.put(None)  # connected
     while (claim := claims.get()) is not None:
         export.fetch(outbox, log, claim, limits)
@@ -134,7 +134,7 @@ def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
     for _ in workers:
         done.get(timeout=120)
     outbox, log = MySQLOutbox(urls[0]), ClickHouseAuditLog(urls[1])
-    outbox.open_owners()
+    claiming.open_owners(outbox)
     started = time.monotonic()
     planned = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
     for claim in planned:
@@ -154,7 +154,7 @@ def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
 def ahead(urls: tuple[str, str], limits: Limits) -> float:
     """The same of one process that works ahead and reads once, as a run on the default executor does."""
     outbox, log = MySQLOutbox(urls[0]), ClickHouseAuditLog(urls[1])
-    outbox.open_owners()
+    claiming.open_owners(outbox)
     started = time.monotonic()
     planned = claiming.claim(outbox, owner="benchmark", dead_owners=(), limits=limits)
     pipeline = Pipeline()

@@ -7,6 +7,7 @@ import pytest
 
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, event, events, text_of
@@ -22,7 +23,6 @@ CHECKS = {
     "recent_exports_reconcile",
     "no_dead_letters_standing",
 }
-DAY_MS = 86_400_000
 
 
 def evaluate(exporter: Exporter) -> dict[str, dg.AssetCheckEvaluation]:

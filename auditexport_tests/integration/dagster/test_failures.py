@@ -253,7 +253,7 @@ def test_a_lost_lease_is_not_retried(exporter: Exporter, stack: Stack, monkeypat
     real = export.fetch
 
     def fetch_after_a_take_over(outbox: Any, log: Any, claim: Claim, limits: Limits) -> object:
-        owners = outbox.open_owners()
+        owners = claiming.open_owners(outbox)
         claiming.claim(outbox, owner="another run", dead_owners=owners, limits=limits)
         return real(outbox, log, claim, limits)
 

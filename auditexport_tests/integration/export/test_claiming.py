@@ -383,7 +383,7 @@ def test_a_plan_that_dies_before_its_commit_leaves_nothing(stack: Stack) -> None
     outbox = CrashingOutbox(stack.outbox, CrashPoint("before claim 1"))
     with pytest.raises(Crash):
         claiming.claim(outbox, owner="one", dead_owners=(), limits=Limits())
-    assert stack.outbox.open_owners() == []
+    assert claiming.open_owners(stack.outbox) == []
     assert pks(stack, claim(stack, "two")) == [rows]
 
 

@@ -328,7 +328,7 @@ def test_of_two_blocks_one_is_there_and_only_the_other_is_sent_again(stack: Stac
             if block.number == 1:
                 assert first_is_there.wait(30)
                 raise Crash
-            answer = super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
+            answer = self.real.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
             first_is_there.set()
             return answer
 

@@ -57,13 +57,13 @@ class Counting(CrashingAuditLog):
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         self.probes += 1
-        return super().probe(version, payloads, timeout_s=timeout_s)
+        return self.real.probe(version, payloads, timeout_s=timeout_s)
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
         self.inserts += 1
-        return super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
+        return self.real.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
 
 
 @pytest.fixture(autouse=True)

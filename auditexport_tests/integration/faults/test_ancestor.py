@@ -15,12 +15,12 @@ from auditexport_pipeline.core.actions import By, Erasure
 from auditexport_pipeline.core.errors import TransientError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.benchmarks import ancestor
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import CrashingOutbox, CrashPoint, drain
 
 BY = By(who="auditor", why="a test")
-DAY_MS = 86_400_000
 ROWS = 30
 MARKS = 300
 

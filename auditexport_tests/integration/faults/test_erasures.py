@@ -11,11 +11,11 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 
 BY = By(who="auditor", why="a test")
-DAY_MS = 86_400_000
 ROWS = 50
 
 

@@ -10,11 +10,10 @@ from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 
-DAY_MS = 86_400_000
-HOUR_MS = 3_600_000
 COLUMNS = (
     "event_id, time, inserted_at, workspace_id, bucket, source, event, description, actor_type, actor_id, actor_name, "
     "actor_meta, remote_ip, user_agent, meta, `targets.type`, `targets.id`, `targets.name`, `targets.meta`, correlation_id"

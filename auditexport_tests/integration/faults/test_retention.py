@@ -15,13 +15,13 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 
 pytestmark = pytest.mark.clickhouse_sensitive
 
 BY = By(who="auditor", why="a test")
-DAY_MS = 86_400_000
 ROWS = 6
 AT = "toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC'))"
 Prompt = Callable[..., Result]

@@ -18,6 +18,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import Requeue, requeue
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import Crash, CrashingUpkeep, CrashPoint, drain
 
@@ -26,7 +27,6 @@ pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 BY = By(who="operator", why="a test")
 LIMITS = Limits(batch_rows=10, mark_rows=5, mark_connections=1)
 ROWS = 30
-DAY_MS = 86_400_000
 
 
 @pytest.fixture

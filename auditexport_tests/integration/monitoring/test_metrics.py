@@ -28,9 +28,10 @@ from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.metrics import NAMES
 from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
-from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql import status, totals
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.totals import read_totals

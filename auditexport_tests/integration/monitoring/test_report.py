@@ -238,7 +238,7 @@ def test_counting_entries_reads_the_parts_of_the_window_only(stack: Stack) -> No
     for n in range(4):
         put(stack, hour=n, count=3, prefix=f"evt_{n}")
         export(stack)
-    last_ms = max(stack.log.slots_between(0, 2**62))
+    last_ms = max(stack.log.count_by_inserted_at(0, 2**62))
     parameters = {"low_ms": 0, "high_ms": 2**60, "step_ms": HOUR_MS, "from_ms": last_ms, "to_ms": last_ms + 1}
     statement = counting._by_hour(VERSIONS["audit_log.v1"])
 

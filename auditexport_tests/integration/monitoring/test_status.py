@@ -16,7 +16,7 @@ from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Discrepancy
-from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     BatchTimes,
@@ -29,6 +29,7 @@ from auditexport_pipeline.core.status import (
 )
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
 from auditexport_pipeline.mysql.outbox import MySQLOutbox

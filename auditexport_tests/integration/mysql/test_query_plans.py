@@ -159,12 +159,11 @@ STATEMENTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "claimed_since": ("clickhouse_outbox_batch", "PRIMARY", {"after_id": 1_020, "owner": "somebody"}),
     "discrepant_since": ("clickhouse_outbox_batch", "state_idx", {"since_ms": 1}),
     "unverified": ("clickhouse_outbox_batch", "state_idx", {"row_limit": 10}),
-    "exported_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
     "sent_over": ("clickhouse_outbox_batch", "last_pk_idx", {"first_pk": 30_500, "last_pk": 40_000}),
     "count_dead": ("clickhouse_outbox_dead_letter", "letter_version_idx", {}),
 }
 # A handful of open or overlapping batches, found by an index that cannot also give their order.
-MAY_SORT = {"open_batches", "batch_holders", "exported_over", "sent_over"}
+MAY_SORT = {"open_batches", "batch_holders", "sent_over"}
 
 
 def test_hot_statements_use_their_index_and_read_no_history(busy: MySQLOutbox) -> None:

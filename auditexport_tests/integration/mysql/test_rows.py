@@ -148,7 +148,7 @@ def test_a_user_that_may_not_choose_the_image_is_told_so(stack: Stack) -> None:
         stack.sql(f"GRANT SELECT ON {server.database}.* TO 'plain'@'127.0.0.1'")
         url = server.update_query_dict({"binlog_row_image": "MINIMAL"}).render_as_string(hide_password=False)
         with pytest.raises(SetupIncomplete, match="BINLOG ADMIN" if mariadb(stack) else "SESSION_VARIABLES_ADMIN"):
-            MySQLOutbox(url).open_owners()
+            MySQLOutbox(url).batch_holders()
     finally:
         stack.sql("DROP USER 'plain'@'127.0.0.1'")
 

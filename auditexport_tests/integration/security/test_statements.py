@@ -50,6 +50,7 @@ ALLOWED = {
     ("mysql/session.py", "_ASK"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
     ("mysql/session.py", "self._statement"): "what `_set` made",
+    ("mysql/statements.py", "statement.replace('$batch_columns', BATCH_COLUMNS)"): "a `.sql` file, and a constant",
     ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
     ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
@@ -62,11 +63,9 @@ ALLOWED = {
         "column=column, direction=direction)",
     ): "pieces of dead_letters.sql, chosen by which conditions are given",
     ("mysql/dead_letters.py", "_about(…)"): "what `_about` made: pieces of dead_letters.sql",
-    ("clickhouse/audit_log.py", "statement"): "what `rows` was given, which is looked at where it is called",
-    (
-        "clickhouse/audit_log.py",
-        "_sql(…)",
-    ): "a statement of audit_log.sql by name, with the pieces of a registered version",
+    ("clickhouse/audit_log.py", "statement"): (
+        "audit_log.sql by name, with the pieces of a registered version; or what `rows` was given, which is looked at where it is called"
+    ),
     (
         "clickhouse/audit_log.py",
         "_request(…)",
