@@ -10,7 +10,8 @@ import json
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.cli.test_cli import _auditexport
-from auditexport_tests.integration.maintenance.test_dead_letters import CANARY, bad, good, mend, recorded, states
+from auditexport_tests.integration.maintenance.test_dead_letters import CANARY, bad, mend, recorded, states
+from auditexport_tests.support.builders import small_event
 from auditexport_tests.support.crashes import drain
 
 
@@ -28,7 +29,7 @@ def prompt(stack: Stack, *arguments: str, status: int = 0) -> str:
 
 def set_aside(stack: Stack) -> list[int]:
     pks = stack.put(
-        bad("evt_1", "ws_a"), bad("evt_2", "ws_b"), ("ws_b", "evt_3", '{"event_id": "evt_3"}'), good("evt_4")
+        bad("evt_1", "ws_a"), bad("evt_2", "ws_b"), ("ws_b", "evt_3", '{"event_id": "evt_3"}'), small_event("evt_4")
     )
     drain(stack.outbox, stack.log, Limits(), owner="one")
     return pks[:3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,55 +16,24 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteRepo
 from dagster._core.test_utils import create_run_for_test
 
 from auditexport_pipeline.core import retries
-from auditexport_pipeline.core.batch import Batch
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import alerts
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.alerting import Clock
+from auditexport_tests.support.builders import FIRST_EVENT_MS as FIRST_EVENT_MS
+from auditexport_tests.support.builders import event as event
+from auditexport_tests.support.builders import events as events
+from auditexport_tests.support.builders import everything_once as everything_once
+from auditexport_tests.support.builders import ledger as ledger
 from auditexport_tests.support.webhook import Webhook, webhook
 
 ROOT = Path(__file__).resolve().parents[3]
 ASSET = dg.AssetKey("audit_logs_raw_v1")
-FIRST_EVENT_MS = 1_760_000_000_000
-
-
-def event(event_id: str, workspace_id: str = "ws_1", **fields: object) -> tuple[str, str, str]:
-    """A row for `Stack.put`: workspace id, event id, payload."""
-    payload = {
-        "event_id": event_id,
-        "time": FIRST_EVENT_MS,
-        "workspace_id": workspace_id,
-        "bucket": "unkey_mutations",
-        "source": "platform",
-        "event": "key.create",
-        "description": "Created a key",
-        "actor": {"type": "user", "id": "user_1", "meta": {"via": "dashboard"}},
-        "targets": [{"type": "key", "id": f"key_{event_id}", "meta": {}}],
-        **fields,
-    }
-    return workspace_id, event_id, json.dumps(payload)
-
-
-def events(count: int, prefix: str = "evt", **fields: object) -> list[tuple[str, str, str]]:
-    """Rows for `Stack.put` whose times are one second apart, from `FIRST_EVENT_MS`."""
-    return [event(f"{prefix}_{n}", time=FIRST_EVENT_MS + 1000 * n, **fields) for n in range(count)]
 
 
 def launchpad(settings: Mapping[str, object]) -> dict[str, object]:
     """The run configuration that the page would send for these settings."""
     return {"ops": {"audit_logs_raw_v1": {"config": dict(settings)}}} if settings else {}
-
-
-def everything_once(stack: Stack, count: int) -> None:
-    """Asserts that ClickHouse holds `count` events, each once without FINAL, and nothing is pending."""
-    assert stack.counts() == (count, count)
-    assert stack.pending() == 0
-
-
-def ledger(stack: Stack) -> list[Batch]:
-    """Every batch of the ledger, oldest first."""
-    ids = stack.sql("SELECT batch_id FROM clickhouse_outbox_batch WHERE batch_id > 0 ORDER BY batch_id")
-    return stack.outbox.batches(int(str(row.batch_id)) for row in ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ What does not: what becomes of the batches (`integration.export.test_exactly_onc
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from auditexport_pipeline.core.batch import Batch, Claim, State
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
+from auditexport_tests.support.builders import small_event
 from auditexport_tests.support.crashes import Crash, CrashingOutbox, CrashPoint, drain
 
 pytestmark = pytest.mark.mysql_sensitive
@@ -31,10 +31,7 @@ _numbers = itertools.count(1)
 
 def put(stack: Stack, rows: int, *, version: str = "audit_log.v1", padding: int = 0) -> list[int]:
     """Small sound events of one workspace, each with an id of its own; returns their pks."""
-    events = []
-    for _ in range(rows):
-        event = {"event_id": f"evt_{next(_numbers)}", "time": 1, "workspace_id": "ws_1", "event": "key.create"}
-        events.append(("ws_1", str(event["event_id"]), json.dumps({**event, "description": "x" * padding})))
+    events = (small_event(f"evt_{next(_numbers)}", description="x" * padding) for _ in range(rows))
     return stack.put(*events, version=version)
 
 

@@ -31,8 +31,9 @@ from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown,
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Holding, Marked, Refusal
-from auditexport_pipeline.local.generator import START_MS, Generator, seed_outbox
+from auditexport_pipeline.local.generator import Generator, seed_outbox
 from auditexport_tests.conftest import Stack
+from auditexport_tests.support.builders import insert, ledger, merge, runner, small_event, stop_merges
 from auditexport_tests.support.crashes import (
     CRASH_POINTS,
     EFFECTS,
@@ -51,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ROWS = 40
 LIMITS = Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5, mark_connections=1)
 NEVER = "before nothing 1"
+run = runner(LIMITS, "second")
 
 
 @pytest.fixture(autouse=True)
@@ -61,48 +63,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_merges(stack: Stack) -> None:
-    """ReplacingMergeTree takes copies away within moments: a duplicate would be gone before it is counted."""
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
-
-
-def merge(stack: Stack) -> None:
-    stack.clickhouse("SYSTEM START MERGES audit_logs_raw_v1")
-    stack.clickhouse("OPTIMIZE TABLE audit_logs_raw_v1 FINAL")
+    """A duplicate must still be there when it is counted."""
+    stop_merges(stack)
 
 
 def fill(stack: Stack, rows: int = ROWS, *, seed: int = 1) -> list[int]:
-    with stack.outbox.engine.begin() as connection:
-        connection.exec_driver_sql(
-            "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-            "VALUES ('audit_log.v1', %s, %s, %s, 1)",
-            list(generated(rows, seed)),
-        )
-        found = connection.exec_driver_sql(f"SELECT pk FROM clickhouse_outbox ORDER BY pk DESC LIMIT {rows}")
-        return sorted(row.pk for row in found)
+    return insert(stack, generated(rows, seed))
 
 
 @lru_cache
 def generated(rows: int, seed: int) -> tuple[tuple[str, str, str], ...]:
     return tuple((row.workspace_id, row.event_id, row.payload) for row in Generator(seed).events(rows))
-
-
-def payload_of(event_id: str, **fields: object) -> str:
-    event = {"event_id": event_id, "time": START_MS, "workspace_id": "ws_1", "bucket": "b", "event": "key.create"}
-    return json.dumps({**event, **fields})
-
-
-def put(stack: Stack, *payloads: str) -> list[int]:
-    """Rows of workspace ws_1 whose payloads name their event_id first, as `payload_of` writes them."""
-    return stack.put(*(("ws_1", payload.split('"')[3], payload) for payload in payloads))
-
-
-def run(stack: Stack, owner: str = "second", limits: Limits = LIMITS, **options: Any) -> int:
-    return len(drain(stack.outbox, stack.log, limits, owner=owner, **options))
-
-
-def ledger(stack: Stack) -> list[Batch]:
-    ids = [int(str(row.batch_id)) for row in stack.sql("SELECT batch_id FROM clickhouse_outbox_batch WHERE batch_id")]
-    return stack.outbox.batches(sorted(ids))
 
 
 def end_leases(stack: Stack) -> None:
@@ -216,7 +187,7 @@ def test_one_insert_is_one_part(stack: Stack, monkeypatch: pytest.MonkeyPatch) -
 def _refuse_one(stack: Stack) -> None:
     """Two rows, one of which the parser takes and the table refuses: their block is halved, and the half dropped."""
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK description != 'x'")
-    put(stack, payload_of("evt_refused", description="x"), payload_of("evt_beside_it"))
+    stack.put(small_event("evt_refused", description="x"), small_event("evt_beside_it"))
 
 
 def _same_step(stack: Stack, crash_at: CrashPoint) -> None:
@@ -809,9 +780,9 @@ def test_copies_of_a_requeue_that_was_given_back_are_no_duplicates(stack: Stack)
 def test_one_event_more_than_once_in_a_batch_is_sent_once_and_every_row_is_marked(stack: Stack, between: int) -> None:
     """A writer that retried its commit has written the event twice; the auditor asked for it once."""
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
-    others = [payload_of(f"evt_other_{number}") for number in range(between)]
-    old, older = payload_of("evt_1", description="old"), payload_of("evt_1", description="older")
-    pks = put(stack, older, old, *others, payload_of("evt_1", description="new"))
+    others = [small_event(f"evt_other_{number}") for number in range(between)]
+    same = [small_event("evt_1", description=text) for text in ("older", "old", "new")]
+    pks = stack.put(*same[:2], *others, same[2])
     run(stack)
 
     (batch,) = ledger(stack)
@@ -826,8 +797,8 @@ def test_one_event_more_than_once_in_a_batch_is_sent_once_and_every_row_is_marke
 
 def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack: Stack) -> None:
     """The merge takes the earlier copy away, and verification of its batch may come after the merge."""
-    put(stack, *(payload_of(f"evt_{number}") for number in range(20)))
-    put(stack, payload_of("evt_3", description="again"))
+    stack.put(*(small_event(f"evt_{number}") for number in range(20)))
+    stack.put(small_event("evt_3", description="again"))
     claims = claiming.claim(stack.outbox, owner="first", dead_owners=(), limits=LIMITS)
     for claim in claims:
         bodies = export.fetch(stack.outbox, stack.log, claim, LIMITS).bodies
@@ -843,9 +814,9 @@ def test_one_event_in_two_batches_collapses_and_neither_is_called_missing(stack:
 
 def test_a_row_that_a_requeue_folded_keeps_the_time_of_its_first_export(stack: Stack) -> None:
     """Requeued together, two rows of one event go out as one; requeued alone, the first one goes where it was."""
-    earlier, *_ = put(stack, *(payload_of(event_id) for event_id in ("twice", "a", "b")))
+    earlier, *_ = stack.put(*(small_event(event_id) for event_id in ("twice", "a", "b")))
     run(stack, "first")
-    later, *_ = put(stack, *(payload_of(event_id) for event_id in ("twice", "c", "d")))
+    later, *_ = stack.put(*(small_event(event_id) for event_id in ("twice", "c", "d")))
     run(stack, "second")
     first, second = ledger(stack)
     for pks in ((earlier, later), (earlier,)):
@@ -892,9 +863,10 @@ def _put_refused(stack: Stack) -> dict[int, str]:
     for position, (reason, meta) in enumerate(REFUSED):
         portion = events[position * 50 : position * 50 + 50]
         stack.put(*((row.workspace_id, row.event_id, row.payload) for row in portion))
-        payload = payload_of(f"evt_{position}", meta=0).replace('"meta": 0', f'"meta": {meta}')
+        *ids, payload = small_event(f"evt_{position}", meta=0)
+        payload = payload.replace('"meta": 0', f'"meta": {meta}')
         try:
-            refused[put(stack, payload)[0]] = reason
+            refused[stack.put((*ids, payload))[0]] = reason
         except DBAPIError as error:
             if error.orig is None or error.orig.args[0] != INVALID_JSON:
                 raise
@@ -930,8 +902,8 @@ def test_rows_that_clickhouse_refuses_become_dead_letters_and_their_neighbours_a
 def test_a_key_given_twice_is_exported_in_normal_form(stack: Stack) -> None:
     """MySQL keeps the last of two; MariaDB keeps both, ClickHouse refuses both, and the event is sound."""
     fill(stack, 30)
-    repeated = payload_of("evt_twice", meta=0).replace('"meta": 0', '"meta": {"k": 1, "k": 2, "o": {"z": 1, "z": 3}}')
-    put(stack, repeated)
+    *ids, payload = small_event("evt_twice", meta=0)
+    stack.put((*ids, payload.replace('"meta": 0', '"meta": {"k": 1, "k": 2, "o": {"z": 1, "z": 3}}')))
     crash_at = CrashPoint("after recut 1")
     try:
         drain(
@@ -953,8 +925,7 @@ def test_a_key_given_twice_is_exported_in_normal_form(stack: Stack) -> None:
 def test_rows_against_a_constraint_of_the_table_are_held(stack: Stack) -> None:
     """The parser takes them and the table does not, so parsing alone finds no culprit: the block is halved."""
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT no_x CHECK description != 'x'")
-    payloads = [payload_of(f"evt_{n}", description="x" if n in (0, 7, 8, 39) else "y") for n in range(40)]
-    pks = put(stack, *payloads)
+    pks = stack.put(*(small_event(f"evt_{n}", description="x" if n in (0, 7, 8, 39) else "y") for n in range(40)))
     run(stack)
 
     letters = stack.sql("SELECT pk, state, reason, detail FROM clickhouse_outbox_dead_letter ORDER BY pk")

@@ -6,7 +6,6 @@ single bad rows among good ones (`integration.export.test_exactly_once`), and wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -18,26 +17,17 @@ from auditexport_pipeline.core.poison import Group, ProbeBudget, search
 from auditexport_pipeline.core.ports import Refusal
 from auditexport_pipeline.mysql import held
 from auditexport_tests.conftest import Stack
+from auditexport_tests.support.builders import Row, insert, run, small_event, stop_merges
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 NEVER = "before nothing 1"
 
 
-def row(number: int, workspace_id: str, **fields: object) -> tuple[str, str, str]:
-    event = {"event_id": f"evt_{number}", "time": number, "workspace_id": workspace_id, "event": "key.create"}
-    return workspace_id, f"evt_{number}", json.dumps({**event, **fields})
+def row(number: int, workspace_id: str, **fields: object) -> Row:
+    return small_event(f"evt_{number}", workspace_id, **{"time": number, **fields})
 
 
-def fill(stack: Stack, rows: list[tuple[str, str, str]]) -> None:
-    with stack.outbox.engine.begin() as connection:
-        connection.exec_driver_sql(
-            "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-            "VALUES ('audit_log.v1', %s, %s, %s, 1)",
-            rows,
-        )
-
-
-def mixed_in(good: int, bad: int, **fields: object) -> list[tuple[str, str, str]]:
+def mixed_in(good: int, bad: int, **fields: object) -> list[Row]:
     """Good rows of ten workspaces, spread evenly among bad ones of one."""
     rows = [row(number, f"ws_{number % 10}") for number in range(good)]
     every = bad // good
@@ -69,7 +59,7 @@ class Counting(CrashingAuditLog):
 @pytest.fixture(autouse=True)
 def no_merges(stack: Stack) -> None:
     """A duplicate must still be there when it is counted."""
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    stop_merges(stack)
 
 
 @pytest.fixture
@@ -97,11 +87,11 @@ def set_aside(stack: Stack) -> int:
 # ── fairness ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _undecodable(stack: Stack) -> list[tuple[str, str, str]]:
+def _undecodable(stack: Stack) -> list[Row]:
     return mixed_in(1_000, 10_000, actor=5)
 
 
-def _refused_by_the_table(stack: Stack) -> list[tuple[str, str, str]]:
+def _refused_by_the_table(stack: Stack) -> list[Row]:
     refuse_floods(stack)
     return mixed_in(1_000, 10_000, description="x")
 
@@ -109,7 +99,7 @@ def _refused_by_the_table(stack: Stack) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("flood", [_undecodable, pytest.param(_refused_by_the_table, marks=pytest.mark.slow)])
 def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood: object) -> None:
     """Audit evidence of a thousand tenants must not wait for one tenant's broken writer."""
-    fill(stack, flood(stack))
+    insert(stack, flood(stack))
     log = Counting(stack)
     drain(stack.outbox, log, Limits(), owner="one")
 
@@ -125,7 +115,7 @@ def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood
 def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few_probes: int) -> None:
     """Bounded work that finds nothing would be the same work for ever."""
     refuse_floods(stack)
-    fill(stack, mixed_in(20, 60, description="x"))
+    insert(stack, mixed_in(20, 60, description="x"))
     letters: list[int] = []
     for number in range(20):
         log = Counting(stack)
@@ -162,7 +152,7 @@ def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_boun
                 return Refusal(code=117, name="INCORRECT_DATA")
             return super().insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=timeout_s)
 
-    fill(stack, mixed_in(20, 60, description="unheard"))
+    insert(stack, mixed_in(20, 60, description="unheard"))
     drains = 0
     while sum(stack.outbox.dead_by_reason().values()) < 60:
         log = Picky(stack)
@@ -180,7 +170,7 @@ def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_boun
 def test_a_flood_of_repeated_keys_costs_a_handful_of_probes(stack: Stack) -> None:
     """Two probes a row made an hour of a drain; MySQL never keeps such a row, MariaDB does."""
     rows = [row(number, "ws_1", meta=0) for number in range(2_000)]
-    fill(stack, [(ws, event, text.replace('"meta": 0', '"meta": {"k": 1, "k": 2}')) for ws, event, text in rows])
+    insert(stack, [(ws, event, text.replace('"meta": 0', '"meta": {"k": 1, "k": 2}')) for ws, event, text in rows])
     log = Counting(stack)
     drain(stack.outbox, log, Limits(), owner="one")
     assert log.probes <= 1
@@ -196,12 +186,12 @@ def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
 ) -> None:
     """Giving rows back is one more durable effect, and one more wrong moment to die."""
     refuse_floods(stack)
-    fill(stack, mixed_in(20, 60, description="x"))
+    insert(stack, mixed_in(20, 60, description="x"))
     crash_at = CrashPoint(crash_point)
     with pytest.raises(Crash):
         drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), Limits(), owner="owner")
     for number in range(20):
-        drain(stack.outbox, stack.log, Limits(), owner=f"owner {number}", dead_owners={"owner"})
+        run(stack, f"owner {number}", dead_owners={"owner"})
         if set_aside(stack) == 60:
             break
     assert set_aside(stack) == 60
@@ -211,17 +201,17 @@ def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
 
 def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_probes: int) -> None:
     """A later generation that loses the first `inserted_at` would be a second event to the table."""
-    fill(stack, [row(number, f"ws_{number % 2}", description="x" if number % 2 else "y") for number in range(80)])
-    drain(stack.outbox, stack.log, Limits(), owner="one")
+    insert(stack, [row(number, f"ws_{number % 2}", description="x" if number % 2 else "y") for number in range(80)])
+    run(stack, "one")
     ((at_ms,),) = stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1")
     refuse_floods(stack)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
-    drain(stack.outbox, stack.log, Limits(), owner="two")
+    run(stack, "two")
     assert stack.pending() == 40
     assert 0 < set_aside(stack) < 40, "no row was given back"
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_flood")
     assert held.release(stack.outbox, stack.log.definition) > 0
-    drain(stack.outbox, stack.log, Limits(), owner="three")
+    run(stack, "three")
     assert stack.pending() == 0
     assert stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1") == [(at_ms,)]
     assert stack.clickhouse("SELECT count() FROM audit_logs") == [(80,)]
@@ -236,14 +226,14 @@ def test_a_folded_row_whose_standing_row_leaves_the_batch_is_not_marked(
     if fate == "given back":
         monkeypatch.setattr(poison, "PROBES", 1)
     rows = [row(1, "ws_1", description="sound"), row(1, "ws_1", description="x"), row(2, "ws_1")]
-    fill(stack, rows)
-    drain(stack.outbox, stack.log, Limits(), owner="one")
+    insert(stack, rows)
+    run(stack, "one")
     marked = stack.sql("SELECT event_id FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")
     there = {str(event) for (event,) in stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1")}
     assert {str(found.event_id) for found in marked} <= there
     monkeypatch.undo()
     for owner in ("two", "three"):
-        drain(stack.outbox, stack.log, Limits(), owner=owner)
+        run(stack, owner)
     assert stack.counts() == (2, 2)
     assert stack.pending() == 1
 

@@ -19,7 +19,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy, Marked
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 NEVER = CrashPoint("before nothing 1")

@@ -14,6 +14,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.ports import AuditLog, Outbox
 from auditexport_tests.conftest import Stack
+from auditexport_tests.support.builders import events, everything_once, stop_merges
 from auditexport_tests.support.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint
 
 T = TypeVar("T")
@@ -31,9 +32,8 @@ def pipeline() -> Iterator[Pipeline]:
 
 
 def planned(stack: Stack, pipeline: Pipeline) -> list[Claim]:
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
-    payload = '{{"event_id": "evt_{0}", "time": 1, "workspace_id": "ws_1", "event": "e"}}'
-    stack.put(*(("ws_1", f"evt_{n}", payload.format(n)) for n in range(BATCHES * BATCH_ROWS)))
+    stop_merges(stack)
+    stack.put(*events(BATCHES * BATCH_ROWS))
     claims = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
     pipeline.plan(claims)
     return claims
@@ -49,8 +49,7 @@ def lose_the_connection() -> None:
 
 
 def assert_all_once(stack: Stack) -> None:
-    assert stack.counts() == (BATCHES * BATCH_ROWS, BATCHES * BATCH_ROWS)
-    assert stack.pending() == 0
+    everything_once(stack, BATCHES * BATCH_ROWS)
 
 
 def test_in_order_the_threads_do_the_work(stack: Stack, pipeline: Pipeline) -> None:

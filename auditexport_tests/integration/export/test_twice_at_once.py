@@ -19,7 +19,7 @@ from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import event, events, everything_once, ledger
+from auditexport_tests.support.builders import event, events, everything_once, ledger
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 BATCHES = 12

@@ -15,7 +15,7 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.http_proxy import (
     Answer,

@@ -9,7 +9,7 @@ from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.automation import DEFAULT_THRESHOLDS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.prompts import prompt_in, urls
 

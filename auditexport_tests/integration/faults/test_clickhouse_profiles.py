@@ -21,7 +21,7 @@ from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_tests.conftest import Stack, fresh_stack
-from auditexport_tests.integration.dagster.conftest import event
+from auditexport_tests.support.builders import event
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.engines import local_clickhouse
 from auditexport_tests.support.http_proxy import Answer, Forward, HttpProxy, Request

@@ -17,8 +17,8 @@ from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
 from auditexport_tests.integration.maintenance.test_restore import back_up, restore
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import CrashingOutbox, CrashPoint, drain
 
 pytestmark = pytest.mark.mysql_sensitive

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.prompts import urls
 
 pytestmark = pytest.mark.mysql_sensitive

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.prompts import urls
 
 MB = 1024**2

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 
 pytestmark = pytest.mark.mysql_sensitive
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.mysql.connection import engine_for
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.prompts import urls
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]

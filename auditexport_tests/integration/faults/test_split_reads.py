@@ -16,7 +16,7 @@ from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events
+from auditexport_tests.support.builders import events
 from auditexport_tests.support.mysql_splitter import Splitter
 from auditexport_tests.support.prompts import urls
 

@@ -6,7 +6,8 @@ import pytest
 
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.export.test_exactly_once import fill, merge, run
+from auditexport_tests.integration.export.test_exactly_once import fill, run
+from auditexport_tests.support.builders import merge
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 pytestmark = pytest.mark.mysql_sensitive

@@ -15,32 +15,20 @@ import sqlalchemy as sa
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.dead_letters import HELD, LetterState, RowState, Which
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import Row, run, small_event
 
-LIMITS = Limits()
 OPERATOR = By(who="ada", why="the writer is fixed")
 # Planted in payloads: found anywhere else, it has leaked.
 CANARY = "canary-5d1c"
 
 
-def good(event_id: str, workspace_id: str = "ws_1") -> tuple[str, str, str]:
-    event = {"event_id": event_id, "time": 1, "workspace_id": workspace_id, "event": "key.create"}
-    return workspace_id, event_id, json.dumps(event)
-
-
-def bad(event_id: str, workspace_id: str = "ws_1", *, time: object = CANARY) -> tuple[str, str, str]:
+def bad(event_id: str, workspace_id: str = "ws_1", *, time: object = CANARY) -> Row:
     """A row that no event can be made of, with a canary in its payload."""
-    event = {"event_id": event_id, "time": time, "workspace_id": workspace_id, "event": CANARY}
-    return workspace_id, event_id, json.dumps(event)
-
-
-def run(stack: Stack, owner: str = "one") -> int:
-    return len(drain(stack.outbox, stack.log, LIMITS, owner=owner))
+    return small_event(event_id, workspace_id, time=time, event=CANARY)
 
 
 def mend(stack: Stack, *pks: int) -> None:
@@ -173,7 +161,7 @@ def _various(stack: Stack) -> dict[str, int]:
         ("ws_a", "evt_2", '{"event_id": "evt_2"}'),
         bad("evt_3", "ws_b"),
         bad("evt_4", "ws_b"),
-        good("evt_5", "ws_a"),
+        small_event("evt_5", "ws_a"),
     )
     run(stack)
     stack.sql(
@@ -430,7 +418,7 @@ def test_a_payload_that_the_server_may_not_send_is_set_aside_and_stops_nobody(st
     stack.sql("SET GLOBAL max_allowed_packet = 1048576")
     stack.outbox.disconnect()
     try:
-        drain(stack.outbox, stack.log, Limits(), owner="one")
+        run(stack, "one")
         assert stack.outbox.dead_by_reason() == {"payload_unreadable": 1}
         assert stack.counts() == (1, 1)
     finally:

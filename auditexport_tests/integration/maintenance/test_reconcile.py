@@ -22,13 +22,14 @@ from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import merge, runner, small_event, stop_merges
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
 BY = By(who="auditor", why="a test")
 LIMITS = Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5, mark_connections=1)
 ROWS = 60
+run = runner(LIMITS)
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +41,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def exported(stack: Stack) -> Stack:
     """Sixty events of two writers, exported and verified; merges stand still until a test wants one."""
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+    stop_merges(stack)
     seed_outbox(stack.mysql_url, seed=11, events=ROWS, writers=2)
     run(stack)
     return stack
-
-
-def run(stack: Stack, owner: str = "drain") -> None:
-    drain(stack.outbox, stack.log, LIMITS, owner=owner)
 
 
 def look(stack: Stack, **options: Any) -> Report:
@@ -64,13 +61,7 @@ def change(stack: Stack, statement: str) -> None:
     settings = {"mutations_sync": 2, "json_type_escape_dots_in_keys": 1, "insert_deduplicate": 0}
     stack.log.client().command(statement, settings=settings)
     if mutation:
-        stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
-
-
-def merge(stack: Stack) -> None:
-    stack.clickhouse("SYSTEM START MERGES audit_logs_raw_v1")
-    stack.clickhouse("OPTIMIZE TABLE audit_logs_raw_v1 FINAL")
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
+        stop_merges(stack)
 
 
 def slots(stack: Stack) -> list[int]:
@@ -222,7 +213,7 @@ def test_an_entry_that_was_never_in_the_outbox_is_unexpected(exported: Stack) ->
 def test_a_mark_set_by_hand_on_a_row_never_exported_is_found_and_repaired(exported: Stack) -> None:
     """Such a row is in neither the backlog nor ClickHouse: nobody else would ever miss it."""
     stamp = exported.sql("SELECT MAX(deleted_at) AS at FROM clickhouse_outbox")[0].at
-    lost = exported.put(*(("ws_1", f"evt_{i}", payload(f"evt_{i}")) for i in range(3)))
+    lost = exported.put(*(small_event(f"evt_{i}") for i in range(3)))
     exported.sql("UPDATE clickhouse_outbox SET deleted_at = 12345 WHERE pk = :pk", pk=lost[0])
     exported.sql("UPDATE clickhouse_outbox SET deleted_at = :at WHERE pk = :pk", at=stamp, pk=lost[1])
     run(exported)  # exports the third, which is innocent
@@ -236,11 +227,6 @@ def test_a_mark_set_by_hand_on_a_row_never_exported_is_found_and_repaired(export
     assert exported.counts() == (ROWS + 3, ROWS + 3)
 
 
-def payload(event_id: str, workspace_id: str = "ws_1", description: str = "") -> str:
-    event = {"event_id": event_id, "time": 1_700_000_000_000, "workspace_id": workspace_id, "event": "a.b"}
-    return json.dumps({**event, "description": description})
-
-
 def test_all_four_at_once_are_told_apart_and_mended(exported: Stack) -> None:
     """The report that an auditor reads: each corruption under its own name, the repair, and the clean report after it."""
     deleted, altered, doubled = (an_event(exported, number) for number in (1, 21, 41))
@@ -250,7 +236,7 @@ def test_all_four_at_once_are_told_apart_and_mended(exported: Stack) -> None:
         exported,
         f"INSERT INTO audit_logs_raw_v1 ({COLUMNS}) SELECT {COLUMNS} FROM audit_logs_raw_v1 WHERE event_id = '{doubled[2]}'",
     )
-    (hidden,) = exported.put(("ws_1", "evt_hidden", payload("evt_hidden")))
+    (hidden,) = exported.put(small_event("evt_hidden"))
     exported.sql("UPDATE clickhouse_outbox SET deleted_at = 12345 WHERE pk = :pk", pk=hidden)
 
     report = look(exported, repair=BY)
@@ -304,7 +290,7 @@ def test_a_folded_row_that_is_requeued_may_take_the_place_of_its_twin(
     """Two rows of one event need not agree on its description. Found by the chaos suite, as altered, unexpected, missing."""
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     ids = [f"evt_{n}" for n in range(18)] + [f"evt_{twin}", "evt_19"]
-    pks = stack.put(*(("ws_1", ids[n], payload(ids[n], description=str(n // 18))) for n in range(20)))
+    pks = stack.put(*(small_event(ids[n], description=str(n // 18)) for n in range(20)))
     run(stack)
     assert (stack.counts(), look(stack).clean) == ((19, 19), True)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk = :pk", pk=pks[twin])
@@ -362,7 +348,7 @@ def test_rows_marked_by_the_exporter_before_us_are_not_missing(stack: Stack) -> 
     seed_outbox(stack.mysql_url, seed=3, events=40, writers=1)
     run(stack)
     stack.sql("DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0")
-    stack.put(("ws_1", "evt_new", payload("evt_new")))
+    stack.put(small_event("evt_new"))
     run(stack)
     report = look(stack)
     assert report.clean
@@ -394,7 +380,7 @@ def test_a_malformed_row_that_was_marked_before_it_was_looked_at_is_missing(expo
 
 def test_an_open_batch_is_left_to_the_drain(exported: Stack) -> None:
     """A batch that is half written is not half lost."""
-    exported.put(("ws_1", "evt_1", payload("evt_1")))
+    exported.put(small_event("evt_1"))
     claiming.claim(exported.outbox, owner="at work", dead_owners=(), limits=LIMITS)
     report = look(exported)
     assert report.clean
@@ -490,11 +476,11 @@ def test_a_requeue_that_arrives_while_entries_are_read_is_no_discrepancy(exporte
 def test_entries_are_compared_one_by_one_whatever_their_size(stack: Stack) -> None:
     """ClickHouse takes 128 KB in one field of a form, and an audited payload can be a megabyte."""
     big = {
-        **json.loads(payload("evt_big")),
+        **json.loads(small_event("evt_big")[2]),
         "meta": {"text": "ä😀\\'\"\n\t" * 120_000, "deep": [{"a": [1, 2.5, None, "x"]}]},
     }
-    rows = [("ws_1", f"evt_{n}", payload(f"evt_{n}")) for n in range(40)]
+    rows = [small_event(f"evt_{n}") for n in range(40)]
     stack.put(("ws_1", "evt_big", json.dumps(big, ensure_ascii=False)), *rows)
-    drain(stack.outbox, stack.log, Limits(), owner="one")
+    run(stack, "one", Limits())
     change(stack, "ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = 'evt_7'")
     assert (str(look(stack).found), look(stack).found.event_ids) == ("1 missing", ("evt_7",))

@@ -18,38 +18,30 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import Requeue, requeue
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
-from auditexport_pipeline.core.units import DAY_MS
+from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import Crash, CrashingUpkeep, CrashPoint, drain
+from auditexport_tests.support.builders import Row, runner, small_event, stop_merges
+from auditexport_tests.support.crashes import Crash, CrashingUpkeep, CrashPoint
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
 BY = By(who="operator", why="a test")
 LIMITS = Limits(batch_rows=10, mark_rows=5, mark_connections=1)
 ROWS = 30
+run = runner(LIMITS)
 
 
 @pytest.fixture
 def exported(stack: Stack) -> Stack:
     """Thirty events in three batches, of workspaces ws_0 to ws_2 in turn, an hour of event time apart."""
-    stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
-    stack.put(*((f"ws_{n % 3}", f"evt_{n}", payload(n)) for n in range(ROWS)))
+    stop_merges(stack)
+    stack.put(*map(row, range(ROWS)))
     run(stack)
     return stack
 
 
-def payload(number: int) -> str:
-    event = {
-        "event_id": f"evt_{number}",
-        "time": number * 3_600_000,
-        "workspace_id": f"ws_{number % 3}",
-        "event": "a.b",
-    }
-    return json.dumps(event)
-
-
-def run(stack: Stack) -> None:
-    drain(stack.outbox, stack.log, LIMITS, owner="drain")
+def row(number: int, workspace_id: str | None = None) -> Row:
+    return small_event(f"evt_{number}", workspace_id or f"ws_{number % 3}", time=number * HOUR_MS)
 
 
 def again(stack: Stack, *, missing_only: bool = False, dry_run: bool = False, **conditions: Any) -> Requeue:
@@ -94,7 +86,7 @@ def age(stack: Stack, batch_id: int, days: int) -> None:
     [
         ({"event_ids": ("evt_4", "evt_17", "evt_none")}, {4, 17}),
         ({"workspace_id": "ws_1"}, set(range(1, ROWS, 3))),
-        ({"from_event_ms": 5 * 3_600_000, "to_event_ms": 8 * 3_600_000}, {5, 6, 7}),
+        ({"from_event_ms": 5 * HOUR_MS, "to_event_ms": 8 * HOUR_MS}, {5, 6, 7}),
         ({"batch_ids": (2,)}, set(range(10, 20))),
         ({"batch_ids": (1, 3), "workspace_id": "ws_0"}, {0, 3, 6, 9, 21, 24, 27}),
         ({"from_exported_ms": 0, "to_exported_ms": 2**62}, set(range(ROWS))),
@@ -163,9 +155,7 @@ def test_missing_only_exports_what_clickhouse_lacks_and_nothing_else(exported: S
 
 def test_rows_of_an_open_batch_are_left_alone(exported: Stack) -> None:
     """Clearing a mark that a batch has just set would let that batch set it again and the requeue be lost."""
-    exported.put(
-        *(("ws_0", f"evt_{n}", json.dumps({**json.loads(payload(n)), "workspace_id": "ws_0"})) for n in (90, 91))
-    )
+    exported.put(*(row(n, "ws_0") for n in (90, 91)))
     (claim,) = claiming.claim(exported.outbox, owner="at work", dead_owners=(), limits=LIMITS)
     fetched = export.fetch(exported.outbox, exported.log, claim, LIMITS)
     export.write(exported.outbox, exported.log, claim, fetched.bodies, LIMITS)
@@ -193,7 +183,7 @@ def rows_left(stack: Stack) -> int:
 
 def test_only_exported_rows_of_verified_batches_past_retention_are_swept(exported: Stack) -> None:
     """What is pending, young or unproven is somebody's only copy."""
-    exported.put(("ws_0", "evt_0", payload(0)))
+    exported.put(row(0))
     age(exported, 1, 31)
     age(exported, 2, 31)
     exported.sql("UPDATE clickhouse_outbox_batch SET state = 'exported' WHERE batch_id = 2")
@@ -255,7 +245,7 @@ def test_a_sweep_waits_for_no_gap_and_no_gap_waits_for_it(exported: Stack) -> No
             sa.text("DELETE FROM clickhouse_outbox WHERE pk BETWEEN 21 AND 30 AND deleted_at + 0 <= 2000000000000")
         )
         exported.sql("SET SESSION innodb_lock_wait_timeout = 1")
-        exported.put(("ws_0", "evt_0", payload(0)))
+        exported.put(row(0))
         sweeping.rollback()
 
 

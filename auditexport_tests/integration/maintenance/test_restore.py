@@ -10,10 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import events, everything_once
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import events, everything_once, run
 
 TABLES = (
     "clickhouse_outbox",
@@ -45,11 +43,11 @@ def last_known_ms(stack: Stack) -> int:
 def lost(stack: Stack) -> Stack:
     """MySQL, restored: 20 events exported before the backup, 10 pending in it, 5 committed and exported after it."""
     stack.put(*events(20, "before"))
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+    run(stack, "run_1")
     stack.put(*events(10, "pending"))
     back_up(stack)
     stack.put(*events(5, "lost"))
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+    run(stack, "run_1")
     everything_once(stack, 35)
     restore(stack)
     return stack
@@ -67,7 +65,7 @@ def test_after_a_restore_of_mysql_the_log_can_show_what_the_database_shows(lost:
     beyond = f"inserted_at > {last_known_ms(lost)}"
     assert lost.clickhouse(f"SELECT count() FROM audit_logs_raw_v1 WHERE {beyond}") == [(15,)]
     lost.log.client().command(f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE {beyond} SETTINGS mutations_sync = 2")
-    drain(lost.outbox, lost.log, Limits(), owner="run_1")
+    run(lost, "run_1")
     everything_once(lost, 30)
     done = prompt.invoke(main, ["reconcile", "--days", "2"])
     assert done.exit_code == 0, done.output
@@ -75,7 +73,7 @@ def test_after_a_restore_of_mysql_the_log_can_show_what_the_database_shows(lost:
 
 def test_after_a_restore_of_mysql_the_log_can_show_what_happened(lost: Stack, prompt: CliRunner) -> None:
     """Kept, the lost changes' events stay; what goes out again is once in the view, and nobody calls a batch wrong."""
-    drain(lost.outbox, lost.log, Limits(), owner="run_1")
+    run(lost, "run_1")
     assert lost.clickhouse("SELECT count() FROM audit_logs") == [(35,)]
     assert lost.counts() == (45, 35)
     assert lost.pending() == 0
@@ -89,10 +87,10 @@ def test_after_a_restore_of_mysql_the_log_can_show_what_happened(lost: Stack, pr
 def test_after_a_restore_of_clickhouse_the_outbox_brings_back_what_it_lost(stack: Stack, prompt: CliRunner) -> None:
     """What came after the backup is missing, is requeued and is there again, once."""
     stack.put(*events(20, "before"))
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+    run(stack, "run_1")
     backed_up_ms = last_known_ms(stack)
     stack.put(*events(15, "after"))
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+    run(stack, "run_1")
     stack.log.client().command(
         f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE inserted_at > {backed_up_ms} SETTINGS mutations_sync = 2"
     )
@@ -101,7 +99,7 @@ def test_after_a_restore_of_clickhouse_the_outbox_brings_back_what_it_lost(stack
     assert stack.pending() == 0
     assert prompt.invoke(main, window).exit_code == 1
     assert stack.pending() == 15
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+    run(stack, "run_1")
     everything_once(stack, 35)
     done = prompt.invoke(main, ["reconcile", "--days", "2"])
     assert done.exit_code == 0, done.output

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.limits import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import event
+from auditexport_tests.support.builders import event
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.unit.test_architecture import PACKAGE
 
