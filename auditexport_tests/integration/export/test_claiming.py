@@ -173,7 +173,7 @@ def test_unknown_versions_are_left_alone_and_counted(stack: Stack) -> None:
     assert stack.pending() == len(unknown)
 
 
-def test_a_row_with_a_standing_dead_letter_is_not_claimed_until_it_is_retried(stack: Stack) -> None:
+def test_a_row_with_an_open_dead_letter_is_claimed_only_after_a_retry(stack: Stack) -> None:
     """It would come back in every run for ever; retried, it gets its second chance."""
     good = put(stack, 2)
     (bad,) = stack.put(("ws_1", "evt_bad", '{"event_id": 5}'))

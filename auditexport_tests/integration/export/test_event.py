@@ -217,7 +217,7 @@ def test_the_fingerprint_tells_apart_what_stands_in_another_place() -> None:
     assert len({event.fingerprint for event in events if isinstance(event, Event)}) == len(events)
 
 
-def test_python_and_clickhouse_take_the_same_fingerprint_of_awkward_strings(stack: Stack) -> None:
+def test_python_and_clickhouse_agree_on_fingerprints_of_awkward_strings(stack: Stack) -> None:
     """Verification compares the two sums; a string that they read differently would be a false alarm."""
     awkward = ["", "\0", "a\0b", "\x01", "é😀", "\u2028", "\\", '"', "\n\t\r", "\ufeff", "\uffff", " ", "x" * 70_000]
     rows = []

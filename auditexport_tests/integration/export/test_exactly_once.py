@@ -347,7 +347,7 @@ def drop_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("look_first", "with_token", "copies"), [(False, False, 20), (True, False, 0), (False, True, 0)]
 )
-def test_without_token_and_look_first_a_lost_answer_doubles_and_with_either_it_does_not(
+def test_without_token_and_look_first_a_lost_answer_doubles(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, look_first: bool, with_token: bool, copies: int
 ) -> None:
     """The negative control: these tests can see a duplicate, and each of the two guards holds alone."""
@@ -627,9 +627,7 @@ def test_rows_deleted_after_the_seal_are_exported_from_memory_and_counted(stack:
         ("UPDATE clickhouse_outbox SET payload = JSON_SET(payload, '$.description', 'other') WHERE pk = :pk", 0),
     ],
 )
-def test_a_sealed_batch_that_cannot_be_read_again_stops_and_later_gives_its_rows_back(
-    stack: Stack, meddling: str, lost: int
-) -> None:
+def test_a_sealed_batch_that_changed_stops_and_later_gives_rows_back(stack: Stack, meddling: str, lost: int) -> None:
     """Sent under the old token it would be a lie, under a new one a risk: it waits until no INSERT of it can run."""
     pks = fill(stack)
     _crash(stack, CrashPoint("before insert 1"))
@@ -777,7 +775,7 @@ def test_copies_of_a_requeue_that_was_given_back_are_no_duplicates(stack: Stack)
 
 
 @pytest.mark.parametrize("between", [1, 13], ids=["in_one_block", "in_two_blocks"])
-def test_one_event_more_than_once_in_a_batch_is_sent_once_and_every_row_is_marked(stack: Stack, between: int) -> None:
+def test_one_event_twice_in_a_batch_is_sent_once_and_all_rows_are_marked(stack: Stack, between: int) -> None:
     """A writer that retried its commit has written the event twice; the auditor asked for it once."""
     stack.clickhouse("SYSTEM STOP MERGES audit_logs_raw_v1")
     others = [small_event(f"evt_other_{number}") for number in range(between)]
@@ -879,9 +877,7 @@ def family(stack: Stack) -> str:
 
 
 @pytest.mark.parametrize("crash_point", [NEVER, "before recut 1", "after recut 1", "after recut 2"])
-def test_rows_that_clickhouse_refuses_become_dead_letters_and_their_neighbours_arrive(
-    stack: Stack, crash_point: str
-) -> None:
+def test_refused_rows_become_dead_letters_and_their_neighbours_arrive(stack: Stack, crash_point: str) -> None:
     """One bad row stopped the ancestor for good; here it costs itself."""
     refused = _put_refused(stack)
     assert len(refused) == (len(REFUSED) if family(stack) == "mariadb" else 0)

@@ -112,7 +112,7 @@ def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood
 # ── bounded work, and progress ───────────────────────────────────────────────────────────────────
 
 
-def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few_probes: int) -> None:
+def test_each_drain_stays_in_its_budget_and_gets_further(stack: Stack, few_probes: int) -> None:
     """Bounded work that finds nothing would be the same work for ever."""
     refuse_floods(stack)
     insert(stack, mixed_in(20, 60, description="x"))
@@ -132,7 +132,7 @@ def test_each_drain_asks_so_often_and_no_more_and_gets_further(stack: Stack, few
     assert stack.sql("SELECT DISTINCT state FROM clickhouse_outbox_batch WHERE batch_id > 0")[0].state == "verified"
 
 
-def test_rows_that_only_the_parser_refuses_are_searched_for_within_the_same_bound(
+def test_rows_that_only_the_parser_refuses_are_found_in_the_same_budget(
     stack: Stack, few_probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What nobody has an explanation for is what a new version of ClickHouse will bring."""
@@ -218,7 +218,7 @@ def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_p
 
 
 @pytest.mark.parametrize("fate", ["dead", "given back"])
-def test_a_folded_row_whose_standing_row_leaves_the_batch_is_not_marked(
+def test_a_folded_row_whose_kept_row_leaves_the_batch_is_not_marked(
     stack: Stack, fate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Marked without an entry, the event would be nowhere: the one loss that no count in the outbox shows."""
@@ -255,7 +255,7 @@ def test_a_search_with_a_large_budget_finds_exactly_the_poison_rows() -> None:
 
 
 @pytest.mark.parametrize("questions", [1, 2, 3, 20, 100])
-def test_a_search_never_asks_more_than_it_may_and_calls_nothing_sound_that_it_has_not_asked_about(
+def test_a_search_stays_in_its_budget_and_clears_only_probed_rows(
     questions: int,
 ) -> None:
     """A row that is sent unasked makes the next block refused again, for nothing."""

@@ -452,7 +452,7 @@ def means_the_same(got: object, expected: object) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_payload_comes_through_true_or_is_set_aside_with_the_right_reason(case: Case, drained: Drained) -> None:
+def test_a_payload_arrives_true_or_is_set_aside_with_the_right_reason(case: Case, drained: Drained) -> None:
     """An audit event that changes its meaning on the way, or vanishes without a reason, is worse than none."""
     event_id = event_id_of(case)
     expected = case.mariadb if drained.family == "mariadb" else case.mysql

@@ -81,9 +81,7 @@ def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
         *("before finish_mark 1", "after finish_mark 3", f"before finish_mark {BATCHES}"),
     ],
 )
-def test_a_failure_is_raised_in_its_own_step_and_its_retry_and_the_others_go_on(
-    stack: Stack, pipeline: Pipeline, place: str
-) -> None:
+def test_a_failure_is_raised_in_its_own_step_and_the_others_go_on(stack: Stack, pipeline: Pipeline, place: str) -> None:
     """An error in a thread that nobody hears of would be a batch that never arrives."""
     claims = planned(stack, pipeline)
     point = CrashPoint(place, then=lose_the_connection)

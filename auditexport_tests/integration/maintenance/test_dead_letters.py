@@ -59,7 +59,7 @@ def recorded(stack: Stack) -> list[tuple[str, str, str, int]]:
 # ── states ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_mended_row_goes_out_after_a_retry_and_its_letter_is_no_open_question(stack: Stack) -> None:
+def test_a_fixed_row_goes_out_after_a_retry_and_its_letter_is_closed(stack: Stack) -> None:
     """The way back: an operator who fixed the cause needs one command, and no letter that stays red for ever."""
     (pk,) = stack.put(bad("evt_1"))
     run(stack)
@@ -410,7 +410,7 @@ def test_letters_are_changed_by_their_primary_key(many: Stack) -> None:
         assert (step["key"], step["type"]) == ("PRIMARY", "range"), f"{name}: {dict(step)}"
 
 
-def test_a_payload_that_the_server_may_not_send_is_set_aside_and_stops_nobody(stack: Stack) -> None:
+def test_a_payload_that_mysql_may_not_send_is_set_aside(stack: Stack) -> None:
     """Above max_allowed_packet a server gives an empty text or NULL, and a warning that nobody reads."""
     event = '{{"event_id":"{0}","time":1,"workspace_id":"ws","event":"e","meta":{{"text":"{1}"}}}}'
     stack.put(("ws", "evt_big", event.format("evt_big", "x" * 3_000_000)), ("ws", "evt_1", event.format("evt_1", "x")))

@@ -227,7 +227,7 @@ def test_a_mark_set_by_hand_on_a_row_never_exported_is_found_and_repaired(export
     assert exported.counts() == (ROWS + 3, ROWS + 3)
 
 
-def test_all_four_at_once_are_told_apart_and_mended(exported: Stack) -> None:
+def test_all_four_discrepancies_at_once_are_told_apart_and_repaired(exported: Stack) -> None:
     """The report that an auditor reads: each corruption under its own name, the repair, and the clean report after it."""
     deleted, altered, doubled = (an_event(exported, number) for number in (1, 21, 41))
     change(exported, f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{deleted[2]}'")
@@ -265,7 +265,7 @@ def test_a_requeue_is_no_discrepancy_before_or_after_its_copies_merge(exported: 
     assert look(exported).clean
 
 
-def test_one_event_in_two_batches_is_no_discrepancy_before_or_after_they_merge(exported: Stack) -> None:
+def test_one_event_in_two_batches_is_no_discrepancy_merged_or_not(exported: Stack) -> None:
     """The outbox held it twice, so for a while ClickHouse does."""
     exported.sql(
         "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
@@ -366,7 +366,7 @@ def test_a_dead_letter_that_somebody_marked_is_not_missing(stack: Stack) -> None
     assert look(stack).clean
 
 
-def test_a_malformed_row_that_was_marked_before_it_was_looked_at_is_missing(exported: Stack) -> None:
+def test_a_malformed_row_that_was_marked_unread_is_missing(exported: Stack) -> None:
     """Nobody exported it and nobody set it aside: without a letter it would be lost without a word."""
     (pk,) = exported.put(("ws_1", "evt_malformed", '{"event_id": "evt_malformed"}'))
     exported.sql("UPDATE clickhouse_outbox SET deleted_at = 5 WHERE pk = :pk", pk=pk)
@@ -421,7 +421,7 @@ def test_a_verified_batch_that_was_not_verified_yet_is_verified_first(stack: Sta
     assert {batch.state for batch in stack.outbox.batches([1])} == {State.VERIFIED}
 
 
-def test_an_event_requeued_twice_or_before_its_verification_is_no_duplicate(exported: Stack) -> None:
+def test_an_event_requeued_twice_or_unverified_is_no_duplicate(exported: Stack) -> None:
     """Each export leaves a copy until they merge, and nobody promised that a verification comes first."""
     exported.sql("UPDATE clickhouse_outbox_batch SET state = 'exported', observed = NULL WHERE batch_id = 1")
     for _ in range(3):

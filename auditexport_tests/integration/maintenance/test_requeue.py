@@ -312,7 +312,7 @@ def test_a_sweep_that_dies_anywhere_is_taken_up_and_every_row_counted_once(
 
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("effect", ["record_action 1", "unmark 1", "unmark 2"])
-def test_a_requeue_that_dies_anywhere_is_said_again_and_exports_each_event_once(
+def test_a_requeue_that_dies_anywhere_is_repeated_and_exports_once(
     exported: Stack, monkeypatch: pytest.MonkeyPatch, side: str, effect: str
 ) -> None:
     """Half of the rows pending is a state like any other; the second call finds the rest."""
