@@ -1,8 +1,8 @@
-"""One attempt to write a batch: what is stored, and what becomes of each block that was not acknowledged.
+"""One attempt to write a batch: which blocks are stored, and what happens to each block that was not acknowledged.
 
-An error of ClickHouse's does not say that nothing was written: a materialized view fails after the block is in the table.
-So every error is followed by a look, by `inserted_at`, before anything is split or sent again. What does not belong here:
-sending (`core.export`), and searching a block for the rows that are refused (`core.split`).
+An error from ClickHouse does not mean that nothing was written: a materialized view fails after the block is in the table.
+So after every error, ClickHouse is asked by `inserted_at` before anything is split or sent again. What does not belong here:
+sending (`core.export`), and finding the rows that are refused (`core.split`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Outbox,
 from auditexport_pipeline.core.split import Splitter, give_back, new_cut, new_number, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
-# A view that fails on a requeue: the block goes out this often under a new token until its copy can be counted.
+# Where a view fails on a requeue, the block is sent this often, under a new token each time, until its copy can be counted.
 COPIES_OF_A_REQUEUE = 3
-# A limit of memory or time may be met by chance, on a busy server: a block is split at the second time. A size is not.
+# On a busy server a block can meet a limit of memory or time by chance: it is split at the second time. A size is no chance.
 STRIKES = {RefusalKind.MEMORY: 2, RefusalKind.TIME: 2, RefusalKind.SIZE: 1}
-# A run waits this long by itself for the end of an INSERT that can be at work; beyond, the other batches go on.
+# A run waits at most this long for the end of an INSERT that can still be at work; otherwise it goes on with other batches.
 WAIT_IN_RUN_S = 5.0
 # `inserted_at`s named in a note; the ledger has all of them.
-NAMED_SLOTS = 8
-# `inserted_at`s asked about in one statement, whose parameter takes 128 KB.
-SLOTS_AT_ONCE = 2_000
+NAMED_TIMES = 8
+# `inserted_at`s of one question: ClickHouse takes 128 KB in one parameter.
+TIMES_PER_QUESTION = 2_000
 WHAT_TO_RAISE = {
     RefusalKind.MEMORY: "raise max_memory_usage for this user, or give the server more memory",
     RefusalKind.SIZE: "raise the size that ClickHouse, or the proxy in front of it, takes (nginx: client_max_body_size)",
@@ -44,16 +44,16 @@ Outcome = Refusal | BaseException | None
 
 
 @dataclass(slots=True)
-class _Trouble:
-    """A view that failed although its block is stored."""
+class _FailedView:
+    """A view that failed after blocks were stored."""
 
     refusal: Refusal
     entries: int = 0
-    slots: list[int] = field(default_factory=list)
+    inserted_at_ms: list[int] = field(default_factory=list)
 
 
 class Attempt:
-    """What one attempt to write a batch has learnt; its methods are called in turn by `core.export.write`."""
+    """What one attempt to write a batch knows. `core.export.write` calls its methods in the order in which they stand here."""
 
     def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, batch: Batch) -> None:
         self._outbox = outbox
@@ -61,10 +61,10 @@ class Attempt:
         self._limits = limits
         self._splitter = Splitter(outbox, log, limits)
         self._earlier_note = batch.view_note
-        self._troubles: dict[str, _Trouble] = {}
+        self._failed_views: dict[str, _FailedView] = {}
         self._before: dict[int, Holding] = {}
         self._taken: list[Block] = []
-        self._too_large: dict[int, Refusal | None] = {}  # by block number: blocks to split, with this attempt's answer
+        self._too_large: set[int] = set()  # numbers of the blocks to split
         self._alone: set[int] = set()  # single rows that were sent once more
         self._copies: dict[int, int] = {}  # by block number: how often a requeued block went out
         self.until_ms = (
@@ -74,8 +74,8 @@ class Attempt:
     # ── before sending ───────────────────────────────────────────────────────────────────────────
 
     def hold_back(self, blocks: Sequence[Block]) -> list[Block]:
-        """Those of these blocks that may be sent as they are; the others met a limit before, and wait to be split."""
-        self._too_large |= {block.number: None for block in blocks if block.limit}
+        """Returns the blocks that may be sent as they are. The others met a limit before; they are split later."""
+        self._too_large |= {block.number for block in blocks if block.limit}
         return [block for block in blocks if not block.limit]
 
     def found(self, blocks: Sequence[Block]) -> None:
@@ -83,24 +83,24 @@ class Attempt:
         self._splitter.taken = self._splitter.taken or bool(blocks)
 
     def count_before(self, batch: Batch, blocks: Sequence[Block]) -> None:
-        """Notes what is there under the `inserted_at` of a requeue: only more than this shows that it was written."""
-        slots = sorted({block.inserted_at_ms for block in blocks if batch.is_requeue(block)})
-        if slots:
-            held = self._holdings(slots)
-            self._before = {slot: held.get(slot, NO_ENTRIES) for slot in slots}
+        """Counts the entries under the `inserted_at` of each requeued block: only more than these show that it was written."""
+        times = sorted({block.inserted_at_ms for block in blocks if batch.is_requeue(block)})
+        if times:
+            held = self._holdings(times)
+            self._before = {at_ms: held.get(at_ms, NO_ENTRIES) for at_ms in times}
 
-    def _holdings(self, slots: Sequence[int]) -> dict[int, Holding]:
+    def _holdings(self, times: Sequence[int]) -> dict[int, Holding]:
         held: dict[int, Holding] = {}
-        for start in range(0, len(slots), SLOTS_AT_ONCE):
-            held |= self._log.holdings(slots[start : start + SLOTS_AT_ONCE])
+        for start in range(0, len(times), TIMES_PER_QUESTION):
+            held |= self._log.holdings(times[start : start + TIMES_PER_QUESTION])
         return held
 
     # ── after sending ────────────────────────────────────────────────────────────────────────────
 
     def settle(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]], bodies: Bodies) -> tuple[Batch, list[Block]]:
-        """What the answers to some INSERTs mean; returns the batch as it is cut now, and the blocks to send next.
+        """Handles the answers to some INSERTs; returns the batch as it is cut now, and the blocks to send next.
 
-        Durable effects: a note on a view that failed, the mark on a block that is too large, and new cuts. Raises what
+        Durable effects: a note on a view that failed, a flag on a block that is too large, and new cuts. Raises what
         an INSERT raised, unless its block is stored.
         """
         for _, outcome in sent:
@@ -111,7 +111,9 @@ class Attempt:
         self._taken += [block for block, outcome in sent if outcome is None]
         failed = [(block, outcome) for block, outcome in sent if outcome is not None]
         stored = self._stored(batch, sent) if failed else set()
-        batch = self._note_troubles(batch, [(block, outcome) for block, outcome in failed if block.number in stored])
+        batch = self._note_failed_views(
+            batch, [(block, outcome) for block, outcome in failed if block.number in stored]
+        )
         missing = [(block, outcome) for block, outcome in failed if block.number not in stored]
         batch, error = self._note_limits(batch, missing)
         if error is not None:
@@ -127,11 +129,11 @@ class Attempt:
         return batch, again + parts
 
     def _stored(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]]) -> set[int]:
-        """The numbers of the blocks that ClickHouse holds although their INSERTs were answered by an error, or not at all.
+        """The numbers of the blocks that ClickHouse holds although their INSERTs got an error, or no answer.
 
-        Of a first export, whatever is there under its `inserted_at` is the block: it was written whole, or somebody has
-        removed rows since, which verification reports. Of a requeue, exactly its rows must have come on top of what was
-        counted before; merges can hide that, and then the block counts as not written.
+        Of a first export, any entry under its `inserted_at` proves the block: it was written whole. (If somebody removed rows
+        since, verification reports it.) Of a requeue, exactly its rows must have been added to what was counted
+        before. Merges can hide that; then the block counts as not written.
         """
         failed = [(block, outcome) for block, outcome in sent if outcome is not None]
         try:
@@ -142,12 +144,12 @@ class Attempt:
                 raise errors[0] from None
             raise
         stored = {block.number for block, _ in failed if not batch.is_requeue(block) and block.inserted_at_ms in held}
-        for slot, before in self._before.items():
-            here = [block for block, _ in failed if batch.is_requeue(block) and block.inserted_at_ms == slot]
+        for at_ms, before in self._before.items():
+            here = [block for block, _ in failed if batch.is_requeue(block) and block.inserted_at_ms == at_ms]
             if not here:
                 continue
-            acknowledged = [block for block, outcome in sent if outcome is None and block.inserted_at_ms == slot]
-            after = held.get(slot, NO_ENTRIES)
+            acknowledged = [block for block, outcome in sent if outcome is None and block.inserted_at_ms == at_ms]
+            after = held.get(at_ms, NO_ENTRIES)
             more = (after.rows - before.rows, (after.fingerprint - before.fingerprint) % 2**64)
             for written in (here, *([block] for block in here)):
                 came = [*acknowledged, *written]
@@ -156,35 +158,35 @@ class Attempt:
                     break
         return stored
 
-    def _note_troubles(self, batch: Batch, stored: Sequence[tuple[Block, Outcome]]) -> Batch:
+    def _note_failed_views(self, batch: Batch, stored: Sequence[tuple[Block, Outcome]]) -> Batch:
         self._taken += [block for block, _ in stored]
-        news = [(block, outcome) for block, outcome in stored if isinstance(outcome, Refusal)]
-        for block, refusal in news:
-            trouble = self._troubles.setdefault(refusal.view, _Trouble(refusal))
-            trouble.entries += block.rows
-            trouble.slots.append(block.inserted_at_ms)
-        if not news:
+        refused = [(block, outcome) for block, outcome in stored if isinstance(outcome, Refusal)]
+        for block, refusal in refused:
+            failed = self._failed_views.setdefault(refusal.view, _FailedView(refusal))
+            failed.entries += block.rows
+            failed.inserted_at_ms.append(block.inserted_at_ms)
+        if not refused:
             return batch
         return new_cut(self._outbox, batch, batch.blocks, note=self.note(batch))
 
     def note(self, batch: Batch) -> str:
-        """What the operator should know of views that failed, at this attempt or an earlier one; "" when none did."""
+        """For the operator: the views that failed, at this attempt or an earlier one; "" when none did."""
         table = VERSIONS[batch.version].table
-        told = [self._earlier_note] if self._earlier_note else []
-        for view, trouble in self._troubles.items():
-            slots = ", ".join(map(str, trouble.slots[:NAMED_SLOTS]))
-            more = ", …" if len(trouble.slots) > NAMED_SLOTS else ""
-            told.append(
-                f"{VIEW_NOTE}{view or f'of {table} (ClickHouse does not say which)'} failed ({trouble.refusal}) after "
-                f"{trouble.entries:,} entries were stored: they are in {table}, and not all of them in the view's target. "
-                f"Fix the view, then fill its target from {table} WHERE inserted_at IN ({slots}{more})"
+        notes = [self._earlier_note] if self._earlier_note else []
+        for view, failed in self._failed_views.items():
+            times = ", ".join(map(str, failed.inserted_at_ms[:NAMED_TIMES]))
+            more = ", …" if len(failed.inserted_at_ms) > NAMED_TIMES else ""
+            notes.append(
+                f"{VIEW_NOTE}{view or f'of {table} (ClickHouse does not say which)'} failed ({failed.refusal}) after "
+                f"{failed.entries:,} entries were stored: they are in {table}, and not all of them in the view's target. "
+                f"Fix the view, then fill its target from {table} WHERE inserted_at IN ({times}{more})"
             )
-        return "; ".join(told)
+        return "; ".join(notes)
 
     def _note_limits(
         self, batch: Batch, missing: Sequence[tuple[Block, Outcome]]
     ) -> tuple[Batch, BaseException | None]:
-        """Marks the blocks that are too large; also returns the error that ends this attempt, if there is one."""
+        """Flags the blocks that are too large; also returns the error that ends this attempt, if there is one."""
         error = next((outcome for _, outcome in missing if isinstance(outcome, BaseException)), None)
         struck = {
             block: outcome
@@ -193,29 +195,29 @@ class Attempt:
         }
         if not struck:
             return batch, error
-        marked: dict[int, Block] = {}
+        flagged: dict[int, Block] = {}
         for block, refusal in struck.items():
             strikes = block.strikes + 1
             split = strikes >= STRIKES[refusal.kind]
             fits = split and block.rows == 1 and self._another_fits(batch, block)
-            marked[block.number] = replace(
+            flagged[block.number] = replace(
                 block, strikes=strikes, limit=f"{refusal.kind}: {refusal}" if split else "", fits=fits
             )
             if split:
-                self._too_large[block.number] = refusal
+                self._too_large.add(block.number)
             elif error is None:
                 error = AuditLogUnavailable(
                     f"ClickHouse did not take batch {batch.batch_id}, block {block.number} ({block.rows:,} rows, "
                     f"{block.bytes:,} bytes): {refusal}. Nothing of the block is stored; it is sent again, and split "
                     f"if that happens again. {WHAT_TO_RAISE[refusal.kind].capitalize()}"
                 )
-        blocks = tuple(marked.get(block.number, block) for block in batch.blocks)
+        blocks = tuple(flagged.get(block.number, block) for block in batch.blocks)
         return new_cut(self._outbox, batch, blocks), error
 
     def _another_fits(self, batch: Batch, block: Block) -> bool:
-        """Whether the row alone is at fault: another one of ordinary size was taken in this attempt.
+        """Whether only this row is too large: ClickHouse took another row of usual size in this attempt.
 
-        Where no other one was sent, a small made-up row must pass the parser and this one must not.
+        If no other row was sent, the parser must accept a small made-up row and not this one.
         """
         others = [other for other in batch.blocks if other.number != block.number]
         usual = sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
@@ -226,7 +228,7 @@ class Attempt:
     def _after_views(
         self, batch: Batch, missing: Sequence[tuple[Block, Outcome]], bodies: Bodies
     ) -> tuple[Batch, list[Block]]:
-        """Blocks that are not stored, or not to be seen, because a view fails."""
+        """Handles blocks that are not stored, or cannot be seen, because a view fails: a requeue is sent again, with a new token."""
         again: list[Block] = []
         for block, refusal in missing:
             if not isinstance(refusal, Refusal) or refusal.kind is not RefusalKind.VIEW:
@@ -243,7 +245,7 @@ class Attempt:
                 if not self.note(batch):
                     new_cut(self._outbox, batch, batch.blocks, note=str(error))
                 raise error
-            # The copy can have merged with the first export, or the token be known from an earlier attempt.
+            # The copy may have merged with the first export, or ClickHouse may know the token from an earlier attempt.
             body = read_payloads(self._outbox, batch, block)
             batch, renewed = new_number(self._outbox, batch, block)
             bodies[renewed.digest] = body
@@ -256,10 +258,9 @@ class Attempt:
     def split_too_large(self, batch: Batch, bodies: Bodies) -> tuple[Batch, list[Block]]:
         """Splits the blocks that met a limit, once ClickHouse lacks them and no INSERT of them can be at work.
 
-        Durable effect: the new cut, with a dead letter for a single row that is too large where others were taken, and without
-        blocks whose rows were altered since the seal: these go back to pending.
-        Returns the blocks to send. Raises `BatchWaits` when that is not yet, or when a limit lets not even one row
-        pass.
+        Durable effect: the new cut. A single row that is too large becomes a dead letter if ClickHouse took other rows. Blocks
+        whose rows were altered since the seal leave the batch, and their rows are pending again.
+        Returns the blocks to send. Raises `BatchWaits` when it is too early, or when the limit rejects even a single row.
         """
         blocks = [block for block in batch.blocks if block.number in self._too_large]
         if not blocks:
@@ -296,7 +297,7 @@ class Attempt:
                 self._alone.add(block.number)
             try:
                 batch, parts = self._splitter.split_too_large(batch, block, bodies)
-            except BatchAltered:  # ClickHouse lacks the block and will not get it any more, so its rows are free
+            except BatchAltered:  # ClickHouse lacks the block and nothing sends it any more, so its rows are free
                 batch, parts = give_back(self._outbox, batch, [block]), []
             again += parts
         return batch, again
