@@ -1,11 +1,11 @@
 """Exporting a claimed batch, as three verbs: fetch, write, mark.
 
-What belongs here: the order of durable effects, and what each verb does with what an earlier attempt
-left. What does not: choosing rows (`core.claiming`), splitting a refused block (`core.split`), SQL
-(`mysql`, `clickhouse`), Dagster (`defs`), and the clock: databases tell the time.
+What belongs here: the order of durable effects, and how each verb continues after an earlier attempt.
+What does not: choosing rows (`core.claiming`), splitting a refused block (`core.split`), SQL
+(`mysql`, `clickhouse`), Dagster (`defs`), and the clock: the databases tell the time.
 
-Every verb may be run again after any crash, by the same run or by another, and picks up where the
-ledger says it stands. The crash that each line survives is named beside it.
+Every verb may be run again after any crash, by the same run or by another one. It continues from the batch's state in the
+ledger.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, O
 from auditexport_pipeline.core.split import give_back, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
-# A batch may turn out this much larger than its estimate before it gives the rest of its rows back.
+# A batch may be this much larger than its estimate; beyond, the rest of its rows is released.
 BYTES_TOLERANCE = 1.5
-# Blocks sent under one deadline and one renewed lease: a requeue of what a lingering run exported has one block for each of
-# its small drains.
+# Blocks sent under one deadline and one renewed lease. A requeue of rows that a lingering run exported has one block for each
+# of its small drains.
 BLOCKS_AT_ONCE = 64
-# Throttled, rows are marked in small chunks: behind the COMMIT of a large one, the application's own waits for its binary and redo log
-# (benchmarks/latency.py; its p99 at 4,000 rows/s was 4.6 ms beside ten chunks a second, and 2.9 ms beside a hundred).
+# A throttled run marks rows in small chunks: the application's COMMIT waits behind the binary and redo log of a large one
+# (benchmarks/latency.py: its p99 at 4,000 rows/s was 4.6 ms beside ten chunks a second, and 2.9 ms beside a hundred).
 CHUNKS_PER_SECOND = 100
-# A transaction of the application ends within milliseconds; one that does not is not waited for.
+# A transaction of the application ends within milliseconds; we do not wait for a longer one.
 LOCKED_PATIENCE_S = 2.0
 
-# Rows can vanish between the look at them and the mark; for a writer that deletes rows all the time the step is tried again.
+# Rows can vanish between the check and the mark. A writer may delete rows all the time, so the step is repeated.
 PROOFS = 3
 
 
@@ -72,7 +72,7 @@ PROOFS = 3
 
 @dataclass(slots=True, kw_only=True)
 class FetchedBatch:
-    """A sealed batch on its way to ClickHouse: `bodies` are its blocks' payloads, if this attempt read them."""
+    """A sealed batch. `bodies` are its blocks' payloads, if this attempt read them."""
 
     claim: Claim
     bodies: Bodies = field(default_factory=dict)
@@ -82,13 +82,13 @@ class FetchedBatch:
 
 
 def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
-    """Reads a claimed batch's rows by pk, decodes each, and seals what can be exported.
+    """Reads a claimed batch's rows by pk, decodes each one, and seals what can be exported.
 
     Rows whose pks were exported before keep their `inserted_at` only if they are proven to be the same events
-    (`core.origins`, which asks ClickHouse); the others go out as new. Batches without such rows cost no question.
+    (`core.origins`, which asks ClickHouse); the others go out as new. For a batch without such rows ClickHouse is not asked.
 
     Durable effect: the seal (pks, blocks, digest) and the dead letters, in one transaction. A batch that
-    is sealed already is left as it is; its rows are read again only if somebody has to send them.
+    is sealed already does not change; its rows are read again only if `write` has to send them.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     with kept(outbox, claim, limits):
@@ -127,7 +127,7 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
             if isinstance(event, Undecodable):
                 dead.append(DeadLetter.of(row, event))
                 continue
-            # One event twice in a batch: the later row stands, as it would after a merge in ClickHouse.
+            # One event twice in a batch: the later row is kept, as after a merge in ClickHouse.
             place = hash(event.key)
             earlier = last_with_key.get(place)
             if earlier is not None:
@@ -149,7 +149,7 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
         parts = _by_origin(outbox, log, batch, parts, folded, keys, limits)
     bodies: Bodies = {}
     blocks: list[Block] = []
-    ids = 0  # of rows that are marked with a later block, because their own has none to send
+    ids = 0  # carried to the next block when all rows of a block are folded
     for part in parts:
         pks, payloads, fingerprint = part.without(folded)
         ids += part.ids
@@ -185,7 +185,7 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
 
 
 class _Part:
-    """A block while its rows are read: payloads, and beside them only what a row costs in numbers."""
+    """A block while its rows are read: the payloads, and a few numbers per row."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -221,7 +221,7 @@ def _by_origin(
     keys: dict[int, Key],
     limits: Limits,
 ) -> list[_Part]:
-    """The rows of a requeue in new parts: one for each `inserted_at` that rows are proven to have had, and the rest as new."""
+    """Regroups the rows of a requeue: a part for each `inserted_at` that rows are proven to have had, and parts of new rows."""
     for pk in folded:
         del keys[pk]
     origins = prove(outbox, log, batch, keys)
@@ -282,16 +282,16 @@ def _same_event(
 
 
 def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
-    """Puts every block of a sealed batch into ClickHouse once, and returns the proof.
+    """Puts every block of a sealed batch into ClickHouse once, and returns the receipt.
 
-    `bodies` are the blocks' payloads by digest, as `fetch` left them; those of a block that are not there are read again
-    from the outbox and compared with the digest. The mapping is emptied on the way.
+    `bodies` are the blocks' payloads by digest, as `fetch` returned them. The payloads of a block that is not among them are read
+    from the outbox and compared with the digest. `bodies` is emptied.
 
     Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
-    token; the ledger's `written`. A first attempt writes at once. Any later one looks first: a block is
-    atomic, so ClickHouse has all of it (done), none of it (the same block goes out under the same token)
-    or something in between, which means that somebody removed rows: it counts as written here and
-    verification reports it. An INSERT that was answered by an error is looked for in the same way (`core.attempt`).
+    token; the ledger's `written`. A first attempt writes at once. Any later attempt looks first. A block is
+    atomic, so ClickHouse has all of it (done) or none of it (the same block goes out under the same token).
+    Anything in between means that somebody removed rows: the block counts as written, and
+    verification reports it. After an INSERT that got an error, the attempt looks in the same way (`core.attempt`).
     Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
@@ -342,29 +342,28 @@ def _send_all(
     limits: Limits,
     attempt: Attempt,
 ) -> Batch:
-    """Sends blocks, several at once, until ClickHouse has them all or refuses nothing any more.
+    """Sends blocks, several at once, until ClickHouse has all of them.
 
-    A block that was refused and is not there is cut again around the offending rows, the ledger holds the new
-    cut before any of it is sent, and the loop goes on with the new blocks: for as long as the probe budget
-    of `core.poison` lasts, so that a flood of refused rows costs one drain no more than that. Blocks that are too large
-    come last: nothing may be sent of the batch for a while before they are split.
+    A refused block is split around the poison rows: the ledger records the new cut, then the new blocks are sent. This
+    goes on while the probe budget of `core.poison` lasts, so a flood of poison rows costs one drain no more than that. Blocks
+    that are too large come last, because they may be split only when no INSERT of the batch can be at work.
     """
     to_send = attempt.hold_back(to_send)
     if not to_send:
         batch, to_send = attempt.split_too_large(batch, bodies)
-    rereads = 2  # of the server's list of settings: a balancer may choose a server of another version each time
+    rereads = 2  # of the server's list of settings: a load balancer may choose a server of another version each time
     with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
         while to_send:
             progress()
-            # The fence that ClickHouse itself keeps: a process that was paused for long and then sends is refused,
-            # because every INSERT must start before this instant of ClickHouse's clock. Asked for
-            # before the ledger is: a run that is paused in between has lost the batch by then, or holds it.
+            # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
+            # was paused for long is refused. The deadline is read before the ledger: a run that is paused in between
+            # learns from the ledger whether it still holds the batch.
             deadline_ms = log.deadline_ms(START_WITHIN_S)
             until_ms = deadline_ms + limits.insert_timeout_s * 1000
             attempt.until_ms = max(attempt.until_ms, until_ms)
             outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
             altered: list[Block] = []
-            # What a stopped batch gives back is decided at once.
+            # For a stopped batch, all blocks are read before any is sent: it decides once what to release.
             at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
             group, to_send = to_send[:at_once], to_send[at_once:]
             for block in group:
@@ -395,7 +394,7 @@ def _send_all(
                 )
                 for block in sending
             ]
-            # Refused before anything was read of them; the store knows the server's settings by now.
+            # The server refused these before it read any row; by now the store has read the settings again.
             outdated = [
                 block
                 for block, answer in zip(sending, answers, strict=True)
@@ -420,15 +419,15 @@ def _send_all(
 
 
 def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
-    """Stamps the batch's rows exported, chunk by chunk, and records the batch as exported with the last one.
+    """Marks the batch's rows, chunk by chunk, and records the batch as exported with the last chunk.
 
     Durable effects: `deleted_at` of the rows, one transaction a chunk, several at once; then the last chunk
-    and the ledger's `exported` in one. Every chunk is fenced. Rows that somebody else deleted or marked
-    since the seal are counted and kept in the ledger.
+    and the ledger's `exported` in one transaction. Every chunk is fenced. The ledger counts the rows that others deleted or
+    marked since the seal.
 
-    Where somebody holds rows locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, what can be
-    marked is, and the batch is left `written`: the returned one says why in `left` and `last_error`. The ledger holds its
-    rows, so that they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
+    Where somebody holds rows locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, the other rows
+    are marked and the batch stays `written`: the returned batch says why in `left` and `last_error`. The ledger still holds the
+    rows, so they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
     """
     with kept(outbox, receipt.claim, limits):
         return _mark(outbox, log, receipt, limits)
@@ -442,7 +441,7 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
             return batch
         raise LeaseLost(f"batch {batch.batch_id} is {batch.state}, not written: its receipt is of another attempt")
     if batch.exported_at_ms is None or receipt.digest != batch.digest:
-        raise LeaseLost(f"batch {batch.batch_id} was cut again after this receipt was made; run again")
+        raise LeaseLost(f"batch {batch.batch_id} was split again after this receipt was made; run again")
     marking = _Marking(outbox, log, claim, batch, batch.exported_at_ms, limits)
     try:
         return marking.all()
@@ -463,7 +462,7 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
 
 
 class _Marking:
-    """One attempt to mark a batch: its chunks, on several connections, and what is locked of them."""
+    """One attempt to mark a batch, in chunks on several connections; `locked` are the rows that others hold."""
 
     def __init__(
         self, outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, stamp_ms: int, limits: Limits
@@ -476,13 +475,14 @@ class _Marking:
         self._limits = limits
         self._total = Marked()
         rate = limits.max_rows_per_second
-        # Throttled, each connection commits up to CHUNKS_PER_SECOND small chunks: many short rests, not a burst and a long one.
+        # A throttled run commits up to CHUNKS_PER_SECOND small chunks on each connection: many short rests, not a burst and a
+        # long rest.
         self._chunk_rows = min(limits.mark_rows, max(1, rate // CHUNKS_PER_SECOND)) if rate else limits.mark_rows
         self.locked = PkSet()
 
     def all(self) -> Batch:
-        """Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`, and `RowsSwapped`
-        when rows keep changing under it.
+        """Marks all rows. Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`, and
+        `RowsSwapped` when rows keep changing.
         """
         if self._batch.ids is not None and self._may_be_as_sealed():
             with suppress(RowsSwapped):
@@ -493,16 +493,16 @@ class _Marking:
         return self._all(*self._proven())
 
     def _may_be_as_sealed(self) -> bool:
-        """Whether nothing says that other rows have come under the batch's pks since its seal. They would bear its mark until
-        the last chunk shows it; where another run wrote the batch, or wrote it more than once, that was long ago.
+        """Whether the rows under the batch's pks can be marked without a proof. For a batch of this run the last chunk shows it;
+        for one that was written by another run, or more than once, the ids are compared first: much time has passed.
         """
         recovered = self._batch.attempts > 1 or self._claim.adopted
         return not recovered or self._outbox.own_ids(self._batch.pks, self._stamp_ms) == self._batch.ids
 
     def _proven(self) -> tuple[PkSet, int]:
-        """Those rows of the batch that ClickHouse holds, and the sum of their ids; the others lose a mark that we gave them.
+        """The rows of the batch whose events ClickHouse holds, and the sum of their ids. Our marks on other rows are taken back.
 
-        A table whose pks began again, between the seal and the mark, has other events under our pks. They are pending.
+        When pks begin again between the seal and the mark, other events have our pks. They must stay pending.
         """
         ids = 0
         others: list[int] = []
@@ -542,7 +542,7 @@ class _Marking:
         return batch
 
     def _mark(self, chunks: Sequence[PkSet]) -> None:
-        """Marks what nobody holds locked of these; `locked` is the rest."""
+        """Marks the rows that nobody holds locked; `locked` has the others."""
         self.locked = PkSet()
         with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
             for marked in pool.map(self._mark_chunk, chunks):

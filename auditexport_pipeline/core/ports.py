@@ -1,10 +1,9 @@
-"""The two seams: what exporting needs of MySQL and of ClickHouse, and nothing more.
+"""What exporting needs of MySQL and of ClickHouse, as two protocols, and the values that cross them.
 
-What belongs here: the Protocols that the stores implement and that tests wrap to inject crashes, and
-the values that cross them. What does not: any SQL, any driver, any decision.
+The stores implement the protocols; tests wrap the stores to inject crashes. What does not belong here: SQL, drivers, decisions.
 
-Every method that changes something is one durable effect: it has happened whole when it returns, and
-not at all when it raises `TransientError` (except `insert`, whose outcome can be unknown).
+Every method that changes something is one durable effect. When it returns, the effect is complete. When it raises
+`TransientError`, nothing has changed (except for `insert`, whose outcome can be unknown).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class DeadLetter:
     event_id: str
     workspace_id: str
     problem: Undecodable
-    held: bool = False  # the table refuses it: json_path has the definition of the table
+    held: bool = False  # the ClickHouse table refuses the row: json_path has the table's definition
 
     @classmethod
     def of(cls, row: StoredRow, problem: Undecodable) -> DeadLetter:
@@ -48,7 +47,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBatch:
-    """An open batch as the planner sees it: enough to adopt it and to keep off its rows."""
+    """An open batch, as a plan needs it: to adopt it, and to leave its rows alone."""
 
     batch: Batch
     lease_expired: bool
@@ -57,7 +56,7 @@ class OpenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """A moment of the ledger: the last batch that there was, and the database's clock."""
+    """A moment of the ledger: its last batch, and the database's clock."""
 
     batch_id: int
     at_ms: int
@@ -65,13 +64,13 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A run or a process that holds open batches: how many rows, and for how long if it gives no further sign of life."""
+    """A run or a process that holds open batches: how many rows, and until when if it renews no lease."""
 
     owner: str
     process: str  # empty where several processes do the steps
     batches: int
     rows: int
-    lease_left_s: float  # 0 or less: the next plan takes them
+    lease_left_s: float  # 0 or less: the next plan adopts them
     lease_until_ms: int
 
     def __str__(self) -> str:
@@ -82,7 +81,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedBlock:
-    """A block about to be claimed; `inserted_at_ms` is given only when rows go out again (a requeue)."""
+    """A block to claim; `inserted_at_ms` is given for rows that go out again (a requeue) only."""
 
     pks: PkSet
     bytes: int
@@ -91,9 +90,9 @@ class PlannedBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a batch is sent: its blocks, the rows it will mark, and what became of the others.
+    """How a batch is sent: its blocks, the rows that it will mark, and the counts of the others.
 
-    `note` is a line for the operator that the ledger keeps beside the batch; None leaves what is there.
+    `note` is a line for the operator that the ledger keeps; None keeps the earlier one.
     """
 
     blocks: tuple[Block, ...]
@@ -110,10 +109,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """What one pass of marking found, in rows: those it stamped, those stamped earlier by this batch, the others.
+    """What one pass of marking found, in rows: marked now, marked earlier by this batch, marked by others, vanished.
 
-    `locked` are left as they are, because somebody holds them; they are in no number, and no sum. `ids` sums up
-    `core.event.id_hash` over the rows that carry the stamp now.
+    `locked` rows are unchanged, because somebody holds them; no number counts them. `ids` is the sum of
+    `core.event.id_hash` over the rows that have the stamp now.
     """
 
     stamped: int = 0
@@ -144,10 +143,10 @@ class StoredEntry:
 
 
 class RefusalKind(str, Enum):
-    """What ClickHouse's answer speaks of, as far as its text says so.
+    """The cause that ClickHouse's answer names.
 
-    ROWS: values of the rows, or a constraint or column of the table. VIEW: a materialized view that the block was pushed
-    to. MEMORY, SIZE and TIME: a limit that the block exceeds; a proxy's 413 and 504 are among them.
+    ROWS: values of the rows, or a constraint or column of the table. VIEW: a materialized view that received the block.
+    MEMORY, SIZE and TIME: a limit that the block exceeds; also a proxy's 413 and 504.
     """
 
     ROWS = "rows"
@@ -166,11 +165,11 @@ LIMITS_OF_A_BLOCK = (RefusalKind.MEMORY, RefusalKind.SIZE, RefusalKind.TIME)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """An error as ClickHouse answered it to an INSERT or a probe: code, name and identifiers, never its text.
+    """ClickHouse's error for an INSERT or a probe: code, name and identifiers, never its text.
 
-    It does not say whether the block is stored: an error of a view is answered after the block was committed.
+    It does not say whether the block is stored: the error of a view comes after the block was committed.
     `view`, `constraint` and `column` are names from the server's schema, as the answer gives them, or "".
-    `permanent` tells that only a change of the schema or of grants can help.
+    `permanent`: only a change of the schema or of grants can help.
     """
 
     code: int
@@ -180,8 +179,8 @@ class Refusal:
     constraint: str = ""
     column: str = ""
     permanent: bool = False
-    definition: str = ""  # of the table that refused rows, as a hash; of an INSERT only
-    meaning: str = ""  # of a status that a proxy answered in ClickHouse's stead
+    definition: str = ""  # for an INSERT: a hash of the definition of the table that refused rows
+    meaning: str = ""  # of a proxy's status, if a proxy answered and not ClickHouse
 
     def __str__(self) -> str:
         return f"{self.name}, {self.meaning}" if self.meaning else f"code {self.code}, {self.name}"
@@ -189,7 +188,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discrepancy:
-    """What a comparison of a batch with ClickHouse found, in entries."""
+    """The result of comparing a batch with ClickHouse, in entries."""
 
     missing: int = 0
     duplicated: int = 0
@@ -225,7 +224,7 @@ class Discrepancy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableBatch:
-    """A batch in a state that this release does not know, perhaps a later one's: nobody else may take its rows."""
+    """A batch in a state that this release does not know, for example of a later release: nobody else may take its rows."""
 
     batch_id: int
     state: str
@@ -233,18 +232,18 @@ class UnreadableBatch:
 
 
 class Planning(Protocol):
-    """One planner's turn: a short transaction that holds the ledger's lock and none on the outbox."""
+    """One plan: a short transaction that holds the ledger's lock, and no lock on the outbox."""
 
     def open_batches(self) -> list[OpenBatch]: ...
 
     def unreadable(self) -> list[UnreadableBatch]: ...
 
     def adopt(self, batch: Batch) -> Claim | None:
-        """None where somebody holds the batch's row of the ledger locked: it is nobody's to adopt now."""
+        """Makes the batch this plan's. None when somebody holds the batch's row of the ledger locked."""
         ...
 
     def begin_lease_again(self, batch: Batch) -> None:
-        """Lets the lease of somebody else's batch end one lease from now."""
+        """Shortens the lease of another owner's batch: it ends one lease from now."""
         ...
 
     def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
@@ -264,24 +263,24 @@ class Outbox(Protocol):
     """MySQL: the application's outbox, our ledger and our dead letters."""
 
     def batch_holders(self) -> list[Holder]:
-        """Who holds open batches, how many rows, and until when."""
+        """The owners of open batches, with their rows and leases."""
         ...
 
     def planning(self, owner: str, lease_s: int, process: str = "") -> AbstractContextManager[Planning]:
-        """A planner's turn; `process` is the one process that will do all that is claimed, empty where there are several."""
+        """A plan. `process` is the process that will do all claimed work, empty where several processes do it."""
         ...
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
-        """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when adopted."""
+        """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when another plan adopted it."""
         ...
 
     def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
-        """As `renew`, and notes that INSERTs of this cut can be at work until then, by ClickHouse's clock."""
+        """As `renew`; also records that INSERTs of this cut can be at work until then, by ClickHouse's clock."""
         ...
 
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
-        """The rows that exist, by ascending pk, of one version or of any; `row_bytes` is what one is expected to take, and
-        bounds memory.
+        """The rows that exist, by ascending pk, of one version or of any. `row_bytes` is the expected size of a row, and bounds
+        memory.
         """
         ...
 
@@ -292,45 +291,45 @@ class Outbox(Protocol):
         ...
 
     def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
-        """Puts a cut in the place of the one with that digest; `LeaseLost` when the ledger holds another one."""
+        """Replaces the cut with that digest; raises `LeaseLost` when the ledger holds another cut."""
         ...
 
     def reserve_inserted_at(self, count: int) -> list[int]: ...
 
     def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
-        """Ends the claim; nobody adopts the batch for `wait_ms`, in which an INSERT of it can be at work."""
+        """Ends the claim. Nobody adopts the batch for `wait_ms`, because an INSERT of it can be at work."""
         ...
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
-        """Fixes the batch's `deleted_at` stamp from the database's clock and returns the batch: of this cut and no other."""
+        """Fixes the batch's `deleted_at` stamp, by the database's clock, and returns the batch; only for this cut."""
         ...
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
-        """Stamps these rows, but for those that somebody holds locked; raises `MarkRefused` when they do not keep it."""
+        """Stamps these rows, except those that somebody holds locked; raises `MarkRefused` when rows do not keep the stamp."""
         ...
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         """Marks the last rows and records the batch as exported, in one transaction.
 
-        Raises `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the rows that bear the stamp do not sum up to `ids`, and
-        has changed nothing then.
+        Raises `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the stamped rows do not sum up to `ids`; then nothing has
+        changed.
         """
         ...
 
     def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
-        """The sum of `id_hash` of these rows, without those that bear another mark than this."""
+        """The sum of `id_hash` of these rows, without rows that have another mark."""
         ...
 
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
-        """Clears the marks of those of these rows that bear this batch's stamp."""
+        """Clears the marks of these rows, where the mark is this batch's stamp."""
         ...
 
     def leave_written(self, claim: Claim, why: str) -> Batch:
-        """Notes why rows of a written batch are not marked; it stays open, and is marked by a later run."""
+        """Records why rows of a written batch are not marked. The batch stays open; a later run marks the rest."""
         ...
 
     def holders(self, pks: PkSet) -> str:
-        """Who holds the first of these rows locked, as far as this user may know, or how an administrator can see it."""
+        """Who holds the first of these rows locked, as far as this user may see, or how an administrator can see it."""
         ...
 
     def written_within(self, version: str, age_s: int) -> bool:
@@ -338,7 +337,7 @@ class Outbox(Protocol):
         ...
 
     def moment(self) -> Moment:
-        """Where the ledger stands now: what a run did is told from here on."""
+        """The ledger's present moment: the outcome of a run is read from here on."""
         ...
 
     def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
@@ -346,13 +345,13 @@ class Outbox(Protocol):
         ...
 
     def discrepant_since(self, since: Moment) -> dict[int, str]:
-        """Batches that a verification since then found wrong and that are wrong still: what differs, by batch id."""
+        """Batches that a verification since then found wrong, and that still are: what differs, by batch id."""
         ...
 
     def unverified(self, batches: int) -> list[Batch]: ...
 
     def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
-        """Closes the comparison of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
+        """Records the verification of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
         ...
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
@@ -363,7 +362,7 @@ class Outbox(Protocol):
 
 
 class Upkeep(Protocol):
-    """MySQL, looked back at: what requeue, sweep and reconcile need of it."""
+    """MySQL: what requeue, sweep and reconcile need of the past."""
 
     def now_ms(self) -> int: ...
 
@@ -442,12 +441,12 @@ class AuditLog(Protocol):
     ) -> Refusal | None:
         """One synchronous INSERT under the block's token; None when acknowledged. Empties `payloads`.
 
-        A `Refusal` is an answer of ClickHouse's, or of a proxy's, that says nothing about whether the block is stored.
+        A `Refusal` is an answer of ClickHouse or of a proxy; it does not say whether the block is stored.
         """
         ...
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
-        """Parses rows exactly as `insert` would, writing nothing; None when they would be taken."""
+        """Parses rows exactly as `insert` does, and writes nothing; None when the parser takes all of them."""
         ...
 
     def definition_age_s(self, version: str) -> int:
@@ -463,15 +462,15 @@ class AuditLog(Protocol):
     def entries_of(self, keys: Sequence[Key]) -> list[StoredEntry]: ...
 
     def keys_held(self, keys: Sequence[Key], inserted_at_ms: Sequence[int]) -> set[tuple[Key, int]]:
-        """Those of these keys that have an entry under one of these `inserted_at`, and which."""
+        """The keys that have an entry under one of these `inserted_at`s, each with that `inserted_at`."""
         ...
 
     def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Those of these pairs of workspace_id and event_id under which there is any entry."""
+        """The pairs of workspace_id and event_id that have any entry."""
         ...
 
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
-        """What each payload's entry would hash to as content, by ClickHouse's own parser; writes nothing."""
+        """The content hash that each payload's entry would have, by ClickHouse's own parser; writes nothing."""
         ...
 
     def count_by_inserted_at(self, from_ms: int, to_ms: int) -> dict[int, int]:
@@ -483,7 +482,7 @@ class AuditLog(Protocol):
         ...
 
     def named_by(self, erasure: Erasure, until_ms: int) -> int:
-        """How many entries with an `inserted_at` up to `until_ms` an erasure names, and ClickHouse still holds."""
+        """How many entries that an erasure names ClickHouse still holds, with an `inserted_at` up to `until_ms`."""
         ...
 
     def ttl(self, version: str) -> str:
@@ -491,15 +490,15 @@ class AuditLog(Protocol):
         ...
 
     def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
-        """Whether the table's TTL lets ClickHouse delete entries with these `inserted_at`s, as ClickHouse evaluates it
-        (`ahead_s` from now). None: that cannot be told from the `inserted_at`.
+        """Whether the table's TTL lets ClickHouse delete entries with these `inserted_at`s, `ahead_s` from now. ClickHouse
+        evaluates it. None: the `inserted_at` is not enough to tell.
         """
         ...
 
     def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
-        """As `past_ttl`, of entries whose sort keys are known."""
+        """As `past_ttl`, for entries whose sort keys are known."""
         ...
 
     def kept_ms(self) -> int | None:
-        """The longest that any table's TTL keeps an entry after its `inserted_at`; None: for ever, or not to be told."""
+        """The longest time that a table's TTL keeps an entry after its `inserted_at`; None: for ever, or unknown."""
         ...
