@@ -1,6 +1,6 @@
 """Claiming: which rows become which batches, decided in one short transaction under the ledger's lock.
 
-What belongs here: adopting what dead owners left open, and cutting new batches and their blocks from pending
+What belongs here: adopting the open batches of dead owners, and cutting new batches and their blocks from pending
 rows. What does not: reading payloads (`core.export`), and how candidates are found (`mysql/outbox.sql`).
 """
 
@@ -18,24 +18,24 @@ from auditexport_pipeline.core.ports import Holder, Outbox, PlannedBlock, Planni
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-# A plan's first batch; each further one may be half as large again, up to `batch_rows`: no stage waits long for a batch
-# that another one is still busy with. With 100,000 rows at once
-# ClickHouse waited four seconds for the first block, and MySQL as long for the first rows to mark.
+# The size of a plan's first batch. Each further batch may be half as large again, up to `batch_rows`, so that no stage waits
+# long for the stage before it. With 100,000 rows in the first batch, ClickHouse waited four seconds for the first block, and
+# MySQL as long for the first rows to mark.
 FIRST_BATCH_ROWS = 25_000
 FURTHER_BATCHES_GROW = 1.5
-# Rows measured of each page of candidates: few enough to cost nothing, enough to see where large ones begin.
+# Rows measured of each page of candidates: few enough to cost nothing, enough to see where large rows begin.
 SAMPLED_ROWS = 64
-# Blocks of one requeue: one INSERT each, and all of a lingering run's drains can be in it.
+# Blocks of one requeue. Each is one INSERT, and one requeue can cover all the small drains of a lingering run.
 MOST_BLOCKS = 256
-# A row that is exported more often than this, and nobody asked for it, is somebody's mistake.
+# A row that is exported more often than this without a requeue is a sign of a mistake.
 CLEARED_OFTEN = 3
-# What clears marks is seldom a person.
+# Seldom does a person clear marks again and again: look for a job.
 LOOK_FOR_WHO_CLEARS = (
     "look for what sets deleted_at to NULL: SELECT * FROM information_schema.events; SELECT * FROM information_schema.triggers; "
     "and the application's own jobs"
 )
-# No run can ask for a longer one. A lease that ends later was given before the server's clock was set back, and would
-# keep its batch waiting for as long as the clock went back.
+# No run can ask for a longer lease. A lease that ends later was granted before the server's clock was set back. Without
+# this bound, its batch would wait for as long as the clock was set back.
 LONGEST_LEASE_MS = DAY_MS
 
 
@@ -51,16 +51,16 @@ def claim(
     exported: Collection[int] = (),
     cleared: Callable[[PkSet], None] = lambda pks: None,
 ) -> list[Claim]:
-    """Adopts what dead owners left open, then cuts new batches from pending rows, oldest pk first.
+    """Adopts the open batches of dead owners, then cuts new batches from pending rows, oldest pk first.
 
-    `dead_owners` names owners and processes that are known to be dead; `process` is the one that does all that is claimed.
-    `max_rows` is what there is time for.
+    `dead_owners` are owners and processes that are known to be dead; `process` is the process that does all claimed work.
+    `max_rows` is the number of rows for which there is time.
 
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
-    in the ledger under a new epoch. Loads pks only for what it claims. Idempotent: run again by the same
-    owner it adopts what it claimed before. `left_alone` hears of open batches that this release or this installation cannot
-    go on with, and of rows that are exported again and again, a line each. `exported` are the batches that this drain has
-    exported: their rows that are pending again are left to the next drain, and `cleared` hears of them.
+    in the ledger under a new epoch. Loads pks only of rows that it claims. Idempotent: when the same
+    owner runs it again, it adopts what it claimed before. `left_alone` gets a line for each open batch that this release or
+    installation cannot continue, and for rows that are exported again and again. `exported` are the batches that this drain
+    has exported: the next drain takes those of their rows that are pending again, and `cleared` gets their pks.
     """
     with outbox.planning(owner, limits.lease_s, process) as ledger:
         claims: list[Claim] = []
@@ -85,7 +85,7 @@ def claim(
                 abandoned = (
                     abandoned or batch.owner == owner or not {batch.owner, batch.process}.isdisjoint(dead_owners)
                 )
-            # One that is larger than there is time for is taken all the same, alone: what is marked of it stays marked.
+            # A batch that is larger than there is time for is adopted too, alone: its marked rows stay marked.
             fits = len(claims) < limits.max_batches and (not claims or _room(claims, max_rows) >= batch.rows)
             if abandoned and fits and max_rows != 0:
                 claim = ledger.adopt(batch)
@@ -122,12 +122,12 @@ def open_owners(outbox: Outbox) -> list[str]:
 
 
 def held_by_others(outbox: Outbox, owner: str) -> list[Holder]:
-    """Who else holds rows that are pending: runs at work, or dead ones whose lease has not ended."""
+    """The other holders of pending rows: runs at work, or dead runs whose lease has not ended."""
     return [holder for holder in outbox.batch_holders() if holder.owner != owner]
 
 
 def held_line(holders: Sequence[Holder]) -> str:
-    """What a run says at its end about rows that others hold."""
+    """The line about rows that others hold, for the end of a run."""
     return (
         f"{sum(holder.rows for holder in holders):,} rows are held by {'; '.join(map(str, holders))}. Each is at work, or has died: "
         "then the first run after that time exports them"
@@ -135,7 +135,7 @@ def held_line(holders: Sequence[Holder]) -> str:
 
 
 def cleared_line(pks: PkSet) -> str:
-    """What a drain says of rows that it has exported and that are pending again."""
+    """The line about rows that a drain has exported and that are pending again."""
     return (
         f"{len(pks):,} rows that this drain has exported are pending again, the first is pk {pks.first}: it leaves them to the next "
         f"one. If nobody requeued them, and the outbox was not filled anew, {LOOK_FOR_WHO_CLEARS}"
@@ -152,8 +152,8 @@ def _cut_new(
     exported: frozenset[int],
     cleared: Callable[[PkSet], None],
 ) -> Iterator[Claim]:
-    """New batches of one version, at most `room` of at most `max_rows`: each from one page of candidates, as far as its bytes
-    allow. The first ones are small and grow, so that every stage of the pipeline soon has work.
+    """Cuts at most `room` new batches of one version, of `max_rows` rows at most. Each comes from one page of candidates and is
+    bounded by bytes. The first batches are small, so that every stage of the pipeline soon has work.
     """
     from_pk = 0
     batches = 0
@@ -177,15 +177,15 @@ def _cut_new(
             batches += 1
             rows += new.rows
             yield new
-        # Where bytes and not rows cut batches, longer pages would be read for nothing.
+        # Where bytes cut the batches, and not rows, longer pages would be read for nothing.
         taken = batch_rows if len(pks) == len(free) else len(pks)
         batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, int(taken * FURTHER_BATCHES_GROW)))
 
 
 def _within_bytes(ledger: Planning, pks: PkSet, most_bytes: int) -> tuple[PkSet, int]:
-    """The first of these pks whose payloads come to `most_bytes`, at least one, and their estimated bytes.
+    """The first of these pks that fit into `most_bytes`, at least one, and their estimated bytes.
 
-    Each measured row stands for the stretch of rows that it begins, because measuring every row would read
+    Some rows are measured, and each stands for the rows up to the next measured one. Measuring every row would read
     every row a second time; `fetch` sees the real sizes and keeps the bound.
     """
     stretches = list(pks.chunks(-(-len(pks) // SAMPLED_ROWS)))
@@ -212,14 +212,14 @@ def _add(
     exported: frozenset[int],
     cleared: Callable[[PkSet], None],
 ) -> Iterator[Claim]:
-    """One batch of rows never exported, and those of rows that are pending again, with their old `inserted_at`.
+    """Adds one batch of rows that were never exported, and batches of rows that are pending again, with their old `inserted_at`.
 
-    That a pk was exported before is a guess at what its row is: the seal proves it or takes the row for new.
+    A pk that was exported before is only a hint: the fetch proves that the row is the same event, or takes it as new.
     """
     row_bytes = size // len(pks)
     again: dict[int, int] = {}
     generation = 0
-    # By spans: one old row among new ones must not ask for every batch between them.
+    # By spans: for one old row among new ones, the batches between them must not be read.
     sent = (origin for span in pks.spans(ORIGIN_SPANS) for origin in ledger.sent_over(*span))
     found = {origin.batch_id: origin for origin in sent if origin.state not in OPEN}
     own = PkSet.union(origin.pks for batch_id, origin in found.items() if batch_id in exported) & pks
@@ -232,8 +232,8 @@ def _add(
             generation = max(generation, origin.generation + 1)
             at = {pk: block.inserted_at_ms for block in origin.blocks for pk in overlap & block.pks}
             again.update(at)
-            # A folded row went out as another row's entry. One that never went out as itself goes to a slot of the
-            # batch that folded it first; one that did stays with its slot, whatever a requeue folded it into.
+            # A folded row went out as another row's entry. If it never went out itself, it goes to a block of the batch that
+            # folded it first. If it did, it keeps its own `inserted_at`, whatever a requeue folded it into.
             again.update({pk: origin.blocks[-1].inserted_at_ms for pk in overlap if origin.blocks and pk not in again})
     fresh = pks - PkSet.of(sorted(again))
     if fresh:

@@ -1,10 +1,10 @@
-"""Keeping a lease while a verb is at work: a small timed loop renews it, however long one statement takes.
+"""Renews leases while a verb works, in a timed loop of its own, however long one statement takes.
 
-What belongs here: when a lease is renewed, and when no more. What does not: what a lease is (`mysql/outbox.sql`), and how
-long an INSERT may take, which ClickHouse bounds by its own clock.
+What does not belong here: what a lease is (`mysql/outbox.sql`), and how long an INSERT may take, which ClickHouse bounds by
+its own clock.
 
-A lease is short, so that a run that died holds its batches for less than a minute. The loop ends with its verb; when
-another plan holds the batch; and when the verb shows no progress for so long that it hangs: then others may have the batch.
+A lease is short, so that a dead run holds its batches for less than a minute. The loop ends with its verb, when another plan
+holds the batch, and when the verb has shown no progress for so long that it must hang: then others may take the batch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from auditexport_pipeline.core.ports import Outbox
 
 # Two renewals may fail, as in a failover, before the lease ends.
 RENEWALS_PER_LEASE = 3
-# Beyond an INSERT's own time-out: a verb that shows no progress for longer hangs, in a call without an end.
+# Added to an INSERT's own time-out: a verb that shows no progress for longer hangs in a call that does not end.
 LONGEST_SILENCE_S = 300.0
 
 _at_work = threading.local()
 
 
 def progress() -> None:
-    """Says that the verb of this thread got on: the silence is counted from here."""
+    """Notes progress of this thread's verb: the silence is measured from here."""
     for silence in getattr(_at_work, "silences", ()):
         silence.since = time.monotonic()
 
@@ -40,7 +40,7 @@ class _Silence:
 
 @contextmanager
 def kept(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
-    """Renews the leases of the claim's plan for as long as the block runs, and shows progress now and then."""
+    """Renews the leases of the claim's plan while the block runs and shows progress."""
     silence, over = _Silence(), threading.Event()
     longest_s = limits.insert_timeout_s + LONGEST_SILENCE_S
 
@@ -50,7 +50,7 @@ def kept(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
                 outbox.renew(claim, limits.lease_s)
             except LeaseLost:
                 return
-            except BaseException:  # the verb meets it too, and says so; the next turn tries again
+            except BaseException:  # the verb meets the error too, and raises it; the next turn tries again
                 continue
 
     silences = getattr(_at_work, "silences", ())

@@ -1,4 +1,4 @@
-"""Origins: which pending rows repeat an event that was exported before, and under which `inserted_at`.
+"""Which pending rows repeat an event that was exported before, and under which `inserted_at`.
 
 A pk proves nothing: it begins again after a TRUNCATE, a restore, or a new table under the old name. A row repeats an
 event only if ClickHouse holds the event's key under the `inserted_at` of a batch that had the pk, or if the block that

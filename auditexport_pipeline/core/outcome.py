@@ -1,8 +1,7 @@
-"""What a run did, as the ledger has it.
+"""The outcome of a run, read from the ledger.
 
-What belongs here: a run's batches and what is wrong with them, from the ledger and not from what one attempt of a step
-remembers: an attempt that died or is tried again had found and recorded things too. What does not: comparing with ClickHouse
-(`core.verify`), and who is told (`defs.assets`, the prompt).
+The ledger and not the memory of a step: an attempt that died, or was retried, exported and recorded things too. What does not
+belong here: comparing with ClickHouse (`core.verify`), and showing the outcome (`defs.assets`, `cli`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from auditexport_pipeline.core.ports import Discrepancy, Moment, Outbox
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The batches that a run exported and those that it left open, what is verified, and what is wrong, as text by batch id."""
+    """The batches that a run exported (`batches`) and left open (`left`), what is verified, and what is wrong, by batch id."""
 
     batches: tuple[Batch, ...]
     left: tuple[Batch, ...]
@@ -24,7 +23,7 @@ class Outcome:
     wrong: Mapping[int, str]
 
     def why(self) -> str:
-        """What is wrong, in one line, with some of the events where this attempt has seen them."""
+        """What is wrong, in one line; with some event ids if this attempt has seen them."""
         lines = []
         for batch_id, text in self.wrong.items():
             events = ", ".join(self.verified[batch_id].event_ids) if batch_id in self.verified else ""
@@ -35,9 +34,9 @@ class Outcome:
 def outcome_of(
     outbox: Outbox, owner: str, batch_ids: Iterable[int], since: Moment, seen: Mapping[int, Discrepancy]
 ) -> Outcome:
-    """The outcome of a run that planned these batches and, in each attempt of each step, whatever its owner claimed since.
+    """The outcome of a run: of these batches, and of every batch that its owner has claimed since, in any attempt.
 
-    `seen` is what this attempt has compared, earlier runs' batches among it; what an earlier attempt found is in the ledger.
+    `seen` are the comparisons of this attempt, also of earlier runs' batches; those of earlier attempts are in the ledger.
     """
     ids = {*batch_ids, *(batch.batch_id for batch in outbox.claimed_since(owner, since))}
     own = [batch for batch in outbox.batches(sorted(ids)) if batch.owner == owner]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-# With the waits between them, long enough for a restart or a failover that takes seconds, and within one lease. What lasts
-# longer is for the next run.
+# With the waits between them, the retries outlast a restart or a failover of seconds, and stay within one lease. The next
+# run handles longer ones.
 RETRIES = 4
 FIRST_WAIT_S = 1.0
 

@@ -1,15 +1,15 @@
-"""The time that a run is given: what it may take, so that it has verified what it exported before it is ended.
+"""How many rows fit into a run's time, so that it can verify what it exported before it is ended.
 
-What belongs here: how many rows fit into the time that is left. What does not: who ends a run (`defs.runtime`), and the clock.
+What does not belong here: who ends a run (`defs.runtime`), and the clock.
 """
 
 from __future__ import annotations
 
 from auditexport_pipeline.core.limits import Limits
 
-# Of the time that a run is given, the part in which it may begin with rows; the rest is for those at work and for verifying.
+# The part of a run's time in which it may claim rows; the rest is for finishing its batches and for verifying.
 CLAIMING_SHARE = 0.8
-# A batch that was claimed in time may still begin a little later.
+# The part in which it may begin with a claimed batch.
 WORKING_SHARE = 0.9
 
 

@@ -1,6 +1,6 @@
 """Verifying: what ClickHouse holds of a batch, counted and fingerprinted against the ledger.
 
-What belongs here: the look right after an export, and what it records. What does not: the comparison entry by
+What belongs here: the check right after an export, and what it records. What does not: the comparison entry by
 entry (`core.compare`), and comparing both stores over a window of time (`core.reconcile`).
 
 The fingerprint of an entry is the xxHash64 of its event_id, time, workspace_id, bucket, source, event,
@@ -20,12 +20,12 @@ from auditexport_pipeline.core.compare import Slot, compare, compare_at_rest
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.versions import VERSIONS
 
-# Batches of runs that died before they verified are verified beside the own ones; more of them wait for the next plan.
+# A run also verifies batches of runs that died before they verified: at most this many; the next plan takes the rest.
 LEFTOVERS = 200
 
 
 def verify_recent(outbox: Outbox, log: AuditLog, batches: int) -> dict[int, Discrepancy]:
-    """`verify` for the batches that are exported and not verified: so many of this run, and `LEFTOVERS` of earlier ones."""
+    """`verify` for exported batches that are not verified: this many of this run, and `LEFTOVERS` of earlier runs."""
     return verify(outbox, log, outbox.unverified(batches + LEFTOVERS))
 
 
@@ -34,7 +34,7 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
 
     Source: one grouped look-up by `inserted_at` in `audit_logs_raw_v1` for all blocks. Only where count or
     fingerprint differ, and for requeued batches, are rows read again. Durable effect: the ledger's
-    `verified` or `discrepant`, and what was seen, against which reconciliation holds ClickHouse later. Batches of a
+    `verified` or `discrepant`, and what ClickHouse held, with which reconciliation compares later. Batches of a
     version that is not installed stay as they are: nobody can say what their entries should be.
     """
     batches = [batch for batch in batches if batch.version in VERSIONS]
@@ -49,7 +49,7 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
                 if batch.is_requeue(block):
                     slot = Slot(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
                     wrong = compare(outbox, log, slot).discrepancy
-                else:  # with the requeues that were quicker than its verification
+                else:  # together with requeues that came before this verification
                     wrong = compare_at_rest(outbox, log, batch, block).discrepancy
                 found += wrong
                 if wrong:
@@ -62,9 +62,9 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
 
 
 def as_sealed(batch: Batch, block: Block, holding: Holding) -> bool:
-    """Whether ClickHouse holds a block's entries under its `inserted_at` and nothing else.
+    """Whether ClickHouse holds exactly a block's entries under its `inserted_at`.
 
-    A requeue of a whole slot is there as often as it was sent: so many equal copies of every entry.
+    A requeue of a whole block is there as often as it was sent: every entry has that many equal copies.
     """
     times = holding.rows // block.rows if batch.is_requeue(block) else 1
     return (holding.rows, holding.fingerprint, holding.copies) == (
