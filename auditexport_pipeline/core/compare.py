@@ -34,13 +34,13 @@ ROW_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class InsertGroup:
     """Everything that was sent under one `inserted_at`: the block of a first export, and requeues of its rows."""
 
     inserted_at_ms: int
     blocks: tuple[tuple[Batch, Block], ...]
     # Rows whose pks a later batch sent under another `inserted_at`: other events; and those among them that may be this
-    # slot's own, sent as new because ClickHouse had lost them.
+    # group's own, sent as new because ClickHouse had lost them.
     reused: PkSet = field(default_factory=PkSet)
     renewed: PkSet = field(default_factory=PkSet)
 
@@ -81,12 +81,12 @@ class Slot:
 
     @property
     def baseline(self) -> Holding | None:
-        """What ClickHouse held here when the whole slot was compared last and nothing was wrong; None before."""
+        """What ClickHouse held here when the whole group was compared last and nothing was wrong; None before."""
         return self.first[0].observed.get(self.inserted_at_ms) if self.first else None
 
 
-def slots_of(batches: Collection[Batch]) -> list[Slot]:
-    """The slots of these batches, by ascending `inserted_at`; requeues join the slot of the first export, with what
+def insert_groups_of(batches: Collection[Batch]) -> list[InsertGroup]:
+    """The groups of these batches, by ascending `inserted_at`; requeues join the group of the first export, with what
     they gave back too.
     """
     by_time: dict[int, list[tuple[Batch, Block]]] = {}
@@ -97,29 +97,29 @@ def slots_of(batches: Collection[Batch]) -> list[Slot]:
     ]
     for batch, block in sent:
         by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
-    slots = [Slot(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
-    if len(pks_of([block for _, block in sent])) == sum(len(slot.pks) for slot in slots):
-        return slots  # no pk is in two of them
-    return [_with_successors(slot, sent) for slot in slots]
+    groups = [InsertGroup(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
+    if len(pks_of([block for _, block in sent])) == sum(len(group.pks) for group in groups):
+        return groups  # no pk is in two of them
+    return [_with_successors(group, sent) for group in groups]
 
 
-def _with_successors(slot: Slot, sent: Sequence[tuple[Batch, Block]]) -> Slot:
-    own = slot.pks
-    first_id = slot.blocks[0][0].batch_id
+def _with_successors(group: InsertGroup, sent: Sequence[tuple[Batch, Block]]) -> InsertGroup:
+    own = group.pks
+    first_id = group.blocks[0][0].batch_id
     reused = renewed = PkSet()
     for batch, block in sent:
         if batch.batch_id <= first_id:
             continue
-        if block.inserted_at_ms == slot.inserted_at_ms:
+        if block.inserted_at_ms == group.inserted_at_ms:
             reused, renewed = reused - block.pks, renewed - block.pks
         else:
             reused, renewed = reused | block.pks & own, renewed | block.renewed & own
-    return replace(slot, reused=reused, renewed=renewed)
+    return replace(group, reused=reused, renewed=renewed)
 
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """What one slot's comparison found, by key; below the line, what was explained.
+    """What one group's comparison found, by key; below the line, what was explained.
 
     `unnamed_…` are entries whose outbox rows are gone, so that only their number is known.
     """
@@ -171,25 +171,25 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Expected:
-    """One event of a slot: its rows, and what an entry of it may hold, which rows of one event need not agree on."""
+    """One event of a group: its rows, and what an entry of it may hold, which rows of one event need not agree on."""
 
     pks: list[int] = field(default_factory=list)
     again_ms: int | None = None  # when one of them was exported last, if by a requeue
     held: set[tuple[int, int]] = field(default_factory=set)  # fingerprint and content
     pending: bool = False
-    marked: bool = False  # by a batch of this slot
+    marked: bool = False  # by a batch of this group
     surplus: int = 0
 
 
-def slot_at(outbox: Outbox, batch: Batch, block: Block) -> Slot:
-    """The slot of a batch's block, with the requeues of its rows that have sent something by now."""
+def insert_group_at(outbox: Outbox, batch: Batch, block: Block) -> InsertGroup:
+    """The group of a batch's block, with the requeues of its rows that have sent something by now."""
     sent = outbox.sent_over(batch.pks.first, batch.pks.last) if batch.pks else []
     others = [other for other in sent if other.batch_id != batch.batch_id]
-    slot = next(slot for slot in slots_of([batch, *others]) if slot.inserted_at_ms == block.inserted_at_ms)
+    group = next(group for group in insert_groups_of([batch, *others]) if group.inserted_at_ms == block.inserted_at_ms)
     return replace(
-        slot,
+        group,
         blocks=tuple(
-            (other, part) for other, part in slot.blocks if other.batch_id == batch.batch_id or other.is_requeue(part)
+            (other, part) for other, part in group.blocks if other.batch_id == batch.batch_id or other.is_requeue(part)
         ),
     )
 
@@ -209,56 +209,56 @@ def compare_at_rest(
     *,
     excuses: Excuses | None = None,
 ) -> Comparison:
-    """As `compare`, of a first export's slot. A requeue that arrives while entries are read is no discrepancy: what
-    differs is looked at again, until nobody has begun to send anything to the slot meanwhile.
+    """As `compare`, of a first export's group. A requeue that arrives while entries are read is no discrepancy: what
+    differs is looked at again, until nobody has begun to send anything to the group meanwhile.
     """
-    slot = slot_at(outbox, batch, block)
+    group = insert_group_at(outbox, batch, block)
     while True:
-        found = compare(outbox, log, slot, excuses=excuses)
-        before, slot = slot, slot_at(outbox, batch, block)
-        if not found.discrepancy or slot.senders == before.senders:
+        found = compare(outbox, log, group, excuses=excuses)
+        before, group = group, insert_group_at(outbox, batch, block)
+        if not found.discrepancy or group.senders == before.senders:
             return found
 
 
-def compare(outbox: Outbox, log: AuditLog, slot: Slot, *, excuses: Excuses | None = None) -> Comparison:
-    """Reads a slot's rows and entries, and says how they differ. Changes nothing.
+def compare(outbox: Outbox, log: AuditLog, group: InsertGroup, *, excuses: Excuses | None = None) -> Comparison:
+    """Reads a group's rows and entries, and says how they differ. Changes nothing.
 
     Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for what is not there. `excuses` say what is
-    gone rightly; without, nothing is. Memory: three numbers and a key per row of the slot; payloads a thousand at a time.
+    gone rightly; without, nothing is. Memory: three numbers and a key per row of the group; payloads a thousand at a time.
     """
-    expected = _expected(outbox, log, slot)
+    expected = _expected(outbox, log, group)
     stored: defaultdict[Key, list[StoredEntry]] = defaultdict(list)
-    for entry in log.entries_at(slot.inserted_at_ms):
+    for entry in log.entries_at(group.inserted_at_ms):
         stored[entry.key].append(entry)
     found = Comparison()
-    _leave_out_others(slot, expected, stored)
+    _leave_out_others(group, expected, stored)
     seen = PkSet.of(sorted(pk for known in expected.values() for pk in known.pks))
-    _compare_expected(log, slot, expected, seen, stored, excuses, found)
-    if slot.first is None:  # who else has sent these rows is not known here
+    _compare_expected(log, group, expected, seen, stored, excuses, found)
+    if group.first is None:  # who else has sent these rows is not known here
         found.unmerged += sum(found.duplicated.values())
         found.duplicated.clear()
     else:
-        _compare_rest(slot, expected, seen, stored, excuses, found)
+        _compare_rest(group, expected, seen, stored, excuses, found)
     return found
 
 
-def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]:
+def _expected(outbox: Outbox, log: AuditLog, group: InsertGroup) -> dict[Key, _Expected]:
     expected: defaultdict[Key, _Expected] = defaultdict(_Expected)
-    decode = VERSIONS[slot.version].decode
-    normalised = PkSet.union(block.normalised for _, block in slot.blocks)
-    row_bytes = max(block.row_bytes for _, block in slot.blocks)
-    stamps = {batch.exported_at_ms for batch, _ in slot.blocks} - {None}
-    for rows in _batched(outbox.read(slot.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
+    decode = VERSIONS[group.version].decode
+    normalised = PkSet.union(block.normalised for _, block in group.blocks)
+    row_bytes = max(block.row_bytes for _, block in group.blocks)
+    stamps = {batch.exported_at_ms for batch, _ in group.blocks} - {None}
+    for rows in _batched(outbox.read(group.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
         events = [(row, event) for row in rows if not isinstance(event := decode(row), Undecodable)]
         payloads = [normal_form(row.payload) if row.pk in normalised else row.payload for row, _ in events]
-        contents = log.contents(slot.version, payloads, slot.inserted_at_ms)
+        contents = log.contents(group.version, payloads, group.inserted_at_ms)
         for (row, event), content in zip(events, contents, strict=True):
             known = expected[event.key]  # has a row already where a requeued one had been folded into another one
             known.pks.append(row.pk)
             known.held.add((event.fingerprint, content))
             known.pending |= row.exported_at_ms is None
             known.marked |= row.exported_at_ms in stamps
-    for batch, block in slot.blocks:
+    for batch, block in group.blocks:
         if batch.is_requeue(block):
             for known in expected.values():
                 again = [pk for pk in known.pks if pk in block.pks]
@@ -268,22 +268,22 @@ def _expected(outbox: Outbox, log: AuditLog, slot: Slot) -> dict[Key, _Expected]
     return expected
 
 
-def _leave_out_others(slot: Slot, expected: dict[Key, _Expected], stored: dict[Key, list[StoredEntry]]) -> None:
-    """Leaves out rows that are other events under pks of this slot: its own rows are gone from the outbox.
+def _leave_out_others(group: InsertGroup, expected: dict[Key, _Expected], stored: dict[Key, list[StoredEntry]]) -> None:
+    """Leaves out rows that are other events under pks of this group: its own rows are gone from the outbox.
 
-    A row whose event the slot holds is its own. Of the rest, those are others that a later batch sent elsewhere; all,
-    where the slot holds just what was sealed; and, where it holds entries of more rows than are gone, as many of those
-    that no batch of this slot has marked.
+    A row whose event the group holds is its own. Of the rest, those are others that a later batch sent elsewhere; all,
+    where the group holds just what was sealed; and, where it holds entries of more rows than are gone, as many of those
+    that no batch of this group has marked.
     """
     absent = [key for key in expected if key not in stored]
     for key in absent:
-        if all(pk in slot.reused for pk in expected[key].pks):
+        if all(pk in group.reused for pk in expected[key].pks):
             del expected[key]
-    if slot.first is None or slot.added:
+    if group.first is None or group.added:
         return
     absent = [key for key in absent if key in expected]
-    _, block = slot.first
-    baseline = slot.baseline
+    _, block = group.first
+    baseline = group.baseline
     whole = baseline if baseline is not None and baseline.copies == 0 else None
     rows, fingerprint = (whole.rows, whole.fingerprint) if whole else (block.rows, block.fingerprint)
     entries = _one_of_each(stored, expected) or []
@@ -316,7 +316,7 @@ def _batched(rows: Iterator[StoredRow], size: int) -> Iterator[list[StoredRow]]:
 
 def _compare_expected(
     log: AuditLog,
-    slot: Slot,
+    group: InsertGroup,
     expected: dict[Key, _Expected],
     seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
@@ -325,8 +325,8 @@ def _compare_expected(
 ) -> None:
     absent = []
     # Requeued rows that are gone from the outbox left copies too, and may have taken the place of another row's entry.
-    spare = slot.surplus_of_all_but(seen)
-    replacing = len(slot.added - seen) if slot.first else 0
+    spare = group.surplus_of_all_but(seen)
+    replacing = len(group.added - seen) if group.first else 0
     for key, known in expected.items():
         copies = stored.get(key)
         if not copies:
@@ -351,11 +351,11 @@ def _compare_expected(
         if key in elsewhere:
             continue
         known = expected[key]
-        if excuses and excuses.erased(key, known.pks, slot_ms=slot.inserted_at_ms, again_ms=known.again_ms):
+        if excuses and excuses.erased(key, known.pks, inserted_at_ms=group.inserted_at_ms, again_ms=known.again_ms):
             found.erased += 1
         else:
             gone.append(key)
-    past = excuses.past_of(slot.version, slot.inserted_at_ms, gone) if excuses else {}
+    past = excuses.past_of(group.version, group.inserted_at_ms, gone) if excuses else {}
     for key in gone:
         if past.get(key):
             found.expired += 1
@@ -367,7 +367,7 @@ def _compare_expected(
 
 
 def _compare_rest(
-    slot: Slot,
+    group: InsertGroup,
     expected: dict[Key, _Expected],
     seen: PkSet,
     stored: dict[Key, list[StoredEntry]],
@@ -375,17 +375,17 @@ def _compare_rest(
     found: Comparison,
 ) -> None:
     """Entries whose rows are gone from the outbox: their number, and their sum where nothing else differs."""
-    assert slot.first is not None
-    _, block = slot.first
-    baseline = slot.baseline
+    assert group.first is not None
+    _, block = group.first
+    baseline = group.baseline
     others = [key for key in stored if key not in expected]
     # What an earlier comparison had found gone and explained is not expected any more.
     settled = max(0, block.rows - (baseline.rows - baseline.copies)) if baseline else 0
     own = sum(any(pk in block.pks for pk in known.pks) for known in expected.values())
     gone = max(0, block.rows - own)
-    added = slot.added
+    added = group.added
     added_gone = len(added - seen)
-    room = max(0, slot.surplus - found.unmerged)
+    room = max(0, group.surplus - found.unmerged)
     for key in others:
         copies = len(stored[key]) - 1
         unmerged = min(copies, room)
@@ -401,13 +401,15 @@ def _compare_rest(
     # The entry of a row that is gone can have the key of one that was added and is still there.
     by_added = sum(key in stored and not any(pk in block.pks for pk in known.pks) for key, known in expected.items())
     lost = max(0, gone - len(others) - settled - by_added)
-    found.renewed = min(lost, len(slot.renewed - seen))
+    found.renewed = min(lost, len(group.renewed - seen))
     lost -= found.renewed
-    past = excuses.past(slot.version, [slot.inserted_at_ms])[slot.inserted_at_ms] if excuses and lost else False
+    past = excuses.past(group.version, [group.inserted_at_ms])[group.inserted_at_ms] if excuses and lost else False
     if past:
         found.expired += lost
     else:
-        erased = excuses.erased_unseen(slot.inserted_at_ms, lost, _lost_of(baseline, stored)) if excuses and lost else 0
+        erased = (
+            excuses.erased_unseen(group.inserted_at_ms, lost, _lost_of(baseline, stored)) if excuses and lost else 0
+        )
         found.unprovable += erased
         found.unnamed_missing += lost - erased
         found.ttl_unknown += (lost - erased) * int(past is None)

@@ -56,31 +56,33 @@ class Excuses:
         self._past: dict[tuple[str, int], bool | None] = {}
         self._carried_out: dict[int, bool] = {}
         self._named: set[int] = set()  # erasures of one event that explained the entry of a row
-        self._taken: defaultdict[int, dict[int, int]] = defaultdict(dict)  # per erasure: entries without a row, by slot
+        self._taken: defaultdict[int, dict[int, int]] = defaultdict(
+            dict
+        )  # per erasure: entries without a row, by `inserted_at`
         self._declared = _declaration(upkeep) if ttl_days is None else _Declared(ttl=clauses(log), days=ttl_days)
 
     # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
 
-    def past(self, version: str, slots: Collection[int]) -> dict[int, bool | None]:
+    def past(self, version: str, times: Collection[int]) -> dict[int, bool | None]:
         """Whether entries with these `inserted_at`s are past the TTL; None where nobody can tell."""
-        self._look(version, slots)
-        return {slot: self._or_declared(version, slot, self._past[version, slot]) for slot in slots}
+        self._look(version, times)
+        return {at_ms: self._or_declared(version, at_ms, self._past[version, at_ms]) for at_ms in times}
 
-    def past_of(self, version: str, slot_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
+    def past_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
         """As `past`, of entries whose keys are known: a TTL may count from the event's time."""
         if not keys:
             return {}
-        self._look(version, [slot_ms])
-        whole = self._past[version, slot_ms]
+        self._look(version, [inserted_at_ms])
+        whole = self._past[version, inserted_at_ms]
         if whole is not None:
             return dict.fromkeys(keys, whole)
-        past = self._log.past_ttl_of(version, slot_ms, keys)
-        return {key: self._or_declared(version, slot_ms, past[key]) for key in keys}
+        past = self._log.past_ttl_of(version, inserted_at_ms, keys)
+        return {key: self._or_declared(version, inserted_at_ms, past[key]) for key in keys}
 
-    def past_soon(self, version: str, slots: Collection[int], ahead_ms: int) -> dict[int, bool | None]:
+    def past_soon(self, version: str, times: Collection[int], ahead_ms: int) -> dict[int, bool | None]:
         """As `past`, so long from now."""
-        past = self._log.past_ttl(version, list(slots), ahead_s=ahead_ms // 1000)
-        return {slot: self._or_declared(version, slot - ahead_ms, past[slot]) for slot in slots}
+        past = self._log.past_ttl(version, list(times), ahead_s=ahead_ms // 1000)
+        return {at_ms: self._or_declared(version, at_ms - ahead_ms, past[at_ms]) for at_ms in times}
 
     def kept_ms(self) -> int | None:
         """The longest that an entry is kept; None: for ever, or nobody can tell."""
@@ -89,16 +91,16 @@ class Excuses:
             return int(self._declared.days * DAY_MS)
         return kept_ms
 
-    def _look(self, version: str, slots: Collection[int]) -> None:
-        unseen = [slot for slot in slots if (version, slot) not in self._past]
+    def _look(self, version: str, times: Collection[int]) -> None:
+        unseen = [at_ms for at_ms in times if (version, at_ms) not in self._past]
         if unseen:
             found = self._log.past_ttl(version, unseen)
-            self._past.update({(version, slot): past for slot, past in found.items()})
+            self._past.update({(version, at_ms): past for at_ms, past in found.items()})
 
-    def _or_declared(self, version: str, slot_ms: int, past: bool | None) -> bool | None:
+    def _or_declared(self, version: str, inserted_at_ms: int, past: bool | None) -> bool | None:
         if past is not None or not self._declared_for(version):
             return past
-        return slot_ms + self._declared.days * DAY_MS <= self.now_ms
+        return inserted_at_ms + self._declared.days * DAY_MS <= self.now_ms
 
     def _declared_for(self, version: str) -> bool:
         if not self._declared.ttl.get(version):
@@ -109,7 +111,7 @@ class Excuses:
 
     # ── erasures ─────────────────────────────────────────────────────────────────────────────────
 
-    def erased(self, key: Key, pks: Sequence[int], *, slot_ms: int, again_ms: int | None) -> bool:
+    def erased(self, key: Key, pks: Sequence[int], *, inserted_at_ms: int, again_ms: int | None) -> bool:
         """Whether the entry of these rows is one that an erasure names, and existed when that was recorded.
 
         `again_ms` is when the rows were exported last, if that was by a requeue: it sent them after the first export.
@@ -118,7 +120,7 @@ class Excuses:
             recorded = self.erasures[index]
             if not recorded.erasure.covers(key):
                 continue
-            sent_ms = slot_ms if again_ms is None else again_ms
+            sent_ms = inserted_at_ms if again_ms is None else again_ms
             if sent_ms <= recorded.at_ms or (again_ms is None and self._waited(recorded, pks)):
                 if recorded.erasure.event_id:
                     self._named.add(index)
@@ -132,8 +134,8 @@ class Excuses:
         times = self._upkeep.times(PkSet.of(sorted(pks)))
         return all(pk in times and times[pk][0] <= recorded.at_ms for pk in pks)
 
-    def erased_unseen(self, slot_ms: int, lost: int, lost_by_workspace: Mapping[str, int] | None = None) -> int:
-        """Of `lost` entries of a slot whose rows are gone from the outbox: how many recorded erasures may have taken.
+    def erased_unseen(self, inserted_at_ms: int, lost: int, lost_by_workspace: Mapping[str, int] | None = None) -> int:
+        """Of `lost` entries of one `inserted_at` whose rows are gone from the outbox: how many recorded erasures may have taken.
 
         With `lost_by_workspace`, an erasure explains losses of its own workspace only.
         """
@@ -144,12 +146,12 @@ class Excuses:
                 break
             workspace_id, event_id = recorded.erasure.workspace_id, recorded.erasure.event_id
             most = lost - erased if left is None else min(lost - erased, left.get(workspace_id, 0))
-            if event_id:  # one entry, of one slot
-                elsewhere = sum(taken for at_ms, taken in self._taken[index].items() if at_ms != slot_ms)
+            if event_id:  # one entry, under one `inserted_at`
+                elsewhere = sum(taken for at_ms, taken in self._taken[index].items() if at_ms != inserted_at_ms)
                 most = min(most, 0 if index in self._named else 1 - elsewhere)
-            if most <= 0 or slot_ms > recorded.at_ms or not self._was_carried_out(index):
+            if most <= 0 or inserted_at_ms > recorded.at_ms or not self._was_carried_out(index):
                 continue
-            self._taken[index][slot_ms] = most
+            self._taken[index][inserted_at_ms] = most
             erased += most
             if left is not None:
                 left[workspace_id] -= most

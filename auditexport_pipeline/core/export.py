@@ -231,25 +231,25 @@ def _by_origin(
         for pk, payload, fingerprint in zip(part.pks, part.payloads, part.fingerprints, strict=True)
         if pk not in folded
     )
-    new = sum(1 for pk, _, _ in rows if pk not in origins.slots)
+    new = sum(1 for pk, _, _ in rows if pk not in origins.times)
     block_rows = max(SMALLEST_BLOCK_ROWS, -(-new // limits.blocks_per_batch))
     reserved = iter(outbox.reserve_inserted_at(-(-new // block_rows)) if new else ())
-    by_slot: dict[int, _Part] = {}
+    by_time: dict[int, _Part] = {}
     new_parts: list[_Part] = []
     for pk, payload, fingerprint in rows:
-        slot_ms = origins.slots.get(pk)
-        if slot_ms is None:
+        at_ms = origins.times.get(pk)
+        if at_ms is None:
             if not new_parts or len(new_parts[-1].pks) == block_rows:
                 new_parts.append(_Part(Block(number=0, inserted_at_ms=next(reserved), pks=PkSet(), first=True)))
             part = new_parts[-1]
         else:
-            if slot_ms not in by_slot:
-                by_slot[slot_ms] = _Part(Block(number=0, inserted_at_ms=slot_ms, pks=PkSet()))
-            part = by_slot[slot_ms]
+            if at_ms not in by_time:
+                by_time[at_ms] = _Part(Block(number=0, inserted_at_ms=at_ms, pks=PkSet()))
+            part = by_time[at_ms]
         part.pks.append(pk)
         part.payloads.append(payload)
         part.fingerprints.append(fingerprint)
-    again = [*(part for _, part in sorted(by_slot.items())), *new_parts]
+    again = [*(part for _, part in sorted(by_time.items())), *new_parts]
     again[0].ids = sum(part.ids for part in parts)
     for number, part in enumerate(again):
         renewed = origins.renewed & PkSet.of(part.pks) if part.block.first else PkSet()

@@ -113,7 +113,7 @@ def _excuse(
     left = {}
     times: defaultdict[str, set[int]] = defaultdict(set)
     for pk, (version, key) in gone.items():
-        if excuses.erased(key, (pk,), slot_ms=marked_at[pk], again_ms=None):
+        if excuses.erased(key, (pk,), inserted_at_ms=marked_at[pk], again_ms=None):
             found.erased += 1
         else:
             left[pk] = (version, key)

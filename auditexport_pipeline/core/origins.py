@@ -27,7 +27,7 @@ class Origins:
     ClickHouse has lost of an earlier block.
     """
 
-    slots: Mapping[int, int]
+    times: Mapping[int, int]
     renewed: PkSet
 
 
@@ -45,22 +45,22 @@ def prove(outbox: Outbox, log: AuditLog, batch: Batch, keys: Mapping[int, Key]) 
             candidates[pk].append(block.inserted_at_ms)
     asked = [key for pk, key in keys.items() if pk in candidates]
     held = log.keys_held(asked, sorted({block.inserted_at_ms for _, block, _ in blocks})) if asked else set()
-    slots: dict[int, int] = {}
+    times: dict[int, int] = {}
     for pk, at in candidates.items():
         found = next((at_ms for at_ms in at if (keys[pk], at_ms) in held), None)
         if found is not None:
-            slots[pk] = found
+            times[pk] = found
     lacking: set[int] = set()
     for origin, block, rows in blocks:
-        unproven = {pk for pk in rows if pk not in slots}
+        unproven = {pk for pk in rows if pk not in times}
         if not unproven:
             continue
         there = _keys_as_sealed(outbox, origin, block, {keys[pk] for pk in unproven})
-        slots.update({pk: block.inserted_at_ms for pk in unproven if keys[pk] in there})
+        times.update({pk: block.inserted_at_ms for pk in unproven if keys[pk] in there})
         lacking.add(block.inserted_at_ms)
     maybe_lost = lacking - _whole(log, blocks, lacking)
-    renewed = [pk for pk, at in candidates.items() if pk not in slots and not maybe_lost.isdisjoint(at)]
-    return Origins(slots=slots, renewed=PkSet.of(sorted(renewed)))
+    renewed = [pk for pk, at in candidates.items() if pk not in times and not maybe_lost.isdisjoint(at)]
+    return Origins(times=times, renewed=PkSet.of(sorted(renewed)))
 
 
 def _blocks_that_had(outbox: Outbox, batch: Batch, pks: PkSet) -> list[tuple[Batch, Block, PkSet]]:
@@ -101,12 +101,12 @@ def _keys_as_sealed(outbox: Outbox, origin: Batch, block: Block, wanted: set[Key
     return found if not left and str(digest) == block.digest else set()
 
 
-def _whole(log: AuditLog, blocks: list[tuple[Batch, Block, PkSet]], slots: set[int]) -> set[int]:
-    """Those of these slots that still hold as many different entries as their first export had."""
+def _whole(log: AuditLog, blocks: list[tuple[Batch, Block, PkSet]], times: set[int]) -> set[int]:
+    """The `inserted_at`s, of these, that still hold as many different entries as their first export had."""
     first = {
         block.inserted_at_ms: block.rows
         for batch, block, _ in blocks
-        if block.inserted_at_ms in slots and not batch.is_requeue(block)
+        if block.inserted_at_ms in times and not batch.is_requeue(block)
     }
     holdings = log.holdings(sorted(first))
     return {

@@ -1,11 +1,11 @@
 """Reconciling: both stores over a window of time, and what is missing, duplicated, unexpected or altered.
 
 What belongs here: which batches, entries and marks a window covers, and the report. What does not: the comparison
-of one slot (`core.compare`), and clearing marks (`core.requeue`), which a repair does.
+of one group (`core.compare`), and clearing marks (`core.requeue`), which a repair does.
 
 Three questions, each from another side, so that none can hide what another would see:
 
-* the ledger asks ClickHouse: does every slot (one `inserted_at`) of a closed batch still hold what it held? One
+* the ledger asks ClickHouse: does every group (one `inserted_at`) of a closed batch still hold what it held? One
   grouped look-up answers for most; only where a sum differs are rows and entries read;
 * ClickHouse asks the ledger: is there an `inserted_at` that no batch ever had?
 * the outbox asks both: is there a mark that no batch has set, on a row that ClickHouse does not hold?
@@ -24,12 +24,12 @@ from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.batch import NO_ENTRIES, OPEN, Batch, Holding, State
 from auditexport_pipeline.core.compare import (
     Comparison,
-    Slot,
+    InsertGroup,
     compare,
     compare_at_rest,
     entries_of,
-    slot_at,
-    slots_of,
+    insert_group_at,
+    insert_groups_of,
 )
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.event import Key
@@ -44,10 +44,10 @@ from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 100
-# A batch is listed by the latest of its slots; its others lie at most this far before.
+# A batch is listed by the latest of its groups; its others lie at most this far before.
 SLOTS_APART_MS = 60_000
-# Entries of a slot that no batch had, read to say whose events they are: the usual batch of another exporter several times.
-STRANGERS_READ = 10_000
+# Entries of a group that no batch had, read to say whose events they are: the usual batch of another exporter several times.
+UNKNOWN_ENTRIES_READ = 10_000
 # Keys remembered of rows that others have exported, to know their entries by.
 KEYS_OF_OTHERS = 1_000_000
 # Another exporter marks its rows after its INSERT, at most so much later.
@@ -56,7 +56,7 @@ MARKED_AFTER_MS = 600_000
 
 @dataclass(slots=True, kw_only=True)
 class BatchReport:
-    """One batch of the window: entries that it sent, entries that ClickHouse holds in its slots, and the difference."""
+    """One batch of the window: entries that it sent, entries that ClickHouse holds in its groups, and the difference."""
 
     batch_id: int
     inserted_at_ms: int
@@ -155,14 +155,14 @@ def reconcile(
     report = Report(from_ms=from_ms, to_ms=min(to_ms, now_ms), count_places=count_places)
     excuses = Excuses(upkeep, log)
     stored = log.count_by_inserted_at(report.from_ms, report.to_ms)
-    known_slots: set[int] = set()
+    known_times: set[int] = set()
     missing = PkSet()
     for page in _pages(upkeep, report.from_ms, report.to_ms + SLOTS_APART_MS):
-        missing |= _batches(outbox, upkeep, log, page, excuses, known_slots, report, dry_run=dry_run)
+        missing |= _batches(outbox, upkeep, log, page, excuses, known_times, report, dry_run=dry_run)
     unexported, keys_of_others = _marks(outbox, upkeep, log, excuses, missing, report)
     report.missing_pks = missing | unexported
-    unknown = {at_ms: entries for at_ms, entries in stored.items() if at_ms not in known_slots}
-    _strangers(upkeep, log, unknown, keys_of_others, others_write, report)
+    unknown = {at_ms: entries for at_ms, entries in stored.items() if at_ms not in known_times}
+    _unknown_entries(upkeep, log, unknown, keys_of_others, others_write, report)
     if count_places:
         for place, entries in log.count_by_workspace(report.from_ms, report.to_ms).items():
             report.places[place].entries += entries
@@ -219,13 +219,13 @@ def _batches(
     log: AuditLog,
     page: Sequence[Batch],
     excuses: Excuses,
-    known_slots: set[int],
+    known_times: set[int],
     report: Report,
     *,
     dry_run: bool,
 ) -> PkSet:
-    """Compares the slots of some batches; returns the pks of the rows whose entries are missing."""
-    known_slots.update(block.inserted_at_ms for batch in page for block in batch.blocks)
+    """Compares the groups of some batches; returns the pks of the rows whose entries are missing."""
+    known_times.update(block.inserted_at_ms for batch in page for block in batch.blocks)
     report.open_batches += sum(1 for batch in page if batch.state in OPEN)
     for batch in page:
         if batch.version not in VERSIONS:
@@ -240,15 +240,15 @@ def _batches(
     again = {
         batch.batch_id: _requeued(outbox, log, batch, excuses) for batch in closed if batch.state is State.DISCREPANT
     }
-    # A requeue is looked at with the slot of the first export, wherever that was.
+    # A requeue is looked at with the group of the first export, wherever that was.
     firsts = [batch for batch in closed if batch.first_blocks]
     for batch in closed:
         if not batch.first_blocks and batch.batch_id in again and not again[batch.batch_id] and not dry_run:
             upkeep.record_reconciled(batch, Discrepancy(), batch.observed)
     if not firsts:
         return PkSet()
-    slots = {slot.inserted_at_ms: slot for slot in slots_of(firsts)}
-    holdings = log.holdings(list(slots))
+    groups = {group.inserted_at_ms: group for group in insert_groups_of(firsts)}
+    holdings = log.holdings(list(groups))
     missing: set[int] = set()
     for batch in firsts:
         line = BatchReport(
@@ -268,7 +268,7 @@ def _batches(
             _count_rows(upkeep, batch, block.pks, at_ms, report)
             if (before := batch.observed.get(at_ms)) is not None:
                 holding = replace(holding, workspaces=before.workspaces)
-            if _as_before(slots[at_ms], holding):
+            if _as_before(groups[at_ms], holding):
                 observed[at_ms] = holding
                 continue
             report.slots_read += 1
@@ -280,7 +280,7 @@ def _batches(
         report.found += line.found
         report.batches.append(line)
         wrong = line.found + again.get(batch.batch_id, Discrepancy())
-        # A slot outside the window was not looked at: what is wrong there stands.
+        # A group outside the window was not looked at: what is wrong there stands.
         seen = all(report.from_ms <= block.inserted_at_ms < report.to_ms for block in batch.blocks)
         if not wrong and not seen and batch.state is State.DISCREPANT:
             continue
@@ -291,20 +291,20 @@ def _batches(
 
 
 def _requeued(outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses) -> Discrepancy:
-    """What ClickHouse lacks of the rows that a batch sent again. The report has it with the slot of their first export."""
+    """What ClickHouse lacks of the rows that a batch sent again. The report has it with the group of their first export."""
     found = Discrepancy()
     for block in batch.blocks:
         if batch.is_requeue(block):
-            slot = slot_at(outbox, batch, block)
-            found += compare(outbox, log, slot, excuses=excuses).discrepancy
+            group = insert_group_at(outbox, batch, block)
+            found += compare(outbox, log, group, excuses=excuses).discrepancy
     return found
 
 
-def _as_before(slot: Slot, holding: Holding) -> bool:
-    """Whether a slot holds just what was sent, or what an earlier comparison had explained."""
-    assert slot.first is not None
-    _, block = slot.first
-    baseline = slot.baseline
+def _as_before(group: InsertGroup, holding: Holding) -> bool:
+    """Whether a group holds just what was sent, or what an earlier comparison had explained."""
+    assert group.first is not None
+    _, block = group.first
+    baseline = group.baseline
     if baseline is not None and baseline.copies == 0 and holding == baseline:
         return True
     as_sealed = holding.copies == 0 and (holding.rows, holding.fingerprint) == (block.rows, block.fingerprint)
@@ -406,8 +406,8 @@ def _expired_with_their_batch(
     expired = set()
     for pk in pks:
         for batch in taken[pk]:
-            slots = {block.inserted_at_ms for block in batch.blocks if pk in block.pks}
-            if any(past is not False for past in excuses.past(batch.version, slots).values()):
+            groups = {block.inserted_at_ms for block in batch.blocks if pk in block.pks}
+            if any(past is not False for past in excuses.past(batch.version, groups).values()):
                 expired.add(pk)
     return expired
 
@@ -441,7 +441,7 @@ def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[i
 # ── ClickHouse asks the ledger ───────────────────────────────────────────────────────────────────
 
 
-def _strangers(
+def _unknown_entries(
     upkeep: Upkeep,
     log: AuditLog,
     counts: Mapping[int, int],
@@ -451,26 +451,33 @@ def _strangers(
 ) -> None:
     """Entries under an `inserted_at` that no batch had, counted: copies of our events, another exporter's, or unexpected."""
     ours_since_ms = upkeep.first_inserted_ms()
-    for slot_ms, entries in counts.items():
-        if ours_since_ms is None or slot_ms < ours_since_ms:
+    for inserted_at_ms, entries in counts.items():
+        if ours_since_ms is None or inserted_at_ms < ours_since_ms:
             report.explained["before the first batch"] += entries
-        elif upkeep.slot_owner(slot_ms) is None:
-            _stranger(log, slot_ms, keys_of_others, others_write, report)
+        elif upkeep.batch_with(inserted_at_ms) is None:
+            _unknown_group(log, inserted_at_ms, keys_of_others, others_write, report)
 
 
-def _stranger(log: AuditLog, slot_ms: int, keys_of_others: set[Key], others_write: bool, report: Report) -> None:
-    """One such slot. Its entries are counted in ClickHouse; some are read, and what is beyond counts as unexpected."""
-    left = {workspace_id: rows for (workspace_id, _), rows in log.count_by_workspace(slot_ms, slot_ms + 1).items()}
-    entries = log.entries_at(slot_ms, most=STRANGERS_READ)
+def _unknown_group(
+    log: AuditLog, inserted_at_ms: int, keys_of_others: set[Key], others_write: bool, report: Report
+) -> None:
+    """One such group. Its entries are counted in ClickHouse; some are read, and what is beyond counts as unexpected."""
+    left = {
+        workspace_id: rows
+        for (workspace_id, _), rows in log.count_by_workspace(inserted_at_ms, inserted_at_ms + 1).items()
+    }
+    entries = log.entries_at(inserted_at_ms, most=UNKNOWN_ENTRIES_READ)
     elsewhere = {
-        entry.key for entry in entries_of(log, {entry.key for entry in entries}) if entry.inserted_at_ms != slot_ms
+        entry.key
+        for entry in entries_of(log, {entry.key for entry in entries})
+        if entry.inserted_at_ms != inserted_at_ms
     }
     named: list[Key] = []
     duplicated = unexpected = 0
     for entry in entries:
         workspace_id = entry.key[0]
         left[workspace_id] = left.get(workspace_id, 1) - 1
-        place = report.places[workspace_id, _day(slot_ms)]
+        place = report.places[workspace_id, _day(inserted_at_ms)]
         if entry.key in elsewhere:
             duplicated += 1
             place.duplicated += 1
@@ -486,6 +493,6 @@ def _stranger(log: AuditLog, slot_ms: int, keys_of_others: set[Key], others_writ
             report.explained["written by others"] += count
         elif count > 0:
             unexpected += count
-            report.places[workspace_id, _day(slot_ms)].unexpected += count
+            report.places[workspace_id, _day(inserted_at_ms)].unexpected += count
     event_ids = tuple(key[3] for key in named[:10])
-    report.add_loose(Discrepancy(duplicated=duplicated, unexpected=unexpected, event_ids=event_ids), slot_ms)
+    report.add_loose(Discrepancy(duplicated=duplicated, unexpected=unexpected, event_ids=event_ids), inserted_at_ms)

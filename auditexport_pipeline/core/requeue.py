@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import By, RowFilter
 from auditexport_pipeline.core.batch import OPEN, Batch
-from auditexport_pipeline.core.compare import ROW_BYTES, compare, pks_still_of, slots_of
+from auditexport_pipeline.core.compare import ROW_BYTES, compare, insert_groups_of, pks_still_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import is_time, look_for, successors
@@ -138,10 +138,10 @@ def clear(
 
 def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
     """The rows whose entries the TTL would take soon. Where that is unknown, they are exported again."""
-    slots: defaultdict[str, set[int]] = defaultdict(set)
+    groups: defaultdict[str, set[int]] = defaultdict(set)
     for batch in batches:
-        slots[batch.version].update(block.inserted_at_ms for block in batch.blocks)
-    past = {version: excuses.past_soon(version, sorted(of), LEAST_LEFT_MS) for version, of in slots.items()}
+        groups[batch.version].update(block.inserted_at_ms for block in batch.blocks)
+    past = {version: excuses.past_soon(version, sorted(of), LEAST_LEFT_MS) for version, of in groups.items()}
     # What a pk stood for in an earlier batch is not what it stands for in the last one.
     old = []
     later = PkSet()
@@ -156,16 +156,16 @@ def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
 def _missing(
     outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, new: PkSet, batches: Collection[Batch]
 ) -> PkSet:
-    """Those of these rows whose entries ClickHouse lacks, by comparing every slot that had them; no slot had the `new` ones."""
+    """Those of these rows whose entries ClickHouse lacks, by comparing every group that had them; no group had the `new` ones."""
     missing: set[int] = set()
-    slots = slots_of([batch for batch in batches if batch.state not in OPEN])
-    for slot in slots:
-        wanted = (slot.pks & pks) - new
+    groups = insert_groups_of([batch for batch in batches if batch.state not in OPEN])
+    for group in groups:
+        wanted = (group.pks & pks) - new
         if wanted:
-            for found in compare(outbox, log, slot, excuses=excuses).missing.values():
+            for found in compare(outbox, log, group, excuses=excuses).missing.values():
                 missing.update(pk for pk in found if pk in wanted)
     # The batches' too: a folded row went out as another one.
-    known = PkSet.union([*(slot.pks for slot in slots), *(batch.pks for batch in batches)])
+    known = PkSet.union([*(group.pks for group in groups), *(batch.pks for batch in batches)])
     # Rows that no batch has had: a mark that is no time excuses nothing.
     others = {
         row.pk: at_ms if (at_ms := row.exported_at_ms or 0) and is_time(at_ms, excuses.now_ms) else excuses.now_ms

@@ -3,7 +3,7 @@
 What belongs here: which batches are due, the last look at ClickHouse before their rows go, and in which order
 things are recorded. What does not: the DELETE itself (`mysql.maintenance`), and schedules.
 
-A batch is due when it was exported longer ago than the retention and stands verified. Its slots are looked at
+A batch is due when it was exported longer ago than the retention and stands verified. Its groups are looked at
 once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost: each
 entry is there, or past the table's TTL as ClickHouse evaluates it, or erased on record. Where the TTL is unknown, what is
 gone may be lost, and its rows stay until an operator has said how long the table keeps an entry. A row goes with the batch that exported it last: one that was requeued stays until its newer batch is due.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import By
 from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
-from auditexport_pipeline.core.compare import compare, compare_at_rest, slot_at
+from auditexport_pipeline.core.compare import compare, compare_at_rest, insert_group_at
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.limits import RETENTION_DAYS
@@ -27,7 +27,7 @@ from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 50
-# Of a swept slot the ledger keeps the names of so many workspaces at most: some hundred bytes.
+# Of a swept group the ledger keeps the names of so many workspaces at most: some hundred bytes.
 WORKSPACES_KEPT = 32
 
 
@@ -181,7 +181,7 @@ def _last_look(
         if excuses.past(batch.version, [block.inserted_at_ms])[block.inserted_at_ms]:
             continue
         if batch.is_requeue(block):
-            compared = compare(outbox, log, slot_at(outbox, batch, block), excuses=excuses)
+            compared = compare(outbox, log, insert_group_at(outbox, batch, block), excuses=excuses)
         else:
             compared = compare_at_rest(outbox, log, batch, block, excuses=excuses)
             if not compared.discrepancy and not compared.unprovable:
@@ -192,7 +192,7 @@ def _last_look(
 
 
 def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
-    """The holdings of slots whose rows are all there for the last time, with the rows' workspaces where those are few."""
+    """The holdings of groups whose rows are all there for the last time, with the rows' workspaces where those are few."""
     named = {}
     for block in batch.blocks:
         holding = observed.get(block.inserted_at_ms)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Block, Holding
-from auditexport_pipeline.core.compare import Slot, compare, compare_at_rest
+from auditexport_pipeline.core.compare import InsertGroup, compare, compare_at_rest
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -47,14 +47,14 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
             holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
             if not as_sealed(batch, block, holding):
                 if batch.is_requeue(block):
-                    slot = Slot(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
-                    wrong = compare(outbox, log, slot).discrepancy
+                    group = InsertGroup(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
+                    wrong = compare(outbox, log, group).discrepancy
                 else:  # together with requeues that came before this verification
                     wrong = compare_at_rest(outbox, log, batch, block).discrepancy
                 found += wrong
                 if wrong:
                     continue
-            if not batch.is_requeue(block):  # a requeue looks at its own rows only, not at the whole slot
+            if not batch.is_requeue(block):  # a requeue looks at its own rows only, not at the whole group
                 observed[block.inserted_at_ms] = holding
         outbox.record_verified(batch, found, observed)
         outcome[batch.batch_id] = found

@@ -62,10 +62,10 @@ class MySQLUpkeep:
                         found[row.batch_id] = common
         return found
 
-    def slot_owner(self, slot_ms: int) -> int | None:
+    def batch_with(self, inserted_at_ms: int) -> int | None:
         with self.outbox.transaction("reading the ledger") as connection:
-            values = {"slot_ms": slot_ms, "in_manifest": f'%"at":{slot_ms},%'}
-            found: int | None = connection.execute(SQL["slot_owner"], values).scalar()
+            values = {"inserted_at_ms": inserted_at_ms, "in_manifest": f'%"at":{inserted_at_ms},%'}
+            found: int | None = connection.execute(SQL["batch_with"], values).scalar()
             return found
 
     def open_pks(self) -> PkSet:

@@ -17,10 +17,10 @@ SELECT batch_id, state, pks FROM clickhouse_outbox_batch
 WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND batch_id > 0
   AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
 
--- name: slot_owner
--- inserted_idx from the slot on; a block cut again can lie below its batch's latest. Asked for strangers only.
+-- name: batch_with
+-- inserted_idx from there on; a block that was split can lie below the latest of its batch. Asked for unknown entries only.
 SELECT batch_id FROM clickhouse_outbox_batch
-WHERE inserted_at_ms >= :slot_ms AND manifest LIKE :in_manifest LIMIT 1
+WHERE inserted_at_ms >= :inserted_at_ms AND manifest LIKE :in_manifest LIMIT 1
 
 -- name: open_pks
 -- state_idx; no lock.

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from auditexport_pipeline import preflight
-from auditexport_pipeline.core.compare import compare, slots_of
+from auditexport_pipeline.core.compare import compare, insert_groups_of
 from auditexport_pipeline.core.event import Event, OutboxRow
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
@@ -709,8 +709,8 @@ def test_a_comparison_by_content_takes_no_awkward_payload_for_altered(module_sta
     """What ClickHouse would make of a payload by itself must be what it made of it among its neighbours."""
     ids = [row.batch_id for row in module_stack.sql("SELECT batch_id FROM clickhouse_outbox_batch WHERE batch_id > 0")]
     compared = 0
-    for slot in slots_of(module_stack.outbox.batches(ids)):
-        found = compare(module_stack.outbox, module_stack.log, slot)
-        assert str(found.discrepancy) == "none", (slot.inserted_at_ms, found.discrepancy)
-        compared += len(slot.pks)
+    for group in insert_groups_of(module_stack.outbox.batches(ids)):
+        found = compare(module_stack.outbox, module_stack.log, group)
+        assert str(found.discrepancy) == "none", (group.inserted_at_ms, found.discrepancy)
+        compared += len(group.pks)
     assert compared > GOOD_ROWS
