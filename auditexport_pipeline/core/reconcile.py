@@ -35,7 +35,7 @@ from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for, successors
-from auditexport_pipeline.core.looks import LOOKS_READ, OpenFinding, open_findings, record_of
+from auditexport_pipeline.core.open_findings import RECORDS_READ, OpenFinding, open_findings, record_of
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
 from auditexport_pipeline.core.requeue import Requeue, clear
@@ -181,7 +181,7 @@ def reconcile(
         )
     if by is not None and not dry_run:
         try:
-            still_open = open_findings(upkeep.last_actions("reconcile", LOOKS_READ))
+            still_open = open_findings(upkeep.last_actions("reconcile", RECORDS_READ))
             upkeep.record_action("reconcile", by, _record(report, still_open))
         except SetupIncomplete as error:  # what was found counts for more than the record of having looked
             report.unrecorded = str(error)
@@ -189,7 +189,7 @@ def reconcile(
 
 
 def _record(report: Report, still_open: Sequence[OpenFinding]) -> dict[str, int]:
-    """What the action of a reconciliation keeps: its window, its counts, and what `core.looks` needs of it."""
+    """What the action of a reconciliation keeps: its window, its counts, and what `core.open_findings` needs of it."""
     return {
         "from_ms": report.from_ms,
         "to_ms": report.to_ms,

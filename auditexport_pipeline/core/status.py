@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, VIEW_NOTE, State
-from auditexport_pipeline.core.looks import OpenFinding, told_by
+from auditexport_pipeline.core.open_findings import OpenFinding, record_in
 from auditexport_pipeline.core.ports import Discrepancy
 
 # What "recently" means for the rate: a few drains of the sensor's or one of the schedule's.
@@ -126,7 +126,7 @@ class LastReconcile:
     @classmethod
     def of(cls, action: Action) -> LastReconcile:
         """From the record that `core.reconcile` leaves; what an older record does not tell counts as 0."""
-        told = told_by(action)
+        told = record_in(action)
         return cls(
             at_ms=action.at_ms,
             who=action.by.who,

@@ -18,7 +18,7 @@ from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.claiming import CLEARED_OFTEN
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.looks import LOOKS_READ, open_findings
+from auditexport_pipeline.core.open_findings import RECORDS_READ, open_findings
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -211,6 +211,6 @@ def _last_actions(outbox: MySQLOutbox) -> tuple[Action | None, list[Action], boo
     try:
         with outbox.transaction("reading what was done") as connection:
             swept = actions.last_of_verb(connection, "sweep", 1)
-            return swept[0] if swept else None, actions.last_of_verb(connection, "reconcile", LOOKS_READ), True
+            return swept[0] if swept else None, actions.last_of_verb(connection, "reconcile", RECORDS_READ), True
     except SetupIncomplete:
         return None, [], False
