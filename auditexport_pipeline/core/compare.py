@@ -1,15 +1,15 @@
 """Comparing what was sent under one `inserted_at` with what ClickHouse holds there, entry by entry.
 
-What belongs here: the expectation, read again from the outbox, and what a difference from it means. What does
+What belongs here: the expected entries, read again from the outbox, and what a difference means. What does
 not: which batches are compared, and when (`core.verify` right after an export, `core.reconcile` later).
 
-An entry is expected by its key (workspace_id, bucket, time, event_id). Held against it are its fingerprint,
-which Python computes from the payload, and its content: a hash over every column, metas included, which
-ClickHouse computes once from what it stores and once from the payload put through the same parser again.
+An entry is expected by its key (workspace_id, bucket, time, event_id). Two values are compared: its fingerprint,
+which Python computes from the payload, and its content, a hash over every column, metas included. ClickHouse computes
+the content once from what it stores, and once from the payload through the same parser.
 
-What takes entries away without anybody being wrong: the merge of two copies of one event (the outbox held it
-twice, or it was requeued), the table's TTL, and an erasure that was recorded. A requeue adds copies, under the
-same `inserted_at`, until they merge. What is left after all that is a discrepancy.
+Entries can be gone for good reasons: the merge of two copies of one event (the outbox held it
+twice, or it was requeued), the table's TTL, and a recorded erasure. A requeue adds copies under the
+same `inserted_at`, until they merge. Any other difference is a discrepancy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from auditexport_pipeline.core.versions import VERSIONS
 ROWS_AT_ONCE = 1_000
 BYTES_AT_ONCE = 8 * 1024**2
 KEYS_AT_ONCE = 1_000
-# What a row is expected to take where nothing says more.
+# The expected size of a row where nothing else is known.
 ROW_BYTES = 1_000
 
 
@@ -39,8 +39,8 @@ class InsertGroup:
 
     inserted_at_ms: int
     blocks: tuple[tuple[Batch, Block], ...]
-    # Rows whose pks a later batch sent under another `inserted_at`: other events; and those among them that may be this
-    # group's own, sent as new because ClickHouse had lost them.
+    # `reused`: rows whose pks a later batch sent under another `inserted_at`, as other events. `renewed`: those of them that
+    # may be this group's own events, sent as new because ClickHouse had lost them.
     reused: PkSet = field(default_factory=PkSet)
     renewed: PkSet = field(default_factory=PkSet)
 
@@ -50,7 +50,7 @@ class InsertGroup:
 
     @property
     def first(self) -> tuple[Batch, Block] | None:
-        """The first export; None when only requeues of its rows are looked at."""
+        """The first export; None when only requeues of its rows are compared."""
         return next(((batch, block) for batch, block in self.blocks if not batch.is_requeue(block)), None)
 
     @property
@@ -59,18 +59,18 @@ class InsertGroup:
 
     @property
     def senders(self) -> list[tuple[int, int, PkSet]]:
-        """Who has sent what, by batch: attempts and pks."""
+        """The batches that have sent something, with their attempts and pks."""
         return [(batch.batch_id, batch.attempts, block.pks) for batch, block in self.blocks]
 
     @property
     def added(self) -> PkSet:
-        """Rows that only a requeue sent here: in the first export they had been folded into another row."""
+        """Rows that only a requeue sent here: the first export had folded them into another row."""
         assert self.first is not None
         return self.pks - self.first[1].pks
 
     @property
     def surplus(self) -> int:
-        """How many further copies requeues and their replays can have left here until they merge."""
+        """How many additional copies requeues and their replays may have left here; merges remove them."""
         return self.surplus_of_all_but(PkSet())
 
     def surplus_of_all_but(self, pks: PkSet) -> int:
@@ -81,13 +81,13 @@ class InsertGroup:
 
     @property
     def baseline(self) -> Holding | None:
-        """What ClickHouse held here when the whole group was compared last and nothing was wrong; None before."""
+        """What ClickHouse held here when the group was last compared without a discrepancy; None before."""
         return self.first[0].observed.get(self.inserted_at_ms) if self.first else None
 
 
 def insert_groups_of(batches: Collection[Batch]) -> list[InsertGroup]:
-    """The groups of these batches, by ascending `inserted_at`; requeues join the group of the first export, with what
-    they gave back too.
+    """The groups of these batches, by ascending `inserted_at`; requeues join the group of the first export, also with
+    the blocks that they gave back.
     """
     by_time: dict[int, list[tuple[Batch, Block]]] = {}
     sent = [
@@ -99,7 +99,7 @@ def insert_groups_of(batches: Collection[Batch]) -> list[InsertGroup]:
         by_time.setdefault(block.inserted_at_ms, []).append((batch, block))
     groups = [InsertGroup(inserted_at_ms=at_ms, blocks=tuple(parts)) for at_ms, parts in sorted(by_time.items())]
     if len(pks_of([block for _, block in sent])) == sum(len(group.pks) for group in groups):
-        return groups  # no pk is in two of them
+        return groups  # no pk is in two groups
     return [_with_successors(group, sent) for group in groups]
 
 
@@ -119,9 +119,9 @@ def _with_successors(group: InsertGroup, sent: Sequence[tuple[Batch, Block]]) ->
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """What one group's comparison found, by key; below the line, what was explained.
+    """The result of comparing one group, by key; after the blank line, what was explained.
 
-    `unnamed_…` are entries whose outbox rows are gone, so that only their number is known.
+    `unnamed_…` are entries whose outbox rows are gone: only their number is known.
     """
 
     missing: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # with the pks of their outbox rows
@@ -171,10 +171,10 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Expected:
-    """One event of a group: its rows, and what an entry of it may hold, which rows of one event need not agree on."""
+    """One event of a group: its rows, and what its entry may hold. Rows of one event can differ."""
 
     pks: list[int] = field(default_factory=list)
-    again_ms: int | None = None  # when one of them was exported last, if by a requeue
+    again_ms: int | None = None  # the last export of one of them, if that was a requeue
     held: set[tuple[int, int]] = field(default_factory=set)  # fingerprint and content
     pending: bool = False
     marked: bool = False  # by a batch of this group
@@ -209,8 +209,8 @@ def compare_at_rest(
     *,
     excuses: Excuses | None = None,
 ) -> Comparison:
-    """As `compare`, of a first export's group. A requeue that arrives while entries are read is no discrepancy: what
-    differs is looked at again, until nobody has begun to send anything to the group meanwhile.
+    """As `compare`, for the group of a first export. A requeue that arrives while entries are read is no discrepancy: when
+    something differs, the comparison is repeated until nobody has sent anything to the group meanwhile.
     """
     group = insert_group_at(outbox, batch, block)
     while True:
@@ -221,10 +221,11 @@ def compare_at_rest(
 
 
 def compare(outbox: Outbox, log: AuditLog, group: InsertGroup, *, excuses: Excuses | None = None) -> Comparison:
-    """Reads a group's rows and entries, and says how they differ. Changes nothing.
+    """Reads a group's rows and entries, and returns the differences. Changes nothing.
 
-    Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for what is not there. `excuses` say what is
-    gone rightly; without, nothing is. Memory: three numbers and a key per row of the group; payloads a thousand at a time.
+    Source: the outbox by pk; `audit_logs_raw_v1` by `inserted_at`, and by key for entries that are not there. `excuses` explain
+    entries that are gone; without them, none is explained. Memory: three numbers and a key per row; payloads a thousand at a
+    time.
     """
     expected = _expected(outbox, log, group)
     stored: defaultdict[Key, list[StoredEntry]] = defaultdict(list)
@@ -234,7 +235,7 @@ def compare(outbox: Outbox, log: AuditLog, group: InsertGroup, *, excuses: Excus
     _leave_out_others(group, expected, stored)
     seen = PkSet.of(sorted(pk for known in expected.values() for pk in known.pks))
     _compare_expected(log, group, expected, seen, stored, excuses, found)
-    if group.first is None:  # who else has sent these rows is not known here
+    if group.first is None:  # the other senders of these rows are not known here
         found.unmerged += sum(found.duplicated.values())
         found.duplicated.clear()
     else:
@@ -269,11 +270,11 @@ def _expected(outbox: Outbox, log: AuditLog, group: InsertGroup) -> dict[Key, _E
 
 
 def _leave_out_others(group: InsertGroup, expected: dict[Key, _Expected], stored: dict[Key, list[StoredEntry]]) -> None:
-    """Leaves out rows that are other events under pks of this group: its own rows are gone from the outbox.
+    """Leaves out rows that are other events under this group's pks; the group's own rows are gone from the outbox.
 
-    A row whose event the group holds is its own. Of the rest, those are others that a later batch sent elsewhere; all,
-    where the group holds just what was sealed; and, where it holds entries of more rows than are gone, as many of those
-    that no batch of this group has marked.
+    A row whose event is among the entries is the group's own. Of the others, these are other events: rows that a later
+    batch sent elsewhere; all rows, where the entries are exactly what was sealed; and, where there are more entries than
+    rows that are gone, as many of the rows that no batch of this group has marked.
     """
     absent = [key for key in expected if key not in stored]
     for key in absent:
@@ -324,7 +325,7 @@ def _compare_expected(
     found: Comparison,
 ) -> None:
     absent = []
-    # Requeued rows that are gone from the outbox left copies too, and may have taken the place of another row's entry.
+    # Requeued rows that are gone from the outbox left copies too, and may have replaced another row's entry.
     spare = group.surplus_of_all_but(seen)
     replacing = len(group.added - seen) if group.first else 0
     for key, known in expected.items():
@@ -343,7 +344,7 @@ def _compare_expected(
         found.unmerged += unmerged
         if len(copies) - 1 > unmerged:
             found.duplicated[key] = len(copies) - 1 - unmerged
-    # Two copies of one event collapse into the one that was written later, under its `inserted_at`.
+    # Two copies of one event merge into the later one, under its `inserted_at`.
     elsewhere = {entry.key for entry in entries_of(log, absent)}
     found.superseded += len(elsewhere)
     gone = []
@@ -374,12 +375,12 @@ def _compare_rest(
     excuses: Excuses | None,
     found: Comparison,
 ) -> None:
-    """Entries whose rows are gone from the outbox: their number, and their sum where nothing else differs."""
+    """Compares entries whose rows are gone from the outbox: by number, and by sum where nothing else differs."""
     assert group.first is not None
     _, block = group.first
     baseline = group.baseline
     others = [key for key in stored if key not in expected]
-    # What an earlier comparison had found gone and explained is not expected any more.
+    # Entries that an earlier comparison found gone and explained are not expected any more.
     settled = max(0, block.rows - (baseline.rows - baseline.copies)) if baseline else 0
     own = sum(any(pk in block.pks for pk in known.pks) for known in expected.values())
     gone = max(0, block.rows - own)
@@ -398,7 +399,7 @@ def _compare_rest(
             found.unnamed_unexpected += len(others) - gone - added_gone
         else:
             found.unexpected.extend(others)
-    # The entry of a row that is gone can have the key of one that was added and is still there.
+    # The entry of a row that is gone can have the key of an added row that is still there.
     by_added = sum(key in stored and not any(pk in block.pks for pk in known.pks) for key, known in expected.items())
     lost = max(0, gone - len(others) - settled - by_added)
     found.renewed = min(lost, len(group.renewed - seen))
@@ -413,7 +414,7 @@ def _compare_rest(
         found.unprovable += erased
         found.unnamed_missing += lost - erased
         found.ttl_unknown += (lost - erased) * int(past is None)
-    # Of two rows of one event, the one that was added may have taken the other's place.
+    # Of two rows of one event, the added one may have replaced the other.
     comparable = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy
     entries = _one_of_each(stored, expected) if comparable and not lost else None
     if baseline is not None and entries is not None:
@@ -427,7 +428,7 @@ def _compare_rest(
 
 
 def _lost_of(baseline: Holding | None, stored: dict[Key, list[StoredEntry]]) -> dict[str, int] | None:
-    """How many entries each workspace can have lost, where the ledger kept whose they were."""
+    """How many entries each workspace can have lost, if the ledger has counts by workspace."""
     if baseline is None or not baseline.workspaces:
         return None
     held = Counter(key[0] for key in stored)
@@ -435,7 +436,7 @@ def _lost_of(baseline: Holding | None, stored: dict[Key, list[StoredEntry]]) -> 
 
 
 def _one_of_each(stored: dict[Key, list[StoredEntry]], expected: dict[Key, _Expected]) -> list[StoredEntry] | None:
-    """One entry of each key: where unmerged copies differ, the one that the outbox's row makes; None if it cannot say."""
+    """One entry of each key. Where unmerged copies differ, the one that the outbox's row makes; None if that is not unique."""
     chosen = []
     for key, copies in stored.items():
         held = expected[key].held if key in expected else set()
@@ -447,7 +448,7 @@ def _one_of_each(stored: dict[Key, list[StoredEntry]], expected: dict[Key, _Expe
 
 
 def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
-    """Every copy of these keys, wherever it is, a thousand keys at a time."""
+    """Every copy of these keys, under any `inserted_at`; a thousand keys at a time."""
     ordered = list(keys)
     for start in range(0, len(ordered), KEYS_AT_ONCE):
         yield from log.entries_of(ordered[start : start + KEYS_AT_ONCE])
@@ -456,7 +457,7 @@ def entries_of(log: AuditLog, keys: Collection[Key]) -> Iterator[StoredEntry]:
 def rows_held(outbox: Outbox, log: AuditLog, pks: PkSet) -> Iterator[tuple[StoredRow, bool]]:
     """These rows as they are now, of any known version, each with whether ClickHouse holds its event anywhere.
 
-    A row that does not decode is looked for by the ids of its columns alone: another exporter may have sent it.
+    A row that does not decode is looked up by the ids of its columns alone: another exporter may have sent it.
     """
     for rows in _batched(outbox.read(pks, row_bytes=ROW_BYTES), KEYS_AT_ONCE):
         keys: dict[int, Key] = {}

@@ -1,17 +1,17 @@
-"""Reconciling: both stores over a window of time, and what is missing, duplicated, unexpected or altered.
+"""Reconciling: compares both stores over a window of time, and reports what is missing, duplicated, unexpected or altered.
 
 What belongs here: which batches, entries and marks a window covers, and the report. What does not: the comparison
-of one group (`core.compare`), and clearing marks (`core.requeue`), which a repair does.
+of one insert group (`core.compare`), and clearing marks (`core.requeue`), which a repair does.
 
-Three questions, each from another side, so that none can hide what another would see:
+It asks three questions, each from another side:
 
-* the ledger asks ClickHouse: does every group (one `inserted_at`) of a closed batch still hold what it held? One
-  grouped look-up answers for most; only where a sum differs are rows and entries read;
-* ClickHouse asks the ledger: is there an `inserted_at` that no batch ever had?
-* the outbox asks both: is there a mark that no batch has set, on a row that ClickHouse does not hold?
+* from the ledger: does ClickHouse still hold every insert group (one `inserted_at`) of a closed batch as it was? One
+  grouped look-up answers for most groups; rows and entries are read only where a sum differs;
+* from ClickHouse: is there an `inserted_at` that no batch ever had?
+* from the outbox: is there a mark that no batch has set, on a row that ClickHouse does not hold?
 
-The window is of `inserted_at`, the time of the first export; of marks that no batch has set, of the mark. Rows that were swept leave
-counts and sums to compare, and no names. A batch that is not closed yet is left to the drain.
+The window is by `inserted_at`, the time of the first export; for marks that no batch has set, by the mark. For swept
+rows, counts and sums are compared, without names. A batch that is not closed yet is left to the drain.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 100
-# A batch is listed by the latest of its groups; its others lie at most this far before.
+# A batch is listed by its latest `inserted_at`; its others are at most this much earlier.
 SLOTS_APART_MS = 60_000
-# Entries of a group that no batch had, read to say whose events they are: the usual batch of another exporter several times.
+# Entries read under an `inserted_at` that no batch had, to tell whose events they are: several usual batches of another exporter.
 UNKNOWN_ENTRIES_READ = 10_000
-# Keys remembered of rows that others have exported, to know their entries by.
+# Keys kept of rows that others have exported, to recognise their entries.
 KEYS_OF_OTHERS = 1_000_000
-# Another exporter marks its rows after its INSERT, at most so much later.
+# Another exporter marks its rows at most this long after its INSERT.
 MARKED_AFTER_MS = 600_000
 
 
 @dataclass(slots=True, kw_only=True)
 class BatchReport:
-    """One batch of the window: entries that it sent, entries that ClickHouse holds in its groups, and the difference."""
+    """One batch of the window: entries that it sent, entries that ClickHouse holds in its insert groups, the difference."""
 
     batch_id: int
     inserted_at_ms: int
@@ -83,12 +83,12 @@ class PlaceReport:
         return bool(self.missing or self.duplicated or self.unexpected or self.altered)
 
 
-Place = tuple[str, int]  # workspace_id ('' where only a number is known), day's first millisecond
+Place = tuple[str, int]  # workspace_id ('' where only a number is known), first millisecond of the day
 
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What a reconciliation found. `found` counts entries; `missing_pks` are the rows that a repair exports again."""
+    """The result of a reconciliation. `found` counts entries; `missing_pks` are the rows that a repair exports again."""
 
     from_ms: int
     to_ms: int
@@ -97,7 +97,7 @@ class Report:
     places: defaultdict[Place, PlaceReport] = field(default_factory=lambda: defaultdict(PlaceReport))
     found: Discrepancy = field(default_factory=Discrepancy)
     slots: int = 0
-    slots_read: int = 0  # those of which rows and entries were compared one by one
+    slots_read: int = 0  # insert groups of which rows and entries were compared one by one
     open_batches: int = 0  # not closed yet: left to the drain
     left_alone: Counter[str] = field(default_factory=Counter)  # batches by version, of those that are not installed
     marked_by_others: int = 0  # marks that no batch has set, on rows that ClickHouse holds
@@ -105,16 +105,16 @@ class Report:
     missing_pks: PkSet = field(default_factory=PkSet)
     repaired: Requeue | None = None
     ttl_unknown: int = 0  # of the missing: those that may be past a TTL that cannot be evaluated
-    unrecorded: str = ""  # why no action tells of it, when one was asked for
+    unrecorded: str = ""  # why no action was recorded, although one was asked for
 
-    loose: OpenFinding | None = None  # of `found`, what belongs to no batch, and where
+    loose: OpenFinding | None = None  # the part of `found` that belongs to no batch, with its window
 
     @property
     def clean(self) -> bool:
         return not self.found
 
     def add_loose(self, found: Discrepancy, at_ms: int) -> None:
-        """Adds what belongs to no batch, under its `inserted_at` or mark."""
+        """Adds a finding that belongs to no batch, under its `inserted_at` or mark."""
         if not found:
             return
         self.found += found
@@ -142,16 +142,17 @@ def reconcile(
 ) -> Report:
     """Compares outbox and ledger with ClickHouse for the exports of [from_ms, to_ms).
 
-    With `others_write`, somebody else fills `audit_logs_raw_v1` too, and entries that no batch has sent are counted
-    and not called unexpected. Without `count_places`, workspaces and days are told of discrepancies only: counting all
-    of them reads every row of the window in the outbox. Durable effects: what was seen of each batch (`observed`), its
-    state `verified` or `discrepant`; with `repair`, the marks of exactly the missing rows are cleared, and an action says
-    so; with `by`, an action says who looked, at which window, and what differed, which is how `core.status` knows when it
-    was done last (a user without the grant is told so in the report). With `dry_run` nothing of this is written, and a user
-    that may only read can ask.
+    With `others_write`, other programs write to `audit_logs_raw_v1` too: entries that no batch has sent are counted
+    and not reported as unexpected. Without `count_places`, workspaces and days have discrepancies only: counting all
+    rows and entries reads every row of the window in the outbox.
+
+    Durable effects: for each batch what ClickHouse held (`observed`), and its state `verified` or `discrepant`; with `repair`,
+    the cleared marks of exactly the missing rows, and an action; with `by`, an action with the window and the
+    differences, from which `core.status` knows the last reconciliation (without the grant for it, the report says
+    so). With `dry_run` nothing is written, and a user who may only read can run it.
     """
     now_ms = upkeep.now_ms()
-    # What is claimed from here on lies after the window.
+    # Batches that are claimed from now on are after the window.
     report = Report(from_ms=from_ms, to_ms=min(to_ms, now_ms), count_places=count_places)
     excuses = Excuses(upkeep, log)
     stored = log.count_by_inserted_at(report.from_ms, report.to_ms)
@@ -183,13 +184,13 @@ def reconcile(
         try:
             still_open = open_findings(upkeep.last_actions("reconcile", RECORDS_READ))
             upkeep.record_action("reconcile", by, _record(report, still_open))
-        except SetupIncomplete as error:  # what was found counts for more than the record of having looked
+        except SetupIncomplete as error:  # the findings matter more than the record of this reconciliation
             report.unrecorded = str(error)
     return report
 
 
 def _record(report: Report, still_open: Sequence[OpenFinding]) -> dict[str, int]:
-    """What the action of a reconciliation keeps: its window, its counts, and what `core.open_findings` needs of it."""
+    """The selection of a reconciliation's action: its window, its counts, and what `core.open_findings` needs."""
     return {
         "from_ms": report.from_ms,
         "to_ms": report.to_ms,
@@ -210,7 +211,7 @@ def _pages(upkeep: Upkeep, from_ms: int, to_ms: int) -> Iterator[list[Batch]]:
         yield page
 
 
-# ── the ledger asks ClickHouse ───────────────────────────────────────────────────────────────────
+# ── from the ledger ───────────────────────────────────────────────────────────────────
 
 
 def _batches(
@@ -224,7 +225,7 @@ def _batches(
     *,
     dry_run: bool,
 ) -> PkSet:
-    """Compares the groups of some batches; returns the pks of the rows whose entries are missing."""
+    """Compares the insert groups of some batches; returns the pks of the rows whose entries are missing."""
     known_times.update(block.inserted_at_ms for batch in page for block in batch.blocks)
     report.open_batches += sum(1 for batch in page if batch.state in OPEN)
     for batch in page:
@@ -240,7 +241,7 @@ def _batches(
     again = {
         batch.batch_id: _requeued(outbox, log, batch, excuses) for batch in closed if batch.state is State.DISCREPANT
     }
-    # A requeue is looked at with the group of the first export, wherever that was.
+    # A requeue is compared with the insert group of the first export, wherever that was.
     firsts = [batch for batch in closed if batch.first_blocks]
     for batch in closed:
         if not batch.first_blocks and batch.batch_id in again and not again[batch.batch_id] and not dry_run:
@@ -276,11 +277,11 @@ def _batches(
             _add_comparison(found, at_ms, line, report)
             missing.update(pk for pks in found.missing.values() for pk in pks)
             if not found.discrepancy and not found.unprovable:
-                observed[at_ms] = holding  # explained: the next comparison starts from here
+                observed[at_ms] = holding  # explained: the next comparison starts here
         report.found += line.found
         report.batches.append(line)
         wrong = line.found + again.get(batch.batch_id, Discrepancy())
-        # A group outside the window was not looked at: what is wrong there stands.
+        # A group outside the window was not compared: what is wrong there stays wrong.
         seen = all(report.from_ms <= block.inserted_at_ms < report.to_ms for block in batch.blocks)
         if not wrong and not seen and batch.state is State.DISCREPANT:
             continue
@@ -291,7 +292,7 @@ def _batches(
 
 
 def _requeued(outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses) -> Discrepancy:
-    """What ClickHouse lacks of the rows that a batch sent again. The report has it with the group of their first export."""
+    """What ClickHouse lacks of a batch's requeued rows. The report has it with the insert group of their first export."""
     found = Discrepancy()
     for block in batch.blocks:
         if batch.is_requeue(block):
@@ -301,7 +302,7 @@ def _requeued(outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses) -> 
 
 
 def _as_before(group: InsertGroup, holding: Holding) -> bool:
-    """Whether a group holds just what was sent, or what an earlier comparison had explained."""
+    """Whether a group holds exactly what was sent, or what an earlier comparison explained."""
     assert group.first is not None
     _, block = group.first
     baseline = group.baseline
@@ -343,7 +344,7 @@ def _day(at_ms: int) -> int:
     return at_ms // DAY_MS * DAY_MS
 
 
-# ── the outbox asks both ─────────────────────────────────────────────────────────────────────────
+# ── from the outbox ─────────────────────────────────────────────────────────────────────────
 
 
 def _marks(
@@ -357,7 +358,7 @@ def _marks(
     for marked_at in _foreign_marks(outbox, upkeep, excuses.now_ms, report):
         pks = PkSet.of(sorted(marked_at))
         taken, open_ = _in_batches(outbox, upkeep, pks)
-        # An open batch sends its rows even if others marked them. A closed batch may have had another event under the same pk.
+        # An open batch sends its rows even if others mark them. A closed batch may have had another event under the same pk.
         pks -= open_
         keys_of_others.update(keys_of(outbox, open_))
         pks -= upkeep.dead_among(pks)
@@ -375,7 +376,7 @@ def _marks(
         for what, count in (("erased on record", found.erased), ("past the TTL", found.expired)):
             if count:
                 report.explained[what] += count
-        # A batch sent this row and somebody else marked it: they may have sent it too.
+        # A batch sent this row and somebody else marked it: that other may have sent it too.
         sent = {key for pk, key in found.held.items() if key is not None and pk in taken}
         if len(keys_of_others) < KEYS_OF_OTHERS:
             sent.update(key for key in found.held.values() if key is not None)
@@ -400,7 +401,7 @@ def _in_batches(outbox: Outbox, upkeep: Upkeep, pks: PkSet) -> tuple[dict[int, l
 def _expired_with_their_batch(
     upkeep: Upkeep, excuses: Excuses, taken: Mapping[int, Sequence[Batch]], missing: Iterable[int]
 ) -> set[int]:
-    """Rows that a batch may have exported so long ago that ClickHouse need not have them."""
+    """Rows that a batch may have exported so long ago that ClickHouse need not hold them any more."""
     pks = PkSet.of(sorted(pk for pk in missing if pk in taken))
     pks -= successors(upkeep, {batch.batch_id: batch for pk in pks for batch in taken[pk]}.values(), pks)
     expired = set()
@@ -421,7 +422,7 @@ def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) 
         for marks in upkeep.foreign_marks(low_ms, high_ms, tuple(VERSIONS)):
             times = upkeep.times(PkSet.of(sorted(marks)))
             yield {
-                # One that is no time either counts as of now: it is looked at, and nothing excuses it.
+                # A row without any valid time counts as of now: it is checked, and nothing excuses it.
                 pk: at_ms if is_time(at_ms, now_ms) else report.to_ms - 1
                 for pk, (at_ms, _) in times.items()
                 if report.from_ms <= at_ms < report.to_ms or not is_time(at_ms, now_ms)
@@ -432,13 +433,13 @@ def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) 
 
 
 def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[int, PkSet]]:
-    """Rows that carry a batch's own stamp and were never its."""
+    """Rows that have a batch's own stamp and were never in the batch."""
     for batch in outbox.batches([batch_id]):
         if batch.exported_at_ms is not None and upkeep.count_stamped(batch.exported_at_ms) > batch.marked_rows:
             yield batch.exported_at_ms, upkeep.stamped(batch.exported_at_ms, tuple(VERSIONS)) - batch.pks
 
 
-# ── ClickHouse asks the ledger ───────────────────────────────────────────────────────────────────
+# ── from ClickHouse ───────────────────────────────────────────────────────────────────
 
 
 def _unknown_entries(
@@ -449,7 +450,10 @@ def _unknown_entries(
     others_write: bool,
     report: Report,
 ) -> None:
-    """Entries under an `inserted_at` that no batch had, counted: copies of our events, another exporter's, or unexpected."""
+    """Handles entries under an `inserted_at` that no batch had: copies of our events, another exporter's, or unexpected ones.
+
+    `counts` are the entries by `inserted_at`.
+    """
     ours_since_ms = upkeep.first_inserted_ms()
     for inserted_at_ms, entries in counts.items():
         if ours_since_ms is None or inserted_at_ms < ours_since_ms:
@@ -461,7 +465,7 @@ def _unknown_entries(
 def _unknown_group(
     log: AuditLog, inserted_at_ms: int, keys_of_others: set[Key], others_write: bool, report: Report
 ) -> None:
-    """One such group. Its entries are counted in ClickHouse; some are read, and what is beyond counts as unexpected."""
+    """Handles one such `inserted_at`. ClickHouse counts its entries; some are read, and the others count as unexpected."""
     left = {
         workspace_id: rows
         for (workspace_id, _), rows in log.count_by_workspace(inserted_at_ms, inserted_at_ms + 1).items()
