@@ -1,6 +1,6 @@
 """Batches and their blocks: what the ledger knows about a claimed, sealed, written and marked batch.
 
-What belongs here: frozen values, digests and tokens, all pure. What does not: how they are stored, and
+What belongs here: frozen values, digests, tokens, and their text forms in the ledger. What does not: SQL, and
 the verbs that move a batch from one state to the next (`core.export`).
 """
 
@@ -15,27 +15,27 @@ import msgspec
 
 from auditexport_pipeline.core.pks import PkSet
 
-# A sealed batch's payloads by their block's digest, in the order of its pks: another seal's are never found here.
+# A sealed batch's payloads by the digest of their block, in the order of its pks. The payloads of another seal have other keys.
 Bodies = dict[str, list[bytes]]
 
-# How a note on a view begins in the ledger's column `last_error`; the statements know it too.
+# A note on a failed view begins so in the ledger's column `last_error`; SQL statements compare it.
 VIEW_NOTE = "view "
-# How the note on one begins that lets a block not be stored; it ends when the batch is written.
+# A note on a view that prevents a block from being stored begins so; it is cleared when the batch is written.
 VIEW_BARS = "a materialized view "
 
-# A few hundred kilobytes of usual events: enough that a part costs nothing, little beside the batch.
+# A few hundred kilobytes of usual events: large enough to cost nothing, small beside the batch.
 PART_ROWS = 512
-# Below this a second INSERT costs more than it saves: a part of its own, a round trip, a merge later.
+# Below this a second INSERT costs more than it saves: another part, another round trip, a merge later.
 SMALLEST_BLOCK_ROWS = 5_000
 
 
 class State(str, Enum):
-    """Where a batch stands. `OPEN` ones hold their rows: no other batch may take them."""
+    """The state of a batch. Batches in an `OPEN` state hold their rows: no other batch may take them."""
 
     CLAIMED = "claimed"
     SEALED = "sealed"
     WRITTEN = "written"  # ClickHouse acknowledged every block
-    STOPPED = "stopped"  # its rows no longer read as sealed; resolved by the next run after the lease
+    STOPPED = "stopped"  # its rows are no longer as they were sealed; the next run after the lease resolves it
     EXPORTED = "exported"  # marked in the outbox
     VERIFIED = "verified"  # counted and fingerprinted in ClickHouse
     DISCREPANT = "discrepant"  # exported, but ClickHouse does not hold what it should
@@ -46,7 +46,7 @@ class State(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> State:
-        """A state of a later release: it can be shown, and is none of ours."""
+        """A state of a later release: it can be shown, and equals none of ours."""
         state = str.__new__(cls, value)
         state._name_, state._value_ = str(value), str(value)
         return state
@@ -55,7 +55,7 @@ class State(str, Enum):
 class Left(str, Enum):
     """Why a batch that ClickHouse has is not marked yet."""
 
-    LOCKED = "locked"  # somebody holds rows of it, or the table: a later run marks them
+    LOCKED = "locked"  # somebody holds its rows or the table locked: a later run marks the rows
     REFUSED = "refused"  # a trigger or a CHECK undoes or refuses the mark: somebody has to change it first
 
 
@@ -65,12 +65,12 @@ CLOSED = (State.EXPORTED, State.VERIFIED, State.DISCREPANT, State.COMPACTED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The fenced right to work on one batch: `epoch` is the plan that granted it, `key` what no other plan has.
+    """The fenced right to work on one batch: `epoch` is the plan that granted it, `key` is unique to that plan.
 
     Every effect of a claim is refused once another plan has adopted the batch, because the ledger then
     holds another epoch and key. After a failover that lost commits, batch ids and epochs recur; keys do not.
-    Small and without payload: this is what Dagster's storage may hold. A claim of a release without keys unpickles with an
-    empty one, and the ledger has none for its batch either.
+    A claim is small and has no payload, so Dagster's storage may hold it. A claim that was pickled by a release without keys gets
+    an empty key, and the ledger has none for its batch either.
     """
 
     batch_id: int
@@ -79,11 +79,11 @@ class Claim:
     generation: int
     rows: int
     adopted: bool = False
-    key: str = ""  # the last field: a pickled claim is its values in this order, in whichever release it is read
+    key: str = ""  # keep it last: a pickled claim is its values in this order, in every release
 
     def __new__(cls, **_: object) -> Claim:
         claim = object.__new__(cls)
-        object.__setattr__(claim, "key", "")  # stays so only where the pickle has none
+        object.__setattr__(claim, "key", "")  # stays empty only if the pickle has no key
         return claim
 
 
@@ -94,12 +94,12 @@ class Block:
     `pks` are the rows whose payloads are sent, in that order; `normalised` are those among them that are
     sent in normal form (`core.event.normal_form`). `digest` and `fingerprint` are empty until the seal.
 
-    `first` says, in a batch of requeues, that this block's rows were not proven to repeat anything and go out as new
-    (`core.origins`); ask `Batch.is_requeue`. `renewed` are those of them that an earlier block had and that ClickHouse may
-    have lost: their earlier entries are not to be called missing.
+    `first`, in a batch of requeues: this block's rows were not proven to repeat an event and go out as new
+    (`core.origins`); ask `Batch.is_requeue`. `renewed` are the rows among them that an earlier block had and that ClickHouse may
+    have lost: their earlier entries must not be called missing.
 
-    `limit` is what ClickHouse, or a proxy, answered when the block exceeded a limit; such a block is not sent again
-    as it is once it was refused `strikes` times. `fits` tells that another row was taken beside its last refusal.
+    `limit` is the answer of ClickHouse or a proxy when the block exceeded a limit, set once it was refused `strikes` times; such
+    a block is split before it is sent. `fits`: ClickHouse took another row when it refused this one.
     """
 
     number: int
@@ -128,23 +128,23 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What became of the rows that a batch claimed, beside those it sent."""
+    """The rows that a batch claimed and did not send, by what happened to them."""
 
     dead: int = 0  # became dead letters
     folded: int = 0  # the same event as another row of the batch: marked, not sent
     vanished: int = 0  # deleted from the outbox by somebody before they were sealed or marked
     elsewhere: int = 0  # marked by somebody else
     unmarked: int = 0  # of those two, rows that were sent and then could not be marked
-    released: int = 0  # given back to pending: too many bytes, or never written and not to be reproduced
+    released: int = 0  # pending again: too many bytes, or never written and not reproducible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
     """What ClickHouse holds under one `inserted_at`: entries, and two sums over them modulo 2^64.
 
-    `fingerprint` is over what the payload fixes byte by byte (`core.verify`), `content` over every column as
-    ClickHouse stores it, metas included. `copies` are entries that equal another one here in every column. `workspaces` is
-    what was sent, by workspace, where that was few and the rows are swept: an erasure of another one explains no loss.
+    `fingerprint` covers the columns whose bytes the payload fixes (`core.verify`), `content` every column as
+    ClickHouse stores it, metas included. `copies` are entries that equal another entry in every column. `workspaces` are the
+    sent entries by workspace, kept for swept rows of few workspaces: an erasure of another workspace explains no loss.
     """
 
     rows: int
@@ -159,10 +159,10 @@ NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One row of the ledger. `pks` are the rows it will mark; its blocks' pks are those it sends.
+    """One row of the ledger. `pks` are the rows that it will mark; its blocks' pks are the rows that it sends.
 
-    `given_back` are blocks of a requeue that left the batch although an earlier attempt may have sent them: the slot
-    that they went to holds their rows' entries in any case, so nobody can see whether these copies are there.
+    `given_back` are blocks of a requeue that left the batch although an earlier attempt may have sent them. Their
+    `inserted_at` has entries of their rows in any case, so nobody can see whether these copies are there.
     """
 
     batch_id: int
@@ -172,7 +172,7 @@ class Batch:
     state: State
     owner: str
     claim_key: str = ""
-    process: str = ""  # that holds it; empty where several processes do the steps
+    process: str = ""  # the process that holds it; empty where several processes do the steps
     pks: PkSet
     blocks: tuple[Block, ...]
     bytes: int = 0
@@ -187,7 +187,7 @@ class Batch:
     last_error: str = ""
     observed: Mapping[int, Holding] = field(default_factory=dict)  # by inserted_at, when it was compared last
     swept: bool = False  # none of its rows is in the outbox any more
-    left: Left | None = None  # by `core.export.mark`, for whoever called it: the ledger has the reason in `last_error`
+    left: Left | None = None  # set by `core.export.mark` for its caller; the ledger has the reason in `last_error`
 
     @property
     def rows(self) -> int:
@@ -200,7 +200,7 @@ class Batch:
 
     @property
     def view_note(self) -> str:
-        """What the ledger says of a materialized view that failed after entries of the batch were stored, or ""."""
+        """The note on a materialized view that failed after entries of the batch were stored, or ""."""
         return self.last_error if self.last_error.startswith(VIEW_NOTE) else ""
 
     @property
@@ -209,7 +209,7 @@ class Batch:
 
     @property
     def ids(self) -> int | None:
-        """The sum of `core.event.id_hash` over the rows that it marks, as they were sealed; None where it is unknown."""
+        """The sum of `core.event.id_hash` over the rows to mark, as they were sealed; None where it is unknown."""
         known = [block.ids for block in self.blocks if block.ids is not None]
         return sum(known) if len(known) == len(self.blocks) else None
 
@@ -243,7 +243,7 @@ class Batch:
 
 
 def unmarked(batches: Iterable[Batch]) -> dict[int, str]:
-    """Those of these batches that ClickHouse has and whose rows are not marked, by id, and why."""
+    """The batches that ClickHouse has and whose rows are not marked: why, by batch id."""
     return {batch.batch_id: batch.last_error for batch in batches if batch.state is State.WRITTEN}
 
 
@@ -258,12 +258,12 @@ class Receipt:
     bytes: int
     found: int  # blocks that an earlier attempt had written already
     seconds: float
-    note: str = ""  # what the operator should know although everything was written, such as a view that fails
+    note: str = ""  # for the operator, for example about a view that fails although everything was written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Postponed:
-    """Instead of a receipt: the run has no time left for this batch, which waits for the next one as it stands."""
+    """Instead of a receipt: the run has no time left for this batch; the next run takes it."""
 
     claim: Claim
 
@@ -290,7 +290,7 @@ def block_digest(version: str, inserted_at_ms: int, pks: PkSet, payloads: Sequen
 
 
 def in_parts(payloads: Sequence[bytes]) -> Iterator[bytes]:
-    """A block's bytes, each payload after a newline, in parts of a few hundred rows: never all in one piece."""
+    """A block's bytes, each payload after a newline, in parts of a few hundred rows, never as one piece."""
     for start in range(0, len(payloads), PART_ROWS):
         yield b"\n" + b"\n".join(payloads[start : start + PART_ROWS])
 
@@ -365,7 +365,7 @@ def blocks_to_text(blocks: Iterable[Block], given_back: Iterable[Block] = ()) ->
 
 
 def compacted_text(blocks: Iterable[Block]) -> str:
-    """What a compacted batch keeps of its blocks: when, how many, and the digests."""
+    """The blocks of a compacted batch: their times, counts and digests, without pks."""
     return msgspec.json.encode(
         [
             _Manifest(

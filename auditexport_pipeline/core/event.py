@@ -1,11 +1,11 @@
 """Payloads: an outbox row's JSON text becomes an event, or a named reason why it cannot.
 
 What belongs here: what an event is, the typed shape of `audit_log.v1`, its fingerprint, and the explanation of payloads
-that no event can be made of. What does not: SQL and drivers; the ClickHouse half of a version stands in its own `.sql`
-file (`clickhouse/audit_log_v1.sql`), and the registry of versions in `core.versions`.
+that cannot become an event. What does not: SQL and drivers; the ClickHouse part of a version is in its own `.sql`
+file (`clickhouse/audit_log_v1.sql`), the registry of versions in `core.versions`.
 
-What must never happen is that Python takes an event one way and ClickHouse another: both read the same
-text, so every difference between the two readers is settled here or refused there (see `explain`).
+Python and ClickHouse must never read one text as two different events. Every payload that they read differently is
+normalised or refused here (see `explain`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Object(msgspec.Struct, gc=False):
-    """Any JSON object: checked to be one, and skipped without building it."""
+    """Any JSON object: checked, and skipped without building it."""
 
 
 class _Actor(msgspec.Struct, gc=False):
@@ -70,16 +70,16 @@ class OutboxRow(msgspec.Struct, gc=False, frozen=True):
 
 
 def id_hash(event_id: str) -> int:
-    """What `marked_between` computes of a row's event id, so that the rows that are marked can be held to those sealed."""
+    """A hash of a row's event id, as `marked_between` computes it: the marked rows are compared with the sealed ones by its sum."""
     return zlib.crc32(event_id.encode())
 
 
 # workspace_id, bucket, time, event_id: the sort key of every version's table.
-Key = tuple[str, str, int, str]  # workspace_id, bucket, time, event_id
+Key = tuple[str, str, int, str]
 
 
 class Event(msgspec.Struct, gc=False, frozen=True):
-    """What is kept of a decoded payload: its place in ClickHouse, its time and its fingerprint."""
+    """What is kept of a decoded payload: its sort key in ClickHouse, and its fingerprint."""
 
     key: Key
     fingerprint: int
@@ -105,14 +105,14 @@ def decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
         return other_identity(row, event_id=event.event_id, workspace_id=event.workspace_id)  # type: ignore[return-value]
     shape = payload.translate(_NUMBER_SHAPES, _BETWEEN_NUMBERS)
     if (
-        # Each test but the first of its line is for the few payloads that pass the first, which is much cheaper.
+        # The first test of each line is much cheaper; only the few payloads that pass it take the others.
         (_LONG in shape and (_LONG_VALUE in shape or _LONG_ELEMENT in shape))
         or (_PERCENT in payload and b"%2E" in payload)
         or (_BACKSLASH in payload and _HIDDEN_DOT.search(payload))
     ):
         problem = explain(payload)
         if problem is not None and problem.reason == "duplicate_key":
-            problem = explain(normal_form(payload))  # what `export.write` sends once ClickHouse has refused this
+            problem = explain(normal_form(payload))  # this is sent once ClickHouse has refused the payload itself
         if problem is not None:
             return problem
     actor = event.actor or _NOBODY
@@ -169,7 +169,7 @@ def other_identity(row: OutboxRow, *, event_id: str, workspace_id: str) -> Undec
 
 def undecodable(payload: bytes, error: Exception) -> Undecodable:
     """The reason behind a decoder's error, from its message's shape; the message holds paths and types only."""
-    if not payload:  # no JSON column holds this: it is how a server gives what it may not send
+    if not payload:  # no JSON column holds this: a server answers so for a payload that is too large to send
         return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
     if isinstance(error, RecursionError):
         return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
@@ -196,9 +196,9 @@ class _Pairs(list):  # type: ignore[type-arg]
 
 
 def explain(payload: bytes) -> Undecodable | None:
-    """What ClickHouse would refuse or take differently in this JSON text, or None; a repeated key goes first.
+    """What ClickHouse would refuse or read differently in this JSON text, or None; a repeated key comes first.
 
-    The slow, complete look: made of payloads that a cheap test singled out, and of rows that ClickHouse
+    This check is slow and complete: it is for payloads that a cheap test found, and for rows that ClickHouse
     refused. Reasons: duplicate_key, invalid_json, too_deep, lone_surrogate, number_out_of_range,
     integer_precision, null_among_arrays, escaped_dot_in_key.
     """
@@ -213,7 +213,7 @@ def explain(payload: bytes) -> Undecodable | None:
 
 
 def _integer(digits: str) -> int:
-    """The integer; of hopelessly long ones (Python refuses to read 4,300 digits) one that is out of range too."""
+    """The integer; for a very long one (Python refuses to read 4,300 digits), another one that is out of range too."""
     return int(digits) if len(digits) < 40 else 10**40
 
 
@@ -221,7 +221,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-# The contract's own names, by the path of the object that holds them; what it does not name is skipped.
+# The contract's own names, by the path of the object that holds them; other names are skipped.
 _FIELDS = {
     "$": _AuditLogV1.__struct_fields__,
     "$.actor": _Actor.__struct_fields__,
@@ -230,9 +230,9 @@ _FIELDS = {
 
 
 def _problems(value: object, path: str, *, skipped: bool = False) -> Iterator[Undecodable]:
-    """Every problem below `value`; paths name the contract's own fields and `[…]` for anybody else's keys.
+    """Every problem below `value`; paths name the contract's own fields, and `[…]` stands for all other keys.
 
-    Of what ClickHouse skips, only what makes the text no JSON for it.
+    In values that ClickHouse skips, only what makes the text no JSON for it is a problem.
     """
     if isinstance(value, _Pairs):
         seen: set[str] = set()
@@ -297,9 +297,9 @@ def _is_lone(text: str) -> bool:
 
 
 def normal_form(payload: bytes) -> bytes:
-    """The same JSON with each repeated key given once, its last value kept.
+    """The same JSON with each repeated key once, with its last value.
 
-    That is what MySQL stores of such a text and what every common parser reads; MariaDB keeps both and
-    ClickHouse refuses both, so this is how the two servers come to export the same event.
+    MySQL stores such a text in this form, and every common parser reads it so. MariaDB keeps both values, and
+    ClickHouse refuses them. So both MySQL families export the same event.
     """
     return json.dumps(json.loads(payload, parse_int=_integer), ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,14 +1,15 @@
-"""What may rightly be gone from ClickHouse: entries past the table's TTL, and entries that were erased on record.
+"""Excuses: which entries may be gone from ClickHouse, because of the table's TTL or a recorded erasure.
 
-What belongs here: which entry or number of entries an excuse reaches. What does not: finding out what is gone
+What belongs here: which entries, or how many, an excuse covers. What does not: finding out what is gone
 (`core.compare`), and reading a TTL clause (`clickhouse.ttl`).
 
-Both rules are narrow, because the sweep deletes the last copy of what is excused:
+Both rules are narrow, because the sweep deletes the last copy of an excused entry:
 
-* The TTL is evaluated by ClickHouse. Where that is impossible it is unknown, and what is unknown is not past, until an
-  operator has declared how long the table keeps an entry. A declaration holds as long as the TTL clause reads the same.
-* An erasure explains what it names, and only what had been exported, or waited to be, when it was recorded. Of entries whose
-  rows are gone from the outbox, it explains at most as many as it can apply to, and none while ClickHouse holds what it names.
+* ClickHouse evaluates the TTL. Where it cannot, the TTL is unknown, and an entry counts as not past it, until an
+  operator declares how long the table keeps an entry. A declaration is valid as long as the TTL clause is the same.
+* An erasure explains the entries that it names, if they had been exported, or were pending, when it was recorded. Of entries
+  whose rows are gone from the outbox, it explains at most as many as it can name, and none while ClickHouse still holds entries
+  that it names.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class _Declared(msgspec.Struct, frozen=True):
 
 
 class Excuses:
-    """The excuses of one moment. Reads recorded erasures and declarations at once, and TTLs when they are needed."""
+    """The excuses at one moment. Reads recorded erasures and declarations at once, and TTLs when they are needed."""
 
     def __init__(self, upkeep: Upkeep, log: AuditLog, *, ttl_days: float | None = None) -> None:
-        """`ttl_days` is a declaration that is not recorded, as of a dry run."""
+        """`ttl_days` is a declaration that is not recorded, for a dry run."""
         self._upkeep = upkeep
         self._log = log
         self.now_ms = upkeep.now_ms()
@@ -64,12 +65,12 @@ class Excuses:
     # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
 
     def past(self, version: str, times: Collection[int]) -> dict[int, bool | None]:
-        """Whether entries with these `inserted_at`s are past the TTL; None where nobody can tell."""
+        """Whether entries with these `inserted_at`s are past the TTL; None where that is unknown."""
         self._look(version, times)
         return {at_ms: self._or_declared(version, at_ms, self._past[version, at_ms]) for at_ms in times}
 
     def past_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
-        """As `past`, of entries whose keys are known: a TTL may count from the event's time."""
+        """As `past`, for entries whose keys are known: a TTL may count from the event's time."""
         if not keys:
             return {}
         self._look(version, [inserted_at_ms])
@@ -80,12 +81,12 @@ class Excuses:
         return {key: self._or_declared(version, inserted_at_ms, past[key]) for key in keys}
 
     def past_soon(self, version: str, times: Collection[int], ahead_ms: int) -> dict[int, bool | None]:
-        """As `past`, so long from now."""
+        """As `past`, `ahead_ms` from now."""
         past = self._log.past_ttl(version, list(times), ahead_s=ahead_ms // 1000)
         return {at_ms: self._or_declared(version, at_ms - ahead_ms, past[at_ms]) for at_ms in times}
 
     def kept_ms(self) -> int | None:
-        """The longest that an entry is kept; None: for ever, or nobody can tell."""
+        """The longest time that an entry is kept; None: for ever, or unknown."""
         kept_ms = self._log.kept_ms()
         if kept_ms is None and any(self._declared_for(version) for version in VERSIONS):
             return int(self._declared.days * DAY_MS)
@@ -112,9 +113,9 @@ class Excuses:
     # ── erasures ─────────────────────────────────────────────────────────────────────────────────
 
     def erased(self, key: Key, pks: Sequence[int], *, inserted_at_ms: int, again_ms: int | None) -> bool:
-        """Whether the entry of these rows is one that an erasure names, and existed when that was recorded.
+        """Whether an erasure names the entry of these rows, and the entry existed when the erasure was recorded.
 
-        `again_ms` is when the rows were exported last, if that was by a requeue: it sent them after the first export.
+        `again_ms` is the last export of the rows, if that was a requeue.
         """
         for index in self._by_workspace.get(key[0], ()):
             recorded = self.erasures[index]
@@ -128,14 +129,14 @@ class Excuses:
         return False
 
     def _waited(self, recorded: RecordedErasure, pks: Sequence[int]) -> bool:
-        """Whether these rows were in the outbox when it was recorded, and were exported later."""
+        """Whether these rows were in the outbox when the erasure was recorded, and were exported later."""
         if any(pk > recorded.newest_pk for pk in pks):
             return False
         times = self._upkeep.times(PkSet.of(sorted(pks)))
         return all(pk in times and times[pk][0] <= recorded.at_ms for pk in pks)
 
     def erased_unseen(self, inserted_at_ms: int, lost: int, lost_by_workspace: Mapping[str, int] | None = None) -> int:
-        """Of `lost` entries of one `inserted_at` whose rows are gone from the outbox: how many recorded erasures may have taken.
+        """Of `lost` entries of one `inserted_at` whose rows are gone from the outbox: how many recorded erasures explain.
 
         With `lost_by_workspace`, an erasure explains losses of its own workspace only.
         """
@@ -165,15 +166,15 @@ class Excuses:
 
 
 def clauses(log: AuditLog) -> dict[str, str]:
-    """The TTL clauses of all payload versions, without those that have none."""
+    """The TTL clauses by payload version, without versions that have none."""
     found = {version: log.ttl(version) for version in VERSIONS}
     return {version: text for version, text in found.items() if text}
 
 
 def declare_ttl(upkeep: Upkeep, log: AuditLog, by: By, days: float) -> int:
-    """Records how long the tables' TTL, as its clause reads now, keeps an entry after its `inserted_at`; returns the action.
+    """Records how long the tables' present TTL clause keeps an entry after its `inserted_at`; returns the action's id.
 
-    It counts only where ClickHouse cannot say. Raises `InvalidConfig` for a number of days out of bounds.
+    It is used only where ClickHouse cannot evaluate the TTL. Raises `InvalidConfig` for a number of days out of bounds.
     """
     if not 0 < days <= LONGEST_TTL_DAYS:
         raise InvalidConfig(f"ttl_days is {days:g}; it must be above 0, and {LONGEST_TTL_DAYS:,} at most")

@@ -1,10 +1,10 @@
-"""Marks that no batch has set: rows of an exporter before or beside us, or marked by hand.
+"""Foreign marks: rows that another exporter marked, or somebody by hand.
 
-What belongs here: whether ClickHouse holds their events, and what excuses it when not. What does not: which marks a window
+What belongs here: whether ClickHouse holds their events, and what excuses it if not. What does not: which marks a window
 covers (`core.reconcile`), and clearing them (`core.requeue`).
 
-Such a row has no `inserted_at` of ours. Its mark is the time of its export, for the TTL, for erasures and for the window; a
-mark that is no time (set by hand to 1, say) stands for nothing, and the application's `created_at` takes its place.
+Such a row has no `inserted_at` of ours. Its mark is taken as the time of its export, for the TTL, for erasures and for the
+window. A mark that is no time (for example 1, set by hand) is ignored; the application's `created_at` is taken instead.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-# A mark before 2000 or more than a day ahead is no time of an export.
+# A mark before the year 2000, or more than a day in the future, is no time of an export.
 FIRST_TIME_MS = 946_684_800_000
 AHEAD_MS = DAY_MS
 
 
 @dataclass(slots=True, kw_only=True)
 class Foreign:
-    """What became of some rows that no batch has exported."""
+    """The result for some rows that no batch has exported."""
 
     missing: dict[int, Key] = field(default_factory=dict)  # by pk
-    held: dict[int, Key | None] = field(default_factory=dict)  # by pk; None: looked for by its ids alone
+    held: dict[int, Key | None] = field(default_factory=dict)  # by pk; None: looked up by its ids alone
     erased: int = 0
     expired: int = 0
     ttl_unknown: int = 0  # of the missing
@@ -43,8 +43,8 @@ def is_time(stamp_ms: int, now_ms: int) -> bool:
 
 
 def successors(upkeep: Upkeep, batches: Collection[Batch], pks: PkSet) -> PkSet:
-    """Those of these rows that are other events than the batches with their pks have exported: they bear the mark of none of
-    them, and were created (by the application's `created_at`) later than their entries' `inserted_at`.
+    """The rows that are other events than those that batches exported under their pks: they have the mark of none of these
+    batches, and were created (by the application's `created_at`) after the entries' `inserted_at`.
     """
     latest_ms: dict[int, int] = {}
     stamps: defaultdict[int, set[int | None]] = defaultdict(set)
@@ -64,7 +64,7 @@ def successors(upkeep: Upkeep, batches: Collection[Batch], pks: PkSet) -> PkSet:
 
 
 def keys_of(outbox: Outbox, pks: PkSet) -> Iterator[Key]:
-    """The keys of these rows, as far as they decode."""
+    """The keys of the rows that decode."""
     for row in outbox.read(pks, row_bytes=ROW_BYTES) if pks else ():
         for version in VERSIONS.values():
             event = version.decode(row)
@@ -74,9 +74,9 @@ def keys_of(outbox: Outbox, pks: PkSet) -> Iterator[Key]:
 
 
 def look_for(outbox: Outbox, log: AuditLog, excuses: Excuses, marked_at: Mapping[int, int]) -> Foreign:
-    """Looks for the events of rows that no batch has, by pk and the time of their export, a thousand rows at a time.
+    """Looks up the events of rows that no batch has exported, a thousand rows at a time; `marked_at` is the time of export by pk.
 
-    A row that does not decode is looked for by the ids of its columns alone: another exporter may have sent it.
+    A row that does not decode is looked up by the ids of its columns alone: another exporter may have sent it.
     """
     found = Foreign()
     for chunk in PkSet.of(sorted(marked_at)).chunks(KEYS_AT_ONCE):

@@ -1,11 +1,11 @@
 """Requeueing: exporting rows again on purpose, by clearing their marks.
 
-What belongs here: finding the rows that an operator means, leaving out those that must stay, and clearing the
-marks chunk by chunk. What does not: the second export, which the next drain makes: it sees pending rows whose pks a
-closed batch had, and sends those that are proven to be its events under their first `inserted_at` (`core.origins`).
+What belongs here: finding the rows that an operator names, leaving out rows that must stay, and clearing the
+marks chunk by chunk. What does not: the second export. The next drain does it: it finds pending rows whose pks a
+closed batch had, and sends the rows that are proven to be its events under their first `inserted_at` (`core.origins`).
 
-Clearing a mark by hand in SQL is the same thing, without the record of who and why. Requeueing while a drain
-runs is safe: rows of an open batch are left alone, and a batch never takes a marked row.
+Clearing a mark by hand in SQL has the same effect, without the record of who and why. A requeue during a drain
+is safe: rows of an open batch are left alone, and a batch never takes a marked row.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-# One UPDATE's rows: as a marking chunk, a few megabytes of binary log.
+# Rows of one UPDATE: like a chunk of marks, a few megabytes of binary log.
 CHUNK_ROWS = 5_000
-# A requeued entry keeps its `inserted_at`: with less than this left of the table's TTL it would hardly arrive.
+# A requeued entry keeps its `inserted_at`: with less than this left of the table's TTL, ClickHouse would soon drop it.
 LEAST_LEFT_MS = DAY_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requeue:
-    """What a requeue found and did, in rows. `by_batch` counts those it took by the batch that had exported them last."""
+    """The result of a requeue, in rows. `by_batch` counts the requeued rows by the batch that exported them last."""
 
     rows: int = 0
     by_batch: dict[int, int] = field(default_factory=dict)
-    no_batch: int = 0  # marked, and never exported by us
+    no_batch: int = 0  # requeued, and never exported by us
     open_rows: int = 0  # left alone: a batch that is not closed yet has them
-    expired_rows: int = 0  # left alone: ClickHouse's TTL would drop them on arrival
+    expired_rows: int = 0  # left alone: ClickHouse's TTL would drop them at once
     present_rows: int = 0  # left alone with `missing_only`: ClickHouse has them
     unknown_rows: int = 0  # left alone: their version is not installed, and no drain would export them
     action_id: int | None = None  # None in a dry run, and when there was nothing to do
@@ -95,7 +95,7 @@ def clear(
     missing_only: bool,
     dry_run: bool,
 ) -> Requeue:
-    """Clears the marks of these rows, except of those that must stay; see `requeue`."""
+    """Clears the marks of these rows, without rows that must stay; see `requeue`."""
     held = upkeep.open_pks()
     open_rows = len(pks & held)
     pks -= held
@@ -137,12 +137,12 @@ def clear(
 
 
 def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
-    """The rows whose entries the TTL would take soon. Where that is unknown, they are exported again."""
+    """The rows whose entries the TTL would soon delete. Where that is unknown, rows are exported again."""
     groups: defaultdict[str, set[int]] = defaultdict(set)
     for batch in batches:
         groups[batch.version].update(block.inserted_at_ms for block in batch.blocks)
     past = {version: excuses.past_soon(version, sorted(of), LEAST_LEFT_MS) for version, of in groups.items()}
-    # What a pk stood for in an earlier batch is not what it stands for in the last one.
+    # A pk's event in an earlier batch is not its event in the last one.
     old = []
     later = PkSet()
     for batch in sorted(batches, key=lambda batch: batch.batch_id, reverse=True):
@@ -156,7 +156,7 @@ def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
 def _missing(
     outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, new: PkSet, batches: Collection[Batch]
 ) -> PkSet:
-    """Those of these rows whose entries ClickHouse lacks, by comparing every group that had them; no group had the `new` ones."""
+    """The rows whose entries ClickHouse lacks, found by comparing their insert groups; the `new` rows are in no group."""
     missing: set[int] = set()
     groups = insert_groups_of([batch for batch in batches if batch.state not in OPEN])
     for group in groups:
@@ -164,9 +164,9 @@ def _missing(
         if wanted:
             for found in compare(outbox, log, group, excuses=excuses).missing.values():
                 missing.update(pk for pk in found if pk in wanted)
-    # The batches' too: a folded row went out as another one.
+    # The pks of batches too: a folded row went out as another row.
     known = PkSet.union([*(group.pks for group in groups), *(batch.pks for batch in batches)])
-    # Rows that no batch has had: a mark that is no time excuses nothing.
+    # Rows that no batch had: a mark that is no time excuses nothing.
     others = {
         row.pk: at_ms if (at_ms := row.exported_at_ms or 0) and is_time(at_ms, excuses.now_ms) else excuses.now_ms
         for chunk in ((pks - known) | (new & pks)).chunks(CHUNK_ROWS)

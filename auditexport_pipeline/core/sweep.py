@@ -1,12 +1,13 @@
 """Sweeping: deleting exported rows past retention, once ClickHouse is seen to hold them.
 
-What belongs here: which batches are due, the last look at ClickHouse before their rows go, and in which order
-things are recorded. What does not: the DELETE itself (`mysql.maintenance`), and schedules.
+What belongs here: which batches are due, the last check of ClickHouse before their rows are deleted, and the order in
+which things are recorded. What does not: the DELETE itself (`mysql.maintenance`), and schedules.
 
-A batch is due when it was exported longer ago than the retention and stands verified. Its groups are looked at
-once more right before its rows are deleted, because the outbox holds the last copy of what ClickHouse lost: each
-entry is there, or past the table's TTL as ClickHouse evaluates it, or erased on record. Where the TTL is unknown, what is
-gone may be lost, and its rows stay until an operator has said how long the table keeps an entry. A row goes with the batch that exported it last: one that was requeued stays until its newer batch is due.
+A batch is due when it is verified and was exported longer ago than the retention. It is checked once more right before its
+rows are deleted, because the outbox has the last copy of what ClickHouse lost: each entry must be there, or be past the
+table's TTL as ClickHouse evaluates it, or be erased on record. Where the TTL is unknown, an entry that is gone may be lost:
+its rows stay until an operator has declared how long the table keeps an entry. A row is deleted with the batch that
+exported it last: a requeued row stays until its newer batch is due.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 50
-# Of a swept group the ledger keeps the names of so many workspaces at most: some hundred bytes.
+# Workspaces whose counts the ledger keeps for a swept insert group, at most: some hundred bytes.
 WORKSPACES_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long what is done with stays. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
+    """How long exported rows and closed batches stay. Raises `InvalidConfig`, with the field's name, for a value out of bounds."""
 
     outbox_days: float = RETENTION_DAYS
     ledger_days: float = 400.0  # batches of which nothing but the record is left
     # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
     chunk_rows: int = 5_000
-    pause_s: float = 0.0  # between chunks, for a server that has better things to do
+    pause_s: float = 0.0  # between chunks, to spare the server
     max_rows: int = 10_000_000  # of one sweep; the rest waits for the next
 
     def __post_init__(self) -> None:
@@ -62,16 +63,16 @@ class Retention:
 
 @dataclass(slots=True, kw_only=True)
 class Sweep:
-    """What a sweep did, or with `dry_run` would do."""
+    """The result of a sweep; with `dry_run`, what it would do."""
 
     rows: int = 0
     batches: int = 0  # of which no row is left
     by_batch: dict[int, int] = field(default_factory=dict)
     discrepant: dict[int, Discrepancy] = field(default_factory=dict)  # not swept: ClickHouse no longer holds them
-    standing: dict[int, str] = field(default_factory=dict)  # not looked at: discrepant before this sweep began
-    # Not swept: what ClickHouse lacks of them may be past a TTL that cannot be evaluated.
+    standing: dict[int, str] = field(default_factory=dict)  # not checked: discrepant before this sweep began
+    # Not swept: entries that ClickHouse lacks may be past a TTL that cannot be evaluated.
     ttl_unknown: dict[int, Discrepancy] = field(default_factory=dict)
-    # Batches due by age that were never verified, are discrepant, or of a version that is not installed.
+    # Batches due by age that were never verified, are discrepant, or have a version that is not installed.
     held_back: int = 0
     letters_closed: int = 0
     compacted: int = 0
@@ -91,12 +92,12 @@ def sweep(
 ) -> Sweep:
     """Deletes the rows of due batches, chunk by chunk, oldest batch first; then compacts the ledger.
 
-    `ttl_days` is an operator's word on how long the tables keep an entry, for a TTL that cannot be evaluated; it is
-    recorded, and counts until the TTL reads otherwise.
+    `ttl_days` declares how long the tables keep an entry, for a TTL that cannot be evaluated; it is
+    recorded, and is valid until the TTL clause changes.
 
     Durable effects: one action; per chunk its deleted rows, counted in the batch and the action; `swept_at_ms` of
-    each batch that is done; a batch that ClickHouse no longer holds becomes `discrepant`. It may be ended at any
-    moment and begun again: what is deleted is counted, what is not is still due.
+    each finished batch; a batch that ClickHouse no longer holds becomes `discrepant`. A sweep may be stopped at any
+    moment and run again: deleted rows are counted, the others are still due.
     Raises `InvalidConfig` when the ledger would forget batches whose entries ClickHouse still keeps.
     """
     if ttl_days is not None and not dry_run:
@@ -120,10 +121,10 @@ def sweep(
             if batch.version not in VERSIONS:
                 done.held_back += 1
                 continue
-            found, ttl_unknown, observed = _last_look(outbox, log, batch, excuses)
+            found, ttl_unknown, observed = _last_check(outbox, log, batch, excuses)
             pks = _last_exported_by(upkeep, batch)
             if not found and not dry_run:
-                # What is explained by rows that go now cannot be explained again.
+                # Rows that are deleted now cannot explain anything later.
                 named = _with_workspaces(upkeep, batch, pks, observed)
                 if named or observed != batch.observed:
                     upkeep.record_reconciled(batch, found, observed | named)
@@ -162,11 +163,11 @@ def sweep(
     return done
 
 
-def _last_look(
+def _last_check(
     outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses
 ) -> tuple[Discrepancy, bool, dict[int, Holding]]:
-    """What ClickHouse no longer holds of a batch, right before its rows go; whether the TTL may have taken all of that, which
-    cannot be told; and what later comparisons begin with.
+    """What ClickHouse no longer holds of a batch, right before its rows are deleted; whether an unknown TTL may explain all of
+    that; and the holdings with which later comparisons begin.
     """
     holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
     found = Discrepancy()
@@ -192,7 +193,7 @@ def _last_look(
 
 
 def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
-    """The holdings of groups whose rows are all there for the last time, with the rows' workspaces where those are few."""
+    """The holdings of insert groups whose rows are all still there, with counts by workspace where these are few."""
     named = {}
     for block in batch.blocks:
         holding = observed.get(block.inserted_at_ms)
@@ -205,9 +206,9 @@ def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[in
 
 
 def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
-    """The rows of this batch that no later batch has exported again, or is about to.
+    """The rows of this batch that no later batch has exported again, or is about to export.
 
-    Where it marked all of them, those with another mark are not its rows: their pks began again.
+    If the batch marked all of its rows, rows with another mark are not its own: their pks began again.
     """
     pks = batch.pks
     if not batch.counts.unmarked and batch.exported_at_ms is not None:
@@ -219,7 +220,7 @@ def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
 
 
 def _compact(upkeep: Upkeep, by: By, now_ms: int, kept_ms: int | None, retention: Retention) -> int:
-    """Compacts swept batches past the ledger's window, as long as ClickHouse's TTL has taken their entries."""
+    """Compacts swept batches past the ledger's window, if ClickHouse's TTL has deleted their entries by then."""
     if kept_ms is None:
         return 0
     before_ms = now_ms - int(retention.ledger_days * DAY_MS)
