@@ -1,10 +1,10 @@
 """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
-What belongs here: putting a version's SQL together, and what a refusal says. What does not: the statements
-(`audit_log.sql`), what they say about settings (`settings`), requests and answers (`connection`),
+What belongs here: building a version's SQL, and what a refusal means. What does not: the statements
+(`audit_log.sql`), their settings (`settings`), requests and answers (`connection`),
 creating and checking tables (`schema`), and any decision about what to send.
 
-A payload crosses as the text that the outbox holds; ClickHouse parses it, in the types of `v.input`.
+A payload is sent as the text that the outbox holds; ClickHouse parses it, into the types of `v.input`.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
-# Payloads, keys and ids sent with one question at a time; a larger one goes alone.
+# Payloads, keys and ids of one question, in bytes; a larger value goes alone.
 CONTENT_BYTES = 1024**2
-# ClickHouse takes 128 KB in one field of a form, in which parameters travel: whatever a character takes, this fits.
+# Parameters are sent as fields of a form, of 128 KB at most: this many characters of any kind fit.
 PARAMETER_CHARACTERS = 30_000
 # More than there are under any `inserted_at`.
 MOST_ENTRIES = 2**63 - 1
@@ -97,7 +97,7 @@ def _sql(name: str, version: str) -> str:
 
 
 def _bound(statement: str, parameters: Mapping[str, int], settings: str) -> bytes:
-    """The statement with its SETTINGS clause and its `{name:Int64}` parameters; integers of ours, which need no quoting."""
+    """The statement with its SETTINGS clause and its `{name:Int64}` parameters: our own integers, which need no quoting."""
     statement = statement.replace("{settings}", settings)
     for name, value in parameters.items():
         statement = statement.replace(f"{{{name}:Int64}}", str(int(value)))
@@ -105,9 +105,9 @@ def _bound(statement: str, parameters: Mapping[str, int], settings: str) -> byte
 
 
 def _request(statement: bytes, payloads: list[bytes]) -> Generator[bytes, None, None]:
-    """What an INSERT sends, in parts: the HTTP client copies each one, and never sends it a second time by itself.
+    """The body of an INSERT, in parts. The HTTP client copies each part, and never repeats a request by itself.
 
-    The list is emptied on the way: the next batch is read while ClickHouse works on what it has.
+    The list is emptied, so that the next batch can be read while ClickHouse works on this one.
     """
     yield statement
     payloads.reverse()
@@ -135,7 +135,7 @@ def _key_bytes(key: Sequence[str | int]) -> int:
 
 
 def _in_pieces(name: str, value: str) -> tuple[str, dict[str, str]]:
-    """A text of any length as an expression, and its parameters: ClickHouse takes 128 KB in one."""
+    """An expression for a text of any length, and its parameters, of which ClickHouse takes 128 KB each."""
     pieces = {
         f"{name}_{number}": value[start : start + PARAMETER_CHARACTERS]
         for number, start in enumerate(range(0, len(value), PARAMETER_CHARACTERS))
@@ -145,9 +145,9 @@ def _in_pieces(name: str, value: str) -> tuple[str, dict[str, str]]:
 
 
 def _with_lists(statement: str, lists: Mapping[str, Sequence[object]]) -> tuple[str, dict[str, str]]:
-    """The statement with its `{name:Array(…)}` parameters given as JSON, in pieces; and the parameters of the pieces.
+    """The statement with its `{name:Array(…)}` parameters replaced by JSON in pieces; and the parameters of the pieces.
 
-    A list that is given literally, in a set of a few thousand keys, takes ClickHouse minutes to analyse.
+    ClickHouse takes minutes to analyse a literal list of a few thousand keys.
     """
     parameters: dict[str, str] = {}
     for name, values in lists.items():
@@ -178,7 +178,7 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
 
 
 def ttl_reader(connection: Connection) -> TtlReader:
-    """What reads and evaluates the TTL of this server's tables."""
+    """A reader of the TTL of this server's tables."""
 
     def ask(statement: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         with translated("reading a table's TTL"):
@@ -205,7 +205,7 @@ class ClickHouseAuditLog:
 
     @property
     def connection(self) -> Connection:
-        """What everything here goes through, for other questions to the same server."""
+        """The connection of this store, for other questions to the same server."""
         return clickhouse_connection.connection(self.url, os.getpid())
 
     def client(self, timeout_s: int = LOOK_UP_TIMEOUT_S) -> Client:
@@ -237,8 +237,8 @@ class ClickHouseAuditLog:
         deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a limit.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
-        # Where a proxy keeps ClickHouse's headers to itself, a requeue is proven by what it adds, and a replay of one, which may
-        # add nothing, by its content.
+        # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a requeue may add
+        # none: it is proven by content.
         looks = batch.is_requeue(block) and not self.connection.headers_arrive
         before = self._rows_at(block) if looks else 0
         kept = [*payloads] if looks and batch.attempts > 1 else []
@@ -251,7 +251,7 @@ class ClickHouseAuditLog:
             settings={
                 "insert_deduplication_token": batch.token(block),
                 "max_execution_time": timeout_s,
-                # Ten minutes by default, twice a lease; where there is no quorum it says nothing.
+                # The default is ten minutes; without a quorum the setting has no effect.
                 "insert_quorum_timeout": timeout_s * 1000,
             },
             timeout_s=timeout_s,
@@ -272,7 +272,7 @@ class ClickHouseAuditLog:
         return found.rows if found is not None else 0
 
     def _holds(self, batch: Batch, block: Block, before: int | None, payloads: Sequence[bytes]) -> bool:
-        """Whether ClickHouse has taken this block. Of a requeue, presence alone proves nothing."""
+        """Whether ClickHouse has taken this block. For a requeue, present entries alone prove nothing."""
         rows = self._rows_at(block)
         if not batch.is_requeue(block):
             return rows > 0
@@ -306,7 +306,7 @@ class ClickHouseAuditLog:
         timeout_s: int,
         sending: bool,
     ) -> Refusal | bool:
-        """Sends payloads, which are taken from the list. True when ClickHouse acknowledged, False when a 200 proves nothing."""
+        """Sends payloads and empties the list. True when ClickHouse acknowledged, False when a 200 proves nothing."""
         connection = self.connection
         with translated(what, sending=sending):
             try:
@@ -328,7 +328,7 @@ class ClickHouseAuditLog:
         return refusal
 
     def definition(self, version: str) -> str:
-        """A hash of how the version's table is defined, its columns, constraints and indexes included."""
+        """A hash of the definition of the version's table: columns, constraints and indexes."""
         found = self.rows("reading the table's definition", _PIECES["definition"], {"table": VERSIONS[version].table})
         return "definition " + hashlib.sha256("\n".join(row[0] for row in found.result_rows).encode()).hexdigest()[:32]
 

@@ -10,10 +10,11 @@ Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Row, TextClause
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
@@ -67,3 +68,8 @@ class Database:
             # Every statement about one row of the ledger has this parameter.
             batch_id = locked.params.get("batch_id") if isinstance(locked.params, dict) else None
             raise (BatchLocked if batch_id else OutboxUnavailable)(said) from locked
+
+    def rows(self, what: str, statement: TextClause, values: Mapping[str, object] | None = None) -> list[Row[Any]]:
+        """The rows of one statement, in a transaction of its own; `what` names it in errors."""
+        with self.transaction(what) as connection:
+            return list(connection.execute(statement, dict(values or {})))

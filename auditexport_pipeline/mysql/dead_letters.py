@@ -1,7 +1,7 @@
 """MySQL: dead letters, added by a seal, and listed, shown, retried and discarded by operators.
 
 What belongs here: transactions around `dead_letters.sql`, in bounded chunks. What does not: why a row becomes a
-letter (`core`), who may act, and how anything is shown. No payload passes here but in `show`, and there only on
+dead letter (`core`), who may act, and how anything is shown. Only `show` reads a payload, and only on
 request: nothing is logged, and an action keeps conditions and pks.
 """
 
@@ -35,19 +35,19 @@ from auditexport_pipeline.sql import load
 
 SQL = statements("mysql/dead_letters.sql")
 _PIECES = load("mysql/dead_letters.sql")  # of which a statement about some letters is put together
-# Letters added or changed at a time. Their pks, twenty digits each at most, fit an action's record (TEXT, 64 KB).
+# Letters added or changed at a time. Their pks (twenty digits each at most) fit into an action's record (TEXT, 64 KB).
 CHUNK_LETTERS = 2_000
-# The workspaces that a count names; reasons and versions are few.
+# Workspaces that a count names; reasons and versions are few.
 TOP_WORKSPACES = 10
 TOP_OTHERS = 1_000
 # Held rows that are read to say why.
 HELD_LOOKED_AT = 10_000
-# The first of these conditions that is given chooses the index.
+# The first given condition of these chooses the index.
 _NARROWEST = ("pks", "reason", "workspace_id", "version", "state")
 
 
 def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> None:
-    """Adds the letters of a batch, or opens theirs again, in the transaction that takes their rows out of the batch."""
+    """Adds the dead letters of a batch, or opens them again, in the transaction that takes their rows out of the batch."""
     now_ms = connection.execute(OUTBOX_SQL["now_ms"]).scalar_one() if letters else 0
     for start in range(0, len(letters), CHUNK_LETTERS):
         connection.execute(
@@ -100,7 +100,7 @@ def page(
 
 
 def count(outbox: Database, which: Which) -> LetterCounts:
-    """How many letters are meant: by reason, by version, and by workspace for the ten with the most.
+    """How many letters the filter names: by reason, by version, and by workspace for the ten with the most.
 
     Source: as `page`, or the index of what is counted when only the state is given; its cost grows with the
     letters in that state.
@@ -161,9 +161,9 @@ def discard(outbox: Database, which: Which, by: By, *, at_most: int | None = Non
 
 
 def upkeep(outbox: Database) -> int:
-    """Finds letters that hold a row which is no longer pending, because somebody deleted or marked it: they are `gone`.
+    """Closes letters whose row is no longer pending, because somebody deleted or marked it: they become `gone`.
 
-    Durable effect: their state, a chunk a transaction. Returns how many. Its cost grows with the letters that hold
+    Durable effect: their state, one transaction a chunk. Returns how many. Its cost grows with the letters that hold
     a row: two look-ups by primary key each.
     """
     gone = 0
@@ -208,7 +208,7 @@ def _act(
 
 
 def _chunks(outbox: Database, which: Which, state: LetterState | None = None) -> Iterator[PkSet]:
-    """The pks of the letters that are meant, in chunks, each read when it is asked for."""
+    """The pks of the letters that the filter names, in chunks; each chunk is read when it is needed."""
     from_pk = 0
     given = list(which.pks.chunks(CHUNK_LETTERS)) if which.pks is not None else [None]
     for part in given:

@@ -1,6 +1,6 @@
-"""Rows that the ClickHouse table refuses although they parse: held until the table's definition changes.
+"""Held rows: the ClickHouse table refuses them although they parse. They are held until the table's definition changes.
 
-They are in `clickhouse_outbox_dead_letter` in the state `held`, with the definition that refused them. What does not belong
+They are in `clickhouse_outbox_dead_letter` with the state `held` and the definition that refused them. What does not belong
 here: finding them (`core.split`), and dead letters, which wait for an operator.
 """
 
@@ -14,10 +14,11 @@ from auditexport_pipeline.mysql.dead_letters import SQL
 
 
 def release(outbox: Database, definition_of: Callable[[str], str]) -> int:
-    """Lets held rows go back to pending whose table has another definition by now; returns how many.
+    """Releases held rows whose table has another definition now; returns how many.
 
-    Called before a plan, and now and then by a run that stays. `definition_of` a version is what ClickHouse says of its table
-    now; it is asked only when rows are held. Durable effect: their state, one statement a version; the next claim takes them. Raises `OutboxUnavailable`, `AuditLogUnavailable`.
+    A run calls it before a plan, and a run that stays calls it now and then. `definition_of` returns the present definition of a
+    version's table; it is called only when rows are held. Durable effect: the rows' state, one statement a version; the next
+    claim takes them. Raises `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     with outbox.transaction("looking for held rows") as connection:
         held = {row.version for row in connection.execute(SQL["held_versions"])}

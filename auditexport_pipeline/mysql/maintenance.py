@@ -1,4 +1,4 @@
-"""MySQL, looked back at: what requeue, sweep and reconcile need of it, behind `core.ports.Upkeep`.
+"""MySQL for requeue, sweep and reconcile, behind `core.ports.Upkeep`.
 
 What belongs here: reading batches and marks over a window, clearing and deleting rows in bounded chunks, and the
 record of who did it. What does not: the statements (`maintenance.sql`), the life of a batch (`mysql.outbox`), and
@@ -25,9 +25,9 @@ from auditexport_pipeline.mysql.statements import SQL as OUTBOX_SQL
 from auditexport_pipeline.mysql.statements import statements
 
 SQL = statements("mysql/maintenance.sql")
-# Rows looked at by one statement of a scan: a few megabytes of pages, some ten milliseconds.
+# Rows that one statement of a scan reads: a few megabytes of pages, some ten milliseconds.
 SCAN_PKS = 20_000
-# Marks of another exporter read by one statement: its batches are of some thousand rows.
+# Marks of another exporter that one statement reads: its batches have some thousand rows each.
 STAMPS_AT_ONCE = 20
 
 
@@ -37,19 +37,14 @@ class MySQLUpkeep:
     def __init__(self, outbox: MySQLOutbox) -> None:
         self.outbox = outbox
 
-    # ── the ledger, looked back at ───────────────────────────────────────────────────────────────
+    # ── the ledger ───────────────────────────────────────────────────────────────
 
     def now_ms(self) -> int:
-        with self.outbox.transaction("asking for the time") as connection:
-            return int(connection.execute(OUTBOX_SQL["now_ms"]).scalar_one())
+        return int(self.outbox.rows("asking for the time", OUTBOX_SQL["now_ms"])[0].now_ms)
 
     def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
         values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
-        return self._batches("inserted_between", values)
-
-    def _batches(self, statement: str, values: Mapping[str, object]) -> list[Batch]:
-        with self.outbox.transaction("reading the ledger") as connection:
-            return [_with_sweep(row) for row in connection.execute(SQL[statement], values)]
+        return [_with_sweep(row) for row in self.outbox.rows("reading the ledger", SQL["inserted_between"], values)]
 
     def held(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
@@ -63,19 +58,16 @@ class MySQLUpkeep:
         return found
 
     def batch_with(self, inserted_at_ms: int) -> int | None:
-        with self.outbox.transaction("reading the ledger") as connection:
-            values = {"inserted_at_ms": inserted_at_ms, "in_manifest": f'%"at":{inserted_at_ms},%'}
-            found: int | None = connection.execute(SQL["batch_with"], values).scalar()
-            return found
+        values = {"inserted_at_ms": inserted_at_ms, "in_manifest": f'%"at":{inserted_at_ms},%'}
+        found = self.outbox.rows("reading the ledger", SQL["batch_with"], values)
+        return int(found[0].batch_id) if found else None
 
     def open_pks(self) -> PkSet:
-        with self.outbox.transaction("reading the ledger") as connection:
-            return PkSet.union(PkSet.parse(row.pks) for row in connection.execute(SQL["open_pks"]))
+        return PkSet.union(PkSet.parse(row.pks) for row in self.outbox.rows("reading the ledger", SQL["open_pks"]))
 
     def first_inserted_ms(self) -> int | None:
-        with self.outbox.transaction("reading the ledger") as connection:
-            found: int | None = connection.execute(SQL["first_inserted"]).scalar()
-            return found
+        first_ms: int | None = self.outbox.rows("reading the ledger", SQL["first_inserted"])[0].first_ms
+        return first_ms
 
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         values = {
@@ -90,42 +82,29 @@ class MySQLUpkeep:
     # ── the outbox's marks ───────────────────────────────────────────────────────────────────────
 
     def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
-        """Rows whose `deleted_at`, in [first, last], no batch has set: pk to `deleted_at`, in portions by ascending mark.
+        """Rows whose `deleted_at`, in [first, last], no batch has set: `deleted_at` by pk, in portions by ascending mark.
 
-        Source: `drainer_pending_idx`; one statement for `STAMPS_AT_ONCE` marks that no mark of ours lies between.
+        Source: `drainer_pending_idx`; one statement for up to `STAMPS_AT_ONCE` marks without a mark of ours between them.
         """
         with self.outbox.transaction("reading marks") as connection:
             limits = {"first_ms": first_ms, "last_ms": last_ms}
             stamps = sorted(row.stamp_ms for row in connection.execute(SQL["outbox_stamps"], limits))
             ours = {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])} if stamps else set()
         for run in _runs(stamps, ours):
-            with self.outbox.transaction("reading marks") as connection:
-                values: dict[str, object] = {
-                    "first_ms": run[0],
-                    "last_ms": run[-1],
-                    "versions": list(versions),
-                    "exact_versions": [v.encode() for v in versions],
-                }
-                marks = {row.pk: row.stamp_ms for row in connection.execute(SQL["marks_between"], values)}
+            values = {"first_ms": run[0], "last_ms": run[-1], **_of_versions(versions)}
+            marks = {row.pk: row.stamp_ms for row in self.outbox.rows("reading marks", SQL["marks_between"], values)}
             if marks:
                 yield marks
 
     def count_stamped(self, stamp_ms: int) -> int:
-        with self.outbox.transaction("counting marks") as connection:
-            return int(connection.execute(SQL["count_stamped"], {"stamp_ms": stamp_ms}).scalar_one())
+        return int(self.outbox.rows("counting marks", SQL["count_stamped"], {"stamp_ms": stamp_ms})[0].n)
 
     def stamped(self, stamp_ms: int, versions: Sequence[str]) -> PkSet:
-        with self.outbox.transaction("reading marks") as connection:
-            values = {
-                "stamp_ms": stamp_ms,
-                "versions": list(versions),
-                "exact_versions": [v.encode() for v in versions],
-            }
-            rows = connection.execute(SQL["stamped"], values)
-            return PkSet.of(row.pk for row in rows)
+        values = {"stamp_ms": stamp_ms, **_of_versions(versions)}
+        return PkSet.of(row.pk for row in self.outbox.rows("reading marks", SQL["stamped"], values))
 
     def dead_among(self, pks: PkSet) -> PkSet:
-        """Those that were set aside, whoever marked them since; one that is to be retried is not."""
+        """The rows that have a dead letter which was not retried, whoever has marked the rows since."""
         with self.outbox.transaction("reading dead letters") as connection:
             return PkSet.of(
                 row.pk
@@ -134,15 +113,14 @@ class MySQLUpkeep:
             )
 
     def marked(self, wanted: RowFilter, within: PkSet | None) -> Iterator[PkSet]:
-        """The marked rows that a filter names, in portions by ascending pk; `within` limits where to look.
+        """The marked rows that a filter names, in portions by ascending pk; `within` limits the search.
 
         Source: `drainer_pending_idx` for a range of export time, else the primary key, some thousand rows a
         statement. No lock.
         """
         if wanted.from_exported_ms is not None or wanted.to_exported_ms is not None:
             limits = {"from_ms": wanted.from_exported_ms or 0, "to_ms": wanted.to_exported_ms or 2**63 - 1}
-            with self.outbox.transaction("reading marks") as connection:
-                found = PkSet.of(row.pk for row in connection.execute(SQL["stamped_between"], limits))
+            found = PkSet.of(row.pk for row in self.outbox.rows("reading marks", SQL["stamped_between"], limits))
             within = found if within is None else within & found
         for first_pk, last_pk in self._spans(wanted, within):
             while True:
@@ -163,8 +141,7 @@ class MySQLUpkeep:
         if within is not None:
             spans = within.spans(64) if within else []
         else:
-            with self.outbox.transaction("looking for rows") as connection:
-                ends = connection.execute(SQL["outbox_ends"]).one()
+            (ends,) = self.outbox.rows("looking for rows", SQL["outbox_ends"])
             spans = [(ends.first_pk, ends.last_pk)] if ends.first_pk is not None else []
         low = wanted.from_pk if wanted.from_pk is not None else 0
         high = wanted.to_pk if wanted.to_pk is not None else 2**64 - 1
@@ -183,7 +160,7 @@ class MySQLUpkeep:
     # ── effects ──────────────────────────────────────────────────────────────────────────────────
 
     def record_action(self, verb: str, by: By, selection: Mapping[str, object]) -> int:
-        """Writes the record that every further effect of this action counts in; returns its id."""
+        """Writes the record of an action, which counts the rows of all its effects; returns its id."""
         with self.outbox.transaction(f"recording a {verb}") as connection:
             return actions.record(connection, verb, by, selection, 0)
 
@@ -199,16 +176,15 @@ class MySQLUpkeep:
             return rows
 
     def sweepable(self, before_ms: int, after_id: int, batches: int) -> list[Batch]:
-        return self._batches("sweepable", {"before_ms": before_ms, "after_id": after_id, "row_limit": batches})
+        values = {"before_ms": before_ms, "after_id": after_id, "row_limit": batches}
+        return [_with_sweep(row) for row in self.outbox.rows("reading the ledger", SQL["sweepable"], values)]
 
     def held_back(self, before_ms: int) -> int:
-        with self.outbox.transaction("counting batches") as connection:
-            return int(connection.execute(SQL["held_back"], {"before_ms": before_ms}).scalar_one())
+        return int(self.outbox.rows("counting batches", SQL["held_back"], {"before_ms": before_ms})[0].n)
 
     def discrepant_due(self, before_ms: int) -> dict[int, str]:
-        with self.outbox.transaction("listing discrepant batches") as connection:
-            found = connection.execute(SQL["discrepant_due"], {"before_ms": before_ms})
-            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
+        found = self.outbox.rows("listing discrepant batches", SQL["discrepant_due"], {"before_ms": before_ms})
+        return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
 
     def count_due(self, pks: PkSet, before_ms: int) -> int:
         rows = 0
@@ -268,18 +244,17 @@ class MySQLUpkeep:
             return action_id
 
     def erasures(self) -> list[RecordedErasure]:
-        with self.outbox.transaction("reading erasures") as connection:
-            return [
-                RecordedErasure(
-                    erasure=Erasure(
-                        workspace_id=row.workspace_id, event_id=row.event_id, from_ms=row.from_ms, to_ms=row.to_ms
-                    ),
-                    at_ms=row.at_ms,
-                    by=By(who=row.who, why=row.why),
-                    newest_pk=_newest_pk(row.selection),
-                )
-                for row in connection.execute(SQL["erasures"])
-            ]
+        return [
+            RecordedErasure(
+                erasure=Erasure(
+                    workspace_id=row.workspace_id, event_id=row.event_id, from_ms=row.from_ms, to_ms=row.to_ms
+                ),
+                at_ms=row.at_ms,
+                by=By(who=row.who, why=row.why),
+                newest_pk=_newest_pk(row.selection),
+            )
+            for row in self.outbox.rows("reading erasures", SQL["erasures"])
+        ]
 
     def last_actions(self, verb: str, count: int) -> list[Action]:
         with self.outbox.transaction("reading what was done") as connection:
@@ -288,14 +263,13 @@ class MySQLUpkeep:
     def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
         found: dict[int, tuple[int, int | None]] = {}
         for chunk in pks.chunks(5_000):
-            with self.outbox.transaction("reading rows") as connection:
-                rows = connection.execute(SQL["times"], {"pks": list(chunk)})
-                found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
+            rows = self.outbox.rows("reading rows", SQL["times"], {"pks": list(chunk)})
+            found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
         return found
 
 
 def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
-    """Ascending marks of others, as far as none of ours lies between them, at most `STAMPS_AT_ONCE` together."""
+    """Groups the ascending marks of others: none of ours is between the marks of a group, and it has `STAMPS_AT_ONCE` at most."""
     run: list[int] = []
     for stamp in stamps:
         if stamp in ours or len(run) == STAMPS_AT_ONCE:
@@ -309,7 +283,7 @@ def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
 
 
 def _newest_pk(selection: str) -> int:
-    """What the action of an erasure keeps of the outbox; records of earlier releases do not."""
+    """The outbox's highest pk when the erasure was recorded; 0 in records of earlier releases."""
     try:
         return msgspec.json.decode(selection, type=_ErasureRecord).newest_pk
     except msgspec.DecodeError:
@@ -318,6 +292,11 @@ def _newest_pk(selection: str) -> int:
 
 class _ErasureRecord(msgspec.Struct):
     newest_pk: int = 0
+
+
+def _of_versions(versions: Sequence[str]) -> dict[str, object]:
+    """The parameters for rows of these versions: by the index, and then byte by byte."""
+    return {"versions": list(versions), "exact_versions": [version.encode() for version in versions]}
 
 
 def _with_sweep(row: Row[Any]) -> Batch:

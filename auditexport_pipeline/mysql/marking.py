@@ -1,10 +1,10 @@
-"""Marking: the UPDATE that stamps rows exported, and what it found of those it did not stamp.
+"""Marking: the UPDATE that stamps rows exported, and what it found of the rows that it did not stamp.
 
 What belongs here: how a set of pks becomes statements, and which form of the UPDATE a server gets. What does not: the
-transaction and the fence around it (`mysql.outbox`), chunks and rests (`core.export`).
+transaction and the fence around it (`mysql.outbox`), chunks and pauses (`core.export`).
 
-Half of what a mark costs is not ours to save: the row grows by the eight bytes of `deleted_at`, and InnoDB, whose pages
-an application fills to fifteen sixteenths, reorganizes a page for nearly every row of it (`benchmarks/README.md`).
+Half the cost of a mark cannot be saved: the row grows by the eight bytes of `deleted_at`. An application fills InnoDB's
+pages to fifteen sixteenths, so InnoDB reorganizes a page for nearly every row (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from auditexport_pipeline.mysql.statements import SQL, prepared
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
-# Of one list, so that every server looks its pks up one by one. From 1,000 on MariaDB joins a list as a table
-# (in_predicate_conversion_threshold) and from 16,000 (optimizer_max_sel_args) it reads the whole outbox, as MySQL does when
-# a list takes more than range_optimizer_max_mem_size: 36,000 in its 8 MB.
+# The longest list with which every server looks up its pks one by one. From 1,000 MariaDB joins the list as a table
+# (in_predicate_conversion_threshold), and from 16,000 (optimizer_max_sel_args) it reads the whole outbox. So does MySQL when
+# a list needs more than range_optimizer_max_mem_size: 36,000 pks in its 8 MB.
 LIST_PKS = 900
-# What a trigger's own statements end in (no grant, no such column, table or routine, no definer, a signal, this table in use by
-# the statement that fired it), and a CHECK of `deleted_at`.
+# Errors of a trigger's own statements (no grant, no such column, table or routine, no definer, a signal, this table in use by
+# the statement that fired the trigger), and of a CHECK of `deleted_at`.
 _REFUSALS = {1054, 1142, 1143, 1146, 1305, 1364, 1370, 1442, 1449, 1644, 1690, 3819, 4025}
 _SIGNAL = "45"  # the class of SQLSTATE that SIGNAL is meant to have
 ADMINISTRATORS_LOOK = (
@@ -48,7 +48,7 @@ def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
 
 
 def over(kind: str, pks: PkSet, before: str = "") -> list[tuple[TextClause, dict[str, object]]]:
-    """As `by_shape`, with `before` in front of each statement, and one statement for a few runs: a round trip, not one each."""
+    """As `by_shape`, with `before` in front of each statement. A few runs share one statement, to save round trips."""
     shapes = by_shape(kind, pks)
     if len(shapes) < 2 or len(shapes) > LIST_ABOVE_RUNS or "pks" in shapes[0][1]:
         return [(_statement(name, 1, before), values) for name, values in shapes]
@@ -67,11 +67,11 @@ def _statement(name: str, runs: int, before: str) -> TextClause:
 
 
 def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
-    """Sets `deleted_at` of these rows in the caller's transaction; None where some are not as the batch had them: the
-    caller rolls back and goes by `stamp_unlocked`, as it does where somebody holds one of them locked.
+    """Sets `deleted_at` of these rows in the caller's transaction. None when some rows are not as the batch had them: then, and
+    when a row is locked, the caller rolls back and uses `stamp_unlocked`.
 
-    `deleted_at` is read again: the driver counts rows that an UPDATE found, not those that it changed, and a trigger can
-    undo what it set. Raises `MarkRefused` where the UPDATE ends in a trigger's error.
+    `deleted_at` is read again, because the driver counts the rows that an UPDATE found and not those that it changed, and a
+    trigger can undo the UPDATE. Raises `MarkRefused` when the UPDATE ends in a trigger's error.
     """
     stamped = _update(connection, pks, exported_at_ms)
     marked, ids = _marked(connection, pks, exported_at_ms)
@@ -79,9 +79,9 @@ def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | N
 
 
 def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-    """As `stamp`, row by row: those that somebody holds locked stay as they are, and are named in the answer.
+    """As `stamp`, row by row: rows that somebody holds locked stay unmarked, and are returned as `locked`.
 
-    Raises `MarkRefused` where rows of ours do not keep the stamp; the caller rolls back.
+    Raises `MarkRefused` when rows do not keep the stamp; the caller rolls back.
     """
     stamps = _stamps(connection, "lock", pks)
     pending = PkSet.of(pk for pk, stamp_ms in stamps.items() if stamp_ms is None)
@@ -121,13 +121,13 @@ def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
 
 
 def take_back(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
-    """Clears the marks of those of these rows that bear this stamp, in the caller's transaction."""
+    """Clears the marks of these rows where the mark is this stamp, in the caller's transaction."""
     for statement, values in over("take_back", pks):
         connection.execute(statement, {**values, "exported_at_ms": exported_at_ms})
 
 
 def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[int, int]:
-    """How many of these rows bear the stamp, and the sum of their ids' hashes."""
+    """How many of these rows have the stamp, and the sum of their ids' hashes."""
     rows = ids = 0
     for statement, values in over("marked", pks):
         found = connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).one()
@@ -136,7 +136,7 @@ def _marked(connection: Connection, pks: PkSet, exported_at_ms: int) -> tuple[in
 
 
 def own_ids(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
-    """The sum of the hashes of these rows' event ids. Rows with another mark than this are left out."""
+    """The sum of the hashes of these rows' event ids, without rows that have another mark."""
     return sum(
         int(connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).scalar_one())
         for statement, values in over("own", pks)
@@ -150,8 +150,8 @@ def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | No
 
 
 def _refusal(error: DBAPIError) -> str | None:
-    """What the server says, where it is this UPDATE that it refuses: our part of it is one integer, so what is wrong is
-    what somebody added. None for a lock, a deadlock, or a connection that is gone.
+    """The server's error text, if the server refuses this UPDATE. We set one integer, so the cause is a trigger or a CHECK that
+    somebody added. None for a lock, a deadlock, or a lost connection.
     """
     code, words = code_and_words(error.orig)
     if isinstance(error, IntegrityError | DataError):
@@ -162,7 +162,7 @@ def _refusal(error: DBAPIError) -> str | None:
 
 
 def triggers_to_blame(connection: Connection) -> str:
-    """The triggers that this user can see on an UPDATE of the outbox, or what an administrator can ask."""
+    """The triggers on an UPDATE of the outbox that this user can see, or the statement with which an administrator sees them."""
     seen = [f"{row.name} ({row.timing} UPDATE)" for row in connection.execute(SQL["update_triggers"])]
     if seen:
         return f"On clickhouse_outbox there is the trigger {', '.join(seen)}; it has to leave alone what changes deleted_at only"
@@ -173,9 +173,9 @@ def triggers_to_blame(connection: Connection) -> str:
 
 
 def _checks_json_only(connection: Connection) -> bool:
-    """Whether this is MariaDB and the outbox's CHECKs are those of its JSON column: then marking need not repeat them.
+    """Whether this is MariaDB and its only CHECK on the outbox is that of the JSON column: then marking can skip it.
 
-    An application's own CHECK, of `deleted_at` perhaps, stays in force. Asked once a connection.
+    An application's own CHECK, perhaps of `deleted_at`, stays in force. Read once per connection.
     """
     known = connection.info.get("outbox_checks_json_only")
     if known is None:

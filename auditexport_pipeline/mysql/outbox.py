@@ -65,17 +65,17 @@ READ_ROWS = 5_000
 # Rows whose ids one statement sums up.
 OWN_ROWS = 50_000
 READ_BYTES = 8 * 1024**2
-# How many times the average a payload may be, and still come with the others.
+# A payload of up to this many times the average is read together with the others.
 SHARES = 4
-# No server takes a longer one (max_allowed_packet).
+# No server takes a longer payload (max_allowed_packet).
 LONGEST_PAYLOAD_BYTES = 1024**3
-# Exported batches of a version that is not installed, which are looked past.
+# Exported batches of a version that is not installed, which are skipped, at most.
 LEFT_ALONE_AT_MOST = 1_000
 # The width of the ledger's column.
 KEY_LETTERS = 32
 # How the ledger's `last_error` of a discrepant batch begins.
 IN_CLICKHOUSE = "in ClickHouse: "
-# A plan that takes longer renews its leases once more before it commits.
+# A plan that takes longer renews its leases before it commits.
 LONG_PLAN_S = 3.0
 
 # How rows get their stamp: connection, pks, `deleted_at`.
@@ -89,30 +89,29 @@ class MySQLOutbox(Database):
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
     def batch_holders(self) -> list[Holder]:
-        with self.transaction("reading the ledger's owners") as connection:
-            return [
-                Holder(
-                    owner=row.owner,
-                    process=row.at_work,
-                    batches=row.batches,
-                    rows=row.row_count,
-                    lease_left_s=row.lease_left_ms / 1000,
-                    lease_until_ms=row.lease_until_ms,
-                )
-                for row in connection.execute(SQL["batch_holders"])
-            ]
+        return [
+            Holder(
+                owner=row.owner,
+                process=row.at_work,
+                batches=row.batches,
+                rows=row.row_count,
+                lease_left_s=row.lease_left_ms / 1000,
+                lease_until_ms=row.lease_until_ms,
+            )
+            for row in self.rows("reading the ledger's owners", SQL["batch_holders"])
+        ]
 
     @contextmanager
     def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[MySQLPlanning]:
         with self.transaction("planning batches") as connection:
             epoch, last_ms = _lock_ledger(connection)
             connection.execute(SQL["count_plan"], {"epoch": epoch + 1})
-            # With the epoch in front, a batch shows when a release that writes no keys has adopted it since.
+            # The key begins with the epoch: so a batch shows whether a release that writes no keys has adopted it since.
             key = f"{_key_of(epoch + 1)}{secrets.token_hex(16)}"[:KEY_LETTERS]
             plan = Plan(epoch=epoch + 1, key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
             began = time.monotonic()
             yield MySQLPlanning(connection, plan, last_ms=last_ms)
-            if time.monotonic() - began > LONG_PLAN_S:  # the first batch's lease began when it was claimed
+            if time.monotonic() - began > LONG_PLAN_S:  # the lease of the first batch began when it was claimed
                 _renew_plan(connection, epoch=plan.epoch, key=plan.key, lease_ms=plan.lease_ms)
 
     def reserve_inserted_at(self, count: int) -> list[int]:
@@ -136,20 +135,20 @@ class MySQLOutbox(Database):
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
         """The rows of these pks that exist, by ascending pk, marked or not; of one version, or of any.
 
-        In memory at a time: `READ_ROWS` rows, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
-        whatever `row_bytes` says: one SELECT brings no more than a share of each payload. Payloads beyond their share are
-        read after that, as many together as come to `READ_BYTES`, or one alone. Source: the outbox's primary key; no lock.
+        Memory: `READ_ROWS` rows at a time, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
+        whatever `row_bytes` is: the first SELECT reads each payload up to its share. Longer payloads are
+        read again afterwards, `READ_BYTES` together, or one alone. Source: the outbox's primary key; no lock.
         """
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             share = SHARES * READ_BYTES // len(chunk)
-            found = self._rows(chunk, share, version)
+            found = self._some_rows(chunk, share, version)
             cut_off = [row[0] for row in found if len(row[-1] or b"") == share]
             whole = self._whole(cut_off, version)
             large = set(cut_off)
             for row in found:
                 if row[0] in large:
                     row = next(whole)
-                    if row is None:  # gone since the first look
+                    if row is None:  # gone since the first SELECT
                         continue
                 pk, event_id, workspace_id, exported_at_ms, payload = row
                 yield StoredRow(
@@ -160,7 +159,7 @@ class MySQLOutbox(Database):
                     payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
                 )
 
-    def _rows(self, pks: PkSet, most_bytes: int, version: str | None) -> list[Any]:
+    def _some_rows(self, pks: PkSet, most_bytes: int, version: str | None) -> list[Any]:
         with self.transaction("reading outbox rows") as connection:
             return [
                 row
@@ -169,7 +168,7 @@ class MySQLOutbox(Database):
             ]
 
     def _whole(self, pks: Sequence[int], version: str | None) -> Iterator[Any]:
-        """These rows with all of their payload, one for each pk in its order, None for one that is gone."""
+        """These rows with their whole payload, one for each pk in order; None for a row that is gone."""
         if not pks:
             return
         sizes: dict[int, int] = {}
@@ -181,7 +180,7 @@ class MySQLOutbox(Database):
             more = (sizes.get(pk) or 0) if pk is not None else READ_BYTES + 1
             if end > start and size + more > READ_BYTES:
                 group = pks[start:end]
-                found = {row[0]: row for row in self._rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES, version)}
+                found = {row[0]: row for row in self._some_rows(PkSet.of(group), LONGEST_PAYLOAD_BYTES, version)}
                 yield from (found.pop(one, None) for one in group)
                 start, size = end, 0
             size += more
@@ -193,7 +192,7 @@ class MySQLOutbox(Database):
         self._cut(claim, cut, State.SEALED, State.STOPPED, cut_digest=instead_of)
 
     def _cut(self, claim: Claim, cut: Cut, *states: State, cut_digest: str | None = None) -> None:
-        # A requeue is found by the rows that it can have sent, those that it gave back included.
+        # A requeue is found by all rows that it may have sent, also those that it gave back.
         sent = cut.pks | pks_of(cut.given_back)
         with self.transaction(f"sealing batch {claim.batch_id}") as connection:
             _fence(connection, claim, *states, cut_digest=cut_digest)
@@ -294,7 +293,7 @@ class MySQLOutbox(Database):
             return work(connection, self._stamp_unlocked)
 
     def _stamp_unlocked(self, connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-        """As `marking.stamp_unlocked`. Rows that are locked are left out, so what it waits for in vain is the whole table."""
+        """As `marking.stamp_unlocked`. It skips locked rows, so when it still waits in vain, the whole table is locked."""
         try:
             return stamp_unlocked(connection, pks, exported_at_ms)
         except OperationalError as error:
@@ -326,30 +325,26 @@ class MySQLOutbox(Database):
         return holders(self.engine, f"SELECT pk FROM clickhouse_outbox WHERE pk = {pks.first:d} FOR UPDATE")
 
     def written_within(self, version: str, age_s: int) -> bool:
-        with self.transaction("looking for batches that were written") as connection:
-            values = {"version": version, "age_s": age_s}
-            return connection.execute(SQL["written_within"], values).first() is not None
+        values = {"version": version, "age_s": age_s}
+        return bool(self.rows("looking for batches that were written", SQL["written_within"], values))
 
     def moment(self) -> Moment:
-        with self.transaction("reading the ledger's last batch") as connection:
-            row = connection.execute(SQL["moment"]).one()
-            return Moment(batch_id=row.batch_id or 0, at_ms=row.now_ms)
+        (row,) = self.rows("reading the ledger's last batch", SQL["moment"])
+        return Moment(batch_id=row.batch_id or 0, at_ms=row.now_ms)
 
     def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
-        with self.transaction("listing a run's batches") as connection:
-            found = connection.execute(SQL["claimed_since"], {"owner": owner, "after_id": since.batch_id})
-            return [batch_of(row) for row in found]
+        values = {"owner": owner, "after_id": since.batch_id}
+        return [batch_of(row) for row in self.rows("listing a run's batches", SQL["claimed_since"], values)]
 
     def discrepant_since(self, since: Moment) -> dict[int, str]:
-        with self.transaction("listing discrepant batches") as connection:
-            found = connection.execute(SQL["discrepant_since"], {"since_ms": since.at_ms})
-            return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
+        found = self.rows("listing discrepant batches", SQL["discrepant_since"], {"since_ms": since.at_ms})
+        return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
 
     def unverified(self, batches: int) -> list[Batch]:
-        with self.transaction("listing batches to verify") as connection:
-            # Those of a version that is not installed stay as they are, and must not take everybody's place.
-            rows = connection.execute(SQL["unverified"], {"row_limit": batches + LEFT_ALONE_AT_MOST})
-            return [batch_of(row) for row in rows if row.version in VERSIONS][:batches]
+        # Batches of a version that is not installed stay as they are, and must not take the place of others.
+        values = {"row_limit": batches + LEFT_ALONE_AT_MOST}
+        found = self.rows("listing batches to verify", SQL["unverified"], values)
+        return [batch_of(row) for row in found if row.version in VERSIONS][:batches]
 
     def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         state = State.DISCREPANT if discrepancy else State.VERIFIED
@@ -383,13 +378,12 @@ class MySQLOutbox(Database):
 
     def dead_by_reason(self) -> dict[str, int]:
         """Open dead letters by reason, most frequent first."""
-        with self.transaction("counting dead letters") as connection:
-            return {row.reason: row.n for row in connection.execute(SQL["dead_by_reason"])}
+        return {row.reason: row.n for row in self.rows("counting dead letters", SQL["dead_by_reason"])}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one plan writes into each batch that it claims or adopts."""
+    """The values that one plan writes into each batch that it claims or adopts."""
 
     epoch: int
     key: str
@@ -409,7 +403,7 @@ class Plan:
 
 
 class MySQLPlanning:
-    """`core.ports.Planning`: lives inside one transaction that holds the ledger's lock."""
+    """`core.ports.Planning`, inside one transaction that holds the ledger's lock."""
 
     def __init__(self, connection: Connection, plan: Plan, *, last_ms: int) -> None:
         self._connection = connection
@@ -454,15 +448,15 @@ class MySQLPlanning:
     def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
         page = {"version": version, "from_pk": from_pk, "row_limit": rows}
         pks = PkSet(tuple(self._read("candidates", page)))
-        first_letter, last_letter = self._standing_letters
+        first_letter, last_letter = self._holding_letters
         if pks and first_letter <= last_letter and first_letter <= pks.last and last_letter >= pks.first:
             return PkSet(tuple(self._read("candidates_beside_letters", page)))
         return pks
 
     @cached_property
-    def _standing_letters(self) -> tuple[int, int]:
-        """The first and the last pk that a dead letter holds. It stays so: further ones are of rows in open batches."""
-        ((first, last),) = self._read("standing_letters", {})
+    def _holding_letters(self) -> tuple[int, int]:
+        """The first and the last pk that a dead letter holds. During a plan only rows of open batches can get another one."""
+        ((first, last),) = self._read("holding_letters", {})
         return (first, last) if last is not None else (1, 0)
 
     def _read(self, statement: str, values: Mapping[str, object]) -> list[Any]:
@@ -517,7 +511,7 @@ class MySQLPlanning:
 
 
 class _NotAsUsual(Exception):
-    """Ends a transaction that could not mark a chunk as usual; nothing of it is kept."""
+    """Rolls a transaction back that could not mark a chunk as usual."""
 
 
 def _stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
@@ -528,7 +522,7 @@ def _stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
 
 
 def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
-    """The driver's own tuples: for every row that is read, SQLAlchemy's would cost as much again."""
+    """The driver's own tuples: SQLAlchemy's rows would double the cost of reading."""
     cursor = connection.execute(SQL[statement], values).cursor
     assert cursor is not None
     return list(cursor.fetchall())
@@ -556,7 +550,9 @@ def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
 def _fence(
     connection: Connection, claim: Claim, *states: State, cut_digest: str | None = None, shared: bool = False
 ) -> None:
-    """Refuses a claim that another plan has adopted, or whose batch is past this step, or cut anew; locks the ledger row."""
+    """Locks the batch's row of the ledger, and refuses a claim when another plan has adopted the batch, when the batch is past
+    this step, or when it was split meanwhile.
+    """
     row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
     if row is None or not _holds(claim, row):
         raise _lost(claim, row)
@@ -564,18 +560,18 @@ def _fence(
         raise LeaseLost(f"batch {claim.batch_id} is {row.state} already; this attempt came late and changed nothing")
     if cut_digest is not None and row.digest != cut_digest:
         raise LeaseLost(
-            f"batch {claim.batch_id} was cut anew meanwhile, by a second attempt of the same step that a queue gave out; "
-            "this one is refused and changed nothing. Nothing is lost: the other attempt or the next run continues"
+            f"batch {claim.batch_id} was split meanwhile, by a second attempt of the same step that a queue started; "
+            "this attempt is refused and changed nothing. Nothing is lost: the other attempt or the next run continues"
         )
 
 
 def _key_of(epoch: int) -> str:
-    """How the key of a plan begins."""
+    """The beginning of a plan's key."""
     return f"{epoch:x}-"
 
 
 def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
-    """Whether the batch is still this claim's: an epoch alone can recur, after a failover that lost commits."""
+    """Whether the claim still holds the batch. The epoch alone is not enough: after a failover that lost commits it recurs."""
     return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
 
 
@@ -594,7 +590,7 @@ def _renew_plan(connection: Connection, *, epoch: int, key: str, lease_ms: int) 
         except OperationalError as error:
             if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
                 raise
-            # Somebody holds a batch of the plan locked. Nobody else can adopt it meanwhile; the others are not to wait for it.
+            # Somebody holds a batch of the plan locked. Nobody can adopt it meanwhile; the other batches must not wait for it.
             free = [row.batch_id for row in connection.execute(SQL["unlocked"], {"batch_ids": leased})]
             if free:
                 connection.execute(SQL["renew"], {"batch_ids": free, **values})

@@ -57,7 +57,7 @@ FROM (
 GROUP BY run
 ORDER BY first_pk
 
--- name: standing_letters
+-- name: holding_letters
 -- letter_pk_idx, both ends of each state. Open and discarded letters and held rows stay out of batches; retried ones and those whose row
 -- was gone do not.
 SELECT MIN(first_pk) AS first_pk, MAX(last_pk) AS last_pk

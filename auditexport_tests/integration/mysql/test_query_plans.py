@@ -206,9 +206,9 @@ def test_a_dead_letter_is_looked_up_by_its_pk(busy: MySQLOutbox) -> None:
         assert (letter.key, letter.access) == ("PRIMARY", "eq_ref"), steps
 
 
-def test_of_the_standing_letters_only_both_ends_are_read(busy: MySQLOutbox) -> None:
+def test_of_the_letters_that_hold_rows_only_both_ends_are_read(busy: MySQLOutbox) -> None:
     """Every plan asks for them, and a flood leaves a million."""
-    steps = explain(busy, "standing_letters", {})
+    steps = explain(busy, "holding_letters", {})
     assert not [step for step in steps if step.table == "clickhouse_outbox_dead_letter"], steps
     # Those of a state that nothing is in are answered as early.
     ends = sorted(step.extra for step in steps if not step.table)

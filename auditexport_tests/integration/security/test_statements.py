@@ -50,6 +50,7 @@ ALLOWED = {
     ("mysql/session.py", "_ASK"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
     ("mysql/session.py", "self._statement"): "what `_set` made",
+    ("mysql/database.py", "statement"): "what `rows` was given, which is looked at where it is called",
     ("mysql/statements.py", "statement.replace('$batch_columns', BATCH_COLUMNS)"): "a `.sql` file, and a constant",
     ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
     ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
