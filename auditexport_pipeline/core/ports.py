@@ -290,7 +290,7 @@ class Outbox(Protocol):
         """Counts one more attempt before anything is sent, and returns the batch with that count."""
         ...
 
-    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
+    def replace_cut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
         """Replaces the cut with that digest; raises `LeaseLost` when the ledger holds another cut."""
         ...
 

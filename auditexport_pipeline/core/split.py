@@ -152,7 +152,7 @@ def new_cut(
         dead_letters=tuple(dead),
         note=note,
     )
-    outbox.recut(batch.claim, cut, instead_of=batch.digest)
+    outbox.replace_cut(batch.claim, cut, instead_of=batch.digest)
     return replace(
         batch,
         state=State.SEALED,

@@ -188,7 +188,7 @@ class MySQLOutbox(Database):
     def seal(self, claim: Claim, cut: Cut) -> None:
         self._cut(claim, cut, State.CLAIMED)
 
-    def recut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
+    def replace_cut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
         self._cut(claim, cut, State.SEALED, State.STOPPED, cut_digest=instead_of)
 
     def _cut(self, claim: Claim, cut: Cut, *states: State, cut_digest: str | None = None) -> None:

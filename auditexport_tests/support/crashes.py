@@ -27,7 +27,7 @@ EFFECTS: dict[str, tuple[int, ...]] = {
     "begin_write": (1,),
     "insert": (1, 2, 4),
     "reserve": (1,),
-    "recut": (1, 2),
+    "replace_cut": (1, 2),
     "record_written": (1, 2),
     "mark": (1, 3, 5),
     "finish_mark": (1, 2),
@@ -116,7 +116,9 @@ class CrashingOutbox(Crashing):
     """`core.ports.Outbox`."""
 
     PLACES: Mapping[str, str] = {
-        **_named_alike("renew", "allow_inserts", "seal", "begin_write", "recut", "stop", "record_written", "mark"),
+        **_named_alike(
+            "renew", "allow_inserts", "seal", "begin_write", "replace_cut", "stop", "record_written", "mark"
+        ),
         **_named_alike("finish_mark", "take_back", "leave_written", "record_verified"),
         "reserve_inserted_at": "reserve",
     }

@@ -239,9 +239,9 @@ RECOVERIES = {
 
 
 def prepare(stack: Stack, crash_point: str) -> tuple[int, int]:
-    """Forty events, and a refused one where the crash needs a recut; returns the events to arrive and the dead."""
+    """Forty events, and a refused one where the crash needs a split; returns the events to arrive and the dead."""
     fill(stack)
-    if crash_point.split()[1] not in ("recut", "reserve"):
+    if crash_point.split()[1] not in ("replace_cut", "reserve"):
         return ROWS, 0
     _refuse_one(stack)
     return ROWS + 1, 1
@@ -482,7 +482,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
         lambda: stack.outbox.allow_inserts(old, batch.digest, 60, 1),
         lambda: stack.outbox.seal(old, cut),
         lambda: stack.outbox.begin_write(old, 60),
-        lambda: stack.outbox.recut(old, cut, instead_of=batch.digest),
+        lambda: stack.outbox.replace_cut(old, cut, instead_of=batch.digest),
         lambda: stack.outbox.stop(old, "no", wait_ms=0),
         lambda: stack.outbox.record_written(old, batch.digest),
         lambda: stack.outbox.mark(old, batch.pks, 1),
@@ -665,7 +665,13 @@ def test_a_crash_while_a_stopped_batch_is_resolved_is_survived(stack: Stack) -> 
     stack.sql("DELETE FROM clickhouse_outbox WHERE pk = :pk", pk=pks[0])
     with pytest.raises(BatchAltered):
         run(stack, "second", dead_owners={"first"})
-    for point in ("before stop 1", "before recut 1", "after recut 1", "after insert 1", "before record_written 1"):
+    for point in (
+        "before stop 1",
+        "before replace_cut 1",
+        "after replace_cut 1",
+        "after insert 1",
+        "before record_written 1",
+    ):
         end_leases(stack)
         crash_at = CrashPoint(point)
         with suppress(Crash):
@@ -876,7 +882,7 @@ def family(stack: Stack) -> str:
     return "mariadb" if "MariaDB" in str(stack.sql("SELECT VERSION() AS v")[0].v) else "mysql"
 
 
-@pytest.mark.parametrize("crash_point", [NEVER, "before recut 1", "after recut 1", "after recut 2"])
+@pytest.mark.parametrize("crash_point", [NEVER, "before replace_cut 1", "after replace_cut 1", "after replace_cut 2"])
 def test_refused_rows_become_dead_letters_and_their_neighbours_arrive(stack: Stack, crash_point: str) -> None:
     """One bad row stopped the ancestor for good; here it costs itself."""
     refused = _put_refused(stack)
@@ -900,7 +906,7 @@ def test_a_key_given_twice_is_exported_in_normal_form(stack: Stack) -> None:
     fill(stack, 30)
     *ids, payload = small_event("evt_twice", meta=0)
     stack.put((*ids, payload.replace('"meta": 0', '"meta": {"k": 1, "k": 2, "o": {"z": 1, "z": 3}}')))
-    crash_at = CrashPoint("after recut 1")
+    crash_at = CrashPoint("after replace_cut 1")
     try:
         drain(
             CrashingOutbox(stack.outbox, crash_at),

@@ -180,7 +180,7 @@ def test_a_flood_of_repeated_keys_costs_a_handful_of_probes(stack: Stack) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("crash_point", [f"{side} recut {n}" for n in (1, 3, 9) for side in ("before", "after")])
+@pytest.mark.parametrize("crash_point", [f"{side} replace_cut {n}" for n in (1, 3, 9) for side in ("before", "after")])
 def test_a_crash_while_a_flood_is_cut_costs_and_doubles_nothing(
     stack: Stack, few_probes: int, crash_point: str
 ) -> None:

@@ -68,11 +68,18 @@ def test_a_step_done_twice_at_once_doubles_nothing_and_loses_nothing(stack: Stac
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "dies", ["after recut 1", "after insert 2", "after recut 2", "before record_written 1", "never 1"]
+    "dies", ["after replace_cut 1", "after insert 2", "after replace_cut 2", "before record_written 1", "never 1"]
 )
 @pytest.mark.parametrize(
     "waits",
-    ["before insert 1", "before recut 1", "after recut 1", "before insert 2", "before recut 2", "after recut 2"],
+    [
+        "before insert 1",
+        "before replace_cut 1",
+        "after replace_cut 1",
+        "before insert 2",
+        "before replace_cut 2",
+        "after replace_cut 2",
+    ],
 )
 def test_a_block_that_two_attempts_cut_at_once_is_there_once(stack: Stack, waits: str, dies: str) -> None:
     """ClickHouse refuses a row for what no probe tells, so both halve the block, each under an `inserted_at` of its own."""

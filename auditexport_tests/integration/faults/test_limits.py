@@ -277,7 +277,8 @@ def test_a_server_without_memory_sets_nothing_aside(stack: Stack) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["first export", "requeue"])
 @pytest.mark.parametrize(
-    "place", ["before recut 1", "after recut 1", "before recut 2", "after recut 2", "after insert 2"]
+    "place",
+    ["before replace_cut 1", "after replace_cut 1", "before replace_cut 2", "after replace_cut 2", "after insert 2"],
 )
 def test_a_crash_while_a_block_is_split_costs_nothing(stack: Stack, place: str, generation: str) -> None:
     """The mark on the block and the new cut are durable effects, and each crash between them must be harmless."""

@@ -224,7 +224,9 @@ def test_a_requeue_ends_after_a_crash_behind_its_insert(stack: Stack) -> None:
     assert [state for state, _ in states(stack)] == ["verified", "verified"]
 
 
-@pytest.mark.parametrize("place", ["before recut 1", "after recut 1", "before record_written 1", "after insert 1"])
+@pytest.mark.parametrize(
+    "place", ["before replace_cut 1", "after replace_cut 1", "before record_written 1", "after insert 1"]
+)
 def test_a_crash_around_the_note_of_a_view_costs_nothing(stack: Stack, place: str) -> None:
     """The note is a durable effect of its own, between the INSERT and the ledger's word that it is written."""
     view(stack, "toInt64(description)")

@@ -24,9 +24,9 @@ from auditexport_tests.support.crashes import CRASH_POINTS, Crash, CrashingAudit
 ROWS = 40
 SETTINGS = {"batch_rows": 20, "blocks_per_batch": 2, "mark_rows": 5, "mark_connections": 1}
 LIMITS = Limits(**SETTINGS)  # type: ignore[arg-type]
-# The first time of each effect. A recut happens only where rows are refused; the matrix of one release has it, and each
+# The first time of each effect. A split happens only where rows are refused; the matrix of one release has it, and each
 # later time (`integration.export.test_exactly_once`).
-POINTS = [point for point in CRASH_POINTS if point.endswith(" 1") and not re.search("recut|reserve", point)]
+POINTS = [point for point in CRASH_POINTS if point.endswith(" 1") and not re.search("replace_cut|reserve", point)]
 # Paused before its claim is committed, a run holds the ledger's lock, and nobody plans.
 PAUSES = [point for point in POINTS if point != "before claim 1"]
 
