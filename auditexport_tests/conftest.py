@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from auditexport_pipeline import schema as setup
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.local.mysql import LocalMySQL
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.support import engines
 from auditexport_tests.support.engines import local_clickhouse
@@ -69,8 +69,8 @@ class Stack:
     log: ClickHouseAuditLog
 
     @property
-    def upkeep(self) -> MySQLUpkeep:
-        return MySQLUpkeep(self.outbox)
+    def upkeep(self) -> MySQLMaintenance:
+        return MySQLMaintenance(self.outbox)
 
     def sql(self, statement: str, **values: object) -> list[sa.Row[tuple[object, ...]]]:
         """Runs a statement in MySQL as the application would, without a transaction around it."""

@@ -15,7 +15,7 @@ from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import Age, Time, json_option, moment, print_fields, print_json, print_table, table
 from auditexport_pipeline.cli.stores import outbox, upkeep
 from auditexport_pipeline.core.batch import OPEN, State
-from auditexport_pipeline.core.ledger import PAGE_BATCHES, BatchDetails, LedgerBatch, WhichBatches
+from auditexport_pipeline.core.ledger import PAGE_BATCHES, BatchDetails, BatchFilter, LedgerBatch
 from auditexport_pipeline.core.status import shown_s
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def list_batches(
         kind, value = since
         since_ms = value if kind == "at_ms" else upkeep().now_ms() - value * 1000
     wanted = dict.fromkeys([State(state) for state in states] + (list(OPEN) if are_open else []))
-    which = WhichBatches(states=tuple(wanted), owner=owner, since_ms=since_ms, before_id=before_id)
+    which = BatchFilter(states=tuple(wanted), owner=owner, since_ms=since_ms, before_id=before_id)
     found = ledger.list_batches(mysql, which, limit)
     if as_json:
         print_json({"batches": [line_values(line) for line in found]})

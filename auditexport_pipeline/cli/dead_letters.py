@@ -27,7 +27,7 @@ from auditexport_pipeline.cli.shared import (
     who_option,
 )
 from auditexport_pipeline.cli.stores import outbox
-from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, LetterState, Which
+from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, DeadLetterFilter, LetterState
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 
@@ -187,8 +187,8 @@ def _act(
     click.echo(f"{done}: {acted.changed:,} dead letters{f' (action {under})' if under else ''}{gone}")
 
 
-def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> Which:
-    return Which(
+def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> DeadLetterFilter:
+    return DeadLetterFilter(
         state=None if state == _ANY else LetterState(state), pks=PkSet.of(sorted(set(pks))) if pks else None, **filters
     )
 
@@ -210,7 +210,7 @@ def _print_counts(counts: LetterCounts) -> None:
         print_table(shown)
 
 
-def _print_letters(letters: list[Letter], counts: LetterCounts, which: Which) -> None:
+def _print_letters(letters: list[Letter], counts: LetterCounts, which: DeadLetterFilter) -> None:
     _print_counts(counts)
     state = f"{which.state} " if which.state is not None else ""
     click.echo(f"{counts.letters:,} {state}dead letters")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import msgspec
 
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def user() -> str:
         raise InvalidConfig("this user has no name; say who decides with --who") from error
 
 
-def by(who: str | None, why: str) -> By:
+def by(who: str | None, why: str) -> Actor:
     """Who acts, and why."""
-    return By(who=who or user(), why=why)
+    return Actor(who=who or user(), why=why)
 
 
 def print_fields(fields: Mapping[str, str], *, width: int, indent: str = "") -> None:

@@ -17,7 +17,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 if TYPE_CHECKING:
     from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
     from auditexport_pipeline.core.targets import Targets
-    from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+    from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
     from auditexport_pipeline.mysql.outbox import MySQLOutbox
     from auditexport_pipeline.outboxes import Outboxes, OutboxSettings
 
@@ -109,11 +109,11 @@ def outbox() -> MySQLOutbox:
     return chosen().outbox()
 
 
-def upkeep() -> MySQLUpkeep:
+def upkeep() -> MySQLMaintenance:
     """The same database, looked back at."""
-    from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+    from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 
-    return MySQLUpkeep(outbox())
+    return MySQLMaintenance(outbox())
 
 
 def audit_log() -> ClickHouseAuditLog:

@@ -1,7 +1,6 @@
-"""What an operator does: who, why, to which rows.
+"""An operator's intervention (requeue, retry, discard, sweep, erasure): who, why, and which rows.
 
-What belongs here: the values that every deliberate intervention carries (requeue, retry, discard, sweep,
-erasure). What does not: how they are recorded (`mysql.actions`), and the interventions themselves.
+What does not belong here: how actions are recorded (`mysql.actions`), and the interventions themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ LONGEST_WHY = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class By:
+class Actor:
     """Who intervenes, and why; raises `InvalidConfig` when either is missing or too long."""
 
     who: str
@@ -38,16 +37,16 @@ class Action:
     action_id: int
     at_ms: int
     verb: str
-    by: By
+    by: Actor
     selection: str
     rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFilter:
-    """Which exported rows an operator means: all conditions that are given hold together.
+    """A filter for exported rows: all given conditions must hold.
 
-    Ranges are [from, to) in epoch milliseconds, but for `pk`s, where both ends are meant.
+    Ranges are [from, to) in epoch milliseconds; a range of `pk`s includes both ends.
     """
 
     event_ids: tuple[str, ...] = ()
@@ -77,7 +76,7 @@ class RowFilter:
                 raise InvalidConfig(f"{low} is {first} and {high} is {last}: the range is empty; swap them")
 
     def refuse_everything(self) -> None:
-        """Raises `InvalidConfig` when no condition is given: nobody means every row."""
+        """Raises `InvalidConfig` when no condition is given: that would name every row."""
         if not self.given:
             raise InvalidConfig(
                 "a requeue names its rows: give event ids, a workspace, a range of event time, export time or pks, or batches"
@@ -105,9 +104,9 @@ class Erasure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedErasure:
-    """An erasure as the record has it. `newest_pk` was the outbox's highest pk then; 0 where the record does not say."""
+    """An erasure as it was recorded. `newest_pk` was the outbox's highest pk at that time; 0 in records without it."""
 
     erasure: Erasure
     at_ms: int
-    by: By
+    by: Actor
     newest_pk: int = 0

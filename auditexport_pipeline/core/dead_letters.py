@@ -44,8 +44,8 @@ HELD = (LetterState.OPEN, LetterState.DISCARDED, LetterState.HELD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Which:
-    """Which letters are meant: all conditions that are given must hold. Raises `InvalidConfig` for nonsense."""
+class DeadLetterFilter:
+    """A filter for dead letters: all given conditions must hold. Raises `InvalidConfig` for nonsense."""
 
     state: LetterState | None = LetterState.OPEN  # None: in whichever state
     workspace_id: str | None = None
@@ -64,7 +64,7 @@ class Which:
     @property
     def everything(self) -> bool:
         """Whether nothing but the state narrows it down: what nobody should act on without saying so."""
-        return self == Which(state=self.state)
+        return self == DeadLetterFilter(state=self.state)
 
     @property
     def selection(self) -> dict[str, str | int]:
@@ -74,10 +74,10 @@ class Which:
             name: value if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
         }
 
-    def of_pks(self, pks: PkSet | None) -> Which:
+    def of_pks(self, pks: PkSet | None) -> DeadLetterFilter:
         return replace(self, pks=pks)
 
-    def in_state(self, state: LetterState | None) -> Which:
+    def in_state(self, state: LetterState | None) -> DeadLetterFilter:
         return replace(self, state=state)
 
 

@@ -19,11 +19,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
-from auditexport_pipeline.core.actions import By, RecordedErasure
+from auditexport_pipeline.core.actions import Actor, RecordedErasure
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Upkeep
+from auditexport_pipeline.core.ports import AuditLog, Maintenance
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -44,7 +44,7 @@ class _Declared(msgspec.Struct, frozen=True):
 class Excuses:
     """The excuses at one moment. Reads recorded erasures and declarations at once, and TTLs when they are needed."""
 
-    def __init__(self, upkeep: Upkeep, log: AuditLog, *, ttl_days: float | None = None) -> None:
+    def __init__(self, upkeep: Maintenance, log: AuditLog, *, ttl_days: float | None = None) -> None:
         """`ttl_days` is a declaration that is not recorded, for a dry run."""
         self._upkeep = upkeep
         self._log = log
@@ -171,7 +171,7 @@ def clauses(log: AuditLog) -> dict[str, str]:
     return {version: text for version, text in found.items() if text}
 
 
-def declare_ttl(upkeep: Upkeep, log: AuditLog, by: By, days: float) -> int:
+def declare_ttl(upkeep: Maintenance, log: AuditLog, by: Actor, days: float) -> int:
     """Records how long the tables' present TTL clause keeps an entry after its `inserted_at`; returns the action's id.
 
     It is used only where ClickHouse cannot evaluate the TTL. Raises `InvalidConfig` for a number of days out of bounds.
@@ -181,7 +181,7 @@ def declare_ttl(upkeep: Upkeep, log: AuditLog, by: By, days: float) -> int:
     return upkeep.record_action("ttl", by, {"ttl": clauses(log), "days": float(days)})
 
 
-def _declaration(upkeep: Upkeep) -> _Declared:
+def _declaration(upkeep: Maintenance) -> _Declared:
     for action in upkeep.last_actions("ttl", 1):
         try:
             return msgspec.json.decode(action.selection, type=_Declared)

@@ -18,7 +18,7 @@ from auditexport_pipeline.core.compare import KEYS_AT_ONCE, ROW_BYTES, entries_o
 from auditexport_pipeline.core.event import Key, Undecodable
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+from auditexport_pipeline.core.ports import AuditLog, Maintenance, Outbox
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -42,7 +42,7 @@ def is_time(stamp_ms: int, now_ms: int) -> bool:
     return FIRST_TIME_MS <= stamp_ms <= now_ms + AHEAD_MS
 
 
-def successors(upkeep: Upkeep, batches: Collection[Batch], pks: PkSet) -> PkSet:
+def successors(upkeep: Maintenance, batches: Collection[Batch], pks: PkSet) -> PkSet:
     """The rows that are other events than those that batches exported under their pks: they have the mark of none of these
     batches, and were created (by the application's `created_at`) after the entries' `inserted_at`.
     """

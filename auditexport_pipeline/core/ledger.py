@@ -16,8 +16,8 @@ PAGE_BATCHES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WhichBatches:
-    """Which batches are meant: all conditions that are given must hold. Raises `InvalidConfig` for nonsense."""
+class BatchFilter:
+    """A filter for batches: all given conditions must hold. Raises `InvalidConfig` for nonsense."""
 
     states: tuple[State, ...] = ()  # in any of these; none given: in whichever
     owner: str = ""  # by its beginning, as a run is shown on Dagster's page

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
+from auditexport_pipeline.core.actions import Action, Actor, Erasure, RecordedErasure, RowFilter
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, Holding
 from auditexport_pipeline.core.event import Key, OutboxRow, Undecodable
 from auditexport_pipeline.core.pks import PkSet
@@ -361,7 +361,7 @@ class Outbox(Protocol):
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
 
 
-class Upkeep(Protocol):
+class Maintenance(Protocol):
     """MySQL: what requeue, sweep and reconcile need of the past."""
 
     def now_ms(self) -> int: ...
@@ -396,7 +396,7 @@ class Upkeep(Protocol):
 
     def by_workspace(self, pks: PkSet) -> dict[str, int]: ...
 
-    def record_action(self, verb: str, by: By, selection: Mapping[str, object]) -> int: ...
+    def record_action(self, verb: str, by: Actor, selection: Mapping[str, object]) -> int: ...
 
     def unmark(self, pks: PkSet, action_id: int) -> int: ...
 
@@ -414,7 +414,7 @@ class Upkeep(Protocol):
 
     def record_swept(self, batch_id: int) -> None: ...
 
-    def compact(self, before_ms: int, batches: int, by: By) -> int: ...
+    def compact(self, before_ms: int, batches: int, by: Actor) -> int: ...
 
     def close_letters(self) -> int: ...
 

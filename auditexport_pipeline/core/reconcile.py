@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import NO_ENTRIES, OPEN, Batch, Holding, State
 from auditexport_pipeline.core.compare import (
     Comparison,
@@ -37,7 +37,7 @@ from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import AHEAD_MS, FIRST_TIME_MS, is_time, keys_of, look_for, successors
 from auditexport_pipeline.core.open_findings import RECORDS_READ, OpenFinding, open_findings, record_of
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Maintenance, Outbox
 from auditexport_pipeline.core.requeue import Requeue, clear
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.verify import verify
@@ -129,13 +129,13 @@ class Report:
 
 def reconcile(
     outbox: Outbox,
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     *,
     from_ms: int,
     to_ms: int,
-    by: By | None = None,
-    repair: By | None = None,
+    by: Actor | None = None,
+    repair: Actor | None = None,
     others_write: bool = False,
     count_places: bool = True,
     dry_run: bool = False,
@@ -204,7 +204,7 @@ def _record(report: Report, still_open: Sequence[OpenFinding]) -> dict[str, int]
     }
 
 
-def _pages(upkeep: Upkeep, from_ms: int, to_ms: int) -> Iterator[list[Batch]]:
+def _pages(upkeep: Maintenance, from_ms: int, to_ms: int) -> Iterator[list[Batch]]:
     after_id = 0
     while page := upkeep.inserted_between(from_ms, to_ms, after_id, BATCHES_AT_ONCE):
         after_id = page[-1].batch_id
@@ -216,7 +216,7 @@ def _pages(upkeep: Upkeep, from_ms: int, to_ms: int) -> Iterator[list[Batch]]:
 
 def _batches(
     outbox: Outbox,
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     page: Sequence[Batch],
     excuses: Excuses,
@@ -312,7 +312,7 @@ def _as_before(group: InsertGroup, holding: Holding) -> bool:
     return as_sealed and (baseline is None or baseline.rows != holding.rows or baseline.content == holding.content)
 
 
-def _count_rows(upkeep: Upkeep, batch: Batch, pks: PkSet, at_ms: int, report: Report) -> None:
+def _count_rows(upkeep: Maintenance, batch: Batch, pks: PkSet, at_ms: int, report: Report) -> None:
     if report.count_places and not batch.swept:
         for workspace_id, rows in upkeep.by_workspace(pks).items():
             report.places[workspace_id, _day(at_ms)].rows += rows
@@ -348,7 +348,7 @@ def _day(at_ms: int) -> int:
 
 
 def _marks(
-    outbox: Outbox, upkeep: Upkeep, log: AuditLog, excuses: Excuses, named: PkSet, report: Report
+    outbox: Outbox, upkeep: Maintenance, log: AuditLog, excuses: Excuses, named: PkSet, report: Report
 ) -> tuple[PkSet, set[Key]]:
     """Marks of the window that no batch has set: the pks of rows that ClickHouse lacks and that are not `named` with their
     batches, and the keys of the others.
@@ -384,7 +384,7 @@ def _marks(
     return PkSet.of(sorted(unexported)), keys_of_others
 
 
-def _in_batches(outbox: Outbox, upkeep: Upkeep, pks: PkSet) -> tuple[dict[int, list[Batch]], PkSet]:
+def _in_batches(outbox: Outbox, upkeep: Maintenance, pks: PkSet) -> tuple[dict[int, list[Batch]], PkSet]:
     """The closed batches that had these pks, by pk, and the pks that open batches have."""
     held = upkeep.held(pks)
     taken: dict[int, list[Batch]] = {}
@@ -399,7 +399,7 @@ def _in_batches(outbox: Outbox, upkeep: Upkeep, pks: PkSet) -> tuple[dict[int, l
 
 
 def _expired_with_their_batch(
-    upkeep: Upkeep, excuses: Excuses, taken: Mapping[int, Sequence[Batch]], missing: Iterable[int]
+    upkeep: Maintenance, excuses: Excuses, taken: Mapping[int, Sequence[Batch]], missing: Iterable[int]
 ) -> set[int]:
     """Rows that a batch may have exported so long ago that ClickHouse need not hold them any more."""
     pks = PkSet.of(sorted(pk for pk in missing if pk in taken))
@@ -413,7 +413,7 @@ def _expired_with_their_batch(
     return expired
 
 
-def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) -> Iterator[dict[int, int]]:
+def _foreign_marks(outbox: Outbox, upkeep: Maintenance, now_ms: int, report: Report) -> Iterator[dict[int, int]]:
     """Rows of the window with a mark that no batch has set, by pk with the time of their export, in portions."""
     first_ms, last_ms = max(report.from_ms, FIRST_TIME_MS), min(report.to_ms + MARKED_AFTER_MS, now_ms + AHEAD_MS)
     if first_ms <= last_ms:
@@ -432,7 +432,7 @@ def _foreign_marks(outbox: Outbox, upkeep: Upkeep, now_ms: int, report: Report) 
             yield dict.fromkeys(pks, min(stamp_ms, report.to_ms - 1))
 
 
-def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[int, PkSet]]:
+def _borrowed(outbox: Outbox, upkeep: Maintenance, batch_id: int) -> Iterator[tuple[int, PkSet]]:
     """Rows that have a batch's own stamp and were never in the batch."""
     for batch in outbox.batches([batch_id]):
         if batch.exported_at_ms is not None and upkeep.count_stamped(batch.exported_at_ms) > batch.marked_rows:
@@ -443,7 +443,7 @@ def _borrowed(outbox: Outbox, upkeep: Upkeep, batch_id: int) -> Iterator[tuple[i
 
 
 def _unknown_entries(
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     counts: Mapping[int, int],
     keys_of_others: set[Key],

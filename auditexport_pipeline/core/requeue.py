@@ -14,14 +14,14 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.batch import OPEN, Batch
 from auditexport_pipeline.core.compare import ROW_BYTES, compare, insert_groups_of, pks_still_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses
 from auditexport_pipeline.core.foreign import is_time, look_for, successors
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Outbox, Upkeep
+from auditexport_pipeline.core.ports import AuditLog, Maintenance, Outbox
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -47,10 +47,10 @@ class Requeue:
 
 def requeue(
     outbox: Outbox,
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     wanted: RowFilter,
-    by: By,
+    by: Actor,
     *,
     missing_only: bool = False,
     dry_run: bool = False,
@@ -85,10 +85,10 @@ def requeue(
 
 def clear(
     outbox: Outbox,
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     pks: PkSet,
-    by: By,
+    by: Actor,
     *,
     verb: str,
     selection: dict[str, object],

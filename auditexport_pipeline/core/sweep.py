@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
 from auditexport_pipeline.core.compare import compare, compare_at_rest, insert_group_at
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox, Upkeep
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Maintenance, Outbox
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -81,10 +81,10 @@ class Sweep:
 
 def sweep(
     outbox: Outbox,
-    upkeep: Upkeep,
+    upkeep: Maintenance,
     log: AuditLog,
     retention: Retention,
-    by: By,
+    by: Actor,
     *,
     ttl_days: float | None = None,
     dry_run: bool = False,
@@ -192,7 +192,7 @@ def _last_check(
     return found, bool(ttl_unknown) and found.total == ttl_unknown, observed
 
 
-def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
+def _with_workspaces(upkeep: Maintenance, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
     """The holdings of insert groups whose rows are all still there, with counts by workspace where these are few."""
     named = {}
     for block in batch.blocks:
@@ -205,7 +205,7 @@ def _with_workspaces(upkeep: Upkeep, batch: Batch, own: PkSet, observed: dict[in
     return named
 
 
-def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
+def _last_exported_by(upkeep: Maintenance, batch: Batch) -> PkSet:
     """The rows of this batch that no later batch has exported again, or is about to export.
 
     If the batch marked all of its rows, rows with another mark are not its own: their pks began again.
@@ -219,7 +219,7 @@ def _last_exported_by(upkeep: Upkeep, batch: Batch) -> PkSet:
     return pks
 
 
-def _compact(upkeep: Upkeep, by: By, now_ms: int, kept_ms: int | None, retention: Retention) -> int:
+def _compact(upkeep: Maintenance, by: Actor, now_ms: int, kept_ms: int | None, retention: Retention) -> int:
     """Compacts swept batches past the ledger's window, if ClickHouse's TTL has deleted their entries by then."""
     if kept_ms is None:
         return 0

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import Severity, advice, needs_operator
-from auditexport_pipeline.core.dead_letters import LetterCounts, Which
+from auditexport_pipeline.core.dead_letters import DeadLetterFilter, LetterCounts
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.defs.failures import in_one_line
@@ -176,7 +176,7 @@ def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
                 names.clickhouse_of(context).audit_log(),
                 from_ms=now_ms - DAY_MS,
                 to_ms=now_ms,
-                by=By(who="check recent_exports_reconcile", why="the last 24 hours"),
+                by=Actor(who="check recent_exports_reconcile", why="the last 24 hours"),
                 count_places=False,
             )
         return dg.AssetCheckResult(
@@ -197,6 +197,6 @@ def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
         with in_one_line():
             outbox = names.mysql_of(context).outbox()
             gone = dead_letters.upkeep(outbox)
-            return letters_standing(dead_letters.count(outbox, Which()), gone)
+            return letters_standing(dead_letters.count(outbox, DeadLetterFilter()), gone)
 
     return no_dead_letters_standing

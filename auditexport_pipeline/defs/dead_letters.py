@@ -9,8 +9,8 @@ from typing import Any
 
 import dagster as dg
 
-from auditexport_pipeline.core.actions import By
-from auditexport_pipeline.core.dead_letters import LetterState, Which
+from auditexport_pipeline.core.actions import Actor
+from auditexport_pipeline.core.dead_letters import DeadLetterFilter, LetterState
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.defs.config import checked
@@ -38,11 +38,11 @@ RETRY = {
 }
 
 
-def _which(settings: Mapping[str, Any]) -> Which:
+def _which(settings: Mapping[str, Any]) -> DeadLetterFilter:
     """The letters that are meant; raises `InvalidConfig` when none of the filters is given and `everything` is not."""
     if settings["older_than_s"] < 0:
         raise InvalidConfig(f"older_than_s is {settings['older_than_s']}; it must be 0 or more")
-    which = Which(
+    which = DeadLetterFilter(
         state=LetterState.DISCARDED if settings["discarded"] else LetterState.OPEN,
         workspace_id=settings["workspace_id"] or None,
         reason=settings["reason"] or None,
@@ -57,7 +57,7 @@ def _which(settings: Mapping[str, Any]) -> Which:
 
 def _check(settings: Mapping[str, Any]) -> None:
     _which(settings)
-    By(who=settings["who"] or "the run", why=settings["why"])
+    Actor(who=settings["who"] or "the run", why=settings["why"])
 
 
 def retry_job(names: Names) -> dg.JobDefinition:
@@ -72,7 +72,7 @@ def retry_job(names: Names) -> dg.JobDefinition:
         settings = context.op_config
         with in_one_line():
             which = _which(settings)
-            by = By(who=settings["who"] or f"Dagster run {context.run_id}", why=settings["why"])
+            by = Actor(who=settings["who"] or f"Dagster run {context.run_id}", why=settings["why"])
             outbox = names.mysql_of(context).outbox()
             if settings["dry_run"]:
                 letters, gone = dead_letters.count(outbox, which).letters, 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete, VerificationFailed
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.reconcile import reconcile
@@ -34,10 +34,10 @@ _DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be do
 LONGEST_WINDOW_DAYS = 3_650
 
 
-def by_of(context: dg.OpExecutionContext, why: str) -> By:
+def by_of(context: dg.OpExecutionContext, why: str) -> Actor:
     """Who and why, by a launchpad's form with these two fields."""
     who = context.op_config["who"] or f"Dagster run {context.run_id[:8]} of {context.job_name}"
-    return By(who=who, why=context.op_config.get("why") or why)
+    return Actor(who=who, why=context.op_config.get("why") or why)
 
 
 def _optional(kind: Any, meaning: str) -> dg.Field:
@@ -75,7 +75,7 @@ def _rows_of(settings: Mapping[str, Any]) -> RowFilter:
 
 def _check_requeue(settings: Mapping[str, Any]) -> None:
     _rows_of(settings)
-    By(who=settings["who"] or "the run", why=settings["why"])
+    Actor(who=settings["who"] or "the run", why=settings["why"])
 
 
 def requeue_job(names: Names) -> dg.JobDefinition:
@@ -246,7 +246,7 @@ def _check_window(settings: Mapping[str, Any]) -> None:
         from auditexport_pipeline.report import page  # only for who wants one: a run's start-up is part of its latency
 
         page.check_path(Path(settings["report_path"]))
-    By(who=settings["who"] or "the run", why=settings["why"])
+    Actor(who=settings["who"] or "the run", why=settings["why"])
 
 
 def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.pipeline import Pipeline
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
@@ -36,9 +36,9 @@ class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The store over this URL; raises `InvalidConfig`, which does not repeat the URL, for one of another kind."""
         return MySQLOutbox(self.url)
 
-    def upkeep(self) -> MySQLUpkeep:
+    def upkeep(self) -> MySQLMaintenance:
         """The same database, looked back at; raises as `outbox` does."""
-        return MySQLUpkeep(self.outbox())
+        return MySQLMaintenance(self.outbox())
 
 
 class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]

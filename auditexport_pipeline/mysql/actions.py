@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row
 
-from auditexport_pipeline.core.actions import Action, By
+from auditexport_pipeline.core.actions import Action, Actor
 from auditexport_pipeline.mysql.statements import statements
 
 # The column is TEXT: 65,535 bytes.
@@ -24,7 +24,7 @@ NAMED_ENTRIES = 100
 SQL = statements("mysql/actions.sql")
 
 
-def record(connection: Connection, verb: str, by: By, selection: Mapping[str, object], rows: int) -> int:
+def record(connection: Connection, verb: str, by: Actor, selection: Mapping[str, object], rows: int) -> int:
     """Writes one action and returns its id; call it in the transaction of what it records."""
     values = {
         "verb": verb,
@@ -85,7 +85,7 @@ def _action_of(row: Row[Any]) -> Action:
         action_id=row.action_id,
         at_ms=row.at_ms,
         verb=row.verb,
-        by=By(who=row.who, why=row.why),
+        by=Actor(who=row.who, why=row.why),
         selection=row.selection,
         rows=row.row_count,
     )

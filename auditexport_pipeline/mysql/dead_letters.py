@@ -12,18 +12,18 @@ from string import Template
 
 from sqlalchemy import Connection, Row, TextClause
 
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.dead_letters import (
     HELD,
     PAGE_LETTERS,
     Acted,
+    DeadLetterFilter,
     Letter,
     LetterCounts,
     LetterDetails,
     LetterState,
     RowState,
-    Which,
 )
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import DeadLetter
@@ -81,7 +81,7 @@ def held_by_detail(connection: Connection) -> dict[str, int]:
 
 def page(
     outbox: Database,
-    which: Which,
+    which: DeadLetterFilter,
     *,
     letters: int = PAGE_LETTERS,
     newest_first: bool = False,
@@ -99,7 +99,7 @@ def page(
         return [_letter(row) for row in connection.execute(_about("page", which, edge, direction=direction), values)]
 
 
-def count(outbox: Database, which: Which) -> LetterCounts:
+def count(outbox: Database, which: DeadLetterFilter) -> LetterCounts:
     """How many letters the filter names: by reason, by version, and by workspace for the ten with the most.
 
     Source: as `page`, or the index of what is counted when only the state is given; its cost grows with the
@@ -142,7 +142,7 @@ def show(outbox: Database, pk: int, *, with_payload: bool = False) -> LetterDeta
 # ── acting ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def retry(outbox: Database, which: Which, by: By, *, at_most: int | None = None) -> Acted:
+def retry(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: int | None = None) -> Acted:
     """Lets the rows of open or discarded letters go back to pending; the next drain tries them again.
 
     Durable effect, `CHUNK_LETTERS` at a time: the letters are `retried` (or `gone`, when their row is no longer
@@ -152,7 +152,7 @@ def retry(outbox: Database, which: Which, by: By, *, at_most: int | None = None)
     return _act(outbox, which, by, "retry", LetterState.RETRIED, HELD, at_most)
 
 
-def discard(outbox: Database, which: Which, by: By, *, at_most: int | None = None) -> Acted:
+def discard(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: int | None = None) -> Acted:
     """Gives open letters up: their rows stay in the outbox, unmarked, and no batch takes them.
 
     Durable effect: as `retry`, with `discarded`. A discarded letter can be retried. Raises `OutboxUnavailable`.
@@ -168,7 +168,7 @@ def upkeep(outbox: Database) -> int:
     """
     gone = 0
     for state in HELD:
-        for pks in _chunks(outbox, Which(state=state)):
+        for pks in _chunks(outbox, DeadLetterFilter(state=state)):
             with outbox.transaction("looking for the rows of dead letters") as connection:
                 pending = connection.execute(SQL["pending"], {"pks": list(pks)}).scalars()
                 without_row = pks - PkSet.of(pending)
@@ -179,8 +179,8 @@ def upkeep(outbox: Database) -> int:
 
 def _act(
     outbox: Database,
-    which: Which,
-    by: By,
+    which: DeadLetterFilter,
+    by: Actor,
     verb: str,
     to: LetterState,
     allowed: tuple[LetterState, ...],
@@ -207,7 +207,7 @@ def _act(
     return Acted(changed=changed, gone=gone, action_ids=tuple(action_ids))
 
 
-def _chunks(outbox: Database, which: Which, state: LetterState | None = None) -> Iterator[PkSet]:
+def _chunks(outbox: Database, which: DeadLetterFilter, state: LetterState | None = None) -> Iterator[PkSet]:
     """The pks of the letters that the filter names, in chunks; each chunk is read when it is needed."""
     from_pk = 0
     given = list(which.pks.chunks(CHUNK_LETTERS)) if which.pks is not None else [None]
@@ -237,7 +237,9 @@ def _set_gone(connection: Connection, pks: PkSet) -> int:
 # ── putting a statement together ─────────────────────────────────────────────────────────────────
 
 
-def _about(name: str, which: Which, edge: str | None = None, *, column: str = "", direction: str = "") -> TextClause:
+def _about(
+    name: str, which: DeadLetterFilter, edge: str | None = None, *, column: str = "", direction: str = ""
+) -> TextClause:
     """A statement of this file with the index and the conditions for these letters: pieces of the file, never data."""
     given = [condition for condition in (*_NARROWEST, "older_than_s") if getattr(which, condition) is not None]
     narrowest = next((condition for condition in _NARROWEST if condition in given), "everything")
@@ -256,7 +258,7 @@ def _about(name: str, which: Which, edge: str | None = None, *, column: str = ""
     )
 
 
-def _values(which: Which) -> dict[str, object]:
+def _values(which: DeadLetterFilter) -> dict[str, object]:
     values: dict[str, object] = {
         "state": which.state.value if which.state is not None else None,
         "workspace_id": which.workspace_id,

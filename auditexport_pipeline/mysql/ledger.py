@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.core.ledger import BatchDetails, LedgerBatch, WhichBatches
+from auditexport_pipeline.core.ledger import BatchDetails, BatchFilter, LedgerBatch
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.statements import statements
@@ -26,13 +26,13 @@ CLOCK_STEP_MS = DAY_MS
 _BEYOND_ALL = 2**63 - 1
 
 
-def list_batches(outbox: MySQLOutbox, which: WhichBatches, limit: int) -> list[LedgerBatch]:
+def list_batches(outbox: MySQLOutbox, which: BatchFilter, limit: int) -> list[LedgerBatch]:
     """The newest `limit` of these batches, newest first, by pages of the ledger."""
     found = [line for state in which.states or (None,) for line in _newest(outbox, which, state, limit)]
     return sorted(found, key=lambda line: -line.batch_id)[:limit]
 
 
-def _newest(outbox: MySQLOutbox, which: WhichBatches, state: State | None, limit: int) -> list[LedgerBatch]:
+def _newest(outbox: MySQLOutbox, which: BatchFilter, state: State | None, limit: int) -> list[LedgerBatch]:
     found: list[LedgerBatch] = []
     for line in _all(outbox, which.before_id or _BEYOND_ALL, state):
         if which.since_ms is not None and line.claimed_at_ms < which.since_ms:

@@ -1,4 +1,4 @@
-"""MySQL for requeue, sweep and reconcile, behind `core.ports.Upkeep`.
+"""MySQL for requeue, sweep and reconcile, behind `core.ports.Maintenance`.
 
 What belongs here: reading batches and marks over a window, clearing and deleting rows in bounded chunks, and the
 record of who did it. What does not: the statements (`maintenance.sql`), the life of a batch (`mysql.outbox`), and
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row
 
-from auditexport_pipeline.core.actions import Action, By, Erasure, RecordedErasure, RowFilter
+from auditexport_pipeline.core.actions import Action, Actor, Erasure, RecordedErasure, RowFilter
 from auditexport_pipeline.core.batch import Batch, Holding, State, compacted_text, observed_to_text
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy
@@ -31,8 +31,8 @@ SCAN_PKS = 20_000
 STAMPS_AT_ONCE = 20
 
 
-class MySQLUpkeep:
-    """`core.ports.Upkeep` over the same database as a `MySQLOutbox`."""
+class MySQLMaintenance:
+    """`core.ports.Maintenance` over the same database as a `MySQLOutbox`."""
 
     def __init__(self, outbox: MySQLOutbox) -> None:
         self.outbox = outbox
@@ -159,7 +159,7 @@ class MySQLUpkeep:
 
     # ── effects ──────────────────────────────────────────────────────────────────────────────────
 
-    def record_action(self, verb: str, by: By, selection: Mapping[str, object]) -> int:
+    def record_action(self, verb: str, by: Actor, selection: Mapping[str, object]) -> int:
         """Writes the record of an action, which counts the rows of all its effects; returns its id."""
         with self.outbox.transaction(f"recording a {verb}") as connection:
             return actions.record(connection, verb, by, selection, 0)
@@ -206,7 +206,7 @@ class MySQLUpkeep:
         with self.outbox.transaction(f"recording batch {batch_id} as swept") as connection:
             connection.execute(SQL["record_swept"], {"batch_id": batch_id})
 
-    def compact(self, before_ms: int, batches: int, by: By) -> int:
+    def compact(self, before_ms: int, batches: int, by: Actor) -> int:
         """Compacts swept batches exported before, at most `batches`, and records it; returns how many."""
         with self.outbox.transaction("compacting the ledger") as connection:
             due = [
@@ -225,7 +225,7 @@ class MySQLUpkeep:
         """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
         return dead_letters.upkeep(self.outbox)
 
-    def add_erasures(self, by: By, erasures: Collection[Erasure]) -> int:
+    def add_erasures(self, by: Actor, erasures: Collection[Erasure]) -> int:
         """Records erasures, all or none, and returns the action's id."""
         with self.outbox.transaction("recording erasures") as connection:
             workspaces = sorted({erasure.workspace_id for erasure in erasures})
@@ -250,7 +250,7 @@ class MySQLUpkeep:
                     workspace_id=row.workspace_id, event_id=row.event_id, from_ms=row.from_ms, to_ms=row.to_ms
                 ),
                 at_ms=row.at_ms,
-                by=By(who=row.who, why=row.why),
+                by=Actor(who=row.who, why=row.why),
                 newest_pk=_newest_pk(row.selection),
             )
             for row in self.outbox.rows("reading erasures", SQL["erasures"])

@@ -12,7 +12,7 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.advice import Severity, advice, verdict
 from auditexport_pipeline.core.series import DAY_MS, Grid, Hour, LagBin
 from auditexport_pipeline.core.targets import Targets
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.status import read_status, targets
 from auditexport_pipeline.report import source as counting
@@ -33,7 +33,7 @@ def gather(
     The window is cut to what there can be: from the first export, or the table's TTL, up to now. The advice is held
     against the targets of the environment unless others are given. Raises as the stores do.
     """
-    upkeep = MySQLUpkeep(outbox)
+    upkeep = MySQLMaintenance(outbox)
     now_ms = upkeep.now_ms()
     to_ms = min(to_ms, now_ms)
     kept_ms = log.kept_ms()

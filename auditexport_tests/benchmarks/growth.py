@@ -27,12 +27,12 @@ import psutil
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.local.stack import LocalStack
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.benchmarks import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ TICKS = 2_000
 # Of a Dagster run: so many rows, in one batch or in so many.
 RUN_ROWS, RUN_BATCHES = 1_000, 10
 TRIP_ROWS = (1_000, 5_000, 25_000)
-BY = By(who="benchmark", why="counting")
+BY = Actor(who="benchmark", why="counting")
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def ledger_bytes(stack: LocalStack) -> dict[str, float]:
     claims = _drain(stack, rows=1_000, batches=10)
     together, apart = (claim.batch_id for claim in claims[:2])
     found = {"rows together": _copied(stack, together), "667 rows apart": _copied(stack, apart)}
-    upkeep = MySQLUpkeep(stack.outbox)
+    upkeep = MySQLMaintenance(stack.outbox)
     sweep(stack.outbox, upkeep, stack.log, Retention(outbox_days=0), BY)
     assert upkeep.compact(upkeep.now_ms() + 1, 10, BY) == len(claims)
     return {**found, "the record only": _copied(stack, together)}

@@ -34,9 +34,9 @@ from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.clickhouse import connection as clickhouse_connection
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, limits, reconcile, requeue, sweep, verify
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
-from auditexport_pipeline.core.dead_letters import Which
+from auditexport_pipeline.core.dead_letters import DeadLetterFilter
 from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, TransientError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
@@ -44,7 +44,7 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
 from auditexport_pipeline.mysql import connection as mysql
 from auditexport_pipeline.mysql import dead_letters
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.session import MARK_LOCK_WAIT_S
 
@@ -57,7 +57,7 @@ _PROCESSES.set_forkserver_preload([__name__])
 LEASE_S = 5
 INSERT_TIMEOUT_S = 1
 UPKEEP_RETRIES = 1
-BY = By(who="chaos", why="to see what happens")
+BY = Actor(who="chaos", why="to see what happens")
 # What a refused zombie is told; one line of it, whoever refuses.
 REFUSED = re.compile(r"is refused and changed nothing|came late and changed nothing|nothing was written|; run again$")
 
@@ -251,7 +251,7 @@ def _step(run: Run, told: Told) -> _Step:
 def _upkeep(run: Run, told: Told) -> None:
     """One verb of an operator, as its job does it."""
     outbox = OffsetOutbox(run.mysql_url, run.clock)
-    upkeep = MySQLUpkeep(outbox)
+    upkeep = MySQLMaintenance(outbox)
     log = ClickHouseAuditLog(run.clickhouse_url)
     asked = run.arguments
 
@@ -264,10 +264,10 @@ def _upkeep(run: Run, told: Told) -> None:
         return sweep.sweep(outbox, upkeep, log, sweep.Retention(outbox_days=asked["days"], chunk_rows=7), BY).rows
 
     def retry_letters() -> int:
-        return dead_letters.retry(outbox, Which(state=None, pks=PkSet.of(asked["pks"])), BY).changed
+        return dead_letters.retry(outbox, DeadLetterFilter(state=None, pks=PkSet.of(asked["pks"])), BY).changed
 
     def discard_letters() -> int:
-        return dead_letters.discard(outbox, Which(pks=PkSet.of(asked["pks"])), BY).changed
+        return dead_letters.discard(outbox, DeadLetterFilter(pks=PkSet.of(asked["pks"])), BY).changed
 
     def reconcile_all() -> int:
         repair = BY if asked.get("repair") else None

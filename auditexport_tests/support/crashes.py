@@ -137,8 +137,8 @@ class CrashingAuditLog(Crashing):
     PLACES: Mapping[str, str] = {"insert": "insert", "deadline_ms": "deadline"}
 
 
-class CrashingUpkeep(Crashing):
-    """`core.ports.Upkeep`."""
+class CrashingMaintenance(Crashing):
+    """`core.ports.Maintenance`."""
 
     PLACES: Mapping[str, str] = _named_alike(
         "record_action", "unmark", "delete", "record_swept", "close_letters", "compact"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.sweep import Retention, sweep
@@ -107,14 +107,14 @@ def test_a_batch_that_is_not_there_is_status_1(prompt: Prompt) -> None:
 
 def test_a_requeue_and_a_swept_batch_say_what_they_are(prompt: Prompt, stack: Stack) -> None:
     """Months later somebody asks why there are two batches with the same rows, and where the rows of one went."""
-    requeue(stack.outbox, stack.upkeep, stack.log, RowFilter(batch_ids=(1,)), By(who="me", why="again"))
+    requeue(stack.outbox, stack.upkeep, stack.log, RowFilter(batch_ids=(1,)), Actor(who="me", why="again"))
     drain(stack.outbox, stack.log, Limits(), owner="run-c", dead_owners=("run-b",))
     again = [one for one in listed(prompt) if one["generation"] == 1]
     assert [one["rows"] for one in again] == [json.loads(prompt("batches", "show", "1", "--json").output)["rows"]]
     assert "generation 1, a requeue" in prompt("batches", "show", str(again[0]["batch_id"])).output
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = deleted_at - 500 * 86400000 WHERE deleted_at IS NOT NULL")
     stack.sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = exported_at_ms - 500 * 86400000 WHERE batch_id > 0")
-    sweep(stack.outbox, stack.upkeep, stack.log, Retention(), By(who="me", why="retention"))
+    sweep(stack.outbox, stack.upkeep, stack.log, Retention(), Actor(who="me", why="retention"))
     told = json.loads(prompt("batches", "show", "2", "--json").output)
     assert (told["state"], told["swept_rows"], told["pks"]) == ("compacted", told["rows"], "")
     assert "compacted" in prompt("batches", "show", "2").output

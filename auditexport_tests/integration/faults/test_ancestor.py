@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.clickhouse.audit_log import connection_arguments
-from auditexport_pipeline.core.actions import By, Erasure
+from auditexport_pipeline.core.actions import Actor, Erasure
 from auditexport_pipeline.core.errors import TransientError
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
@@ -20,7 +20,7 @@ from auditexport_tests.benchmarks import ancestor
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import CrashingOutbox, CrashPoint, drain
 
-BY = By(who="auditor", why="a test")
+BY = Actor(who="auditor", why="a test")
 ROWS = 30
 MARKS = 300
 
@@ -48,7 +48,7 @@ def ago(stack: Stack, days: int) -> int:
     return stack.upkeep.now_ms() - days * DAY_MS
 
 
-def look(stack: Stack, *, days: float = 10_000, repair: By | None = None) -> Report:
+def look(stack: Stack, *, days: float = 10_000, repair: Actor | None = None) -> Report:
     now_ms = stack.upkeep.now_ms()
     return reconcile(
         stack.outbox, stack.upkeep, stack.log, from_ms=max(0, now_ms - int(days * DAY_MS)), to_ms=now_ms, repair=repair

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from auditexport_pipeline.core.actions import By, Erasure, RowFilter
+from auditexport_pipeline.core.actions import Actor, Erasure, RowFilter
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
@@ -15,7 +15,7 @@ from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 
-BY = By(who="auditor", why="a test")
+BY = Actor(who="auditor", why="a test")
 ROWS = 50
 
 

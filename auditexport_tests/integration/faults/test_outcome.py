@@ -9,7 +9,7 @@ import pytest
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.errors import OutboxUnavailable
 from auditexport_pipeline.defs import assets
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import Exporter, events, ledger
@@ -118,7 +118,7 @@ def test_a_sweep_fails_whichever_attempt_of_its_step_found_the_loss(
     stack.put(*events(3))
     assert exporter.drain().success
     lose(stack, "evt_0")
-    fails_once(monkeypatch, "close_letters", MySQLUpkeep)
+    fails_once(monkeypatch, "close_letters", MySQLMaintenance)
     result = launch(exporter, "sweep_exported_rows", "sweep_rows", outbox_days=0)
     assert [str(batch.state) for batch in ledger(stack)] == ["discrepant"]
     assert not result.success, "a sweep that found a loss ended green"
@@ -133,16 +133,16 @@ def test_a_reconciliation_fails_whichever_attempt_of_its_step_found_the_loss(
     stack.put(*events(3))
     assert exporter.drain().success
     lose(stack, "evt_0")
-    real = MySQLUpkeep.record_action
+    real = MySQLMaintenance.record_action
     calls: list[int] = []
 
-    def dies_after_the_repair(self: MySQLUpkeep, *arguments: Any, **named: Any) -> Any:
+    def dies_after_the_repair(self: MySQLMaintenance, *arguments: Any, **named: Any) -> Any:
         if stack.pending() and not calls:
             calls.append(1)
             raise OutboxUnavailable("MySQL failed while testing; run again")
         return real(self, *arguments, **named)
 
-    monkeypatch.setattr(MySQLUpkeep, "record_action", dies_after_the_repair)
+    monkeypatch.setattr(MySQLMaintenance, "record_action", dies_after_the_repair)
     result = launch(exporter, "reconcile_audit_logs", "reconcile_window", repair=True)
     assert stack.pending() == 1, "what was lost is requeued"
     assert not result.success, "a reconciliation that found a loss ended green"

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
@@ -21,7 +21,7 @@ from auditexport_tests.support.crashes import drain
 
 pytestmark = pytest.mark.clickhouse_sensitive
 
-BY = By(who="auditor", why="a test")
+BY = Actor(who="auditor", why="a test")
 ROWS = 6
 AT = "toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC'))"
 Prompt = Callable[..., Result]

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_tests.conftest import Stack
@@ -102,7 +102,7 @@ def test_marks_of_scattered_pks_never_read_the_whole_outbox(stack: Stack) -> Non
     pks = put_every_second(stack, ROWS)
     with statements_on_the_outbox() as sent:
         drain(stack.outbox, stack.log, Limits(mark_rows=ROWS, mark_connections=1), owner="run_1")
-        action_id = stack.upkeep.record_action("requeue", By(who="ada", why="a test"), {})
+        action_id = stack.upkeep.record_action("requeue", Actor(who="ada", why="a test"), {})
         stack.upkeep.by_workspace(pks)
         stack.upkeep.count_due(pks, 2**62)
         stack.upkeep.dead_among(pks)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.core.actions import By
-from auditexport_pipeline.core.dead_letters import HELD, LetterState, RowState, Which
+from auditexport_pipeline.core.actions import Actor
+from auditexport_pipeline.core.dead_letters import HELD, DeadLetterFilter, LetterState, RowState
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
@@ -21,7 +21,7 @@ from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, run, small_event
 
-OPERATOR = By(who="ada", why="the writer is fixed")
+OPERATOR = Actor(who="ada", why="the writer is fixed")
 # Planted in payloads: found anywhere else, it has leaked.
 CANARY = "canary-5d1c"
 
@@ -66,13 +66,13 @@ def test_a_fixed_row_goes_out_after_a_retry_and_its_letter_is_closed(stack: Stac
     mend(stack, pk)
     assert run(stack, "two") == 0
 
-    acted = dead_letters.retry(stack.outbox, Which(), OPERATOR)
+    acted = dead_letters.retry(stack.outbox, DeadLetterFilter(), OPERATOR)
     run(stack, "three")
 
     assert (acted.changed, acted.gone, len(acted.action_ids)) == (1, 0, 1)
     assert stack.counts() == (1, 1)
     assert stack.pending() == 0
-    assert dead_letters.count(stack.outbox, Which()).letters == 0
+    assert dead_letters.count(stack.outbox, DeadLetterFilter()).letters == 0
     details = dead_letters.show(stack.outbox, pk)
     assert details is not None
     assert (details.letter.state, details.row) == (LetterState.RETRIED, RowState.EXPORTED)
@@ -86,7 +86,7 @@ def test_a_row_that_fails_its_retry_opens_its_letter_again(stack: Stack) -> None
     (pk,) = stack.put(bad("evt_1"))
     run(stack)
     first = dead_letters.show(stack.outbox, pk)
-    dead_letters.retry(stack.outbox, Which(), OPERATOR)
+    dead_letters.retry(stack.outbox, DeadLetterFilter(), OPERATOR)
     assert states(stack) == {pk: "retried"}
     assert run(stack, "two") == 1
 
@@ -103,7 +103,9 @@ def test_a_discarded_row_stays_where_it_is_and_is_never_claimed_again(stack: Sta
     """Giving an event up is a decision about its export; the application's row is not ours to mark or delete."""
     (pk,) = stack.put(bad("evt_1"))
     run(stack)
-    acted = dead_letters.discard(stack.outbox, Which(pks=PkSet.of([pk])), By(who="ada", why="a test account"))
+    acted = dead_letters.discard(
+        stack.outbox, DeadLetterFilter(pks=PkSet.of([pk])), Actor(who="ada", why="a test account")
+    )
     assert acted.changed == 1
     mend(stack, pk)
 
@@ -112,8 +114,8 @@ def test_a_discarded_row_stays_where_it_is_and_is_never_claimed_again(stack: Sta
     backlog = stack.outbox.backlog(tuple(VERSIONS), count_to=100)
     assert (backlog.rows, backlog.lag_s, backlog.dead_rows) == (0, 0.0, 0)
     # Discarding again changes nothing; thinking again is possible, and is a retry.
-    assert dead_letters.discard(stack.outbox, Which(), OPERATOR).changed == 0
-    assert dead_letters.retry(stack.outbox, Which(state=LetterState.DISCARDED), OPERATOR).changed == 1
+    assert dead_letters.discard(stack.outbox, DeadLetterFilter(), OPERATOR).changed == 0
+    assert dead_letters.retry(stack.outbox, DeadLetterFilter(state=LetterState.DISCARDED), OPERATOR).changed == 1
     run(stack, "three")
     assert stack.counts() == (1, 1)
     assert [verb for verb, *_ in recorded(stack)] == ["retry", "discard"]
@@ -132,7 +134,9 @@ def test_a_letter_whose_row_was_deleted_or_marked_is_gone(stack: Stack, verb: st
         assert dead_letters.upkeep(stack.outbox) == 0
         assert recorded(stack) == []
     else:
-        acted = (dead_letters.retry if verb == "retry" else dead_letters.discard)(stack.outbox, Which(), OPERATOR)
+        acted = (dead_letters.retry if verb == "retry" else dead_letters.discard)(
+            stack.outbox, DeadLetterFilter(), OPERATOR
+        )
         assert (acted.changed, acted.gone) == (1, 2)
         assert recorded(stack) == [(verb, "ada", "the writer is fixed", 1)]
     left = {"retry": "retried", "discard": "discarded", "upkeep": "open"}[verb]
@@ -173,18 +177,18 @@ def _various(stack: Stack) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("which", "found"),
     [
-        (Which(), ["a_type", "a_field", "b_type", "b_type_old"]),
-        (Which(workspace_id="ws_a"), ["a_type", "a_field"]),
-        (Which(reason="wrong_type"), ["a_type", "b_type", "b_type_old"]),
-        (Which(reason="wrong_type", workspace_id="ws_b"), ["b_type", "b_type_old"]),
-        (Which(version="audit_log.v1", older_than_s=3_600), ["b_type_old"]),
-        (Which(version="audit_log.v2"), []),
-        (Which(state=None, workspace_id="ws_b"), ["b_type", "b_type_old"]),
-        (Which(state=LetterState.DISCARDED), []),
+        (DeadLetterFilter(), ["a_type", "a_field", "b_type", "b_type_old"]),
+        (DeadLetterFilter(workspace_id="ws_a"), ["a_type", "a_field"]),
+        (DeadLetterFilter(reason="wrong_type"), ["a_type", "b_type", "b_type_old"]),
+        (DeadLetterFilter(reason="wrong_type", workspace_id="ws_b"), ["b_type", "b_type_old"]),
+        (DeadLetterFilter(version="audit_log.v1", older_than_s=3_600), ["b_type_old"]),
+        (DeadLetterFilter(version="audit_log.v2"), []),
+        (DeadLetterFilter(state=None, workspace_id="ws_b"), ["b_type", "b_type_old"]),
+        (DeadLetterFilter(state=LetterState.DISCARDED), []),
     ],
     ids=lambda value: str(value) if isinstance(value, list) else "",
 )
-def test_filters_mean_the_same_to_every_verb(stack: Stack, which: Which, found: list[str]) -> None:
+def test_filters_mean_the_same_to_every_verb(stack: Stack, which: DeadLetterFilter, found: list[str]) -> None:
     """Who has looked at a list and then retries by the same filter must act on what was listed."""
     pks = _various(stack)
     expected = [pks[name] for name in found]
@@ -198,8 +202,8 @@ def test_pks_and_a_number_limit_what_is_retried(stack: Stack) -> None:
     """The careful way: a few first, and by name."""
     pks = stack.put(*(bad(f"evt_{number}") for number in range(6)))
     run(stack)
-    assert dead_letters.retry(stack.outbox, Which(), OPERATOR, at_most=2).changed == 2
-    named = Which(pks=PkSet.of([pks[0], pks[3], pks[5]]))
+    assert dead_letters.retry(stack.outbox, DeadLetterFilter(), OPERATOR, at_most=2).changed == 2
+    named = DeadLetterFilter(pks=PkSet.of([pks[0], pks[3], pks[5]]))
     assert dead_letters.retry(stack.outbox, named, OPERATOR).changed == 2
     assert [pk for pk, state in states(stack).items() if state == "retried"] == [pks[0], pks[1], pks[3], pks[5]]
 
@@ -212,7 +216,7 @@ def test_pages_follow_one_another_in_both_directions(stack: Stack) -> None:
         seen: list[int] = []
         beyond_pk = None
         while found := dead_letters.page(
-            stack.outbox, Which(), letters=3, newest_first=newest_first, beyond_pk=beyond_pk
+            stack.outbox, DeadLetterFilter(), letters=3, newest_first=newest_first, beyond_pk=beyond_pk
         ):
             seen += [letter.pk for letter in found]
             beyond_pk = seen[-1]
@@ -224,7 +228,7 @@ def test_counts_name_reasons_versions_and_the_workspaces_with_the_most(stack: St
     _various(stack)
     stack.put(*(bad(f"evt_x{number}", f"ws_{number:02}") for number in range(12)))
     run(stack, "two")
-    counts = dead_letters.count(stack.outbox, Which())
+    counts = dead_letters.count(stack.outbox, DeadLetterFilter())
     assert (counts.letters, counts.by_version) == (16, {"audit_log.v1": 16})
     assert counts.by_reason == {"wrong_type": 15, "missing_field": 1}
     assert len(counts.by_workspace) == dead_letters.TOP_WORKSPACES
@@ -235,15 +239,15 @@ def test_counts_name_reasons_versions_and_the_workspaces_with_the_most(stack: St
 def test_a_filter_that_means_nothing_is_refused(nonsense: dict[str, object]) -> None:
     """An empty variable in somebody's script must not become every letter there is."""
     with pytest.raises(InvalidConfig):
-        Which(**nonsense)  # type: ignore[arg-type]
+        DeadLetterFilter(**nonsense)  # type: ignore[arg-type]
 
 
 def test_only_the_state_narrows_nothing() -> None:
     """What the prompt refuses to act on without being told `--all`."""
-    assert Which().everything
-    assert Which(state=LetterState.DISCARDED).everything
-    assert not Which(older_than_s=0).everything
-    assert not Which(pks=PkSet.of([1])).everything
+    assert DeadLetterFilter().everything
+    assert DeadLetterFilter(state=LetterState.DISCARDED).everything
+    assert not DeadLetterFilter(older_than_s=0).everything
+    assert not DeadLetterFilter(pks=PkSet.of([1])).everything
 
 
 # ── records ──────────────────────────────────────────────────────────────────────────────────────
@@ -264,10 +268,10 @@ def test_each_chunk_and_its_record_are_one_transaction(stack: Stack, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(actions, "record", fails_at_the_third)
         with pytest.raises(RuntimeError):
-            dead_letters.discard(stack.outbox, Which(), OPERATOR)
+            dead_letters.discard(stack.outbox, DeadLetterFilter(), OPERATOR)
     assert list(states(stack).values()) == ["discarded"] * 6 + ["open"] * 2
 
-    acted = dead_letters.discard(stack.outbox, Which(), OPERATOR)
+    acted = dead_letters.discard(stack.outbox, DeadLetterFilter(), OPERATOR)
     assert acted.changed == 2
     assert [rows for *_, rows in recorded(stack)] == [2, 3, 3]
     with stack.outbox.transaction("reading actions") as connection:
@@ -286,8 +290,8 @@ def test_two_operators_at_once_share_the_letters_and_each_record_is_true(stack: 
     stack.put(*(bad(f"evt_{number}") for number in range(300)))
     run(stack)
     with ThreadPoolExecutor(2) as pool:
-        retried = pool.submit(dead_letters.retry, stack.outbox, Which(), By(who="ada", why="fixed"))
-        discarded = pool.submit(dead_letters.discard, stack.outbox, Which(), By(who="bob", why="noise"))
+        retried = pool.submit(dead_letters.retry, stack.outbox, DeadLetterFilter(), Actor(who="ada", why="fixed"))
+        discarded = pool.submit(dead_letters.discard, stack.outbox, DeadLetterFilter(), Actor(who="bob", why="noise"))
         changed = (retried.result().changed, discarded.result().changed)
     assert sum(changed) == 300
     assert sum(rows for *_, rows in recorded(stack)) == 300
@@ -299,12 +303,12 @@ def test_a_payload_is_shown_only_on_request_and_kept_nowhere(stack: Stack) -> No
     """Audit payloads hold what people did; a letter's list goes into tickets and chats."""
     (pk,) = stack.put(bad("evt_1"))
     run(stack)
-    dead_letters.retry(stack.outbox, Which(), OPERATOR)
+    dead_letters.retry(stack.outbox, DeadLetterFilter(), OPERATOR)
     run(stack, "two")
     told = repr(
         (
-            dead_letters.page(stack.outbox, Which()),
-            dead_letters.count(stack.outbox, Which()),
+            dead_letters.page(stack.outbox, DeadLetterFilter()),
+            dead_letters.count(stack.outbox, DeadLetterFilter()),
             dead_letters.show(stack.outbox, pk),
             stack.sql("SELECT * FROM clickhouse_outbox_dead_letter"),
             stack.sql("SELECT * FROM clickhouse_outbox_action"),
@@ -351,18 +355,18 @@ def many(stack: Stack) -> Stack:
 @pytest.mark.parametrize(
     ("which", "key", "rows"),
     [
-        (Which(), "letter_pk_idx", 512),
-        (Which(reason="rare"), "letter_reason_idx", 8),
-        (Which(workspace_id="rare"), "letter_workspace_idx", 8),
-        (Which(version="v0"), "letter_version_idx", 8),
-        (Which(older_than_s=5), "letter_pk_idx", 512),
-        (Which(pks=PkSet.of([8, 16, 4_000, 4_008])), "PRIMARY", 4),
+        (DeadLetterFilter(), "letter_pk_idx", 512),
+        (DeadLetterFilter(reason="rare"), "letter_reason_idx", 8),
+        (DeadLetterFilter(workspace_id="rare"), "letter_workspace_idx", 8),
+        (DeadLetterFilter(version="v0"), "letter_version_idx", 8),
+        (DeadLetterFilter(older_than_s=5), "letter_pk_idx", 512),
+        (DeadLetterFilter(pks=PkSet.of([8, 16, 4_000, 4_008])), "PRIMARY", 4),
     ],
     ids=["open", "reason", "workspace", "version", "age", "pks"],
 )
 @pytest.mark.parametrize("edge", [None, "from", "below"])
 def test_a_page_of_letters_reads_its_index_in_order(
-    many: Stack, which: Which, key: str, rows: int, edge: str | None
+    many: Stack, which: DeadLetterFilter, key: str, rows: int, edge: str | None
 ) -> None:
     """The list is asked for in the middle of a flood, when sorting all letters takes longest."""
     direction = "DESC" if edge == "below" else "ASC"
@@ -390,7 +394,7 @@ def _rows_read(connection: sa.Connection) -> int:
 @pytest.mark.parametrize("column", ["reason", "workspace_id", "version"])
 def test_counting_open_letters_reads_an_index_only(many: Stack, column: str) -> None:
     """The check and every list count; over the letters themselves each count would read a million of them."""
-    statement = dead_letters._about("count", Which(), column=column).text
+    statement = dead_letters._about("count", DeadLetterFilter(), column=column).text
     with many.outbox.engine.connect() as connection:
         (step,) = connection.execute(
             sa.text(f"EXPLAIN FORMAT=TRADITIONAL {statement}"), {"state": "open", "row_limit": 10}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core.actions import By, Erasure
+from auditexport_pipeline.core.actions import Actor, Erasure
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, StoredEntry
@@ -26,7 +26,7 @@ from auditexport_tests.support.builders import merge, runner, small_event, stop_
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
-BY = By(who="auditor", why="a test")
+BY = Actor(who="auditor", why="a test")
 LIMITS = Limits(batch_rows=20, blocks_per_batch=2, mark_rows=5, mark_connections=1)
 ROWS = 60
 run = runner(LIMITS)

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import Requeue, requeue
@@ -21,11 +21,11 @@ from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, runner, small_event, stop_merges
-from auditexport_tests.support.crashes import Crash, CrashingUpkeep, CrashPoint
+from auditexport_tests.support.crashes import Crash, CrashingMaintenance, CrashPoint
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
-BY = By(who="operator", why="a test")
+BY = Actor(who="operator", why="a test")
 LIMITS = Limits(batch_rows=10, mark_rows=5, mark_connections=1)
 ROWS = 30
 run = runner(LIMITS)
@@ -124,7 +124,7 @@ def test_a_requeue_of_everything_by_accident_is_refused(exported: Stack) -> None
     with pytest.raises(InvalidConfig, match="batch_ids names 77"):
         again(exported, batch_ids=(1, 77))
     with pytest.raises(InvalidConfig, match="who is empty"):
-        By(who=" ", why="because")
+        Actor(who=" ", why="because")
 
 
 def test_requeued_events_are_once_in_the_view_at_once_and_keep_their_time(exported: Stack) -> None:
@@ -298,7 +298,7 @@ def test_a_sweep_that_dies_anywhere_is_taken_up_and_every_row_counted_once(
         age(exported, batch_id, 500)
     point = CrashPoint(f"{side} {effect}")
     with pytest.raises(Crash):
-        sweep(exported.outbox, CrashingUpkeep(exported.upkeep, point), exported.log, Retention(chunk_rows=4), BY)
+        sweep(exported.outbox, CrashingMaintenance(exported.upkeep, point), exported.log, Retention(chunk_rows=4), BY)
     assert point.reached
     swept(exported, chunk_rows=4)
 
@@ -318,7 +318,7 @@ def test_a_requeue_that_dies_anywhere_is_repeated_and_exports_once(
     """Half of the rows pending is a state like any other; the second call finds the rest."""
     monkeypatch.setattr("auditexport_pipeline.core.requeue.CHUNK_ROWS", 7)
     point = CrashPoint(f"{side} {effect}")
-    crashing = CrashingUpkeep(exported.upkeep, point)
+    crashing = CrashingMaintenance(exported.upkeep, point)
     with pytest.raises(Crash):
         requeue(exported.outbox, crashing, exported.log, RowFilter(batch_ids=(1, 2)), BY)
     cleared = len(pending(exported))
@@ -346,7 +346,7 @@ def test_a_sweep_that_slept_leaves_what_was_requeued_meanwhile(exported: Stack, 
             run(exported)
 
     point = CrashPoint("before delete 1", then=meanwhile)
-    sweep(exported.outbox, CrashingUpkeep(exported.upkeep, point), exported.log, Retention(), BY)
+    sweep(exported.outbox, CrashingMaintenance(exported.upkeep, point), exported.log, Retention(), BY)
 
     assert point.reached
     left = exported.sql("SELECT event_id FROM clickhouse_outbox ORDER BY pk")

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from auditexport_pipeline.cli import metrics as cli_metrics
 from auditexport_pipeline.cli.metrics import OutboxCollector, OutboxReader, server_for
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.metrics import NAMES
 from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
@@ -44,7 +44,7 @@ from auditexport_tests.support.waiting import wait_until
 from auditexport_tests.unit.test_architecture import PACKAGE
 
 DEAD_MYSQL = "mysql+pymysql://nobody:very-secret@127.0.0.1:1/app"
-BY = By(who="ada", why="test")
+BY = Actor(who="ada", why="test")
 LABELS = {name: set(labels) for name, _, labels in NAMES}
 
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]

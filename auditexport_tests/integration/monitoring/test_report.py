@@ -312,12 +312,12 @@ def test_an_event_time_that_is_no_date_is_counted_and_breaks_nothing(stack: Stac
 
 def test_open_and_swept_batches_are_left_out_on_both_sides(stack: Stack) -> None:
     """Only one side could count them, and the picture would cry wolf every night after the sweep."""
-    from auditexport_pipeline.core.actions import By
+    from auditexport_pipeline.core.actions import Actor
     from auditexport_pipeline.core.sweep import Retention, sweep
 
     put(stack, hour=0, count=4, prefix="evt_old")
     export(stack)
-    sweep(stack.outbox, stack.upkeep, stack.log, Retention(outbox_days=0), By(who="a test", why="a test"))
+    sweep(stack.outbox, stack.upkeep, stack.log, Retention(outbox_days=0), Actor(who="a test", why="a test"))
     put(stack, hour=1, count=3, prefix="evt_new")
     export(stack)
     found = figures_of(stack)

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.actions import By
+from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import Advice, Severity, advice, needs_operator, verdict
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import State
@@ -31,7 +31,7 @@ from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.local.generator import seed_outbox
-from auditexport_pipeline.mysql.maintenance import MySQLUpkeep
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.status import read_status, targets
 from auditexport_pipeline.roles import MYSQL_GRANTS, Role
@@ -339,8 +339,8 @@ def test_times_are_shown_as_a_person_says_them() -> None:
 
 
 @pytest.fixture
-def by() -> By:
-    return By(who="ada", why="test")
+def by() -> Actor:
+    return Actor(who="ada", why="test")
 
 
 def test_an_empty_installation_is_healthy(stack: Stack) -> None:
@@ -350,7 +350,7 @@ def test_an_empty_installation_is_healthy(stack: Stack) -> None:
     assert (status.runs, status.open_batches, status.eta_s, status.first_claimed_at_ms) == ((), (), 0.0, None)
 
 
-def test_what_a_drain_did_is_in_the_status(stack: Stack, by: By) -> None:
+def test_what_a_drain_did_is_in_the_status(stack: Stack, by: Actor) -> None:
     """Backlog, rate, runs, letters and versions come from one ledger, and must agree with what was put in."""
     seed_outbox(stack.mysql_url, seed=5, events=120, malformed=4, unknown=6, writers=1)
     before = read_status(stack.outbox)
@@ -386,7 +386,7 @@ def test_open_batches_are_told_with_owner_lease_and_state(stack: Stack) -> None:
     assert one.about == "unverified"
 
 
-def test_a_reconciliation_leaves_when_by_whom_and_what_it_found(stack: Stack, by: By) -> None:
+def test_a_reconciliation_leaves_when_by_whom_and_what_it_found(stack: Stack, by: Actor) -> None:
     """Without a trace nobody can tell whether the proof was ever asked for."""
     seed_outbox(stack.mysql_url, seed=7, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -421,7 +421,7 @@ def test_a_reconciliation_leaves_when_by_whom_and_what_it_found(stack: Stack, by
     assert [one.about for one in advice(status, Targets())] == ["discrepant", "reconcile"]
 
 
-def test_a_sweep_is_told_and_one_that_is_late_as_well(stack: Stack, by: By) -> None:
+def test_a_sweep_is_told_and_one_that_is_late_as_well(stack: Stack, by: Actor) -> None:
     """An outbox that grows for ever ends an application's disk."""
     seed_outbox(stack.mysql_url, seed=8, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -470,14 +470,14 @@ def test_a_reader_reads_all_of_it_and_an_exporter_all_but_the_actions(
 
 
 def test_whoever_may_not_record_is_told_and_reconciles_all_the_same(
-    stack: Stack, by: By, as_role: Callable[[Role], MySQLOutbox]
+    stack: Stack, by: Actor, as_role: Callable[[Role], MySQLOutbox]
 ) -> None:
     """What was found must not be lost over a grant on the table of records."""
     seed_outbox(stack.mysql_url, seed=10, events=20, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
     sweeper = as_role(Role.SWEEPER)
     stack.sql(f"REVOKE INSERT ON clickhouse_outbox_action FROM '{sa.make_url(sweeper.url).username}'@'127.0.0.1'")
-    report = reconcile(sweeper, MySQLUpkeep(sweeper), stack.log, from_ms=0, to_ms=2**62, by=by)
+    report = reconcile(sweeper, MySQLMaintenance(sweeper), stack.log, from_ms=0, to_ms=2**62, by=by)
     assert report.clean
     assert "INSERT command denied" in report.unrecorded
     assert not reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62, by=by).unrecorded

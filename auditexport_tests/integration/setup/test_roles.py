@@ -21,7 +21,7 @@ from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.actions import By, RowFilter
+from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import requeue
@@ -143,7 +143,7 @@ def ground(mysql_server: str, clickhouse_of_its_own: LocalClickHouse, tmp_path: 
 def test_the_exporter_drains_requeues_included_and_may_do_nothing_else(ground: Ground) -> None:
     """The user that runs all day holds the least: not even a bug in it can delete a row."""
     stack = ground.stack
-    requeue(stack.outbox, stack.upkeep, stack.log, RowFilter(from_pk=1, to_pk=5), By(who="me", why="again"))
+    requeue(stack.outbox, stack.upkeep, stack.log, RowFilter(from_pk=1, to_pk=5), Actor(who="me", why="again"))
     seed_outbox(stack.mysql_url, seed=4, events=60, malformed=2, writers=1)
     with ground.as_role(Role.EXPORTER) as prompt:
         prompt("doctor")
