@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -256,7 +257,11 @@ def test_the_file_is_replaced_whole_for_the_node_exporter(
     path = tmp_path / "auditexport.prom"
     path.write_text("old")
     before = path.stat().st_ino
-    prompt("metrics", "--file", str(path))
+    umask = os.umask(0o077)
+    try:
+        prompt("metrics", "--file", str(path))
+    finally:
+        os.umask(umask)
     assert one(path.read_text(), "up") == 1
     assert path.stat().st_ino != before
     assert path.stat().st_mode & 0o777 == 0o644
