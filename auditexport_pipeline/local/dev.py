@@ -1,26 +1,20 @@
-"""`make dev`: the local stack, Dagster's page on it, and an application that keeps writing events.
-
-What belongs here: starting those together, switching the sensor and the schedule on, and taking all of
-it down again. What does not: the stack (`stack`) and the events (`generator`).
-"""
+"""`make dev`: the local stack, the Dagster UI on it, and an application that keeps writing events."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from rich.console import Console
 
 from auditexport_pipeline.core.errors import LocalServerFailed
 from auditexport_pipeline.local.generator import trickle
-from auditexport_pipeline.local.processes import Child, free_port
+from auditexport_pipeline.local.processes import Child, free_port, headers_of, is_free
 from auditexport_pipeline.local.stack import PROJECT, LocalStack
 
 # A backlog worth a run within seconds, so that one sees the sensor work.
@@ -36,56 +30,44 @@ def run(directory: Path, *, port: int, events_per_s: float, automation: bool = T
     they are: off, on a fresh stack.
     """
     console = Console()
-    with console.status("starting MySQL and ClickHouse"):
-        stack = LocalStack(directory)
-        stack.__enter__()
     stop = threading.Event()
-    try:
-        url = f"http://127.0.0.1:{port if _is_free(port) else (port := free_port())}"
-        environment = {
-            **stack.environment(),
-            "AUDITEXPORT_SENSOR_ROWS": os.environ.get("AUDITEXPORT_SENSOR_ROWS", str(SENSOR_ROWS)),
-            "AUDITEXPORT_SENSOR_LAG_S": os.environ.get("AUDITEXPORT_SENSOR_LAG_S", str(SENSOR_LAG_S)),
-        }
+    with contextlib.ExitStack() as running:
+        with console.status("starting MySQL and ClickHouse"):
+            stack = running.enter_context(LocalStack(directory))
+        port = port if is_free(port) else free_port()
+        url = f"http://127.0.0.1:{port}"
+        sensor = {"AUDITEXPORT_SENSOR_ROWS": str(SENSOR_ROWS), "AUDITEXPORT_SENSOR_LAG_S": str(SENSOR_LAG_S)}
+        environment = {**sensor, **stack.environment()}
         dagster = start_dagster(stack, environment, port)
-        try:
-            with console.status("starting Dagster: page, daemon and code location"):
-                dagster.wait_until(lambda: _answers(url), within_s=PAGE_WITHIN_S)
-            writer = threading.Thread(
-                target=trickle,
-                args=(stack.outbox.url,),
-                kwargs={"seed": int(time.time()), "events_per_s": events_per_s, "stop": stop},
-                daemon=True,
-            )
-            if events_per_s:
-                writer.start()
-            with console.status(
-                "setting the pool of drains" + (", switching the sensor and the schedule on" * automation)
-            ):
-                switch_on(environment, automation=automation)
-            console.print(
-                f"\n  Dagster       [bold]{url}[/bold]\n"
-                f"  the asset     {url}/assets/audit_logs_raw_v1\n"
-                f"  the sensor    {url}/locations/auditexport/sensors/outbox_backlog_sensor\n"
-                f"  MySQL         {stack.outbox.url}\n"
-                f"  ClickHouse    {stack.log.url}\n\n"
-                f"  An application commits about {events_per_s:g} events a second; the sensor"
-                f"{'' if automation else ', once you turn it on,'} starts a drain at "
-                f"{environment['AUDITEXPORT_SENSOR_ROWS']} rows or {environment['AUDITEXPORT_SENSOR_LAG_S']} s of lag.\n"
-                "  Ctrl-C stops everything.\n"
-            )
-            while dagster.running:
-                time.sleep(0.5)
-            raise LocalServerFailed(f"Dagster ended by itself: {dagster.log_tail()}")
-        finally:
-            stop.set()
-            dagster.stop()
-    finally:
-        stack.__exit__(None, None, None)
+        running.callback(dagster.stop)
+        running.callback(stop.set)
+        with console.status("starting Dagster: page, daemon and code location"):
+            dagster.wait_until(lambda: headers_of(port, "/server_info") is not None, within_s=PAGE_WITHIN_S)
+        if events_per_s:
+            seed = int(time.time())
+            threading.Thread(
+                target=lambda: trickle(stack.outbox.url, seed=seed, events_per_s=events_per_s, stop=stop), daemon=True
+            ).start()
+        with console.status("setting the pool of drains" + (", switching the sensor and the schedule on" * automation)):
+            switch_on(environment, automation=automation)
+        console.print(
+            f"\n  Dagster       [bold]{url}[/bold]\n"
+            f"  the asset     {url}/assets/audit_logs_raw_v1\n"
+            f"  the sensor    {url}/locations/auditexport/sensors/outbox_backlog_sensor\n"
+            f"  MySQL         {stack.outbox.url}\n"
+            f"  ClickHouse    {stack.log.url}\n\n"
+            f"  An application commits about {events_per_s:g} events a second; the sensor"
+            f"{'' if automation else ', once you turn it on,'} starts a drain at "
+            f"{environment['AUDITEXPORT_SENSOR_ROWS']} rows or {environment['AUDITEXPORT_SENSOR_LAG_S']} s of lag.\n"
+            "  Ctrl-C stops everything.\n"
+        )
+        while dagster.running:
+            time.sleep(0.5)
+        raise LocalServerFailed(f"Dagster ended by itself: {dagster.log_tail()}")
 
 
 def start_dagster(stack: LocalStack, environment: dict[str, str], port: int) -> Child:
-    """Dagster's page and daemon on the stack, on loopback; not waited for."""
+    """Starts the Dagster UI and daemon on the stack, on loopback, and does not wait for them."""
     arguments = ["dev", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
     return Child(
         "Dagster",
@@ -111,23 +93,3 @@ def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
         # One that an earlier dev switched on stays on.
         if done.returncode != 0 and "already running" not in done.stdout + done.stderr:
             raise LocalServerFailed(f"`dagster {' '.join(what[:4])}` failed: {done.stderr.strip().splitlines()[-1:]}")
-
-
-def _is_free(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/server_info", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False

@@ -1,7 +1,6 @@
-"""Makes sure that this machine has a MySQL or MariaDB server binary, for `make`.
+"""Installs a MySQL or MariaDB server binary when this machine has none, for `make`: Debian's, as root.
 
-What belongs here: asking whether there is one, and installing Debian's when we are root. What does not:
-starting it (`mysql`). The packages hold binaries alone: no service is set up or started.
+The packages hold binaries alone: no service is set up or started.
 """
 
 from __future__ import annotations

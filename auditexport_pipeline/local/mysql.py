@@ -1,13 +1,7 @@
-"""A private MySQL-family server for tests, the demo and `make dev`: one directory, one process, loopback.
-
-What belongs here: finding a server binary, initialising its data directory once, starting, stopping and
-killing it. What does not: tables, users or events inside it, and how a process is supervised
-(`processes`).
-"""
+"""A private MySQL or MariaDB server for tests, the demo and `make dev`: one directory, one process, loopback."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -15,27 +9,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Literal
 
 from auditexport_pipeline.core.errors import LocalServerFailed, LocalServerMissing
-from auditexport_pipeline.local.processes import Child, free_port
+from auditexport_pipeline.local.processes import LocalServer, lock_directory
 
 Family = Literal["mariadb", "mysql"]
 
 SERVER_VARIABLE = "AUDITEXPORT_MYSQLD"
 SERVER_NAMES = ("mariadbd", "mysqld")
 # Where packages put a server without putting it on everybody's PATH; the last two are Homebrew's.
-SERVER_DIRECTORIES = (
-    "/usr/sbin",
-    "/usr/local/sbin",
-    "/usr/local/mysql/bin",
-    "/opt/homebrew/bin",
-    "/usr/local/bin",
-)
+SERVER_DIRECTORIES = ("/usr/sbin", "/usr/local/sbin", "/usr/local/mysql/bin", "/opt/homebrew/bin", "/usr/local/bin")
 HOW_TO_GET_ONE = (
     "no MySQL or MariaDB server on this machine: Debian/Ubuntu `apt-get install mariadb-server`, "
     f"macOS `brew install mariadb`, or {SERVER_VARIABLE}=path of a mysqld or mariadbd"
@@ -45,8 +32,6 @@ HOW_TO_GET_ONE = (
 INITIALISED_WITHIN_S = 120.0
 # A server whose starter died is being stopped by its supervisor, which kills it after 15 s.
 ORPHAN_GONE_WITHIN_S = 20.0
-# Another process can take a free port between our looking and the server's binding it.
-PORT_ATTEMPTS = 3
 
 SETTINGS = (
     "--bind-address=127.0.0.1",
@@ -93,12 +78,11 @@ def find_server() -> Path:
     raise LocalServerMissing(HOW_TO_GET_ONE)
 
 
-class LocalMySQL:
-    """One server on one directory, which holds its data, its log and nothing of the host's.
+class LocalMySQL(LocalServer):
+    """A MySQL or MariaDB server on one directory, which holds its data and its log and nothing of the host's.
 
-    The first `start()` initialises the data directory, later ones reuse it, after a crash too. `port` None
-    picks a free one, which this object then keeps over its restarts. `options` are appended to the server's
-    command line and so win over ours. Root has no password and can only come from 127.0.0.1.
+    The first `start()` initialises the data directory, later ones reuse it, after a crash too. `options` are appended to the
+    server's command line and so win over ours. Root has no password and can only come from 127.0.0.1.
     Raises `LocalServerMissing` when `server` is None and there is no binary.
     """
 
@@ -110,71 +94,19 @@ class LocalMySQL:
         port: int | None = None,
         options: Sequence[str] = (),
     ) -> None:
+        super().__init__(port)
         self.directory = directory.resolve()
+        self.name = f"the local MySQL server in {self.directory}"
         self.data = self.directory / "data"
         self.log = self.directory / "mysqld.log"
         self.server = server if server is not None else find_server()
         self.options = tuple(options)
-        self._asked_port = port
-        self._port = port
-        self._child: Child | None = None
-        self._claim: IO[bytes] | None = None
-
-    def start(self) -> str:
-        """Starts the server and returns its `url` once it answers; a second call only returns it.
-
-        Raises `LocalServerFailed` when the directory belongs to a live server, or the server ends early.
-        """
-        if self.running:
-            return self.url
-        self._let_go()
-        self._claim_directory()
-        try:
-            self._wait_for_orphan()
-            if not self.data.exists():
-                self._initialise()
-            self._check_family()
-            self._launch()
-        except BaseException:
-            self._let_go()
-            raise
-        return self.url
+        self._lock: IO[bytes] | None = None
 
     def stop(self) -> None:
-        """A clean shutdown. Data stays; a second call does nothing."""
-        self._let_go()
-
-    def kill(self) -> None:
-        """SIGKILL of the server itself: what was not flushed is lost, the next `start()` recovers."""
-        if self._child is not None:
-            self._child.kill()
-        self._let_go()
-
-    def __enter__(self) -> LocalMySQL:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @property
-    def running(self) -> bool:
-        return self._child is not None and self._child.running
-
-    @property
-    def pid(self) -> int:
-        """The server's own process id. Raises `LocalServerFailed` when it is not running."""
-        if self._child is None or not self._child.running:
-            raise LocalServerFailed(f"{self._name} is not running")
-        return self._child.pid
-
-    @property
-    def port(self) -> int:
-        if self._port is None:
-            raise LocalServerFailed(f"{self._name} has no port before its first start")
-        return self._port
+        super().stop()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def url(self) -> str:
@@ -203,10 +135,6 @@ class LocalMySQL:
             raise LocalServerFailed(f"{self.server} --version names no version: {self._version_line[:200]}")
         return found[1]
 
-    @property
-    def _name(self) -> str:
-        return f"the local MySQL server in {self.directory}"
-
     @cached_property
     def _isolation(self) -> list[str]:
         """`--no-defaults`, so that the host's my.cnf has no say; it has to come first and only once.
@@ -223,28 +151,17 @@ class LocalMySQL:
         # A server refuses to run as root unless it is told to.
         return ["--user=root"] if os.geteuid() == 0 else []
 
-    def _claim_directory(self) -> None:
-        """Holds the directory for the life of this object's server; the kernel lets go if we die."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        claim = (self.directory / "lock").open("ab")
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            claim.close()
+    def _prepare(self) -> None:
+        in_use = f"{self.name} is in use by a live process: stop that one, or use another directory"
+        self._lock = lock_directory(self.directory, in_use)
+        self._wait_for_orphan()
+        if not self.data.exists():
+            self._initialise()
+        on_disk = "mysql" if (self.data / "mysql.ibd").exists() else "mariadb"
+        if on_disk != self.family:
             raise LocalServerFailed(
-                f"{self._name} is in use by a live process: stop that one, or use another directory"
-            ) from error
-        self._claim = claim
-
-    def _let_go(self) -> None:
-        child, claim = self._child, self._claim
-        self._child = self._claim = None
-        try:
-            if child is not None:
-                child.stop()
-        finally:
-            if claim is not None:
-                claim.close()
+                f"{self.name} was initialised by {on_disk} and {self.server} is {self.family}: use another directory"
+            )
 
     @property
     def _temporary(self) -> Path:
@@ -261,7 +178,7 @@ class LocalMySQL:
         while _held_by_a_server(self.data / "ibdata1"):
             if time.monotonic() > deadline:
                 raise LocalServerFailed(
-                    f"{self._name} is in use by a server that nobody here started: stop it, or use another directory"
+                    f"{self.name} is in use by a server that nobody here started: stop it, or use another directory"
                 )
             time.sleep(0.02)
 
@@ -270,10 +187,10 @@ class LocalMySQL:
         for leftover in self.directory.glob("data.new.*"):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix="data.new.", dir=self.directory))
-        with self._initialising_argv(fresh) as argv, self.log.open("ab") as output:
+        with self.log.open("ab") as output:
             try:
                 done = subprocess.run(
-                    argv,
+                    self._initialising_argv(fresh),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -282,90 +199,40 @@ class LocalMySQL:
                     env={**os.environ, "TMPDIR": str(self._temporary)},
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
-                raise LocalServerFailed(f"{self._name} could not be initialised: {error}") from error
+                raise LocalServerFailed(f"{self.name} could not be initialised: {error}") from error
         if done.returncode != 0:
             reason = _tail(self.log.read_text(errors="replace"))
-            raise LocalServerFailed(f"{self._name} could not be initialised: {reason}")
+            raise LocalServerFailed(f"{self.name} could not be initialised: {reason}")
         fresh.rename(self.data)
 
-    @contextlib.contextmanager
-    def _initialising_argv(self, fresh: Path) -> Iterator[list[str]]:
+    def _initialising_argv(self, fresh: Path) -> list[str]:
+        datadir = f"--datadir={fresh}"
         if self.family == "mariadb":
-            yield [
-                *self._mariadb_installer(),
-                f"--datadir={fresh}",
-                *self._user,
-                "--skip-test-db",
-                "--skip-name-resolve",
-                "--auth-root-authentication-method=normal",
-            ]
-            return
-        with tempfile.NamedTemporaryFile("w", suffix=".sql") as accounts:
-            accounts.write(LOOPBACK_ROOT)
-            accounts.flush()
-            yield [
-                str(self.server),
-                *self._isolation,
-                "--initialize-insecure",
-                f"--datadir={fresh}",
-                *self._user,
-                f"--init-file={accounts.name}",
-                # Nothing to replicate, observe or encrypt yet: a fifth of the time.
-                "--skip-log-bin",
-                "--performance-schema=OFF",
-                "--auto-generate-certs=OFF",
-            ]
+            options = ["--skip-test-db", "--skip-name-resolve", "--auth-root-authentication-method=normal"]
+            return [*self._mariadb_installer(), datadir, *self._user, *options]
+        accounts = self._temporary / "accounts.sql"
+        accounts.write_text(LOOPBACK_ROOT)
+        # Nothing to replicate, observe or encrypt yet: a fifth of the time.
+        options = ["--skip-log-bin", "--performance-schema=OFF", "--auto-generate-certs=OFF", f"--init-file={accounts}"]
+        return [str(self.server), *self._isolation, "--initialize-insecure", datadir, *self._user, *options]
 
     def _mariadb_installer(self) -> list[str]:
         beside = self.server.resolve().parent
-        candidates = [
-            str(place / name)
-            for name in ("mariadb-install-db", "mysql_install_db")
-            for place in (self.server.parent, beside, beside.parent / "bin", beside.parent / "scripts")
-        ]
-        usual_places = os.pathsep.join(("/usr/bin", *SERVER_DIRECTORIES))
-        for candidate in [*candidates, "mariadb-install-db", "mysql_install_db"]:
-            if found := shutil.which(candidate) or shutil.which(candidate, path=usual_places):
+        places = (self.server.parent, beside, beside.parent / "bin", beside.parent / "scripts")
+        path = os.pathsep.join((*map(str, places), os.environ.get("PATH", ""), "/usr/bin", *SERVER_DIRECTORIES))
+        for name in ("mariadb-install-db", "mysql_install_db"):
+            if found := shutil.which(name, path=path):
                 # An unpacked tarball has no compiled-in home.
                 at_home = Path(found).parent.name == "scripts"
                 return [found, "--no-defaults", *([f"--basedir={beside.parent}"] if at_home else [])]
         raise LocalServerMissing(f"{self.server} is there but mariadb-install-db is not: {HOW_TO_GET_ONE}")
-
-    def _check_family(self) -> None:
-        on_disk: Family = "mysql" if (self.data / "mysql.ibd").exists() else "mariadb"
-        if on_disk != self.family:
-            raise LocalServerFailed(
-                f"{self._name} was initialised by {on_disk} and {self.server} is {self.family}: use another directory"
-            )
-
-    def _launch(self) -> None:
-        for attempt in range(1, PORT_ATTEMPTS + 1):
-            if self._port is None:
-                self._port = free_port()
-            log_start = self.log.stat().st_size if self.log.exists() else 0
-            child = Child("the local MySQL server", self._argv(), log=self.log)
-            try:
-                child.wait_until(self._answers)
-            except BaseException as error:
-                child.stop()
-                with self.log.open("rb") as log:
-                    log.seek(log_start)
-                    port_taken = b"already in use" in log.read()
-                if not (isinstance(error, LocalServerFailed) and port_taken):
-                    raise
-                if self._asked_port is not None or attempt == PORT_ATTEMPTS:
-                    raise LocalServerFailed(f"{self._name}: port {self._port} is taken") from error
-                self._port = None
-            else:
-                self._child = child
-                return
 
     def _argv(self) -> list[str]:
         return [
             str(self.server),
             *self._isolation,
             f"--datadir={self.data}",
-            f"--port={self._port}",
+            f"--port={self.port}",
             # Relative to the data directory, which the server enters: socket paths end at ~100 bytes.
             "--socket=mysqld.sock",
             "--pid-file=mysqld.pid",

@@ -1,25 +1,21 @@
-"""The local stack: one private MySQL, one embedded ClickHouse and a Dagster home, in one directory.
-
-What belongs here: starting and stopping the three together, and the environment that points a Dagster
-process at them. What does not: what is done with them (`demo`, `dev`).
-"""
+"""The local stack: one private MySQL, one embedded ClickHouse and a Dagster home, in one directory."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from auditexport_pipeline import schema as setup
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.core.errors import InvalidConfig, LocalServerFailed
+from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.mysql import LocalMySQL
+from auditexport_pipeline.local.processes import lock_directory
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # The application's database in the private MySQL.
@@ -29,8 +25,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 class LocalStack:
-    """Both servers, started; tables created. Use as a context manager. `fresh` forgets what was there;
-    `mysql_options` go to the MySQL server.
+    """Both servers, started, with all tables. Use as a context manager.
+
+    `fresh` deletes what an earlier stack left; `mysql_options` go to the MySQL server.
 
     Raises `LocalServerFailed` when the directory is in use by another stack, `LocalServerMissing` when
     there is no MySQL or MariaDB binary.
@@ -45,7 +42,8 @@ class LocalStack:
 
     def __enter__(self) -> LocalStack:
         with contextlib.ExitStack() as starting:
-            starting.enter_context(self._claimed())
+            in_use = f"{self.directory.name} is in use by another demo or dev: stop that one first"
+            starting.enter_context(lock_directory(self.directory, in_use))
             if self._fresh:
                 for part in ("mysql", "clickhouse", "dagster_home"):
                     shutil.rmtree(self.directory / part, ignore_errors=True)
@@ -65,19 +63,6 @@ class LocalStack:
     def __exit__(self, *_: object) -> None:
         self.outbox.disconnect()
         self._running.close()
-
-    @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """Holds the directory; the kernel lets go of it however this process ends."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LocalServerFailed(
-                    f"{self.directory.name} is in use by another demo or dev: stop that one first"
-                ) from error
-            yield
 
     def environment(self) -> dict[str, str]:
         """An environment like ours, pointed at the stack: for Dagster processes started from here."""
