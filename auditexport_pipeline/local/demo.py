@@ -1,14 +1,12 @@
 """The demo: a hundred thousand events from MySQL to ClickHouse through Dagster, and proof of it.
 
-What belongs here: the story a newcomer watches, and the count that decides its exit status. What does
-not: the stack (`stack`), the events (`generator`), and exporting, which a Dagster run of its own does.
-
-The proof is independent of the exporter: it compares the event ids in MySQL with those in ClickHouse,
-and asks neither the ledger nor the fingerprints.
+The proof is independent of the exporter: it compares the event ids in MySQL with those in ClickHouse, and asks neither the ledger nor
+the fingerprints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -53,13 +51,17 @@ class Tally:
         return self.stored - self.distinct
 
     @property
+    def dead(self) -> int:
+        return sum(self.dead_by_reason.values())
+
+    @property
     def adds_up(self) -> bool:
         return (
             self.expected == self.stored == self.distinct == self.seeded.events
             and self.missing == self.unexpected == 0
-            and sum(self.dead_by_reason.values()) == sum(self.seeded.malformed.values())
+            and self.dead == sum(self.seeded.malformed.values())
             and self.backlog.unknown_rows == self.seeded.unknown
-            and self.unmarked == sum(self.seeded.malformed.values()) + self.seeded.unknown
+            and self.unmarked == self.dead + self.seeded.unknown
         )
 
 
@@ -71,43 +73,68 @@ def run(directory: Path, events: int, *, as_json: bool = False) -> int:
     console = Console(stderr=as_json)
     started = time.monotonic()
     console.print("[bold]auditexport demo[/bold]: a private MySQL and an embedded ClickHouse, on this machine only\n")
-    with console.status("starting both servers and creating the tables"):
-        stack = LocalStack(directory, fresh=True)
-        stack.__enter__()
-    try:
-        console.print(
-            f"  {stack.mysql.family} {stack.mysql.version} · ClickHouse {_clickhouse_version(stack)} · tables created"
-        )
-        seeded = _seed(console, stack, events)
-        seconds, status = _drain(console, stack, seeded)
-        if status != 0:
-            console.print(f"[red]The Dagster run failed[/red]; its log is {_shown(stack.directory / 'demo-run.log')}")
+    with contextlib.ExitStack() as running:
+        with console.status("starting both servers and creating the tables"):
+            stack = running.enter_context(LocalStack(directory, fresh=True))
+        ((version,),) = stack.log.client().query("SELECT version()").result_rows
+        console.print(f"  {stack.mysql.family} {stack.mysql.version} · ClickHouse {version} · tables created")
+        with _progress(console) as progress:
+            task = progress.add_task(f"{WRITERS} writers fill the outbox", total=events + MALFORMED + UNKNOWN)
+            seeded = seed_outbox(
+                stack.outbox.url,
+                seed=SEED,
+                events=events,
+                malformed=MALFORMED,
+                unknown=UNKNOWN,
+                writers=WRITERS,
+                progress=lambda rows: progress.update(task, completed=rows),
+            )
+        draining = time.monotonic()
+        log = stack.directory / "demo-run.log"
+        if _drain(console, stack, log, events) != 0:
+            shown = log.relative_to(Path.cwd()) if log.is_relative_to(Path.cwd()) else log
+            console.print(f"[red]The Dagster run failed[/red]; its log is {shown}")
             return 1
+        dagster_s = time.monotonic() - draining
         tally = _count(stack, seeded)
-        _report(console, stack, tally, seconds, time.monotonic() - started)
+        rows_per_s, drain_s = _run_numbers(stack)
+        verdict = (
+            "[green]every event is in ClickHouse exactly once[/green]"
+            if tally.adds_up
+            else "[red]the numbers do not add up[/red]"
+        )
+        numbers = _numbers(tally)
+        numbers.add_row(
+            "rows per second",
+            f"{rows_per_s:,.0f}",
+            f"the drain: {drain_s:.1f} s; with Dagster's start-up {dagster_s:.1f} s",
+        )
+        numbers.add_row("lag left", f"{tally.backlog.lag_s:.0f} s", f"{tally.backlog.rows} rows pending")
+        console.print()
+        total_s = time.monotonic() - started
+        console.print(Panel(numbers, title=verdict, subtitle=f"{total_s:.0f} s in all", expand=False))
+        console.print(_busiest(stack))
+        console.print(
+            "\nNext:  [bold]make dev[/bold]   the same stack with Dagster's page and a live trickle of events"
+        )
+        console.print("       [bold]make test[/bold]  the tests, against the same kind of servers\n")
         if as_json:
-            print(json.dumps(_values(stack, tally)))
+            values = {
+                "adds_up": tally.adds_up,
+                "rows": seeded.rows,
+                "expected": tally.expected,
+                "stored": tally.stored,
+                "duplicated": tally.duplicates,
+                "missing": tally.missing,
+                "unexpected": tally.unexpected,
+                "dead_letters_by_reason": tally.dead_by_reason,
+                "unknown_rows": tally.backlog.unknown_rows,
+                "backlog_rows": tally.backlog.rows,
+                "rows_per_s": rows_per_s,
+                "seconds": drain_s,
+            }
+            print(json.dumps(values))
         return 0 if tally.adds_up else 1
-    finally:
-        stack.__exit__(None, None, None)
-
-
-def _values(stack: LocalStack, tally: Tally) -> dict[str, object]:
-    rows_per_s, drain_s = _run_numbers(stack)
-    return {
-        "adds_up": tally.adds_up,
-        "rows": tally.seeded.rows,
-        "expected": tally.expected,
-        "stored": tally.stored,
-        "duplicated": tally.duplicates,
-        "missing": tally.missing,
-        "unexpected": tally.unexpected,
-        "dead_letters_by_reason": tally.dead_by_reason,
-        "unknown_rows": tally.backlog.unknown_rows,
-        "backlog_rows": tally.backlog.rows,
-        "rows_per_s": rows_per_s,
-        "seconds": drain_s,
-    }
 
 
 def _progress(console: Console) -> Progress:
@@ -121,73 +148,47 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _seed(console: Console, stack: LocalStack, events: int) -> Seeded:
-    with _progress(console) as progress:
-        task = progress.add_task(f"{WRITERS} writers fill the outbox", total=events + MALFORMED + UNKNOWN)
-        return seed_outbox(
-            stack.outbox.url,
-            seed=SEED,
-            events=events,
-            malformed=MALFORMED,
-            unknown=UNKNOWN,
-            writers=WRITERS,
-            progress=lambda rows: progress.update(task, completed=rows),
-        )
-
-
-def _drain(console: Console, stack: LocalStack, seeded: Seeded) -> tuple[float, int]:
-    """Materializes the asset in a Dagster process of its own; returns its seconds and exit status."""
-    started = time.monotonic()
-    log = stack.directory / "demo-run.log"
+def _drain(console: Console, stack: LocalStack, log: Path, events: int) -> int:
+    """Materializes the asset in a Dagster process of its own; returns its exit status."""
     arguments = ["asset", "materialize", "--select", "audit_logs_raw_v1", "-m", "auditexport_pipeline.definitions"]
     with log.open("wb") as output, _progress(console) as progress:
-        task = progress.add_task("Dagster materializes the asset", total=seeded.events)
+        task = progress.add_task("Dagster materializes the asset", total=events)
         dagster = subprocess.Popen(
             [sys.executable, "-m", "dagster", *arguments], env=stack.environment(), stdout=output, stderr=output
         )
         try:
             while dagster.poll() is None:
                 progress.update(task, completed=_exported_rows(stack))
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     dagster.wait(0.25)
-                except subprocess.TimeoutExpired:
-                    continue
             progress.update(task, completed=_exported_rows(stack))
         finally:
             if dagster.poll() is None:
                 dagster.terminate()
                 dagster.wait()
-    return time.monotonic() - started, dagster.returncode
+    return dagster.returncode
 
 
 def _exported_rows(stack: LocalStack) -> int:
-    with stack.outbox.transaction("looking at the ledger") as connection:
+    with stack.outbox.transaction("reading the ledger") as connection:
         rows = connection.execute(
             sa.text("SELECT SUM(row_count) FROM clickhouse_outbox_batch WHERE state IN ('exported', 'verified')")
         ).scalar()
     return int(rows or 0)
 
 
-def _clickhouse_version(stack: LocalStack) -> str:
-    ((version,),) = stack.log.client().query("SELECT version()").result_rows
-    return str(version)
-
-
 def _count(stack: LocalStack, seeded: Seeded) -> Tally:
+    known = sa.text(
+        "SELECT event_id FROM clickhouse_outbox WHERE version IN :versions AND pk NOT IN "
+        "(SELECT pk FROM clickhouse_outbox_dead_letter)"
+    ).bindparams(sa.bindparam("versions", list(VERSIONS), expanding=True))
+    pending = sa.text("SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL")
     with stack.outbox.transaction("counting events") as connection:
-        expected = {
-            row.event_id
-            for row in connection.execute(
-                sa.text(
-                    "SELECT event_id FROM clickhouse_outbox WHERE version IN :versions AND pk NOT IN "
-                    "(SELECT pk FROM clickhouse_outbox_dead_letter)"
-                ).bindparams(sa.bindparam("versions", list(VERSIONS), expanding=True))
-            )
-        }
-        unmarked = connection.execute(
-            sa.text("SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL")
-        ).scalar_one()
-    stored = [row[0] for row in stack.log.client().query("SELECT event_id FROM audit_logs_raw_v1").result_rows]
+        expected = set(connection.execute(known).scalars())
+        unmarked = connection.execute(pending).scalar_one()
+    stored = [
+        event_id for (event_id,) in stack.log.client().query("SELECT event_id FROM audit_logs_raw_v1").result_rows
+    ]
     distinct = set(stored)
     return Tally(
         seeded=seeded,
@@ -214,74 +215,37 @@ def _run_numbers(stack: LocalStack) -> tuple[float, float]:
         return float(str(metadata["rows_per_s"].value)), float(str(metadata["seconds"].value))
 
 
-def _report(console: Console, stack: LocalStack, tally: Tally, dagster_s: float, total_s: float) -> None:
-    rows_per_s, drain_s = _run_numbers(stack)
-    seeded = tally.seeded
+def _numbers(tally: Tally) -> Table:
+    seeded, backlog = tally.seeded, tally.backlog
+    origin = f"{WRITERS} writers, {seeded.workspaces} workspaces, {seeded.late_transactions:,} late commits"
+    unknown = f"{', '.join(backlog.unknown_versions)}: untouched, visible"
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row(
-        "seeded",
-        f"{seeded.rows:,}",
-        f"{WRITERS} writers, {seeded.workspaces} workspaces, {seeded.late_transactions:,} late commits",
-    )
+    table.add_row("seeded", f"{seeded.rows:,}", origin)
     table.add_row("exported", f"{tally.stored:,}", "entries in audit_logs_raw_v1")
-    table.add_row(
-        "dead letters", f"{sum(tally.dead_by_reason.values()):,}", "malformed payloads, set aside; neighbours went on"
-    )
+    table.add_row("dead letters", f"{tally.dead:,}", "malformed payloads, set aside; neighbours went on")
     for reason, count in tally.dead_by_reason.items():
         table.add_row(f"  {reason}", f"{count:,}", "")
-    table.add_row(
-        "unknown versions",
-        f"{tally.backlog.unknown_rows:,}",
-        f"{', '.join(tally.backlog.unknown_versions)}: untouched, visible",
-    )
-    table.add_row("duplicates", _zero(tally.duplicates), "counted without FINAL")
-    table.add_row(
-        "missing", _zero(tally.missing + tally.unexpected), "event ids in MySQL against event ids in ClickHouse"
-    )
-    table.add_row(
-        "rows per second",
-        f"{rows_per_s:,.0f}",
-        f"the drain: {drain_s:.1f} s; with Dagster's start-up {dagster_s:.1f} s",
-    )
-    table.add_row("lag left", f"{tally.backlog.lag_s:.0f} s", f"{tally.backlog.rows} rows pending")
-    verdict = (
-        "[green]every event is in ClickHouse exactly once[/green]"
-        if tally.adds_up
-        else "[red]the numbers do not add up[/red]"
-    )
-    console.print()
-    console.print(Panel(table, title=verdict, subtitle=f"{total_s:.0f} s in all", expand=False))
-    console.print(_busiest(stack))
-    console.print("\nNext:  [bold]make dev[/bold]   the same stack with Dagster's page and a live trickle of events")
-    console.print("       [bold]make test[/bold]  the tests, against the same kind of servers\n")
-
-
-def _zero(count: int) -> str:
-    return f"[green]{count}[/green]" if count == 0 else f"[red]{count:,}[/red]"
-
-
-def _busiest(stack: LocalStack) -> Table:
-    frame = stack.log.client().query_df(
-        "SELECT workspace_id, count() AS events, uniqExact(event) AS kinds, (max(time) - min(time)) / 60000 AS minutes "
-        f"FROM audit_logs GROUP BY workspace_id ORDER BY events DESC LIMIT {WORKSPACES_SHOWN}"
-    )
-    table = Table(
-        title=f"The {WORKSPACES_SHOWN} busiest workspaces, read from the view audit_logs",
-        title_justify="left",
-        box=None,
-    )
-    table.add_column("workspace")
-    table.add_column("events", justify="right")
-    table.add_column("kinds", justify="right")
-    table.add_column("minutes", justify="right")
-    for row in frame.itertuples(index=False):
-        table.add_row(str(row.workspace_id), f"{row.events:,}", str(row.kinds), f"{row.minutes:.0f}")
+    table.add_row("unknown versions", f"{backlog.unknown_rows:,}", unknown)
+    for name, count, how in (
+        ("duplicates", tally.duplicates, "counted without FINAL"),
+        ("missing", tally.missing + tally.unexpected, "event ids in MySQL against event ids in ClickHouse"),
+    ):
+        table.add_row(name, f"[{'red' if count else 'green'}]{count:,}[/]", how)
     return table
 
 
-def _shown(path: Path) -> str:
-    """A path as the reader would type it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def _busiest(stack: LocalStack) -> Table:
+    rows = stack.log.client().query(
+        "SELECT workspace_id, count() AS events, uniqExact(event), (max(time) - min(time)) / 60000 "
+        f"FROM audit_logs GROUP BY workspace_id ORDER BY events DESC LIMIT {WORKSPACES_SHOWN}"
+    )
+    title = f"The {WORKSPACES_SHOWN} busiest workspaces, read from the view audit_logs"
+    table = Table("workspace", title=title, title_justify="left", box=None)
+    for column in ("events", "kinds", "minutes"):
+        table.add_column(column, justify="right")
+    for workspace_id, events, kinds, minutes in rows.result_rows:
+        table.add_row(workspace_id, f"{events:,}", str(kinds), f"{minutes:.0f}")
+    return table
