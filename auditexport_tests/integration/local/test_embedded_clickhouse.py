@@ -1,8 +1,4 @@
-"""The embedded ClickHouse answers as a server would, on the wire and over its own crashes.
-
-What belongs here: what clients see of it (clickhouse-connect, or plain HTTP where that hides the wire),
-and its life as a process. What does not: the audit log's tables and the exporter.
-"""
+"""The embedded ClickHouse answers as a server would, on the wire and over its own crashes."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import json
 import multiprocessing
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -31,6 +26,7 @@ from auditexport_pipeline.core.errors import LocalServerFailed
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.clickhouse_server import Refused, one_statement, split_insert
 from auditexport_tests.support.engines import local_clickhouse
+from auditexport_tests.support.waiting import wait_until
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "lz4": lz4.frame.compress,
@@ -89,12 +85,6 @@ def number(client: Client, sql: str, **parameters: str) -> int:
 
 def count(client: Client, table: str) -> int:
     return number(client, f"SELECT count() FROM {table}")
-
-
-def wait_until(condition: Callable[[], bool], *, within_s: float = 30) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
 
 
 def running(client: Client, like: str) -> int:
@@ -161,7 +151,10 @@ class TestBodies:
             broken.sendall(head.encode() + body)
             own_port = broken.getsockname()[1]
         process = psutil.Process(server.pid)
-        wait_until(lambda: all(c.raddr.port != own_port for c in process.net_connections() if c.raddr))
+        wait_until(
+            lambda: all(c.raddr.port != own_port for c in process.net_connections() if c.raddr),
+            what="the end of the connection",
+        )
         assert count(client, table) == 0
 
     @pytest.mark.parametrize("compress", ["lz4", "zstd", "gzip", False])
@@ -546,39 +539,6 @@ class TestEngine:
             client.insert(table, [[1]], settings={"insert_deduplication_token": "a"})
         assert count(client, table) == 2
 
-    def test_json_columns_are_read_by_path_and_whole(self, client: Client, table: str) -> None:
-        """Metadata is a JSON column; its integers and nesting have to survive."""
-        client.command(f"CREATE TABLE {table} (pk UInt64, meta JSON) ENGINE = MergeTree ORDER BY pk")
-        meta = {"a": {"b": 2**53 + 1}, "c": ["x", "y"], "d": "Zoë"}
-        sql = f"INSERT INTO {table} SELECT pk, meta FROM input('pk UInt64, meta JSON') FORMAT JSONEachRow"
-        client.command(sql, data=json.dumps({"pk": 1, "meta": meta}))
-        client.insert(table, [[2, meta]])
-        assert (
-            client.query(f"SELECT meta.a.b::Int64, meta.d::String FROM {table}").result_rows == [(2**53 + 1, "Zoë")] * 2
-        )
-        assert [row[0]["a"] for row in client.query(f"SELECT meta FROM {table}").result_rows] == [meta["a"]] * 2
-
-    def test_a_replacing_table_collapses_only_under_final(self, client: Client, table: str) -> None:
-        """Readers do not use FINAL, so duplicates are counted without it."""
-        client.command(f"CREATE TABLE {table} (pk UInt64, v UInt64) ENGINE = ReplacingMergeTree(v) ORDER BY pk")
-        client.command(f"SYSTEM STOP MERGES {table}")
-        for version in (1, 2):
-            client.insert(table, [[1, version]])
-        assert count(client, table) == 2
-        assert client.query(f"SELECT v FROM {table} FINAL").result_rows == [(2,)]
-
-    def test_materialized_columns_are_computed_by_the_server(self, client: Client, table: str) -> None:
-        """The digest of a row is such a column: it must not depend on the way in."""
-        client.command(
-            f"CREATE TABLE {table} (pk UInt64, note String, digest UInt64 MATERIALIZED xxHash64(pk, note))"
-            " ENGINE = MergeTree ORDER BY pk"
-        )
-        client.insert(table, [[1, "a"]], column_names=["pk", "note"])
-        client.command(f"INSERT INTO {table} (pk, note) FORMAT CSV", data="2,a\n")
-        client.command(f"INSERT INTO {table} SELECT pk, 'a' FROM input('pk UInt64') FORMAT CSV", data="3\n")
-        sql = f"SELECT count() FROM {table} WHERE digest = xxHash64(pk, note)"
-        assert client.query(sql).result_rows == [(3,)]
-
     def test_two_inserts_at_once_overlap(self, server: LocalClickHouse, client: Client, table: str) -> None:
         """The writer sends blocks in parallel; a server that queued them would hide races."""
         client.command(f"CREATE TABLE {table} (pk UInt64, started DateTime64(6), ended DateTime64(6)) {DEDUPLICATED}")
@@ -595,7 +555,7 @@ class TestEngine:
         threads = [threading.Thread(target=insert, args=(first,)) for first in (0, 100)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: running(client, f"INSERT INTO {table}%") == 2)
+        wait_until(lambda: running(client, f"INSERT INTO {table}%") == 2, what="both INSERTs")
         for thread in threads:
             thread.join()
         assert count(client, table) == 200
@@ -673,7 +633,7 @@ class TestProcess:
             thread = threading.Thread(target=insert_without_an_answer)
             thread.start()
             with connect(server) as client:
-                wait_until(lambda: running(client, "INSERT INTO t %") == 1)
+                wait_until(lambda: running(client, "INSERT INTO t %") == 1, what="the INSERT")
             server.kill()
             thread.join()
             server.start()
@@ -701,7 +661,7 @@ class TestProcess:
             thread = threading.Thread(target=run)
             thread.start()
             with connect(server) as client:
-                wait_until(lambda: running(client, "SELECT sleepEachRow%") == 1)
+                wait_until(lambda: running(client, "SELECT sleepEachRow%") == 1, what="the SELECT")
             server.stop()
             thread.join()
         assert not psutil.pid_exists(pid)

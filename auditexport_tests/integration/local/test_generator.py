@@ -8,65 +8,30 @@ import statistics
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
-from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.local.generator import (
-    MALFORMED_KINDS,
-    PLATFORM_BUCKET,
-    Generator,
-    OutboxRow,
-    seed_outbox,
-    trickle,
-)
+from auditexport_pipeline.local.generator import MALFORMED_KINDS, PLATFORM_BUCKET, Generator, seed_outbox, trickle
 from auditexport_pipeline.local.mysql import LocalMySQL
+from auditexport_tests.conftest import Stack, fresh_stack
+from auditexport_tests.support.waiting import wait_until
 
-COLLATIONS = {"mariadb": "utf8mb4_bin", "mysql": "utf8mb4_0900_as_cs"}
-DDL = """
-CREATE TABLE clickhouse_outbox (
-    pk BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
-    version VARCHAR(64) NOT NULL,
-    workspace_id VARCHAR(48) NOT NULL,
-    event_id VARCHAR(48) NOT NULL,
-    payload JSON NOT NULL,
-    created_at BIGINT NOT NULL,
-    deleted_at BIGINT UNSIGNED NULL,
-    INDEX drainer_pending_idx (deleted_at, version, pk)
-)
-"""
+END_MS = 1_800_000_000_000
+SPAN_MS = 3_600_000
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMySQL]:
+    """A server of its own, because a test kills it."""
     with LocalMySQL(tmp_path_factory.mktemp("generator-mysql")) as running:
         yield running
 
 
 @pytest.fixture
-def outbox(server: LocalMySQL) -> Iterator[sa.Engine]:
-    """An empty outbox in a database of its own."""
-    name = f"outbox_{uuid4().hex[:12]}"
-    admin = sa.create_engine(server.url)
-    with admin.begin() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE {COLLATIONS[server.family]}")
-    admin.dispose()
-    engine = sa.create_engine(f"{server.url}{name}", isolation_level="READ COMMITTED")
-    with engine.begin() as connection:
-        connection.exec_driver_sql(DDL)
-    yield engine
-    engine.dispose()
-
-
-def url(engine: sa.Engine) -> str:
-    return engine.url.render_as_string(hide_password=False)
-
-
-def stored(engine: sa.Engine, columns: str = "event_id, payload") -> list[Any]:
-    with engine.connect() as connection:
-        return list(connection.exec_driver_sql(f"SELECT {columns} FROM clickhouse_outbox ORDER BY pk"))
+def outbox(server: LocalMySQL, clickhouse_server: str) -> Iterator[Stack]:
+    with fresh_stack(server.url, clickhouse_server) as stack:
+        yield stack
 
 
 def test_a_seed_gives_the_same_rows_however_they_are_asked_for() -> None:
@@ -153,42 +118,29 @@ def test_each_malformed_kind_differs_from_a_sound_event_in_its_own_way() -> None
     assert {row.version for row in broken.values()} == {"audit_log.v1"}
 
 
-def test_the_json_column_takes_every_row_and_gives_back_the_same_value(outbox: sa.Engine) -> None:
+def test_the_json_column_takes_every_row_and_keeps_its_value(outbox: Stack) -> None:
     """MySQL refuses invalid JSON: a broken row has to be broken for us alone. It also rewrites the text."""
     generator = Generator(7)
-    rows: list[OutboxRow] = [
-        *generator.events(300),
-        *generator.malformed(MALFORMED_KINDS),
-        *generator.unknown_version(5),
-    ]
-    with outbox.begin() as connection:
-        connection.execute(
-            sa.text(
-                "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at)"
-                " VALUES (:version, :workspace_id, :event_id, :payload, :created_at_ms)"
-            ),
-            [{name: getattr(row, name) for name in OutboxRow.__dataclass_fields__} for row in rows],
-        )
-    for row, (event_id, payload) in zip(rows, stored(outbox), strict=True):
-        assert event_id == row.event_id
+    rows = [*generator.events(300), *generator.malformed(MALFORMED_KINDS), *generator.unknown_version(5)]
+    outbox.put(*((row.workspace_id, row.event_id, row.payload) for row in rows))
+    for row, (payload,) in zip(rows, outbox.sql("SELECT payload FROM clickhouse_outbox ORDER BY pk"), strict=True):
         assert json.loads(str(payload)) == json.loads(row.payload)
 
 
-def test_seeding_writes_what_it_says(outbox: sa.Engine) -> None:
+def test_seeding_writes_what_it_says(outbox: Stack) -> None:
     """Every exactly-once test compares what was exported with these counts."""
     progress: list[int] = []
-    end_ms = 1_800_000_000_000
     seeded = seed_outbox(
-        url(outbox),
+        outbox.mysql_url,
         seed=7,
         events=3_000,
         malformed=40,
         unknown=30,
         writers=3,
-        end_ms=end_ms,
+        end_ms=END_MS,
         progress=progress.append,
     )
-    rows = stored(outbox, "event_id, version, workspace_id, created_at, deleted_at")
+    rows = outbox.sql("SELECT event_id, version, workspace_id, created_at, deleted_at FROM clickhouse_outbox")
     assert seeded.rows == len(rows) == 3_070
     assert (seeded.events, seeded.unknown) == (3_000, 30)
     assert sum(seeded.malformed.values()) == 40
@@ -196,90 +148,79 @@ def test_seeding_writes_what_it_says(outbox: sa.Engine) -> None:
     assert sum(row.version == "audit_log.v99" for row in rows) == 30
     assert len({row.event_id for row in rows}) == len(rows)
     assert seeded.workspaces == len({row.workspace_id for row in rows})
-    assert all(end_ms - 3_600_000 <= row.created_at < end_ms + 60 for row in rows)
+    assert all(END_MS - SPAN_MS <= row.created_at < END_MS + 60 for row in rows)
     assert {row.deleted_at for row in rows} == {None}
     assert progress == sorted(progress)
     assert progress[-1] == 3_070
     assert len(progress) == seeded.transactions
 
 
-def test_seeding_keeps_every_character(outbox: sa.Engine) -> None:
+def test_seeding_keeps_every_character(outbox: Stack) -> None:
     """The writers quote payloads themselves, for speed: a backslash too few would be our own corruption."""
-    end_ms = 1_800_000_000_000
-    seed_outbox(url(outbox), seed=7, events=2_000, writers=1, end_ms=end_ms)
-    other = Generator(7, start_ms=end_ms - 3_600_000, step_ms=3_600_000 / 2_000, end_ms=end_ms)
+    seed_outbox(outbox.mysql_url, seed=7, events=2_000, writers=1, end_ms=END_MS)
+    other = Generator(7, start_ms=END_MS - SPAN_MS, step_ms=SPAN_MS / 2_000, end_ms=END_MS)
     written = {row.event_id: json.loads(row.payload) for row in other.events(20_000)}
-    rows = stored(outbox)
+    rows = outbox.sql("SELECT event_id, payload FROM clickhouse_outbox")
     assert len(rows) == 2_000
     for event_id, payload in rows:
         assert json.loads(str(payload)) == written[str(event_id)]
 
 
-def test_rolled_back_rows_never_appear_and_leave_gaps_in_the_pks(outbox: sa.Engine) -> None:
+def test_rolled_back_rows_never_appear_and_leave_gaps_in_the_pks(outbox: Stack) -> None:
     """A gap is no missing row: an exporter that waits for it waits for ever."""
-    seeded = seed_outbox(url(outbox), seed=7, events=5_000)
-    rows = stored(outbox, "pk, event_id")
+    seeded = seed_outbox(outbox.mysql_url, seed=7, events=5_000)
+    rows = outbox.sql("SELECT pk, event_id FROM clickhouse_outbox")
     assert seeded.rolled_back_event_ids
     assert not {row.event_id for row in rows} & seeded.rolled_back_event_ids
     assert max(row.pk for row in rows) - min(row.pk for row in rows) + 1 > len(rows)
 
 
-def test_lower_pks_become_visible_after_higher_ones(outbox: sa.Engine) -> None:
+def test_lower_pks_become_visible_after_higher_ones(outbox: Stack) -> None:
     """The race that breaks every exporter with a watermark: without it in the data nobody notices."""
-    seen: list[set[int]] = [set()]
-    with outbox.connect() as connection:
-        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    seen: list[set[object]] = [set()]
 
-        def look(_: int) -> None:
-            found = connection.exec_driver_sql("SELECT pk FROM clickhouse_outbox")
-            seen.append({pk for (pk,) in found})
+    def look(_: int) -> None:
+        seen.append({pk for (pk,) in outbox.sql("SELECT pk FROM clickhouse_outbox")})
 
-        seeded = seed_outbox(url(outbox), seed=7, events=2_000, writers=1, progress=look)
+    seeded = seed_outbox(outbox.mysql_url, seed=7, events=2_000, writers=1, progress=look)
     late = sum(bool(before) and min(after - before) < max(before) for before, after in itertools.pairwise(seen))
     assert late == seeded.late_transactions
     assert late > 0
 
 
-def test_the_committed_events_are_the_same_for_the_same_seed(server: LocalMySQL, outbox: sa.Engine) -> None:
+def test_the_committed_events_are_the_same_for_the_same_seed(outbox: Stack) -> None:
     """Threads decide pks and the order of commits, never which events there are."""
     ids = []
     for _ in range(2):
-        seed_outbox(url(outbox), seed=7, events=1_000, malformed=7, writers=4)
-        ids.append({event_id for (event_id,) in stored(outbox, "event_id")})
-        with outbox.begin() as connection:
-            connection.exec_driver_sql("TRUNCATE clickhouse_outbox")
+        seed_outbox(outbox.mysql_url, seed=7, events=1_000, malformed=7, writers=4)
+        ids.append({event_id for (event_id,) in outbox.sql("SELECT event_id FROM clickhouse_outbox")})
+        outbox.sql("TRUNCATE clickhouse_outbox")
     assert ids[0] == ids[1]
 
 
-def test_a_failing_writer_is_reported_and_the_others_stop(outbox: sa.Engine) -> None:
+def test_a_failing_writer_is_reported_and_the_others_stop(outbox: Stack) -> None:
     """A half-filled outbox that passes for a full one would make every count after it wrong."""
-    with outbox.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE clickhouse_outbox")
+    outbox.sql("DROP TABLE clickhouse_outbox")
     with pytest.raises(sa.exc.ProgrammingError):
-        seed_outbox(url(outbox), seed=7, events=1_000)
+        seed_outbox(outbox.mysql_url, seed=7, events=1_000)
 
 
-def test_a_trickle_commits_until_told_to_stop_and_outlives_a_crash(outbox: sa.Engine, server: LocalMySQL) -> None:
-    """`make dev` shows a live backlog, also to somebody who kills the database to see what happens."""
+def test_a_trickle_commits_until_told_to_stop_and_outlives_a_crash(outbox: Stack, server: LocalMySQL) -> None:
+    """`make dev` shows a live backlog, also when the database is killed to see what happens."""
     stop, committed = threading.Event(), list[int]()
     thread = threading.Thread(
-        target=lambda: committed.append(trickle(url(outbox), seed=7, events_per_s=300, stop=stop))
+        target=lambda: committed.append(trickle(outbox.mysql_url, seed=7, events_per_s=300, stop=stop))
     )
-
-    def wait_for(rows: int) -> None:
-        while len(stored(outbox, "pk")) < rows:
-            assert thread.is_alive()
-
     thread.start()
     try:
-        wait_for(20)
+        wait_until(lambda: outbox.pending() >= 20, what="20 rows")
         server.kill()
         server.start()
-        outbox.dispose()
-        before = len(stored(outbox, "pk"))
+        outbox.outbox.engine.dispose()
+        before = outbox.pending()
         assert before >= 20, "a commit that was answered survives"
-        wait_for(before + 20)
+        wait_until(lambda: outbox.pending() >= before + 20, what="20 rows after the crash")
     finally:
         stop.set()
         thread.join()
-    assert len(stored(outbox, "pk")) >= committed[0] >= before + 20
+    assert outbox.pending() >= committed[0] >= before + 20

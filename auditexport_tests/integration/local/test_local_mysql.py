@@ -1,6 +1,5 @@
 """The private MySQL server: it starts, survives crashes, refuses company and leaves nothing behind.
 
-What belongs here: the life of the server process and of its directory. What does not: what is in it.
 Every test starts the server that `find_server` finds: MariaDB, or MySQL through AUDITEXPORT_MYSQLD.
 """
 
@@ -11,33 +10,16 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pymysql
 import pytest
 
 from auditexport_pipeline.core.errors import LocalServerFailed, LocalServerMissing
 from auditexport_pipeline.local.mysql import LocalMySQL, find_server
-
-
-def eventually(condition: Callable[[], bool], *, within_s: float = 60.0) -> bool:
-    """Waits for a condition of another process, which nothing here can be notified of."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+from auditexport_tests.support.waiting import wait_until
 
 
 def query(server: LocalMySQL, *statements: str) -> list[tuple[object, ...]]:
@@ -68,7 +50,7 @@ def test_it_answers_under_its_url_and_says_what_it_is(server: LocalMySQL) -> Non
     """Everything else is built on this URL; the family decides collations and lock syntax."""
     assert server.running
     assert server.url == f"mysql+pymysql://root@127.0.0.1:{server.port}/"
-    assert alive(server.pid)
+    assert psutil.pid_exists(server.pid)
     ((version,),) = query(server, "SELECT VERSION()")
     assert str(version).startswith(server.version)
     assert ("MariaDB" in str(version)) == (server.family == "mariadb")
@@ -98,7 +80,7 @@ def test_stop_is_clean_and_the_data_is_there_at_the_next_start(directory: Path) 
     pid, url = server.pid, server.url
     query(server, "CREATE DATABASE IF NOT EXISTS kept")
     server.stop()
-    assert not alive(pid)
+    assert not psutil.pid_exists(pid)
     assert not server.running
     server.stop()
     assert server.start() == url, "a URL that was handed out stays valid"
@@ -117,7 +99,7 @@ def test_a_commit_survives_sigkill_and_the_port_stays(directory: Path) -> None:
             "REPLACE INTO crash.t VALUES (1)",
         )
         server.kill()
-        assert not alive(pid)
+        assert not psutil.pid_exists(pid)
         assert not server.running
         with pytest.raises(LocalServerFailed, match="is not running"):
             _ = server.pid
@@ -166,13 +148,13 @@ def test_no_server_outlives_a_parent_that_was_killed(directory: Path) -> None:
     assert parent.stdout is not None
     try:
         pid = int(parent.stdout.readline())
-        assert alive(pid)
+        assert psutil.pid_exists(pid)
         parent.kill()
         parent.wait()
         # The server is not waited for: a start that comes at once may meet it while it is being stopped.
         with LocalMySQL(directory) as server:
             assert query(server, "SELECT 1") == [(1,)]
-            assert eventually(lambda: not alive(pid))
+            wait_until(lambda: not psutil.pid_exists(pid), what="the end of the server")
     finally:
         parent.kill()
         parent.wait()
