@@ -226,7 +226,7 @@ def reconcile(
         dry_run=dry_run,
     )
     if report_path is not None:
-        from auditexport_pipeline.report.gather import gather
+        from auditexport_pipeline.report.figures import gather
 
         figures = gather(outbox(), audit_log(), report.from_ms, report.to_ms)
         page.write(report_path, page.of_reconciliation(report, figures, typed(click.get_current_context())))

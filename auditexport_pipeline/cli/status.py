@@ -30,8 +30,8 @@ from auditexport_pipeline.cli.shared import (
 from auditexport_pipeline.cli.stores import Chosen, audit_log, chosen, every, outbox, upkeep
 from auditexport_pipeline.core.advice import Advice, advice, needs_operator, verdict
 from auditexport_pipeline.core.errors import AuditExportError, TransientError
-from auditexport_pipeline.core.series import DAY_MS
 from auditexport_pipeline.core.status import Status
+from auditexport_pipeline.core.units import DAY_MS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +88,7 @@ def status(watch_s: float | None, of_all: bool, report_path: Path | None, days: 
 
 def _write_page(path: Path, days: float) -> None:
     from auditexport_pipeline.report import page
-    from auditexport_pipeline.report.gather import gather
+    from auditexport_pipeline.report.figures import gather
 
     page.check_path(path)
     mysql = outbox()

@@ -298,7 +298,7 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
             metadata = reconcile_metadata(report)
             if settings["report_path"]:
                 from auditexport_pipeline.report import page
-                from auditexport_pipeline.report.gather import gather
+                from auditexport_pipeline.report.figures import gather
 
                 path = Path(settings["report_path"]).resolve()
                 figures = gather(

@@ -1,7 +1,6 @@
-"""Pages for people: one self-contained HTML file that says whether both databases agree, and how far behind the export is.
+"""Reports for people: one self-contained HTML page that says whether both databases agree, and how far behind the export is.
 
-What belongs here: gathering the numbers of a window (`gather`), saying them in a sentence (`verdict`), and how they look
-(`page`, `tables`, `charts`, `look`). What does not: SQL (`report.source`), what is a discrepancy (`core.reconcile`), and
-payloads: ids and counts only, and whatever an application chose is escaped. pandas and matplotlib are imported inside
-functions, by whoever asked for a page.
+`figures` gathers the numbers, `verdict` says them in a sentence, `charts` and `tables` draw them, `page` puts them together.
+Ids and counts only, no payload; whatever an application chose is escaped. The modules load pandas and matplotlib, so
+import them only where somebody asked for a report.
 """

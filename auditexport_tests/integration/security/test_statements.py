@@ -56,7 +56,7 @@ ALLOWED = {
     ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
-    ("report/source.py", "statement"): "from source.sql, when the module is imported",
+    ("report/figures.py", "statement"): "from outbox.sql, when the module is imported",
     ("mysql/dead_letters.py", "statement"): "what `_about` made: pieces of dead_letters.sql",
     (
         "mysql/dead_letters.py",
@@ -87,7 +87,7 @@ ALLOWED = {
         "one of two collations, by the server's family"
     ),
     ("schema.py", "statement"): "schema.sql, or a version's own ddl, with an engine and a setting, both constants",
-    ("report/source.py", "_by_hour(…)"): "source.sql with the table of a registered version",
+    ("report/figures.py", "_by_hour(…)"): "audit_log.sql with the table of a registered version",
     ("clickhouse/checks.py", "Template(_SQL['filters']).substitute(table=table)"): (
         "checks.sql with the name of our table, a constant"
     ),

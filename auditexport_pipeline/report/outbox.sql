@@ -1,33 +1,30 @@
--- What a page for people asks both databases: counts by hour, by batch and by day over a window of exports.
--- Plain SELECTs at READ COMMITTED: nothing is locked. What each costs grows with the window and stops at a limit.
--- Those for MySQL begin with `mysql.`, those for ClickHouse with `clickhouse.`.
+-- What a report asks MySQL: counts by hour, by batch and by day over a window of exports.
+-- Plain SELECTs at READ COMMITTED: no lock. Their cost grows with the window and stops at a limit.
 
--- ── MySQL ───────────────────────────────────────────────────────────────────────────────────────
-
--- name: mysql.server
+-- name: server
 SELECT VERSION() AS version, DATABASE() AS database_name
 
--- name: mysql.blocks
+-- name: blocks
 -- inserted_idx backwards, in its own order; no lock. First exports only: a requeue goes out under the same inserted_at.
 SELECT batch_id, state, manifest, entry_count, swept_rows, swept_at_ms, inserted_at_ms
 FROM clickhouse_outbox_batch FORCE INDEX (inserted_idx)
 WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :before_ms AND batch_id > 0 AND generation = 0
 ORDER BY inserted_at_ms DESC LIMIT :row_limit
 
--- name: mysql.hours_between
+-- name: hours_between
 -- Primary key range, from the ledger; no lock. The outbox has no index on a time, so the pks of the window's batches say
 -- where to look. The time is the event's own, which ClickHouse has too; any 64-bit integer, hence LEAST and GREATEST.
 SELECT (LEAST(GREATEST(CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED), :low_ms), :high_ms) - :low_ms)
          DIV :step_ms AS bin, COUNT(*) AS n
 FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk BETWEEN :first_pk AND :last_pk GROUP BY bin
 
--- name: mysql.hours_in
+-- name: hours_in
 -- Primary key, point by point; otherwise as hours_between.
 SELECT (LEAST(GREATEST(CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED), :low_ms), :high_ms) - :low_ms)
          DIV :step_ms AS bin, COUNT(*) AS n
 FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks GROUP BY bin
 
--- name: mysql.pending
+-- name: pending
 -- drainer_pending_idx in order, the first row_limit rows that no dead letter holds; no lock.
 SELECT outbox.pk
 FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
@@ -42,12 +39,12 @@ WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND held.pk IS NUL
   AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
 ORDER BY outbox.pk LIMIT :row_limit
 
--- name: mysql.lag
+-- name: lag
 -- exported_idx for the window, then one row of the outbox by primary key for each batch; no lock. A batch's lag is the age
 -- of its first row when it was stamped; a swept one's, of its oldest event. Both are what an application wrote, any
 -- 64-bit integer: what is not within longest_ms before the stamp and ahead_ms after it counts as undated.
-SELECT bin, COUNT(*) AS batches, SUM(row_count) AS row_count, MAX(lag_ms) AS worst_ms, AVG(lag_ms) AS mean_ms,
-       SUM(lag_ms IS NULL) AS undated
+SELECT :from_ms + bin * :step_ms AS at_ms, COUNT(*) AS batches, SUM(row_count) AS row_count,
+       MAX(lag_ms) / 1000 AS worst_s, AVG(lag_ms) / 1000 AS mean_s, SUM(lag_ms IS NULL) AS undated
 FROM (
   SELECT (batch.exported_at_ms - :from_ms) DIV :step_ms AS bin, batch.row_count,
          CASE WHEN COALESCE(outbox.created_at, batch.oldest_event_ms)
@@ -60,7 +57,7 @@ FROM (
 ) AS lags
 GROUP BY bin
 
--- name: mysql.batches
+-- name: batches
 -- inserted_idx backwards, in its own order; no lock. The newest of the window, requeues too.
 SELECT batch_id, generation, state, row_count, entry_count, bytes, attempts, claimed_at_ms, sealed_at_ms, written_at_ms,
        verified_at_ms
@@ -68,29 +65,9 @@ FROM clickhouse_outbox_batch FORCE INDEX (inserted_idx)
 WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :to_ms AND batch_id > 0
 ORDER BY inserted_at_ms DESC LIMIT :row_limit
 
--- name: mysql.discrepant
--- state_idx, newest first; no lock. last_error is ours: counts.
-SELECT batch_id, entry_count, last_error FROM clickhouse_outbox_batch FORCE INDEX (state_idx)
-WHERE state = 'discrepant' ORDER BY batch_id DESC LIMIT :row_limit
-
--- name: mysql.letters
+-- name: letters
 -- Primary key backwards, at most row_limit letters: pks grow with time. No lock.
-SELECT day_number, state, reason, COUNT(*) AS n
+SELECT day_number, state, reason, COUNT(*) AS letters
 FROM (SELECT created_at_ms DIV 86400000 AS day_number, state, reason FROM clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
       ORDER BY pk DESC LIMIT :row_limit) AS newest
 GROUP BY day_number, state, reason
-
--- ── ClickHouse ──────────────────────────────────────────────────────────────────────────────────
-
--- name: clickhouse.server
-SELECT version() AS version, currentDatabase() AS database_name
-
--- name: clickhouse.entries_by_hour
--- inserted_at: partitions and parts by its range, then the minmax index; one pass over the sort key. An event counts once,
--- as the view audit_logs shows it, but not by way of the view: its FINAL looks for copies of an entry in all of the
--- table, whatever the window. Here the copies of the window are compared by key.
-SELECT intDiv(least(greatest(time, {low_ms:Int64}), {high_ms:Int64}) - {low_ms:Int64}, {step_ms:Int64}) AS bin,
-       uniqExact(workspace_id, bucket, time, event_id) AS n
-FROM $table
-WHERE inserted_at >= {from_ms:Int64} AND inserted_at < {to_ms:Int64} AND inserted_at NOT IN {excluded:Array(Int64)}
-GROUP BY bin
