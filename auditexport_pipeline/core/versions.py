@@ -1,11 +1,7 @@
-"""The registry of payload versions: a version names the producer of an outbox row, how it is decoded, and where it goes.
-
-What belongs here: what a version consists of, the checks on it, registering one, and finding those of installed packages.
-What does not: how a payload of `audit_log.v1` becomes an event (`core.event`), and speaking to ClickHouse (`clickhouse.audit_log`,
-which puts the pieces of a version's `.sql` file into its statements).
+"""The registry of payload versions: how a row's payload becomes an event, and which table the event goes to.
 
 A package adds a version without a fork: its entry point in the group `auditexport_pipeline.versions` names a function that
-calls `register_version`. docs/versions.md has the whole of it.
+calls `register_version` (docs/versions.md). How `audit_log.v1` is decoded is in `core.event`.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
 
 ENTRY_POINTS = "auditexport_pipeline.versions"
-# Of a version's `.sql` file; `ddl` is how `auditexport init` creates its table.
+# The statements of a version's `.sql` file; `auditexport init` runs `ddl`.
 PIECES = ("table", "columns", "input", "select", "fingerprint", "content", "ddl")
 # The sort key of every version's table, and the stamp by which a block is found: how entries are looked for.
 REQUIRED_COLUMNS = {
@@ -83,18 +79,16 @@ def top_level_parts(columns: str) -> Iterator[str]:
 
 
 def plain_type(kind: str) -> str:
-    """A type without what changes how it is stored and not what, and without blanks."""
+    """A type without blanks, and without LowCardinality, which changes only how values are stored."""
     return re.sub(r"LowCardinality\((\w+)\)", r"\1", kind.replace(" ", ""))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadVersion:
-    """One payload version. Raises `InvalidConfig`, naming version and piece, for what cannot be exported.
+    """One payload version: its `name` in the outbox, `decode`, which makes an event of a row or says why not, and a `.sql` file.
 
-    `decode` makes an event of a row, or says why not; `decoder` makes one from a typed shape. `sql` is a file of the named
-    pieces `PIECES`: the destination table and its columns with their types, the payload's structure for `input()`, the SELECT
-    that makes columns of it, in their order, the fingerprint as `decode` computes it, the hash of the whole entry, and the
-    CREATE TABLE.
+    The file holds the statements `PIECES`. Raises `InvalidConfig`, naming version and piece, for what cannot be exported.
+    What a server says about the table (partition, sort key, window) is checked by `doctor` and before each drain.
     """
 
     name: str
@@ -103,46 +97,40 @@ class PayloadVersion:
     pieces: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for piece, why in self._faults():
+            raise InvalidConfig(f"payload version {self.name!r}: {piece}: {why}")
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """Reads the pieces; each fault with its piece. A later check relies on the earlier ones."""
         if not _NAME.fullmatch(self.name):
-            raise self._wrong("name", "it is letters, digits, _, - and dots, 64 at most, a letter first")
-        if not callable(self.decode):
-            raise self._wrong("decode", "it must be a function of an OutboxRow")
+            yield "name", "it is letters, digits, _, - and dots, 64 at most, a letter first"
         try:
             pieces = statements_of(self.sql.read_text(encoding="utf-8"), str(self.sql))
         except (OSError, UnicodeDecodeError) as error:
-            raise self._wrong("sql", f"{self.sql} cannot be read ({type(error).__name__})") from None
+            yield "sql", f"{self.sql} cannot be read ({type(error).__name__})"
+            return
         for piece in (*PIECES, *pieces):
             if piece not in PIECES:
-                raise self._wrong(piece, f"there is no such piece; there are {', '.join(PIECES)}")
+                yield piece, f"there is no such piece; there are {', '.join(PIECES)}"
             if not pieces.get(piece):
-                raise self._wrong(piece, f"{self.sql} has no statement of this name")
+                yield piece, f"{self.sql} has no statement of this name"
             for placeholder in _PLACEHOLDERS.get(piece, ()):
                 if placeholder not in pieces[piece]:
-                    raise self._wrong(piece, f"{placeholder} has to stand in it")
+                    yield piece, f"{placeholder} has to stand in it"
         object.__setattr__(self, "pieces", pieces)
         if not _TABLE.fullmatch(self.table):
-            raise self._wrong("table", "it is the name of one table, without its database")
+            yield "table", "it is the name of one table, without its database"
         for name, kind in REQUIRED_COLUMNS.items():
             if plain_type(self.columns.get(name, "")) != kind:
-                raise self._wrong("columns", f"{name} {kind} has to be among them")
+                yield "columns", f"{name} {kind} has to be among them"
         for piece in ("columns", "input"):
             if "'" in pieces[piece]:
-                raise self._wrong(piece, "it is put between quotes and holds none itself")
+                yield piece, "it is put between quotes and holds none itself"
         count = len(list(top_level_parts(pieces["select"])))
         if count != len(self.columns):
-            raise self._wrong("select", f"it has {count} expressions for {len(self.columns)} columns")
-        order = " ".join(pieces["ddl"].split())
-        if f"ORDER BY ({', '.join(SORT_KEY)})" not in order:
-            raise self._wrong("ddl", f"entries are looked for by ORDER BY ({', '.join(SORT_KEY)})")
-        partition = re.search(
-            r" PARTITION BY (.+?) (?:ORDER|PRIMARY|SAMPLE|TTL|SETTINGS)\b", f"{order} SETTINGS ", re.IGNORECASE
-        )
-        if partition and columns_in(partition[1]) - {"inserted_at"}:
-            raise self._wrong(
-                "ddl", "PARTITION BY goes by inserted_at alone: an INSERT that becomes several parts can be cut short"
-            )
-        if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", order):
-            raise self._wrong("ddl", f"it must begin with CREATE TABLE IF NOT EXISTS {self.table}")
+            yield "select", f"it has {count} expressions for {len(self.columns)} columns"
+        if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", pieces["ddl"]):
+            yield "ddl", f"it must begin with CREATE TABLE IF NOT EXISTS {self.table}"
 
     @property
     def table(self) -> str:
@@ -153,9 +141,6 @@ class PayloadVersion:
         """The columns that an INSERT fills, in order: name to type."""
         parts = (part.strip().split(maxsplit=1) for part in top_level_parts(self.pieces["columns"]))
         return {part[0].strip("`"): part[1].strip() for part in parts if len(part) == 2}
-
-    def _wrong(self, piece: str, why: str) -> InvalidConfig:
-        return InvalidConfig(f"payload version {self.name!r}: {piece}: {why}")
 
 
 def decoder(
@@ -188,15 +173,12 @@ def decoder(
     return decode
 
 
-# ── the registry ─────────────────────────────────────────────────────────────────────────────────
-
-
 class _Versions(Mapping[str, PayloadVersion]):
-    """Every version by name, ours first; installed packages are asked for theirs when it is first looked at."""
+    """Every version by name, ours first. The first look loads those of installed packages."""
 
     def __init__(self) -> None:
         self._known: dict[str, PayloadVersion] = {}
-        self._asked = False
+        self._loaded = False
         self._lock = threading.RLock()
 
     def add(self, version: PayloadVersion) -> None:
@@ -212,26 +194,19 @@ class _Versions(Mapping[str, PayloadVersion]):
 
     def _all(self) -> dict[str, PayloadVersion]:
         with self._lock:
-            if not self._asked:
-                self._asked = True  # what a package asks while it registers sees what there is so far
-                try:
-                    self._ask()
-                except BaseException:
-                    self._asked = False
-                    raise
+            if not self._loaded:
+                self._loaded = True  # a package that looks while it registers sees the versions so far
+                before = dict(self._known)
+                for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
+                    try:
+                        found.load()()
+                    except Exception as error:
+                        self._known, self._loaded = before, False
+                        raise InvalidConfig(
+                            f"the entry point {found.name} ({found.value}) of the group {ENTRY_POINTS} does not register "
+                            f"its payload version ({type(error).__name__}: {error}); fix or uninstall that package"
+                        ) from error
             return self._known
-
-    def _ask(self) -> None:
-        for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
-            before = dict(self._known)
-            try:
-                found.load()()
-            except Exception as error:
-                self._known = before
-                raise InvalidConfig(
-                    f"the entry point {found.name} ({found.value}) of the group {ENTRY_POINTS} does not register its "
-                    f"payload version ({type(error).__name__}: {error}); mend or uninstall that package"
-                ) from error
 
     def __getitem__(self, name: str) -> PayloadVersion:
         return self._all()[name]
@@ -247,7 +222,7 @@ VERSIONS = _Versions()
 
 
 def register_version(version: PayloadVersion) -> None:
-    """Makes a version known to this process: drains, verification, reconciliation, `init` and `doctor` go over it.
+    """Registers a version in this process: drains, verification, reconciliation, `init` and `doctor` then cover it.
 
     Raises `InvalidConfig` for a name or a table that another version has.
     """
