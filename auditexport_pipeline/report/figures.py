@@ -20,9 +20,10 @@ from auditexport_pipeline.clickhouse.connection import LOOK_UP_TIMEOUT_S
 from auditexport_pipeline.core.advice import Advice, Severity, advice
 from auditexport_pipeline.core.batch import OPEN, State, blocks_from_text
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
 from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.core.targets import Targets
-from auditexport_pipeline.core.units import DAY_MS, SLOTS_APART_MS
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
 from auditexport_pipeline.mysql.maintenance import SCAN_PKS, MySQLMaintenance
 from auditexport_pipeline.mysql.marking import by_shape
