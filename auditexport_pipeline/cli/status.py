@@ -7,11 +7,10 @@ be down, which `doctor` tells.
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,13 +106,13 @@ class Seen:
 
 
 def look(at: Chosen | None = None) -> tuple[Status, list[Advice]]:
-    """How the export of the chosen outbox stands at this moment, held against its targets."""
+    """The status of the chosen outbox, and the advice by its targets."""
     from auditexport_pipeline.mysql.status import read_status
 
     at = at or chosen()
-    limits = at.targets()
+    targets = at.targets()
     now = read_status(at.outbox())
-    return now, [replace(one, todo=_for_outbox(one.todo, at.name)) for one in advice(now, limits)]
+    return now, advice(now, targets, at.name)
 
 
 def _one_outbox() -> Seen:
@@ -148,12 +147,6 @@ def _line_of(which: Chosen) -> Line:
     except AuditExportError as error:
         return Line(name=which.name, now=None, found=[], trouble=str(error))
     return Line(name=which.name, now=now, found=found)
-
-
-def _for_outbox(todo: str, name: str) -> str:
-    """The commands in this advice, as they are typed for this outbox."""
-    commands = "|".join(main.commands)
-    return re.sub(rf"\bauditexport (?=(?:{commands})\b)", f"auditexport --outbox {name} ", todo) if name else todo
 
 
 def _watch(every_s: float, as_json: bool, view: Callable[[], Seen]) -> None:
@@ -228,5 +221,5 @@ def status_values(now: Status, found: list[Advice]) -> dict[str, Any]:
         if now.last_reconcile
         else None,
         "findings": [{**asdict(one), "found": str(one.found)} for one in now.open_findings],
-        "todo": [{**asdict(one), "severity": str(one.severity)} for one in found],
+        "todo": [one.values for one in found],
     }

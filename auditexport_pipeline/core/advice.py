@@ -1,13 +1,13 @@
-"""Advice: what is not as it should be, and what mends it; the same for page, prompt and notices.
+"""Advice: what is wrong with an export, how severe it is, and what an operator should do.
 
-What belongs here: sentences with numbers, and how severe each thing is. What does not: the numbers (`core.status`) and
-what they are held against (`core.targets`).
+The Dagster UI, the CLI, metrics and alerts all show this advice. The numbers come from `core.status`, the limits from
+`core.targets`; nothing here reads anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from auditexport_pipeline.core.batch import VIEW_BARS
@@ -29,7 +29,7 @@ NAMED_BATCHES = 5
 
 
 class Severity(str, Enum):
-    """ERROR: evidence is at stake or late. WARNING: it waits for a person. NOTE: worth knowing, and nobody is called."""
+    """ERROR: evidence is at stake or late. WARNING: it waits for a person. NOTE: worth knowing, no alert."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -39,21 +39,66 @@ class Severity(str, Enum):
         return self.value
 
 
-_SEVEREST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTE)
+_WORST_FIRST = list(Severity)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of the CLI, without the program's name and without `--outbox`."""
+
+    arguments: str
+
+    def format(self, outbox: str) -> str:
+        """The command as it is typed for this outbox."""
+        return f"auditexport --outbox {outbox} {self.arguments}" if outbox else f"auditexport {self.arguments}"
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A sensor or a schedule in Dagster, by its name without the outbox."""
+
+    name: str
+
+    def format(self, outbox: str) -> str:
+        """Its name in this outbox's definitions."""
+        return f"{outbox}_{self.name}" if outbox else self.name
+
+
+# What to do: text between commands and names, in the order in which it is read.
+Steps = tuple[str | Command | Definition, ...]
+
+DRAIN, DOCTOR, STATUS = Command("drain"), Command("doctor"), Command("status")
+REPAIR: Steps = (Command("reconcile --repair"), "; then a drain, and reconcile again")
+
+
+def format_steps(steps: Steps, outbox: str) -> str:
+    """What to do in one line, with the commands and names of this outbox."""
+    return "".join(step if isinstance(step, str) else step.format(outbox) for step in steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """One thing that is not as it should be. `about` is a stable name for it, `what` has the numbers, `todo` mends it."""
+    """One thing that is wrong. `about` is its stable name, `what` has the numbers, `steps` fix it."""
 
     severity: Severity
     about: str
     what: str
-    todo: str
+    steps: Steps
+    outbox: str = ""
+
+    @property
+    def todo(self) -> str:
+        """What to do, as it is typed for this outbox."""
+        return format_steps(self.steps, self.outbox)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """For JSON."""
+        return {"severity": str(self.severity), "about": self.about, "what": self.what, "todo": self.todo}
 
 
-def advice(status: Status, targets: Targets) -> list[Advice]:
-    """What is not as the targets want it, worst first, each with what mends it. Pure: the same for page and prompt."""
+def advice(status: Status, targets: Targets, outbox: str = "") -> list[Advice]:
+    """What is not within the targets, worst first. `outbox` is the name that its commands need; empty for the only one."""
     found = [
         *_discrepant(status),
         *_reconcile(status, targets),
@@ -68,7 +113,8 @@ def advice(status: Status, targets: Targets) -> list[Advice]:
         *_unknown_versions(status, targets),
         *_sweep(status, targets),
     ]
-    return sorted(found, key=lambda one: _SEVEREST_FIRST.index(one.severity))  # stable: as above within a severity
+    found.sort(key=lambda one: _WORST_FIRST.index(one.severity))  # stable: in the order above within a severity
+    return [replace(one, outbox=outbox) for one in found]
 
 
 def needs_operator(found: Sequence[Advice]) -> bool:
@@ -77,293 +123,242 @@ def needs_operator(found: Sequence[Advice]) -> bool:
 
 
 def verdict(status: Status, found: Sequence[Advice]) -> str:
-    """The headline: one line that says how it stands."""
-    errors = sum(1 for one in found if one.severity is Severity.ERROR)
-    warnings = sum(1 for one in found if one.severity is Severity.WARNING)
-    if errors or warnings:
-        counted = [_counted(errors, "error"), _counted(warnings, "warning")]
-        return f"needs an operator: {', '.join(text for text in counted if text)}"
+    """The headline: whether an operator is needed, in one line."""
+    if needs_operator(found):
+        counts = {each: sum(one.severity is each for one in found) for each in (Severity.ERROR, Severity.WARNING)}
+        return "needs an operator: " + ", ".join(counted(count, str(each)) for each, count in counts.items() if count)
     if status.at_work:
         return f"healthy, draining: {status.backlog.shown_rows} rows pending"
     return f"healthy: {status.backlog.shown_rows} rows pending, lag {shown_s(status.backlog.lag_s)}"
 
 
-def _counted(count: int, what: str, many: str = "") -> str:
-    return f"{count:,} {what if count == 1 else many or what + 's'}" if count else ""
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 batch`, `2 batches`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _discrepant(status: Status) -> list[Advice]:
+def _listed(batches: Sequence[str]) -> str:
+    more = len(batches) - NAMED_BATCHES
+    return "; ".join(batches[:NAMED_BATCHES]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _discrepant(status: Status) -> Iterator[Advice]:
     if not status.discrepant:
-        return []
-    named = "; ".join(
-        f"batch {batch_id} ({why})" if why else f"batch {batch_id}"
-        for batch_id, why in list(status.discrepant.items())[:NAMED_BATCHES]
-    )
-    more = f"; and {len(status.discrepant) - NAMED_BATCHES:,} more" if len(status.discrepant) > NAMED_BATCHES else ""
-    many = len(status.discrepant) != 1
-    return [
-        Advice(
-            severity=Severity.ERROR,
-            about="discrepant",
-            what=f"{len(status.discrepant):,} batch{'es are' if many else ' is'} discrepant: ClickHouse does not hold what "
-            f"was verified or acknowledged: {named}{more}",
-            todo="auditexport reconcile --repair; then a drain, and reconcile again",
-        )
+        return
+    batches = [
+        f"batch {batch_id} ({why})" if why else f"batch {batch_id}" for batch_id, why in status.discrepant.items()
     ]
+    yield Advice(
+        severity=Severity.ERROR,
+        about="discrepant",
+        what=f"{counted(len(batches), 'batch is', 'batches are')} discrepant: ClickHouse does not hold what was verified or "
+        f"acknowledged: {_listed(batches)}",
+        steps=REPAIR,
+    )
 
 
-def _reconcile(status: Status, targets: Targets) -> list[Advice]:
+def _reconcile(status: Status, targets: Targets) -> Iterator[Advice]:
     if not status.actions_read:
-        return [
-            Advice(
-                severity=Severity.NOTE,
-                about="actions",
-                what="this user may not read clickhouse_outbox_action: when both stores were reconciled last is not known",
-                todo="auditexport doctor --role reader",
-            )
-        ]
-    last = status.last_reconcile
-    standing = _open_findings(status)
+        yield Advice(
+            severity=Severity.NOTE,
+            about="actions",
+            what="this user may not read clickhouse_outbox_action: when both stores were last reconciled is not known",
+            steps=(Command("doctor --role reader"),),
+        )
+        return
+    last, findings = status.last_reconcile, status.open_findings
     if last is not None and not last.clean:
-        return [
-            Advice(
-                severity=Severity.ERROR,
-                about="reconcile",
-                what=f"the last reconciliation, {shown_s((status.at_ms - last.at_ms) / 1000)} ago by {last.who}, found "
-                f"{last.found}",
-                todo="auditexport reconcile --repair; then a drain, and reconcile again",
+        yield Advice(
+            severity=Severity.ERROR,
+            about="reconcile",
+            what=f"the last reconciliation, {_ago(status, last.at_ms)} by {last.who}, found {last.found}",
+            steps=REPAIR,
+        )
+    elif not findings:
+        yield from _reconcile_late(status, targets)
+    # A later reconciliation of another window says nothing about these.
+    if findings:
+        first, *more = findings
+        total = first.found
+        for one in more:
+            total += one.found
+        others = f", and {len(more):,} later ones" if more else ""
+        yield Advice(
+            severity=Severity.ERROR,
+            about="reconcile",
+            what=f"a reconciliation {_ago(status, first.at_ms)}{others} found {total}, and none has looked there again since",
+            steps=(
+                Command(f"reconcile --from {min(one.from_ms for one in findings)} --repair"),
+                "; then a drain, and the same again",
             ),
-            *standing,
-        ]
-    if standing:
-        return standing
+        )
+
+
+def _reconcile_late(status: Status, targets: Targets) -> Iterator[Advice]:
+    last = status.last_reconcile
     since_ms = last.at_ms if last is not None else status.first_claimed_at_ms
-    if since_ms is None or status.at_ms - since_ms <= targets.reconcile_hours * 3_600_000:
-        return []
-    ago = shown_s((status.at_ms - since_ms) / 1000)
-    return [
-        Advice(
+    if since_ms is not None and status.at_ms - since_ms > targets.reconcile_hours * 3_600_000:
+        ago = _ago(status, since_ms)
+        late = f"the last reconciliation was {ago}" if last else f"exporting began {ago} and nobody has reconciled"
+        yield Advice(
             severity=Severity.WARNING,
             about="reconcile",
-            what=f"{f'the last reconciliation was {ago} ago' if last else f'exporting began {ago} ago and nobody has reconciled'} "
-            f"(target: every {targets.reconcile_hours:g} h)",
-            todo="auditexport reconcile; then turn reconcile_schedule on",
+            what=f"{late} (target: every {targets.reconcile_hours:g} h)",
+            steps=(Command("reconcile"), "; then turn ", Definition("reconcile_schedule"), " on"),
         )
-    ]
 
 
-def _created_at(status: Status) -> list[Advice]:
+def _ago(status: Status, at_ms: int) -> str:
+    return f"{shown_s((status.at_ms - at_ms) / 1000)} ago"
+
+
+def _created_at(status: Status) -> Iterator[Advice]:
     backlog = status.backlog
-    if not backlog.odd_created_rows:
-        return []
-    return [
-        Advice(
+    if backlog.odd_created_rows:
+        yield Advice(
             severity=Severity.WARNING,
             about="created_at",
             what=f"{backlog.odd_created_rows:,} of the oldest pending rows have a created_at that is no epoch milliseconds, the "
             f"first with pk {backlog.odd_created_pk}; the lag is taken from other rows, or from the last claim",
-            todo="let the application write created_at in milliseconds since 1970, by a clock that is kept",
+            steps=("let the application write created_at in milliseconds since 1970, by a synchronized clock",),
         )
-    ]
 
 
-def _open_findings(status: Status) -> list[Advice]:
-    """What an earlier reconciliation found: a later one that looked elsewhere says nothing about it."""
-    found = status.open_findings
-    if not found:
-        return []
-    first, *more = found
-    total = first.found
-    for one in more:
-        total += one.found
-    others = f", and {len(more):,} later ones" if more else ""
-    return [
-        Advice(
-            severity=Severity.ERROR,
-            about="reconcile",
-            what=f"a reconciliation {shown_s((status.at_ms - first.at_ms) / 1000)} ago{others} found {total}, and none has looked "
-            "there again since",
-            todo=f"auditexport reconcile --from {min(one.from_ms for one in found)} --repair; then a drain, and the same again",
-        )
-    ]
-
-
-def _lag(status: Status, targets: Targets) -> list[Advice]:
+def _lag(status: Status, targets: Targets) -> Iterator[Advice]:
     backlog = status.backlog
     if not backlog.rows or backlog.lag_s <= targets.lag_s:
-        return []
-    late = (
-        f"{backlog.shown_rows} rows are pending, the oldest for {shown_s(backlog.lag_s)} "
-        f"(target {shown_s(targets.lag_s)})"
-    )
-    if not status.at_work:
-        return [
-            Advice(
-                severity=Severity.ERROR,
-                about="lag",
-                what=f"{late}, and no drain is at work",
-                todo="auditexport drain; then see on Dagster's page whether outbox_backlog_sensor is on and why the last "
-                "run failed",
-            )
-        ]
+        return
+    late = f"{backlog.shown_rows} rows are pending, the oldest for {shown_s(backlog.lag_s)} (target {shown_s(targets.lag_s)})"
     owners = ", ".join(status.at_work)
-    if not status.rows_per_s:
-        return [
-            Advice(
-                severity=Severity.ERROR,
-                about="lag",
-                what=f"{late}; {owners} is at work and has exported nothing in {shown_s(RATE_WINDOW_S)}",
-                todo="auditexport doctor; then the log of that run",
-            )
-        ]
-    return [
-        Advice(
-            severity=Severity.WARNING,
-            about="lag",
-            what=f"{late}; {owners} is at work at {status.rows_per_s:,.0f} rows/s, "
-            f"{shown_s(status.eta_s or 0.0)} to go if nothing more arrives",
-            todo="auditexport status --watch; if it does not shrink, see batch_rows and max_rows_per_second",
+    if not owners:
+        severity, what = Severity.ERROR, f"{late}, and no drain is at work"
+        steps: Steps = (
+            DRAIN,
+            "; then see in the Dagster UI whether ",
+            Definition("outbox_backlog_sensor"),
+            " is on and why the last run failed",
         )
-    ]
+    elif not status.rows_per_s:
+        severity = Severity.ERROR
+        what = f"{late}; {owners} is at work and has exported nothing in {shown_s(RATE_WINDOW_S)}"
+        steps = (DOCTOR, "; then the log of that run")
+    else:
+        severity = Severity.WARNING
+        what = (
+            f"{late}; {owners} is at work at {status.rows_per_s:,.0f} rows/s, {shown_s(status.eta_s or 0.0)} to go if nothing "
+            "more arrives"
+        )
+        steps = (Command("status --watch"), "; if it does not shrink, see batch_rows and max_rows_per_second")
+    yield Advice(severity=severity, about="lag", what=what, steps=steps)
 
 
-def _open_batches(status: Status, targets: Targets) -> list[Advice]:
+def _open_batches(status: Status, targets: Targets) -> Iterator[Advice]:
     late = [batch for batch in status.open_batches if batch.age_s > targets.batch_open_minutes * 60]
-    left = [batch for batch in late if not batch.leased]
-    held = [batch for batch in late if batch.leased]
-    found = []
-    for batches, severity, how, todo in (
-        (left, Severity.ERROR, "their leases have ended and no run has taken them up", "auditexport drain"),
-        (
-            held,
-            Severity.WARNING,
-            "their leases still run",
-            f"auditexport batches show {held[0].batch_id}" if held else "",
-        ),
+    for leased, severity, why in (
+        (False, Severity.ERROR, "their leases have ended and no run has adopted them"),
+        (True, Severity.WARNING, "their leases still run"),
     ):
+        batches = [batch for batch in late if batch.leased is leased]
         if batches:
-            named = "; ".join(_named(batch) for batch in batches[:NAMED_BATCHES])
-            more = f"; and {len(batches) - NAMED_BATCHES:,} more" if len(batches) > NAMED_BATCHES else ""
-            found.append(
-                Advice(
-                    severity=severity,
-                    about="open_batches",
-                    what=f"{_counted(len(batches), 'batch', 'batches')} open for more than "
-                    f"{targets.batch_open_minutes:g} min, {how}: {named}{more}",
-                    todo=todo,
-                )
+            yield Advice(
+                severity=severity,
+                about="open_batches",
+                what=f"{counted(len(batches), 'batch', 'batches')} open for more than {targets.batch_open_minutes:g} min, {why}: "
+                f"{_listed([_described(batch) for batch in batches])}",
+                steps=(Command(f"batches show {batches[0].batch_id}") if leased else DRAIN,),
             )
-    return found
 
 
-def _named(batch: OpenBatchStatus) -> str:
+def _described(batch: OpenBatchStatus) -> str:
     error = f", {batch.last_error}" if batch.last_error else ""
     return f"batch {batch.batch_id} ({batch.state}, {batch.rows:,} rows, {shown_s(batch.age_s)}, owner {batch.owner}{error})"
 
 
-def _unverified(status: Status, targets: Targets) -> list[Advice]:
-    if not status.unverified_batches or status.unverified_age_s <= targets.batch_open_minutes * 60:
-        return []
-    return [
-        Advice(
+def _unverified(status: Status, targets: Targets) -> Iterator[Advice]:
+    if status.unverified_batches and status.unverified_age_s > targets.batch_open_minutes * 60:
+        yield Advice(
             severity=Severity.WARNING,
             about="unverified",
-            what=f"{status.unverified_batches:,} exported batches are not verified, the oldest for "
+            what=f"{counted(status.unverified_batches, 'exported batch is', 'exported batches are')} not verified, the oldest for "
             f"{shown_s(status.unverified_age_s)} (target {targets.batch_open_minutes:g} min)",
-            todo="auditexport drain; it verifies what an interrupted run left",
+            steps=(DRAIN, "; it verifies what an interrupted run left"),
         )
-    ]
 
 
-def _views(status: Status) -> list[Advice]:
-    barred = [
-        Advice(
+def _views(status: Status) -> Iterator[Advice]:
+    barred = next((batch for batch in status.open_batches if batch.last_error.startswith(VIEW_BARS)), None)
+    if barred is not None:
+        yield Advice(
             severity=Severity.ERROR,
             about="views",
-            what=f"batch {batch.batch_id} ({batch.rows:,} rows): {batch.last_error}",
-            todo="fix or drop the view, then auditexport drain; see A view fails in runbook.md",
+            what=f"batch {barred.batch_id} ({barred.rows:,} rows): {barred.last_error}",
+            steps=("fix or drop the view, then ", DRAIN, "; see A view fails in runbook.md"),
         )
-        for batch in status.open_batches
-        if batch.last_error.startswith(VIEW_BARS)
-    ][:1]
-    if not status.view_failures:
-        return barred
-    named = newest_of_each_view(status.view_failures)
-    return [
-        *barred,
-        Advice(
+    if status.view_failures:
+        newest = newest_of_each_view(status.view_failures)
+        yield Advice(
             severity=Severity.WARNING,
             about="views",
-            what=f"a materialized view failed on {_counted(len(status.view_failures), 'batch', 'batches')} of the last "
+            what=f"a materialized view failed on {counted(len(status.view_failures), 'batch', 'batches')} of the last "
             f"{shown_s(VIEWS_WINDOW_S)}; the entries are stored. The newest, "
-            + "; ".join(f"batch {batch_id}: {note}" for batch_id, note in named.items()),
-            todo="fix or drop the view and fill its target; see A view fails in runbook.md, and auditexport batches show "
-            f"{next(iter(named))}",
-        ),
-    ]
+            + "; ".join(f"batch {batch_id}: {note}" for batch_id, note in newest.items()),
+            steps=(
+                "fix or drop the view and fill its target; see A view fails in runbook.md, and ",
+                Command(f"batches show {next(iter(newest))}"),
+            ),
+        )
 
 
-def _cleared(status: Status) -> list[Advice]:
-    if status.cleared_often is None:
-        return []
-    return [
-        Advice(severity=Severity.WARNING, about="cleared", what=str(status.cleared_often), todo=LOOK_FOR_WHO_CLEARS)
-    ]
+def _cleared(status: Status) -> Iterator[Advice]:
+    if status.cleared_often is not None:
+        yield Advice(
+            severity=Severity.WARNING, about="cleared", what=str(status.cleared_often), steps=(LOOK_FOR_WHO_CLEARS,)
+        )
 
 
-def _held(status: Status) -> list[Advice]:
-    held = status.backlog.held_rows
-    if not held:
-        return []
-    return [
-        Advice(
+def _held(status: Status) -> Iterator[Advice]:
+    if status.backlog.held_rows:
+        yield Advice(
             severity=Severity.WARNING,
             about="held",
-            what=f"{_counted(held, 'row')} parse and the ClickHouse table refuses them: {shown_counts(status.held_by_detail)}",
-            todo="SHOW CREATE TABLE audit_logs_raw_v1; then drop or mend that column or constraint: the next drain sends them",
+            what=f"{counted(status.backlog.held_rows, 'row parses', 'rows parse')} and the ClickHouse table refuses them: "
+            f"{shown_counts(status.held_by_detail)}",
+            steps=(
+                "SHOW CREATE TABLE audit_logs_raw_v1; then drop or fix that column or constraint: the next drain sends them",
+            ),
         )
-    ]
 
 
-def _dead_letters(status: Status, targets: Targets) -> list[Advice]:
+def _dead_letters(status: Status, targets: Targets) -> Iterator[Advice]:
     dead = status.backlog.dead_rows
-    if dead <= targets.dead_letters:
-        return []
-    reasons = shown_counts(status.dead_by_reason)
-    return [
-        Advice(
+    if dead > targets.dead_letters:
+        yield Advice(
             severity=Severity.WARNING,
             about="dead_letters",
-            what=f"{dead:,} dead letters wait for an operator: {reasons}",
-            todo="auditexport dead-letters list; then mend the rows and retry, or discard",
+            what=f"{counted(dead, 'dead letter waits', 'dead letters wait')} for an operator: {shown_counts(status.dead_by_reason)}",
+            steps=(Command("dead-letters list"), "; then fix the rows and retry, or discard"),
         )
-    ]
 
 
-def _unknown_versions(status: Status, targets: Targets) -> list[Advice]:
+def _unknown_versions(status: Status, targets: Targets) -> Iterator[Advice]:
     backlog = status.backlog
-    if backlog.unknown_rows <= targets.unknown_rows:
-        return []
-    versions = shown_counts(backlog.unknown_by_version) or ", ".join(map(shown_name, backlog.unknown_versions))
-    return [
-        Advice(
+    if backlog.unknown_rows > targets.unknown_rows:
+        versions = shown_counts(backlog.unknown_by_version) or ", ".join(map(shown_name, backlog.unknown_versions))
+        yield Advice(
             severity=Severity.WARNING,
             about="unknown_versions",
-            what=f"{backlog.unknown_rows:,} rows have versions that this release does not know and no drain takes: {versions}",
-            todo="upgrade auditexport to a release that knows them, or mend the writer",
+            what=f"{counted(backlog.unknown_rows, 'row has a version', 'rows have versions')} that this release does not know and no "
+            f"drain takes: {versions}",
+            steps=("upgrade auditexport to a release that knows them, or fix the writer",),
         )
-    ]
 
 
-def _sweep(status: Status, targets: Targets) -> list[Advice]:
+def _sweep(status: Status, targets: Targets) -> Iterator[Advice]:
     days = status.oldest_unswept_age_s / 86_400
-    if days <= targets.retention_days + targets.sweep_late_days:
-        return []
-    return [
-        Advice(
+    if days > targets.retention_days + targets.sweep_late_days:
+        yield Advice(
             severity=Severity.WARNING,
             about="sweep",
             what=f"rows exported {days:,.1f} days ago are still in the outbox (retention is {targets.retention_days:g} days)",
-            todo="auditexport sweep --dry-run; then sweep, and turn sweep_schedule on",
+            steps=(Command("sweep --dry-run"), "; then sweep, and turn ", Definition("sweep_schedule"), " on"),
         )
-    ]

@@ -116,7 +116,7 @@ def _of_status(names: Names, given: Mapping[str, float] | None) -> dg.AssetCheck
     def status_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         with in_one_line():
             status = read_status(names.mysql_of(context).outbox())
-            advised = advice(status, targets(given))
+            advised = advice(status, targets(given), names.name)
         asked_for = {key.name for key in context.selected_asset_check_keys}
         for check in _OF_STATUS:
             if check.name not in asked_for:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.advice import Advice, Severity, advice, needs_operator, verdict
+from auditexport_pipeline.core.advice import Advice, Command, Severity, advice, needs_operator, verdict
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
@@ -213,6 +214,16 @@ def test_each_trouble_is_told_with_its_numbers_and_its_remedy(name: str) -> None
     assert verdict(trouble, [one]).startswith("needs an operator: 1 ")
     assert advice(control, Targets()) == []
     assert verdict(control, []).startswith("healthy")
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_each_remedy_names_the_outbox_in_commands_and_definitions(name: str) -> None:
+    """One code location may have several outboxes, and a command for the wrong one changes another's rows."""
+    (one,) = advice(TROUBLES[name][0], Targets(), "eu")
+    commands = [step for step in one.steps if isinstance(step, Command)]
+    assert one.todo.count("auditexport --outbox eu ") == len(commands)
+    assert len(commands) == TROUBLES[name][-1].startswith("auditexport ")
+    assert not re.search(r"\b(?<!eu_)(?:reconcile_schedule|sweep_schedule|outbox_backlog_sensor)", one.todo)
 
 
 def test_the_worst_comes_first_and_a_note_calls_nobody() -> None:
