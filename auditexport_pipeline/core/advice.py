@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import msgspec
+
 from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
 from auditexport_pipeline.core.status import (
@@ -71,11 +73,6 @@ DRAIN, DOCTOR, STATUS = Command("drain"), Command("doctor"), Command("status")
 REPAIR: Steps = (Command("reconcile --repair"), "; then a drain, and reconcile again")
 
 
-def format_steps(steps: Steps, outbox: str) -> str:
-    """What to do in one line, with the commands and names of this outbox."""
-    return "".join(step if isinstance(step, str) else step.format(outbox) for step in steps)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """One thing that is wrong. `about` is its stable name, `what` has the numbers, `steps` fix it."""
@@ -85,11 +82,12 @@ class Advice:
     what: str
     steps: Steps
     outbox: str = ""
+    headline: str = ""  # of its alert, where `about` does not say it
 
     @property
     def todo(self) -> str:
-        """What to do, as it is typed for this outbox."""
-        return format_steps(self.steps, self.outbox)
+        """What to do, in one line, with the commands and names of this outbox."""
+        return "".join(step if isinstance(step, str) else step.format(self.outbox) for step in self.steps)
 
     @property
     def values(self) -> dict[str, str]:
@@ -362,3 +360,114 @@ def _sweep(status: Status, targets: Targets) -> Iterator[Advice]:
             what=f"rows exported {days:,.1f} days ago are still in the outbox (retention is {targets.retention_days:g} days)",
             steps=(Command("sweep --dry-run"), "; then sweep, and turn ", Definition("sweep_schedule"), " on"),
         )
+
+
+# ── for alerts: what no status shows ─────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drains:
+    """What Dagster knows of this outbox's drains. `starters_off` are its sensor and schedule when neither is on."""
+
+    starters_off: Sequence[str] = ()
+    running: Sequence[str] = ()  # run ids
+    queued: Sequence[str] = ()
+    failed_in_a_row: int = 0
+    last_failure: str = ""
+
+
+def not_shrinking(status: Status, targets: Targets, drains: Drains, *, before: str) -> Advice:
+    """The backlog is late and has as many rows as `before` says, or more."""
+    backlog = status.backlog
+    return Advice(
+        severity=Severity.ERROR,
+        about="lag",
+        headline="the backlog is not shrinking",
+        what=f"{backlog.shown_rows} rows are pending ({before}), the oldest for {shown_s(backlog.lag_s)} (target "
+        f"{shown_s(targets.lag_s)}). Likely: {'; '.join(likely_reasons(status, drains))}",
+        steps=(STATUS, "; ", DRAIN, " exports from the command line, without Dagster"),
+    )
+
+
+def likely_reasons(status: Status, drains: Drains) -> list[str]:
+    """Why a backlog does not shrink, the likeliest first; never empty."""
+    reasons = []
+    if drains.failed_in_a_row:
+        runs = "the last run" if drains.failed_in_a_row == 1 else f"the last {drains.failed_in_a_row} runs"
+        reasons.append(f"{runs} failed" + (f" ({drains.last_failure})" if drains.last_failure else ""))
+    who = f"run {_ids(drains.running)}" if drains.running else ", ".join(status.at_work)
+    if who and status.rows_per_s:
+        reasons.append(f"{who} exports {status.rows_per_s:,.0f} rows/s, and more arrives (is max_rows_per_second set?)")
+    elif who:
+        reasons.append(f"{who} is at work and has exported nothing lately")
+    elif drains.queued:
+        reasons.append(f"run {_ids(drains.queued)} waits in the queue: is another run holding the pool?")
+    else:
+        reasons.append("no run is at work")
+    if drains.starters_off and not who:
+        reasons.append(f"{' and '.join(drains.starters_off)} are off, so nothing starts a run")
+    if status.backlog.waiting_batches:
+        reasons.append(
+            f"{counted(status.backlog.waiting_batches, 'batch is', 'batches are')} stopped until the lease ends"
+        )
+    if status.backlog.unknown_rows:
+        reasons.append(
+            f"besides, {counted(status.backlog.unknown_rows, 'row has an unknown version', 'rows have unknown versions')}, which "
+            "no drain takes"
+        )
+    return reasons
+
+
+def _ids(run_ids: Sequence[str]) -> str:
+    return ", ".join(run_id[:8] for run_id in run_ids)
+
+
+def unreachable(error: str, *, permanent: bool) -> Advice:
+    """MySQL does not answer, or refuses."""
+    return Advice(
+        severity=Severity.ERROR,
+        about="mysql",
+        headline="the outbox cannot be read",
+        what=error,
+        steps=(DOCTOR,) if permanent else ("is MySQL up, and can this host reach it? ", DOCTOR),
+    )
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a run failed, in one line. `error` is the class of the error, or what happened to the worker."""
+
+    error: str = ""
+    step: str = ""
+    line: str = ""
+    rerun_helps: bool | None = None  # None: not an error of ours
+    reported: bool = False  # by the step itself, to the heartbeat too
+
+    @property
+    def place(self) -> str:
+        return f"{self.error} at {self.step}" if self.step else self.error
+
+
+_AFTER: dict[str, Steps] = {
+    "SetupIncomplete": (DOCTOR, ": it prints the statement that fixes it"),
+    "InvalidConfig": ("correct the setting that the line names, then launch again",),
+    "VerificationFailed": REPAIR,
+    "BatchAltered": (Command("batches list"), "; somebody changes outbox rows after they were written"),
+    "IncompleteRun": ("launch a new run: it adopts what this one left",),
+}
+_CONTINUES = "nothing is lost and the next run continues; "
+_AFTER_OTHERS: dict[bool | None, Steps] = {
+    True: (f"{_CONTINUES}if it fails too: ", STATUS, ", then ", DOCTOR),
+    False: ("read the run's log; then ", DOCTOR),
+    None: (f"{_CONTINUES}read the run's log, and check the worker's host: memory, deployment, node",),
+}
+
+
+def run_failed(about: str, failure: Failure) -> Advice:
+    """A run of this job failed."""
+    return Advice(
+        severity=Severity.ERROR,
+        about=about,
+        headline=f"{about} failed",
+        what=f"{failure.place}: {failure.line}",
+        steps=_AFTER.get(failure.error) or _AFTER_OTHERS[failure.rerun_helps],
+    )

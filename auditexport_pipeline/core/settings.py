@@ -1,6 +1,6 @@
 """Numbers that an operator may set: default, bounds and meaning beside each, and reading them from the environment.
 
-What belongs here: the mechanism. What does not: the numbers (`core.targets`, `core.notices`), and a drain's limits, which
+What belongs here: the mechanism. What does not: the numbers (`core.targets`, `core.alerts`), and a drain's limits, which
 are integers of a launchpad (`core.limits`).
 """
 

@@ -1,16 +1,13 @@
-"""What the tests of alerts share: the sensors as the daemon ticks them, their clock, and runs that go wrong."""
+"""Shared by the tests of alerts: the sensors as the daemon ticks them, their clock, and runs that fail."""
 
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import dagster as dg
-import msgspec
 import pytest
 
-from auditexport_pipeline.core.run_alerts import RunAlerts
 from auditexport_pipeline.definitions import build_audit_export_defs, defs
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource, MySQLResource
 from auditexport_tests.conftest import Stack
@@ -43,6 +40,7 @@ class Sensor:
         self._definitions = definitions
         self.name = name
         self.mysql_url = stack.mysql_url
+        self.resources: dict[str, object] = {}  # in place of the usual ones
         self.cursor: str | None = None
 
     def tick(self) -> str:
@@ -53,6 +51,7 @@ class Sensor:
             "mysql": MySQLResource(url=self.mysql_url),
             "alerts": AlertsResource(),
             "heartbeat": HeartbeatResource(),
+            **self.resources,
         }
         with dg.build_sensor_context(
             instance=self._instance,
@@ -69,17 +68,6 @@ class Sensor:
         self.cursor = result.cursor
         assert result.skip_reason is not None
         return str(result.skip_reason.skip_message)
-
-    def later(self, seconds: float) -> None:
-        """Sets what it remembers back, which is the same as its clock forward, but not the runs'."""
-        memory = msgspec.json.decode(self.cursor or "", type=RunAlerts)
-        for stands in memory.board.standing.values():
-            stands.told_ms -= int(seconds * 1000)
-        memory.waiting = {
-            run_id: msgspec.structs.replace(waits, ended_ms=waits.ended_ms - int(seconds * 1000))
-            for run_id, waits in memory.waiting.items()
-        }
-        self.cursor = msgspec.json.encode(memory).decode()
 
 
 def failing(exporter: Exporter, monkeypatch: pytest.MonkeyPatch, **settings: object) -> str:
@@ -99,16 +87,13 @@ def died(
     return run
 
 
-def ended_untold(exporter: Exporter) -> dg.DagsterRun:
-    """A run whose failure is stored, to the microsecond, and of whose retry Dagster has yet to speak."""
-    run = exporter.put_run("audit_log_export", "STARTED")
-    failed = dg.DagsterEvent(event_type_value="PIPELINE_FAILURE", job_name=run.job_name)
-    exporter.instance.run_storage.handle_run_event(run.run_id, failed, datetime.now(timezone.utc))
-    found = exporter.instance.get_run_by_id(run.run_id)
-    assert found is not None
-    assert found.status is dg.DagsterRunStatus.FAILURE
-    assert "dagster/will_retry" not in found.tags
-    return found
+def succeeded(exporter: Exporter, job: str = "audit_log_export") -> dg.DagsterRun:
+    """A run that succeeded, without doing anything."""
+    run = exporter.put_run(job, "STARTED")
+    exporter.instance.report_dagster_event(
+        dg.DagsterEvent(event_type_value="PIPELINE_SUCCESS", job_name=job), run.run_id
+    )
+    return run
 
 
 class Broken(dg.ConfigurableResource):  # type: ignore[type-arg]

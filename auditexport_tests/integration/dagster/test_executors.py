@@ -151,7 +151,7 @@ def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
         "Celery's broker, which AUDITEXPORT_CELERY_BROKER_URL names, or where AUDITEXPORT_CELERY_RESULT_URL has the results, is not "
         f"reachable ({kind}). Nothing is lost: start it, or mend the variable, and run again"
     )
-    assert not failure.told  # so the run alerts send the heartbeat its /fail
+    assert not failure.reported  # so the run alerts send the heartbeat its /fail
     assert "not_for_any_eye" not in "".join(str(entry) for entry in exporter.instance.all_logs(run.run_id))
     assert ledger(stack) == []
     exporter.drain()

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
+from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.targets import TARGET_VARIABLES, Targets
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack

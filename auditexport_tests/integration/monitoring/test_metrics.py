@@ -26,9 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from auditexport_pipeline.cli import metrics as cli_metrics
 from auditexport_pipeline.cli.metrics import OutboxCollector, OutboxReader, server_for
 from auditexport_pipeline.core.actions import Actor
+from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.metrics import NAMES
-from auditexport_pipeline.core.notices import POLICY_VARIABLES, Policy
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
