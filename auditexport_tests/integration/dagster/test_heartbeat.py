@@ -1,4 +1,4 @@
-"""Who is told that nothing runs: the heartbeat's URL, which a drain and the sensor on runs call."""
+"""The heartbeat: what a drain and the sensor on runs send to its URL."""
 
 from __future__ import annotations
 
@@ -7,73 +7,73 @@ import pytest
 from auditexport_pipeline.core import export
 from auditexport_pipeline.defs import resources
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.alerting import (
-    Sensor,
-    cannot_begin,
-    died,
-    failing,
-)
+from auditexport_tests.integration.dagster.alerting import Sensor, cannot_begin, died, failing, succeeded
 from auditexport_tests.integration.dagster.conftest import Exporter, events
 from auditexport_tests.support.webhook import SECRET, Webhook
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 
 
-def test_a_drain_that_died_without_a_word_is_told_to_the_heartbeat_by_the_sensor(
-    exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A killed worker sends no /fail, and the check would wait for its grace time. No webhook is needed for it."""
+@pytest.fixture
+def runs(exporter: Exporter, stack: Stack, heart: Webhook) -> Sensor:
+    """The sensor on runs, past its first tick; no webhook is set."""
     sensor = Sensor(exporter, stack, "run_alerts")
     sensor.tick()
+    return sensor
+
+
+def test_the_sensor_sends_fail_for_a_drain_that_died(runs: Sensor, exporter: Exporter, heart: Webhook) -> None:
+    """A killed worker sends no /fail, and the service would wait for its grace time."""
     died(exporter, "sweep_exported_rows")
-    sensor.tick()
-    assert heart.paths == []
     run = exporter.put_run("audit_log_export", "STARTED")
     exporter.instance.report_run_failed(run)
-    sensor.tick()
-    assert heart.paths == []  # Dagster launches it again
+    runs.tick()
+    assert heart.paths == []  # a sweep has no heartbeat, and Dagster launches the drain again
     exporter.instance.add_run_tags(run.run_id, {"dagster/will_retry": "false"})
     heart.answer = 500
-    sensor.tick()
+    runs.tick()
     heart.answer = 200
-    sensor.tick()
-    sensor.tick()
+    for _ in range(2):
+        runs.tick()
     assert heart.paths == [f"/{SECRET}/fail"] * 2  # the first was answered 500
 
 
-def test_a_failure_that_a_step_has_told_is_not_told_to_the_heartbeat_again(
-    exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
+def test_the_sensor_sends_no_fail_that_a_step_sent(
+    runs: Sensor, exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A /fail after the success of a later run would be a false alarm."""
-    sensor = Sensor(exporter, stack, "run_alerts")
-    sensor.tick()
     failing(exporter, monkeypatch)
-    real = export.mark
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(export, "mark", broken)
     stack.put(*events(1))
-    exporter.drain(raise_on_error=False)
-    monkeypatch.setattr(export, "mark", real)
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "mark", broken)
+        exporter.drain(raise_on_error=False)
     assert heart.paths == [f"/{SECRET}/start", f"/{SECRET}/fail"] * 2
     heart.paths.clear()
-    sensor.tick()
-    assert heart.paths == []
-    # One that died, and another that succeeded before anybody looked.
+    runs.tick()
+    # One that died, and another that succeeded before the next tick.
     died(exporter)
-    exporter.drain()
-    heart.paths.clear()
-    sensor.tick()
+    succeeded(exporter)
+    runs.tick()
     assert heart.paths == []
+
+
+def test_the_sensor_sends_fail_for_a_drain_that_cannot_begin(runs: Sensor, exporter: Exporter, heart: Webhook) -> None:
+    """A setting that is missing stops a run before its first step can send anything."""
+    cannot_begin(exporter)
+    assert heart.paths == []
+    runs.tick()
+    assert heart.paths == [f"/{SECRET}/fail"]
 
 
 @pytest.mark.parametrize("trouble", ["silent", "dripping"])
-def test_a_heartbeat_that_does_not_answer_holds_no_drain_up(
+def test_a_heartbeat_that_does_not_answer_delays_no_drain(
     exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    """A time-out of a socket is one for each byte; a run that waits for the last one exports nothing meanwhile."""
+    """A socket's time-out is for each byte; a run that waits for the last one exports nothing meanwhile."""
     monkeypatch.setattr(resources, "HEARTBEAT_TIMEOUT_S", 0.2)
     heart.holds, heart.drips = trouble == "silent", trouble == "dripping"
     stack.put(*events(2))
@@ -81,15 +81,3 @@ def test_a_heartbeat_that_does_not_answer_holds_no_drain_up(
     lines = [entry.user_message for entry in exporter.instance.all_logs(run_id)]
     assert sum("could not be sent (TimeoutError)" in line for line in lines) == 2
     assert stack.counts() == (2, 2)
-
-
-def test_a_drain_that_cannot_even_begin_is_told_to_the_heartbeat(
-    exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A setting that is missing stops a run before its first step can tell anybody."""
-    sensor = Sensor(exporter, stack, "run_alerts")
-    sensor.tick()
-    cannot_begin(exporter)
-    assert heart.paths == []
-    sensor.tick()
-    assert heart.paths == [f"/{SECRET}/fail"]
