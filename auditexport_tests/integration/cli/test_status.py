@@ -27,10 +27,11 @@ from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.monitoring.test_status import OPEN, QUIET, TROUBLES, as_role  # noqa: F401
+from auditexport_tests.integration.monitoring.test_status import as_role  # noqa: F401
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.prompts import Prompt, at_a_terminal, prompt_in, started
 from auditexport_tests.support.waiting import wait_until
+from auditexport_tests.unit.core.test_advice import OPEN, QUIET, TROUBLES
 
 RUN = RunStatus(
     owner="3f6c1a52-7d0b-4a52-9c0e-2f4b5c6d7e8f",

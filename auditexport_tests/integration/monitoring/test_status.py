@@ -1,8 +1,7 @@
-"""Status: what it reads from a real ledger, and the advice for each kind of trouble, each with its negative control."""
+"""Status: what is read from a real ledger, by whom, and by which targets."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,23 +10,12 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.advice import Advice, Command, Severity, advice, needs_operator, verdict
-from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.ports import Discrepancy
 from auditexport_pipeline.core.reconcile import reconcile
-from auditexport_pipeline.core.status import (
-    RATE_WINDOW_S,
-    BatchTimes,
-    LastReconcile,
-    OpenBatchStatus,
-    Status,
-    rate_of,
-    runs_of,
-    shown_s,
-)
+from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.units import DAY_MS
@@ -38,220 +26,7 @@ from auditexport_pipeline.mysql.status import read_status, targets
 from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
-
-NOW_MS = 1_800_000_000_000
-HOUR_MS = 3_600_000
-QUIET = Status(
-    at_ms=NOW_MS,
-    backlog=Backlog(
-        rows=0,
-        rows_at_least=False,
-        lag_s=0.0,
-        unknown_rows=0,
-        unknown_versions=(),
-        dead_rows=0,
-        open_batches=0,
-        waiting_batches=0,
-        leasing_owners=(),
-    ),
-    recent_rows=0,
-    rows_per_s=0.0,
-    open_batches=(),
-    runs=(),
-    dead_by_reason={},
-    unverified_batches=0,
-    unverified_age_s=0.0,
-    discrepant={},
-    last_exported_at_ms=None,
-    first_claimed_at_ms=None,
-    oldest_unswept_age_s=0.0,
-    last_sweep=None,
-    last_reconcile=None,
-)
-OPEN = OpenBatchStatus(
-    batch_id=7,
-    state=State.SEALED,
-    version="audit_log.v1",
-    rows=50_000,
-    owner="run-1",
-    age_s=1_000.0,
-    lease_left_s=-10.0,
-    attempts=1,
-    last_error="",
-)
-LOOKED = LastReconcile(
-    at_ms=NOW_MS - HOUR_MS, who="ada", from_ms=0, to_ms=NOW_MS, batches=3, found=Discrepancy(missing=2)
-)
-
-
-def behind(rows: int, lag_s: float, *owners: str) -> Backlog:
-    return replace(QUIET.backlog, rows=rows, lag_s=lag_s, leasing_owners=owners, open_batches=len(owners))
-
-
-# Trouble, the same just within the target, how bad it is, and what the sentence and the remedy must name.
-TROUBLES: dict[str, tuple[Status, Status, Severity, str, tuple[str, ...], str]] = {
-    "nobody drains": (
-        replace(QUIET, backlog=behind(12_000, 1_200.0)),
-        replace(QUIET, backlog=behind(12_000, 300.0)),
-        Severity.ERROR,
-        "lag",
-        ("12,000 rows are pending", "20 min", "target 5 min", "no drain is at work"),
-        "auditexport drain",
-    ),
-    "a drain that exports nothing": (
-        replace(QUIET, backlog=behind(12_000, 1_200.0, "run-1")),
-        replace(QUIET, backlog=behind(12_000, 299.0, "run-1")),
-        Severity.ERROR,
-        "lag",
-        ("run-1 is at work and has exported nothing in 15 min",),
-        "auditexport doctor",
-    ),
-    "a drain that is not done yet": (
-        replace(QUIET, backlog=behind(120_000, 1_200.0, "run-1"), rows_per_s=1_000.0),
-        replace(QUIET, backlog=behind(120_000, 300.0, "run-1"), rows_per_s=1_000.0),
-        Severity.WARNING,
-        "lag",
-        ("run-1 is at work at 1,000 rows/s", "2 min to go"),
-        "auditexport status --watch",
-    ),
-    "a batch that nobody takes up": (
-        replace(QUIET, open_batches=(replace(OPEN, last_error="rows changed"),)),
-        replace(QUIET, open_batches=(replace(OPEN, age_s=900.0),)),
-        Severity.ERROR,
-        "open_batches",
-        ("1 batch open for more than 15 min", "batch 7 (sealed, 50,000 rows, 17 min, owner run-1, rows changed)"),
-        "auditexport drain",
-    ),
-    "a batch that is held long": (
-        replace(QUIET, open_batches=(replace(OPEN, lease_left_s=200.0),)),
-        replace(QUIET, open_batches=(replace(OPEN, lease_left_s=200.0, age_s=10.0),)),
-        Severity.WARNING,
-        "open_batches",
-        ("their leases still run", "owner run-1"),
-        "auditexport batches show 7",
-    ),
-    "batches that nobody verified": (
-        replace(QUIET, unverified_batches=3, unverified_age_s=1_000.0),
-        replace(QUIET, unverified_batches=3, unverified_age_s=900.0),
-        Severity.WARNING,
-        "unverified",
-        ("3 exported batches are not verified, the oldest for 17 min",),
-        "auditexport drain",
-    ),
-    "what ClickHouse lost": (
-        replace(QUIET, discrepant={4: "in ClickHouse: 1 missing"}),
-        QUIET,
-        Severity.ERROR,
-        "discrepant",
-        ("1 batch is discrepant", "batch 4 (in ClickHouse: 1 missing)"),
-        "auditexport reconcile --repair",
-    ),
-    "a reconciliation that found something": (
-        replace(QUIET, last_reconcile=LOOKED),
-        replace(QUIET, last_reconcile=replace(LOOKED, found=Discrepancy())),
-        Severity.ERROR,
-        "reconcile",
-        ("60 min ago by ada, found 2 missing",),
-        "auditexport reconcile --repair",
-    ),
-    "a reconciliation too long ago": (
-        replace(QUIET, last_reconcile=replace(LOOKED, found=Discrepancy(), at_ms=NOW_MS - 37 * HOUR_MS)),
-        replace(QUIET, last_reconcile=replace(LOOKED, found=Discrepancy(), at_ms=NOW_MS - 36 * HOUR_MS)),
-        Severity.WARNING,
-        "reconcile",
-        ("the last reconciliation was 37 h ago", "every 36 h"),
-        "auditexport reconcile",
-    ),
-    "never a reconciliation": (
-        replace(QUIET, first_claimed_at_ms=NOW_MS - 50 * HOUR_MS),
-        replace(QUIET, first_claimed_at_ms=NOW_MS - HOUR_MS),
-        Severity.WARNING,
-        "reconcile",
-        ("exporting began 2 days ago and nobody has reconciled",),
-        "auditexport reconcile",
-    ),
-    "dead letters": (
-        replace(QUIET, backlog=replace(QUIET.backlog, dead_rows=3), dead_by_reason={"wrong_type": 2, "not_json": 1}),
-        QUIET,
-        Severity.WARNING,
-        "dead_letters",
-        ("3 dead letters", "wrong_type 2, not_json 1"),
-        "auditexport dead-letters list",
-    ),
-    "unknown versions": (
-        replace(
-            QUIET,
-            backlog=replace(
-                QUIET.backlog, unknown_rows=25, unknown_versions=("v9",), unknown_by_version={"v9": 24, "": 1}
-            ),
-        ),
-        QUIET,
-        Severity.WARNING,
-        "unknown_versions",
-        ("25 rows", "v9 24", "(empty) 1"),
-        "upgrade auditexport",
-    ),
-    "a sweep that is late": (
-        replace(QUIET, oldest_unswept_age_s=33 * 86_400.0),
-        replace(QUIET, oldest_unswept_age_s=32 * 86_400.0),
-        Severity.WARNING,
-        "sweep",
-        ("33.0 days ago", "retention is 30 days"),
-        "auditexport sweep",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TROUBLES)
-def test_each_trouble_is_told_with_its_numbers_and_its_remedy(name: str) -> None:
-    """At night the sentence has to carry the numbers and the command; and one that is always there says nothing."""
-    trouble, control, severity, about, words, todo = TROUBLES[name]
-    (one,) = advice(trouble, Targets())
-    assert (one.severity, one.about) == (severity, about)
-    assert all(word in one.what for word in words), one.what
-    assert one.todo.startswith(todo)
-    assert needs_operator([one])
-    assert verdict(trouble, [one]).startswith("needs an operator: 1 ")
-    assert advice(control, Targets()) == []
-    assert verdict(control, []).startswith("healthy")
-
-
-@pytest.mark.parametrize("name", TROUBLES)
-def test_each_remedy_names_the_outbox_in_commands_and_definitions(name: str) -> None:
-    """One code location may have several outboxes, and a command for the wrong one changes another's rows."""
-    (one,) = advice(TROUBLES[name][0], Targets(), "eu")
-    commands = [step for step in one.steps if isinstance(step, Command)]
-    assert one.todo.count("auditexport --outbox eu ") == len(commands)
-    assert len(commands) == TROUBLES[name][-1].startswith("auditexport ")
-    assert not re.search(r"\b(?<!eu_)(?:reconcile_schedule|sweep_schedule|outbox_backlog_sensor)", one.todo)
-
-
-def test_the_worst_comes_first_and_a_note_calls_nobody() -> None:
-    """Whoever reads one line only must read the one about evidence."""
-    everything = replace(
-        QUIET,
-        backlog=replace(QUIET.backlog, dead_rows=1, rows=5, lag_s=4_000.0),
-        discrepant={4: ""},
-        unverified_batches=1,
-        unverified_age_s=10_000.0,
-        actions_read=False,
-    )
-    found = advice(everything, Targets())
-    assert [one.about for one in found] == ["discrepant", "lag", "unverified", "dead_letters", "actions"]
-    assert verdict(everything, found) == "needs an operator: 2 errors, 2 warnings"
-    (note,) = advice(replace(QUIET, actions_read=False), Targets())
-    assert note.severity is Severity.NOTE
-    assert not needs_operator([note])
-
-
-def test_a_name_that_an_application_chose_stays_on_its_line() -> None:
-    """A version can hold whatever its writer likes, and a terminal obeys what it is sent."""
-    hostile = replace(
-        QUIET,
-        backlog=replace(QUIET.backlog, unknown_rows=1, unknown_versions=("a",), unknown_by_version={"\x1b[2J\nv": 1}),
-    )
-    (one,) = advice(hostile, Targets())
-    assert one.what.endswith("no drain takes: ?[2J?v 1")
+from auditexport_tests.unit.core.test_advice import QUIET, behind
 
 
 def test_targets_are_read_from_the_environment_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,77 +48,6 @@ def test_targets_are_read_from_the_environment_and_refused_by_name(monkeypatch: 
         Targets(batch_open_minutes=0)
     monkeypatch.setenv("AUDITEXPORT_TARGET_RECONCILE_HOURS", "48")
     assert targets().reconcile_hours == 48.0
-
-
-def test_a_rate_counts_the_time_at_work_and_no_idle_time() -> None:
-    """An ETA from a rate that an idle quarter of an hour had thinned would call somebody for nothing."""
-
-    def batch(number: int, claimed_s: float, last_s: float, state: State = State.VERIFIED) -> BatchTimes:
-        return BatchTimes(
-            batch_id=number,
-            epoch=number,
-            owner="one",
-            state=state,
-            rows=1_000,
-            claimed_at_ms=NOW_MS - int(claimed_s * 1000),
-            last_at_ms=NOW_MS - int(last_s * 1000),
-            leased=True,
-        )
-
-    # Two that overlap, from 100 s to 90 s before now; one begun before the window and done 5 s into it.
-    done = [batch(1, 100, 95), batch(2, 98, 90), batch(3, RATE_WINDOW_S + 500, RATE_WINDOW_S - 5)]
-    assert rate_of(done, [], now_ms=NOW_MS) == (3_000, 3_000 / 15)
-    # And one at work for 5 s.
-    assert rate_of(done, [batch(4, 5, 5, State.SEALED)], now_ms=NOW_MS) == (3_000, 3_000 / 20)
-    assert rate_of([], [], now_ms=NOW_MS) == (0, 0.0)
-
-
-def test_a_run_begins_with_its_own_plan_and_not_with_what_it_adopted() -> None:
-    """Otherwise a run that cleans up after a crash looks as if it had taken the night for it."""
-
-    def batch(number: int, epoch: int, owner: str, claimed_ms: int, state: State, last_ms: int) -> BatchTimes:
-        return BatchTimes(
-            batch_id=number,
-            epoch=epoch,
-            owner=owner,
-            state=state,
-            rows=100,
-            claimed_at_ms=claimed_ms,
-            last_at_ms=last_ms,
-            leased=state is State.SEALED,
-        )
-
-    runs = runs_of(
-        [
-            batch(1, 1, "old", 1_000, State.VERIFIED, 3_000),
-            batch(2, 5, "new", 1_000, State.DISCREPANT, 95_000),  # claimed by `old`, adopted by `new`
-            batch(3, 5, "new", 90_000, State.VERIFIED, 96_000),
-            batch(4, 6, "now", 98_000, State.SEALED, 99_000),
-        ],
-        now_ms=100_000,
-        complete=False,
-    )
-    assert [(run.owner, run.batches, run.rows, run.seconds) for run in runs] == [
-        ("now", 1, 0, 2.0),
-        ("new", 2, 200, 6.0),
-        ("old", 1, 100, 2.0),
-    ]
-    assert [run.worst for run in runs] == [State.SEALED, State.DISCREPANT, State.VERIFIED]
-    assert [(run.at_work, run.partial) for run in runs] == [(True, False), (False, False), (False, True)]
-    assert runs[1].rows_per_s == pytest.approx(200 / 6)
-
-
-def test_times_are_shown_as_a_person_says_them() -> None:
-    """A lag of 93,600 s is a number that nobody reads at night."""
-    assert [shown_s(seconds) for seconds in (0, 0.42, 45.4, 300, 5_400, 40_000, 300_000)] == [
-        "0 s",
-        "0.4 s",
-        "45 s",
-        "5 min",
-        "90 min",
-        "11 h",
-        "3 days",
-    ]
 
 
 # ── read from real servers ───────────────────────────────────────────────────────────────────────
@@ -476,8 +180,7 @@ def test_a_reader_reads_all_of_it_and_an_exporter_all_but_the_actions(
     assert read_status(as_role(Role.READER)).actions_read
     status = read_status(as_role(Role.EXPORTER))
     assert (status.actions_read, status.backlog.dead_rows) == (False, 2)
-    found: list[Advice] = advice(status, Targets())
-    assert [one.about for one in found] == ["dead_letters", "actions"]
+    assert [one.about for one in advice(status, Targets())] == ["dead_letters", "actions"]
 
 
 def test_whoever_may_not_record_is_told_and_reconciles_all_the_same(

@@ -24,7 +24,7 @@ from auditexport_pipeline.core.alerts import (
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.core.targets import Targets
-from auditexport_tests.integration.monitoring.test_status import OPEN, QUIET
+from auditexport_tests.unit.core.test_advice import OPEN, QUIET
 
 NOW_MS = 1_800_000_000_000
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
