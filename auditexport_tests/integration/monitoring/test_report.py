@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.reconcile import DAY_MS, reconcile
+from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.report import figures, page

@@ -29,8 +29,8 @@ from auditexport_tests.support.crashes import drain
 from auditexport_tests.unit.core.test_advice import QUIET, behind
 
 
-def test_targets_are_read_from_the_environment_and_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A target with a typing error in it would silence an alarm; the message has to name the variable."""
+def test_targets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target with a typing error would silence an alert; the message has to name the variable."""
     assert Targets.of({"PATH": "/bin", "AUDITEXPORT_TARGET_LAG_S": ""}) == Targets()
     late = Targets.of({"AUDITEXPORT_TARGET_LAG_S": "20", "AUDITEXPORT_TARGET_DEAD_LETTERS": "5"})
     assert (late.lag_s, late.dead_letters, late.reconcile_hours) == (20.0, 5.0, 36.0)
@@ -83,8 +83,8 @@ def test_what_a_drain_did_is_in_the_status(stack: Stack, by: Actor) -> None:
     assert [one.about for one in advice(status, Targets())] == ["dead_letters", "unknown_versions"]
 
 
-def test_open_batches_are_told_with_owner_lease_and_state(stack: Stack) -> None:
-    """Whether somebody is at work, and who, is the first question of whoever was called."""
+def test_open_batches_have_owner_lease_and_state(stack: Stack) -> None:
+    """On call asks first whether a run is at work, and which."""
     seed_outbox(stack.mysql_url, seed=6, events=60, writers=1)
     (claim,) = claiming.claim(stack.outbox, owner="web-1:77", dead_owners=(), limits=Limits(lease_s=600))
     (batch,) = read_status(stack.outbox).open_batches
@@ -101,7 +101,7 @@ def test_open_batches_are_told_with_owner_lease_and_state(stack: Stack) -> None:
     assert one.about == "unverified"
 
 
-def test_a_reconciliation_leaves_when_by_whom_and_what_it_found(stack: Stack, by: Actor) -> None:
+def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack, by: Actor) -> None:
     """Without a trace nobody can tell whether the proof was ever asked for."""
     seed_outbox(stack.mysql_url, seed=7, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -136,8 +136,8 @@ def test_a_reconciliation_leaves_when_by_whom_and_what_it_found(stack: Stack, by
     assert [one.about for one in advice(status, Targets())] == ["discrepant", "reconcile"]
 
 
-def test_a_sweep_is_told_and_one_that_is_late_as_well(stack: Stack, by: Actor) -> None:
-    """An outbox that grows for ever ends an application's disk."""
+def test_the_last_sweep_and_a_late_sweep_are_in_the_status(stack: Stack, by: Actor) -> None:
+    """An outbox that grows for ever fills the application's disk."""
     seed_outbox(stack.mysql_url, seed=8, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = deleted_at - 33 * 86400000")
@@ -171,9 +171,7 @@ def as_role(stack: Stack) -> Iterator[Callable[[Role], MySQLOutbox]]:
         stack.sql(f"DROP USER '{sa.make_url(outbox.url).username}'@'127.0.0.1'")
 
 
-def test_a_reader_reads_all_of_it_and_an_exporter_all_but_the_actions(
-    stack: Stack, as_role: Callable[[Role], MySQLOutbox]
-) -> None:
+def test_an_exporter_reads_all_but_the_actions(stack: Stack, as_role: Callable[[Role], MySQLOutbox]) -> None:
     """A dashboard must not need an operator's user, and an asset check has the drain's."""
     seed_outbox(stack.mysql_url, seed=9, events=20, malformed=2, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -183,7 +181,7 @@ def test_a_reader_reads_all_of_it_and_an_exporter_all_but_the_actions(
     assert [one.about for one in advice(status, Targets())] == ["dead_letters", "actions"]
 
 
-def test_whoever_may_not_record_is_told_and_reconciles_all_the_same(
+def test_a_reconciliation_that_cannot_be_recorded_is_made(
     stack: Stack, by: Actor, as_role: Callable[[Role], MySQLOutbox]
 ) -> None:
     """What was found must not be lost over a grant on the table of records."""

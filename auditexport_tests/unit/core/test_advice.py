@@ -63,7 +63,7 @@ def behind(rows: int, lag_s: float, *owners: str) -> Backlog:
     return replace(QUIET.backlog, rows=rows, lag_s=lag_s, leasing_owners=owners, open_batches=len(owners))
 
 
-# Trouble, the same just within the target, how bad it is, and what the sentence and the remedy must name.
+# Trouble, the same just within the target, its severity and name, and what its sentence and its fix must say.
 TROUBLES: dict[str, tuple[Status, Status, Severity, str, tuple[str, ...], str]] = {
     "nobody drains": (
         replace(QUIET, backlog=behind(12_000, 1_200.0)),
@@ -89,7 +89,7 @@ TROUBLES: dict[str, tuple[Status, Status, Severity, str, tuple[str, ...], str]] 
         ("run-1 is at work at 1,000 rows/s", "2 min to go"),
         "auditexport status --watch",
     ),
-    "a batch that nobody takes up": (
+    "a batch that no run adopts": (
         replace(QUIET, open_batches=(replace(OPEN, last_error="rows changed"),)),
         replace(QUIET, open_batches=(replace(OPEN, age_s=900.0),)),
         Severity.ERROR,
@@ -113,7 +113,7 @@ TROUBLES: dict[str, tuple[Status, Status, Severity, str, tuple[str, ...], str]] 
         ("3 exported batches are not verified, the oldest for 17 min",),
         "auditexport drain",
     ),
-    "what ClickHouse lost": (
+    "entries that ClickHouse lost": (
         replace(QUIET, discrepant={4: "in ClickHouse: 1 missing"}),
         QUIET,
         Severity.ERROR,
@@ -178,8 +178,8 @@ TROUBLES: dict[str, tuple[Status, Status, Severity, str, tuple[str, ...], str]] 
 
 
 @pytest.mark.parametrize("name", TROUBLES)
-def test_each_trouble_is_told_with_its_numbers_and_its_remedy(name: str) -> None:
-    """At night the sentence has to carry the numbers and the command; and one that is always there says nothing."""
+def test_each_trouble_has_its_numbers_and_its_fix(name: str) -> None:
+    """At night one sentence has to have the numbers and the command; and advice that is always there says nothing."""
     trouble, control, severity, about, words, todo = TROUBLES[name]
     (one,) = advice(trouble, Targets())
     assert (one.severity, one.about) == (severity, about)
@@ -192,7 +192,7 @@ def test_each_trouble_is_told_with_its_numbers_and_its_remedy(name: str) -> None
 
 
 @pytest.mark.parametrize("name", TROUBLES)
-def test_each_remedy_names_the_outbox_in_commands_and_definitions(name: str) -> None:
+def test_each_fix_names_the_outbox(name: str) -> None:
     """One code location may have several outboxes, and a command for the wrong one changes another's rows."""
     (one,) = advice(TROUBLES[name][0], Targets(), "eu")
     commands = [step for step in one.steps if isinstance(step, Command)]
@@ -201,8 +201,8 @@ def test_each_remedy_names_the_outbox_in_commands_and_definitions(name: str) -> 
     assert not re.search(r"\b(?<!eu_)(?:reconcile_schedule|sweep_schedule|outbox_backlog_sensor)", one.todo)
 
 
-def test_the_worst_comes_first_and_a_note_calls_nobody() -> None:
-    """Whoever reads one line only must read the one about evidence."""
+def test_the_worst_comes_first_and_a_note_needs_nobody() -> None:
+    """An operator who reads only one line must read the one about evidence."""
     everything = replace(
         QUIET,
         backlog=replace(QUIET.backlog, dead_rows=1, rows=5, lag_s=4_000.0),

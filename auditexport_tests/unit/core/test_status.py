@@ -10,8 +10,8 @@ from auditexport_pipeline.core.status import RATE_WINDOW_S, BatchTimes, rate_of,
 NOW_MS = 1_800_000_000_000
 
 
-def test_a_rate_counts_the_time_at_work_and_no_idle_time() -> None:
-    """An ETA from a rate that an idle quarter of an hour had thinned would call somebody for nothing."""
+def test_the_rate_counts_no_idle_time() -> None:
+    """An idle quarter of an hour would make the rate too low, and the ETA too long."""
 
     def batch(number: int, claimed_s: float, last_s: float, state: State = State.VERIFIED) -> BatchTimes:
         return BatchTimes(
@@ -33,7 +33,7 @@ def test_a_rate_counts_the_time_at_work_and_no_idle_time() -> None:
     assert rate_of([], [], now_ms=NOW_MS) == (0, 0.0)
 
 
-def test_a_run_begins_with_its_own_plan_and_not_with_what_it_adopted() -> None:
+def test_a_run_begins_with_its_own_plan() -> None:
     """Otherwise a run that cleans up after a crash looks as if it had taken the night for it."""
 
     def batch(number: int, epoch: int, owner: str, claimed_ms: int, state: State, last_ms: int) -> BatchTimes:
@@ -68,7 +68,7 @@ def test_a_run_begins_with_its_own_plan_and_not_with_what_it_adopted() -> None:
     assert runs[1].rows_per_s == pytest.approx(200 / 6)
 
 
-def test_times_are_shown_as_a_person_says_them() -> None:
+def test_durations_read_as_a_person_says_them() -> None:
     """A lag of 93,600 s is a number that nobody reads at night."""
     assert [shown_s(seconds) for seconds in (0, 0.42, 45.4, 300, 5_400, 40_000, 300_000)] == [
         "0 s",
