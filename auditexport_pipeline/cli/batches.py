@@ -16,7 +16,7 @@ from auditexport_pipeline.cli.shared import Age, Time, json_option, moment, prin
 from auditexport_pipeline.cli.stores import outbox, upkeep
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.ledger import PAGE_BATCHES, BatchDetails, BatchFilter, LedgerBatch
-from auditexport_pipeline.core.status import shown_s
+from auditexport_pipeline.core.status import format_duration
 
 if TYPE_CHECKING:
     from auditexport_pipeline.core.batch import Block
@@ -108,7 +108,7 @@ def list_batches(
             f"{line.rows:,}",
             line.owner,
             moment(line.claimed_at_ms),
-            "" if line.state in OPEN else shown_s(line.seconds),
+            "" if line.state in OPEN else format_duration(line.seconds),
             line.last_error,
         )
     shown.columns[3].overflow = "ellipsis"
@@ -176,7 +176,7 @@ def _details_values(details: BatchDetails) -> dict[str, Any]:
 
 def _print_details(details: BatchDetails) -> None:
     line, batch = details.line, details.batch
-    lease = f", lease for another {shown_s(line.lease_left_s)}" if line.lease_left_s > 0 else ", lease ended"
+    lease = f", lease for another {format_duration(line.lease_left_s)}" if line.lease_left_s > 0 else ", lease ended"
     kind = f"generation {line.generation}, a requeue" if line.generation else "first export"
     pks = f"{line.first_pk} to {line.last_pk}" if line.first_pk is not None else "none left"
     counts = ", ".join(f"{count:,} {name}" for name, count in asdict(batch.counts).items() if count)

@@ -19,7 +19,7 @@ from auditexport_pipeline.cli.shared import Command, console, interactive, json_
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.claiming import held_line
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.status import shown_s
+from auditexport_pipeline.core.status import format_duration
 from auditexport_pipeline.core.versions import VERSIONS
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class _Progress:
     def __enter__(self) -> _Progress:
         others = self._backlog.leasing_owners
         self._line(
-            f"{self._backlog.shown_rows} rows pending, lag {shown_s(self._backlog.lag_s)}; draining as {self._owner}"
+            f"{self._backlog.shown_rows} rows pending, lag {format_duration(self._backlog.lag_s)}; draining as {self._owner}"
         )
         if others:
             self._line(f"{', '.join(others)} is at work as well: the ledger gives each batch to one of us")
@@ -216,7 +216,7 @@ class _Progress:
         self._rows += batch.marked_rows
         rate = self._rows / max(0.001, time.monotonic() - self._began)
         left = max(0, self._backlog.rows - self._rows)
-        pace = f"{rate:,.0f} rows/s" + (f", {shown_s(left / rate)} to go" if left and rate else "")
+        pace = f"{rate:,.0f} rows/s" + (f", {format_duration(left / rate)} to go" if left and rate else "")
         if self._bar is not None:
             total = max(self._bar.tasks[0].total or 0, self._rows)
             self._bar.update(self._task, completed=self._rows, total=total, pace=pace)
@@ -282,7 +282,7 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
 def _say(done: Drained, left: Backlog, seconds: float) -> None:
     rate = done.rows / seconds if seconds else 0.0
     click.echo(
-        f"exported {done.rows:,} rows in {done.batches:,} batches, {shown_s(seconds)}, {rate:,.0f} rows/s; "
+        f"exported {done.rows:,} rows in {done.batches:,} batches, {format_duration(seconds)}, {rate:,.0f} rows/s; "
         f"{done.dead_letters:,} dead letters; {len(done.verified) - len(done.discrepant):,} batches verified"
     )
     if left.held_rows:
@@ -293,7 +293,9 @@ def _say(done: Drained, left: Backlog, seconds: float) -> None:
     if done.interrupted:
         given = f"{len(done.released):,} batches were given back, " if done.released else ""
         click.echo(f"interrupted: {given}the next drain goes on from here")
-    click.echo(f"{left.shown_rows} rows still pending, lag {shown_s(left.lag_s)}, {left.open_batches} open batches")
+    click.echo(
+        f"{left.shown_rows} rows still pending, lag {format_duration(left.lag_s)}, {left.open_batches} open batches"
+    )
     for batch_id, why in done.unmarked.items():
         click.echo(f"batch {batch_id} is in ClickHouse and not marked: {why}", err=True)
     if done.lost:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME
 from auditexport_pipeline.cli.shared import console, moment, table
 from auditexport_pipeline.core.advice import Advice, Severity, needs_operator, verdict
-from auditexport_pipeline.core.status import RATE_WINDOW_S, Status, shown_counts, shown_s
+from auditexport_pipeline.core.status import RATE_WINDOW_S, Status, format_counts, format_duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +88,9 @@ def _numbers(now: Status) -> RenderableType:
 def _lines(now: Status) -> list[tuple[str, str]]:
     backlog = now.backlog
     rate = f"{now.rows_per_s:,.0f} rows/s" if now.rows_per_s else "no rate yet"
-    eta = "" if now.eta_s is None or not backlog.rows else f", {shown_s(now.eta_s)} to go if nothing more arrives"
+    eta = (
+        "" if now.eta_s is None or not backlog.rows else f", {format_duration(now.eta_s)} to go if nothing more arrives"
+    )
     last = f"last export {_ago(now, now.last_exported_at_ms)}" if now.last_exported_at_ms else "nothing exported yet"
     aside = [
         f"{backlog.dead_rows:,} dead letters{_by(now.dead_by_reason)}" if backlog.dead_rows else "no dead letters",
@@ -112,10 +114,10 @@ def _lines(now: Status) -> list[tuple[str, str]]:
         swept = f"{_ago(now, now.last_sweep.at_ms)} by {now.last_sweep.who}: {now.last_sweep.rows:,} rows"
     else:
         swept = "never" if now.actions_read else "not known"
-    oldest = f"; oldest exported rows: {shown_s(now.oldest_unswept_age_s)}" if now.oldest_unswept_age_s else ""
+    oldest = f"; oldest exported rows: {format_duration(now.oldest_unswept_age_s)}" if now.oldest_unswept_age_s else ""
     return [
-        ("backlog", f"{backlog.shown_rows} rows pending, lag {shown_s(backlog.lag_s)}"),
-        ("export", f"{rate}{eta}; {now.recent_rows:,} rows in {shown_s(RATE_WINDOW_S)}, {last}"),
+        ("backlog", f"{backlog.shown_rows} rows pending, lag {format_duration(backlog.lag_s)}"),
+        ("export", f"{rate}{eta}; {now.recent_rows:,} rows in {format_duration(RATE_WINDOW_S)}, {last}"),
         ("at work", ", ".join(now.at_work) or "nobody"),
         ("set aside", "; ".join(aside)),
         ("verified", ", ".join(checked)),
@@ -125,11 +127,11 @@ def _lines(now: Status) -> list[tuple[str, str]]:
 
 
 def _by(counts: Any) -> str:
-    return f" ({shown_counts(counts)})" if counts else ""
+    return f" ({format_counts(counts)})" if counts else ""
 
 
 def _ago(now: Status, at_ms: int) -> str:
-    return f"{shown_s(max(0.0, (now.at_ms - at_ms) / 1000))} ago"
+    return f"{format_duration(max(0.0, (now.at_ms - at_ms) / 1000))} ago"
 
 
 def _owner(owner: str, width: int) -> str:
@@ -150,12 +152,12 @@ def _batches(now: Status, rows: int, width: int) -> list[RenderableType]:
         left=("state", "owner"),
     )
     for batch in now.open_batches[:rows]:
-        lease = shown_s(batch.lease_left_s) if batch.leased else "ended"
+        lease = format_duration(batch.lease_left_s) if batch.leased else "ended"
         shown.add_row(
             str(batch.batch_id),
             str(batch.state),
             f"{batch.rows:,}",
-            shown_s(batch.age_s),
+            format_duration(batch.age_s),
             lease,
             _owner(batch.owner, width) + (f": {batch.last_error}" if batch.last_error and width >= 120 else ""),
         )
@@ -170,7 +172,7 @@ def _runs(now: Status, rows: int, width: int) -> list[RenderableType]:
             _owner(run.owner, width),
             f"{run.rows:,}",
             f"{run.batches:,}{'+' if run.partial else ''}",
-            "at work" if run.at_work else shown_s(run.seconds),
+            "at work" if run.at_work else format_duration(run.seconds),
             f"{run.rows_per_s:,.0f}",
             _ago(now, run.started_at_ms),
             str(run.worst),
@@ -210,7 +212,7 @@ def overview(lines: list[Line], width: int) -> RenderableType:
             name,
             Text(said, "yellow" if line.status else "green"),
             line.now.backlog.shown_rows,
-            shown_s(line.now.backlog.lag_s),
+            format_duration(line.now.backlog.lag_s),
             f"{line.now.rows_per_s:,.0f}",
             f"{line.now.backlog.open_batches:,}",
             f"{line.now.backlog.dead_rows:,}",

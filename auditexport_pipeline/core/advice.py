@@ -19,10 +19,10 @@ from auditexport_pipeline.core.status import (
     VIEWS_WINDOW_S,
     OpenBatchStatus,
     Status,
+    format_counts,
+    format_duration,
+    format_name,
     newest_of_each_view,
-    shown_counts,
-    shown_name,
-    shown_s,
 )
 from auditexport_pipeline.core.targets import Targets
 
@@ -127,7 +127,7 @@ def verdict(status: Status, found: Sequence[Advice]) -> str:
         return "needs an operator: " + ", ".join(counted(count, str(each)) for each, count in counts.items() if count)
     if status.at_work:
         return f"healthy, draining: {status.backlog.shown_rows} rows pending"
-    return f"healthy: {status.backlog.shown_rows} rows pending, lag {shown_s(status.backlog.lag_s)}"
+    return f"healthy: {status.backlog.shown_rows} rows pending, lag {format_duration(status.backlog.lag_s)}"
 
 
 def counted(count: int, one: str, many: str = "") -> str:
@@ -207,7 +207,7 @@ def _reconcile_late(status: Status, targets: Targets) -> Iterator[Advice]:
 
 
 def _ago(status: Status, at_ms: int) -> str:
-    return f"{shown_s((status.at_ms - at_ms) / 1000)} ago"
+    return f"{format_duration((status.at_ms - at_ms) / 1000)} ago"
 
 
 def _created_at(status: Status) -> Iterator[Advice]:
@@ -226,7 +226,7 @@ def _lag(status: Status, targets: Targets) -> Iterator[Advice]:
     backlog = status.backlog
     if not backlog.rows or backlog.lag_s <= targets.lag_s:
         return
-    late = f"{backlog.shown_rows} rows are pending, the oldest for {shown_s(backlog.lag_s)} (target {shown_s(targets.lag_s)})"
+    late = f"{backlog.shown_rows} rows are pending, the oldest for {format_duration(backlog.lag_s)} (target {format_duration(targets.lag_s)})"
     owners = ", ".join(status.at_work)
     if not owners:
         severity, what = Severity.ERROR, f"{late}, and no drain is at work"
@@ -238,12 +238,12 @@ def _lag(status: Status, targets: Targets) -> Iterator[Advice]:
         )
     elif not status.rows_per_s:
         severity = Severity.ERROR
-        what = f"{late}; {owners} is at work and has exported nothing in {shown_s(RATE_WINDOW_S)}"
+        what = f"{late}; {owners} is at work and has exported nothing in {format_duration(RATE_WINDOW_S)}"
         steps = (DOCTOR, "; then the log of that run")
     else:
         severity = Severity.WARNING
         what = (
-            f"{late}; {owners} is at work at {status.rows_per_s:,.0f} rows/s, {shown_s(status.eta_s or 0.0)} to go if nothing "
+            f"{late}; {owners} is at work at {status.rows_per_s:,.0f} rows/s, {format_duration(status.eta_s or 0.0)} to go if nothing "
             "more arrives"
         )
         steps = (Command("status --watch"), "; if it does not shrink, see batch_rows and max_rows_per_second")
@@ -269,7 +269,7 @@ def _open_batches(status: Status, targets: Targets) -> Iterator[Advice]:
 
 def _described(batch: OpenBatchStatus) -> str:
     error = f", {batch.last_error}" if batch.last_error else ""
-    return f"batch {batch.batch_id} ({batch.state}, {batch.rows:,} rows, {shown_s(batch.age_s)}, owner {batch.owner}{error})"
+    return f"batch {batch.batch_id} ({batch.state}, {batch.rows:,} rows, {format_duration(batch.age_s)}, owner {batch.owner}{error})"
 
 
 def _unverified(status: Status, targets: Targets) -> Iterator[Advice]:
@@ -278,7 +278,7 @@ def _unverified(status: Status, targets: Targets) -> Iterator[Advice]:
             severity=Severity.WARNING,
             about="unverified",
             what=f"{counted(status.unverified_batches, 'exported batch is', 'exported batches are')} not verified, the oldest for "
-            f"{shown_s(status.unverified_age_s)} (target {targets.batch_open_minutes:g} min)",
+            f"{format_duration(status.unverified_age_s)} (target {targets.batch_open_minutes:g} min)",
             steps=(DRAIN, "; it verifies what an interrupted run left"),
         )
 
@@ -298,7 +298,7 @@ def _views(status: Status) -> Iterator[Advice]:
             severity=Severity.WARNING,
             about="views",
             what=f"a materialized view failed on {counted(len(status.view_failures), 'batch', 'batches')} of the last "
-            f"{shown_s(VIEWS_WINDOW_S)}; the entries are stored. The newest, "
+            f"{format_duration(VIEWS_WINDOW_S)}; the entries are stored. The newest, "
             + "; ".join(f"batch {batch_id}: {note}" for batch_id, note in newest.items()),
             steps=(
                 "fix or drop the view and fill its target; see A view fails in runbook.md, and ",
@@ -320,7 +320,7 @@ def _held(status: Status) -> Iterator[Advice]:
             severity=Severity.WARNING,
             about="held",
             what=f"{counted(status.backlog.held_rows, 'row parses', 'rows parse')} and the ClickHouse table refuses them: "
-            f"{shown_counts(status.held_by_detail)}",
+            f"{format_counts(status.held_by_detail)}",
             steps=(
                 "SHOW CREATE TABLE audit_logs_raw_v1; then drop or fix that column or constraint: the next drain sends them",
             ),
@@ -333,7 +333,7 @@ def _dead_letters(status: Status, targets: Targets) -> Iterator[Advice]:
         yield Advice(
             severity=Severity.WARNING,
             about="dead_letters",
-            what=f"{counted(dead, 'dead letter waits', 'dead letters wait')} for an operator: {shown_counts(status.dead_by_reason)}",
+            what=f"{counted(dead, 'dead letter waits', 'dead letters wait')} for an operator: {format_counts(status.dead_by_reason)}",
             steps=(Command("dead-letters list"), "; then fix the rows and retry, or discard"),
         )
 
@@ -341,7 +341,7 @@ def _dead_letters(status: Status, targets: Targets) -> Iterator[Advice]:
 def _unknown_versions(status: Status, targets: Targets) -> Iterator[Advice]:
     backlog = status.backlog
     if backlog.unknown_rows > targets.unknown_rows:
-        versions = shown_counts(backlog.unknown_by_version) or ", ".join(map(shown_name, backlog.unknown_versions))
+        versions = format_counts(backlog.unknown_by_version) or ", ".join(map(format_name, backlog.unknown_versions))
         yield Advice(
             severity=Severity.WARNING,
             about="unknown_versions",
@@ -383,8 +383,8 @@ def not_shrinking(status: Status, targets: Targets, drains: Drains, *, before: s
         severity=Severity.ERROR,
         about="lag",
         headline="the backlog is not shrinking",
-        what=f"{backlog.shown_rows} rows are pending ({before}), the oldest for {shown_s(backlog.lag_s)} (target "
-        f"{shown_s(targets.lag_s)}). Likely: {'; '.join(likely_reasons(status, drains))}",
+        what=f"{backlog.shown_rows} rows are pending ({before}), the oldest for {format_duration(backlog.lag_s)} (target "
+        f"{format_duration(targets.lag_s)}). Likely: {'; '.join(likely_reasons(status, drains))}",
         steps=(STATUS, "; ", DRAIN, " exports from the command line, without Dagster"),
     )
 

@@ -29,7 +29,7 @@ from auditexport_pipeline.core.advice import (
 )
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.settings import from_environment, number, refuse_out_of_bounds
-from auditexport_pipeline.core.status import Status, shown_s
+from auditexport_pipeline.core.status import Status, format_duration
 from auditexport_pipeline.core.targets import Targets
 
 # The environment variable of a field of `Policy` is this and the field's name in capitals.
@@ -126,7 +126,7 @@ class Notice(_Content, kw_only=True):
             f"*{_escape(self.title)}*",
             _escape(self.what),
             f"Run: {self.run_id} {self.link}".rstrip() if self.run_id else "",
-            f"Since: {_format_time(self.since_ms)} ({shown_s((self.at_ms - self.since_ms) / 1000)})",
+            f"Since: {_format_time(self.since_ms)} ({format_duration((self.at_ms - self.since_ms) / 1000)})",
             f"Do: {_escape(self.todo)}" if self.todo else "",
         ]
         return "\n".join(line for line in lines if line)
@@ -352,13 +352,13 @@ class NumberAlerts(msgspec.Struct, kw_only=True):
         lowest = self.lowest = self._lowest(backlog, tick) if late else None
         if lowest is not None and tick.now_ms - lowest.at_ms >= tick.policy.not_shrinking_minutes * 60_000:
             wrong.add("lag")
-            before = f"{lowest.rows:,}{'+' if lowest.capped else ''} {shown_s((tick.now_ms - lowest.at_ms) / 1000)} ago"
+            before = f"{lowest.rows:,}{'+' if lowest.capped else ''} {format_duration((tick.now_ms - lowest.at_ms) / 1000)} ago"
             one = not_shrinking(status, targets, drains(), before=before)
             self.state.fire(one, tick, cause="not shrinking", since_ms=tick.now_ms - int(backlog.lag_s * 1000))
         self.state.repeat(tick, wrong)
         for about in set(self.state.active) - wrong:
             if about != "lag" or not late:  # a backlog that shrinks and is still late is not over
-                how = f"it is over: {backlog.shown_rows} rows pending, lag {shown_s(backlog.lag_s)}"
+                how = f"it is over: {backlog.shown_rows} rows pending, lag {format_duration(backlog.lag_s)}"
                 self.state.resolve(about, how, tick)
 
     def observe_error(self, error: str, tick: Tick, *, permanent: bool) -> None:

@@ -153,7 +153,7 @@ class ClearedOften:
     def __str__(self) -> str:
         return (
             f"the marks of rows of batch {self.batch_id} ({self.rows:,} rows) were cleared {self.times:,} times in the last "
-            f"{shown_s(VIEWS_WINDOW_S)}, not by a requeue of ours, and each time they were exported again"
+            f"{format_duration(VIEWS_WINDOW_S)}, not by a requeue of ours, and each time they were exported again"
         )
 
 
@@ -295,17 +295,17 @@ def rate_of(exported: Sequence[BatchTimes], leased: Sequence[BatchTimes], *, now
 # ── how numbers read ────────────────────────────────────────────────────────────────────────────────
 
 
-def shown_name(name: str) -> str:
+def format_name(name: str) -> str:
     """A name that an application chose, on one line and without anything that a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in name) or "(empty)"
 
 
-def shown_counts(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     """Names with their counts, in their order."""
-    return ", ".join(f"{shown_name(name)} {count:,}" for name, count in counts.items())
+    return ", ".join(f"{format_name(name)} {count:,}" for name, count in counts.items())
 
 
-def shown_s(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time that a person reads at a glance: 0.4 s, 45 s, 12 min, 3.5 h, 12 days."""
     for unit, length_s, until_s in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
         if seconds < until_s:

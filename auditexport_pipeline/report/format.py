@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
-from auditexport_pipeline.core.status import shown_s
+from auditexport_pipeline.core.status import format_duration as format_age
 
 # Years 1 to 9999 are dates to Python; an event's time is any 64-bit integer.
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_800_000
@@ -35,7 +35,7 @@ def format_duration(seconds: float) -> str:
         return ""
     if 0 < seconds < 0.1:
         return f"{seconds * 1000:.3g} ms"
-    return f"{seconds:.2f} s" if 0 < seconds < 0.995 else shown_s(seconds)
+    return f"{seconds:.2f} s" if 0 < seconds < 0.995 else format_age(seconds)
 
 
 def format_tick(seconds: float) -> str:
