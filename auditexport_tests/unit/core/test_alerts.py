@@ -250,6 +250,11 @@ def test_a_clock_that_is_set_back_fires_nothing() -> None:
     assert watch.sees(backlog(9, 400)) == [("alert", "lag")]
 
 
+def test_a_note_fires_nothing() -> None:
+    """An exporter's user may not read the actions: that is worth knowing, and nobody has to get up for it."""
+    assert Watch().sees(replace(QUIET, actions_read=False)) == []
+
+
 def test_of_two_troubles_of_one_name_the_worst_is_notified() -> None:
     """A batch that nobody works on must not hide behind one that is only slow."""
     watch = Watch()
