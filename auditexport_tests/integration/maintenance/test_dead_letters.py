@@ -18,6 +18,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import actions, dead_letters
+from auditexport_pipeline.mysql.statements import prepared
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, run, small_event
 
@@ -374,10 +375,10 @@ def test_a_page_of_letters_reads_its_index_in_order(
     for name in ("page", "page_pks"):
         statement = dead_letters._about(name, which, edge, direction=direction).text
         with many.outbox.engine.connect() as connection:
-            explain = dead_letters._bound(f"EXPLAIN FORMAT=TRADITIONAL {statement}")
+            explain = prepared(f"EXPLAIN FORMAT=TRADITIONAL {statement}")
             (step,) = connection.execute(explain, values).mappings()
             before = _rows_read(connection)
-            found = list(connection.execute(dead_letters._bound(statement), values))
+            found = list(connection.execute(prepared(statement), values))
             read = _rows_read(connection) - before
         told = f"{name} read {read}: {dict(step)}"
         assert found, told
@@ -408,7 +409,7 @@ def test_letters_are_changed_by_their_primary_key(many: Stack) -> None:
     """By an index that holds the state, two operators who change states would deadlock."""
     pks = {"pks": list(range(8, 400, 8)), "states": [str(state) for state in HELD], "state": "retried", "action_id": 1}
     for name in ("lock", "change", "gone"):
-        explain = dead_letters._bound(f"EXPLAIN FORMAT=TRADITIONAL {dead_letters._PIECES[name]}")
+        explain = prepared(f"EXPLAIN FORMAT=TRADITIONAL {dead_letters._PIECES[name]}")
         with many.outbox.engine.connect() as connection:
             (step,) = connection.execute(explain, pks).mappings()
         assert (step["key"], step["type"]) == ("PRIMARY", "range"), f"{name}: {dict(step)}"
