@@ -80,6 +80,7 @@ def _sql(name: str, version: str) -> str:
     pieces, columns = VERSIONS[version].pieces, VERSIONS[version].columns
     select = pieces["select"]
     content = Template(pieces["content"])
+    stored_content = content.substitute(_STORED_MIRRORS)
     return Template(_PIECES[name]).substitute(
         table=pieces["table"],
         columns=pieces["columns"],
@@ -87,7 +88,11 @@ def _sql(name: str, version: str) -> str:
         input=pieces["input"],
         select=select,
         fingerprint=pieces["fingerprint"],
-        content=content.substitute(_STORED_MIRRORS),
+        content=stored_content,
+        entry=(
+            f"workspace_id, bucket, time, event_id, inserted_at, {pieces['fingerprint']} AS fingerprint, "
+            f"{stored_content} AS content"
+        ),
         content_of_columns=content.substitute(_COMPUTED_MIRRORS),
         typed_select=", ".join(
             f"CAST({expression.strip()}, '{type_}') AS `{column}`"

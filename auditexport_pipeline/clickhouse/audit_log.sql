@@ -29,14 +29,14 @@ GROUP BY inserted_at
 
 -- name: entries_at
 -- As holdings, entry by entry.
-SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
+SELECT $entry
 FROM $table
 WHERE inserted_at = {inserted_at_ms:Int64}
 LIMIT {most:UInt64}
 
 -- name: entries_of
 -- Primary key: the set is built before the table is read.
-SELECT workspace_id, bucket, time, event_id, inserted_at, $fingerprint AS fingerprint, $content AS content
+SELECT $entry
 FROM $table
 WHERE (workspace_id, bucket, time, event_id) IN (SELECT arrayJoin({keys:Array(Tuple(String, String, Int64, String))}))
 
