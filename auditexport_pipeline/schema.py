@@ -1,8 +1,4 @@
-"""Tables: creating what is ours.
-
-What belongs here: `auditexport init`. What does not: exporting; checking what is there (`preflight`); and
-altering a table that exists, which is never done.
-"""
+"""Creates the tables that are missing, for `auditexport init`. A table that exists is never altered: `preflight` checks it."""
 
 from __future__ import annotations
 
@@ -18,17 +14,14 @@ from auditexport_pipeline.clickhouse.engines import TABLE, Engine, Layout, famil
 from auditexport_pipeline.clickhouse.settings import DDL_SETTINGS
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.mysql.catalogue import DDL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.roles import OUTBOX
 from auditexport_pipeline.sql import load
 
 _MYSQL = load("mysql/schema.sql")
 _CLICKHOUSE = load("clickhouse/schema.sql")
-_OUR_TABLES = {
-    "clickhouse_outbox_batch": "ledger",
-    "clickhouse_outbox_dead_letter": "dead_letters",
-    "clickhouse_outbox_action": "actions",
-    "clickhouse_outbox_erasure": "erasures",
-}
+_OURS = {table: statement for table, statement in DDL.items() if table != OUTBOX}
 
 
 def create(
@@ -53,13 +46,10 @@ def create(
         mariadb = "mariadb" in str(connection.execute(text("SELECT VERSION()")).scalar()).lower()
         existing = {row.table_name for row in connection.exec_driver_sql(_MYSQL["tables"])}
         collation = "utf8mb4_bin" if mariadb else "utf8mb4_0900_as_cs"
-    wanted = {"clickhouse_outbox": "outbox", **_OUR_TABLES} if with_outbox else _OUR_TABLES
-    for table, statement in wanted.items():
+    for table, statement in ({OUTBOX: DDL[OUTBOX], **_OURS} if with_outbox else _OURS).items():
         if table not in existing:
             with outbox.transaction(f"creating {table}") as connection:
-                connection.exec_driver_sql(
-                    Template(_MYSQL[statement]).substitute(collation=collation).replace("%", "%%")
-                )
+                connection.exec_driver_sql(Template(statement).substitute(collation=collation).replace("%", "%%"))
             created.append(table)
     with outbox.transaction("preparing the ledger") as connection:
         connection.exec_driver_sql(_MYSQL["ledger_head"])
@@ -93,6 +83,6 @@ def _beside(engines: Mapping[str, str], cluster: str) -> Layout:
 def printed(layout: Layout, database: str) -> dict[str, list[str]]:
     """What `create` would send to databases that have nothing yet, but for the application's outbox."""
     return {
-        "mysql": [*(_MYSQL[statement] for statement in _OUR_TABLES.values()), _MYSQL["ledger_head"]],
+        "mysql": [*_OURS.values(), _MYSQL["ledger_head"]],
         "clickhouse": [*layout.statements(database).values()],
     }

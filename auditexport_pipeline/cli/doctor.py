@@ -1,7 +1,4 @@
-"""`auditexport doctor`: what is right, what is wrong, what breaks and how to mend it, before anything moves.
-
-What belongs here: the command and its table. What does not: what is looked at (`preflight`).
-"""
+"""`auditexport doctor`: prints the results of the checks in `preflight`."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.core.findings import Look
+    from auditexport_pipeline.core.findings import CheckResult
 
 ROLES = ("exporter", "operator", "sweeper", "reader", "owner")
 
 
 @main.command()
 @click.option(
-    "--role", type=click.Choice(ROLES), default=ROLES[0], show_default=True, help="Whose grants and tables to look at."
+    "--role", type=click.Choice(ROLES), default=ROLES[0], show_default=True, help="Whose grants and tables to check."
 )
 @click.option(
     "--retention-days",
@@ -35,7 +32,7 @@ ROLES = ("exporter", "operator", "sweeper", "reader", "owner")
 )
 @json_option
 def doctor(role: str, retention_days: int, as_json: bool) -> None:
-    """Look at both databases and say what would break, and the statement that mends it. Changes nothing.
+    """Check both databases and say what would break, and the statement that fixes it. Changes nothing.
 
     Exit status: 0 nothing fatal, 1 something is fatal and a run would claim nothing, 2 the call or a URL is wrong.
     """
@@ -43,32 +40,34 @@ def doctor(role: str, retention_days: int, as_json: bool) -> None:
     from auditexport_pipeline.core.findings import all_findings
     from auditexport_pipeline.roles import Role
 
-    looks = preflight.examine(outbox(), audit_log(), role=Role(role), retention_days=retention_days)
-    fatal = sum(finding.fatal for finding in all_findings(looks))
+    results = preflight.examine(outbox(), audit_log(), role=Role(role), retention_days=retention_days)
+    fatal = sum(finding.fatal for finding in all_findings(results))
     if as_json:
-        print_json({"role": role, "fatal": fatal, "looks": [asdict(look) for look in looks]})
+        print_json({"role": role, "fatal": fatal, "looks": [asdict(result) for result in results]})
     else:
-        _show(looks, fatal)
+        _show(results, fatal)
     if fatal:
         sys.exit(BAD_OUTCOME)
 
 
-def _show(looks: list[Look], fatal: int) -> None:
+def _show(results: list[CheckResult], fatal: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from auditexport_pipeline.core.findings import all_findings
+
     styles = {"ok": "green", "warning": "yellow", "fatal": "bold red"}
     table = Table(box=None, pad_edge=False)
     table.add_column()
-    table.add_column("looked at", no_wrap=True)
+    table.add_column("check", no_wrap=True)
     table.add_column("seen")
-    for look in looks:
-        worst = "ok" if not look.findings else "fatal" if any(found.fatal for found in look.findings) else "warning"
-        table.add_row(Text(worst, styles[worst]), Text(look.about), Text(look.seen))
+    for result in results:
+        worst = "ok" if not result.findings else "fatal" if any(one.fatal for one in result.findings) else "warning"
+        table.add_row(Text(worst, styles[worst]), Text(result.about), Text(result.seen))
     console = Console()
     console.print(table)
-    for finding in (finding for look in looks for finding in look.findings):
+    for finding in all_findings(results):
         kind = "fatal" if finding.fatal else "warning"
         console.print()
         console.print(Text.assemble((kind, styles[kind]), f"  {finding.what}"), soft_wrap=True)

@@ -1,7 +1,4 @@
-"""`auditexport init`: creating what is ours.
-
-What belongs here: the command. What does not: what is created and checked (`schema`, `preflight`).
-"""
+"""`auditexport init`: creates the tables that are missing (`schema`) and prints the findings of the rest (`preflight`)."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ def init(
     """Create the ledger, the dead letters, audit_logs_raw_v1 and audit_logs where they do not exist.
 
     Changes nothing that exists; what is there and not as it should be is reported with the statement that
-    mends it. Exit status: 0 all is there, 1 something is not as it should be, 2 the call or a URL is wrong.
+    fixes it. Exit status: 0 all is there, 1 something is not as it should be, 2 the call or a URL is wrong.
     """
     from auditexport_pipeline import preflight
     from auditexport_pipeline import schema as setup
@@ -90,9 +87,9 @@ def init(
     created = setup.create(mysql, clickhouse, with_outbox=with_outbox, layout=said, cluster=cluster)
     if not as_json:
         click.echo(f"created {', '.join(created)}" if created else "nothing to create")
-    looks = preflight.examine(mysql, clickhouse, role=Role.OWNER)
-    # The grants that it took are there, or we were not here; those of others are for `doctor --role`.
-    findings = all_findings([look for look in looks if " grants of " not in look.about])
+    results = preflight.examine(mysql, clickhouse, role=Role.OWNER)
+    # The grants that creating takes were there, or it had failed; those of other users are for `doctor --role`.
+    findings = all_findings(result for result in results if " grants of " not in result.about)
     if as_json:
         print_json({"created": created, "findings": [asdict(finding) for finding in findings]})
     else:

@@ -1,23 +1,19 @@
 -- What the preflight asks ClickHouse: catalogues, settings, clocks. Nothing is written, and nothing grows with a table.
 
 -- name: server
-SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS database_name,
-       toUnixTimestamp64Milli(now64(3)) AS now_ms, getSetting('readonly') AS read_only
+SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS database_name, getSetting('readonly') AS read_only
 
 -- name: now
 SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 
 -- name: tables
+-- Of the database of this connection unless another one is named.
 SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
-WHERE database = currentDatabase() AND name IN ('audit_logs_raw_v1', 'audit_logs')
-
--- name: table
--- The one under a Distributed table, where this server has it.
-SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
-WHERE database = {database:String} AND name = {table:String}
+WHERE database = if({database:String} = '', currentDatabase(), {database:String}) AND name IN {tables:Array(String)}
 
 -- name: columns
-SELECT name, type, default_kind FROM system.columns WHERE database = {database:String} AND table = {table:String}
+SELECT name, type, default_kind, default_expression FROM system.columns
+WHERE database = {database:String} AND table = {table:String}
 
 -- name: table_defaults
 -- What a table has that does not say otherwise: the server's configuration may differ from ClickHouse's own.
@@ -40,17 +36,9 @@ SELECT getSetting('log_comment') AS comment
 -- The plan of reading a table, which needs no grant but SELECT: a row policy on our user is a step of it. With no part to
 -- read, the plan is nothing.
 SELECT countIf(explain ILIKE '%filter%') AS filters
-FROM (EXPLAIN actions = 1 SELECT event_id FROM $table)
+FROM (EXPLAIN actions = 1 SELECT event_id FROM audit_logs_raw_v1)
 
 -- name: policies
 SELECT short_name FROM system.row_policies
-WHERE database = currentDatabase() AND table = {table:String} AND NOT has(apply_to_except, currentUser())
+WHERE database = currentDatabase() AND table = 'audit_logs_raw_v1' AND NOT has(apply_to_except, currentUser())
   AND (apply_to_all OR hasAny(apply_to_list, arrayConcat([currentUser()], currentRoles())))
-
--- name: version_tables
-SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
-WHERE database = currentDatabase() AND name IN {tables:Array(String)}
-
--- name: expressions
-SELECT name, default_expression FROM system.columns
-WHERE database = {database:String} AND table = {table:String} AND default_kind = 'MATERIALIZED'

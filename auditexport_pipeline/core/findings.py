@@ -1,16 +1,17 @@
-"""What a look at the setup brings back: a line for everything that was looked at, a finding for all that is wrong.
+"""Checks of the setup, as values: what a check saw, what is wrong, what breaks because of it, and the fix.
 
-What belongs here: the two values. What does not: looking (`preflight`), and printing (`cli.doctor`).
+The checks themselves are in `preflight` and in the `checks` and `table_checks` of both databases; `cli.doctor` prints them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is missing or wrong: what breaks because of it, and how to mend it."""
+    """One thing that is missing or wrong: what breaks because of it, and the fix."""
 
     what: str
     breaks: str
@@ -22,14 +23,39 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """One thing that was looked at and what was seen; in order when it has no findings."""
+class CheckResult:
+    """What one check saw. Without findings, all is well."""
 
     about: str
     seen: str
     findings: tuple[Finding, ...] = ()
 
 
-def all_findings(looks: list[Look]) -> list[Finding]:
-    """The findings of these looks, in their order."""
-    return [finding for look in looks for finding in look.findings]
+Checking = Generator[Finding, None, str]
+"""A check at work: it yields what is wrong and returns what it saw. Nothing is read before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row of a table of checks: what it is about, and how it is carried out, once."""
+
+    about: str
+    checking: Checking
+
+    def carry_out(self) -> CheckResult:
+        findings = []
+        while True:
+            try:
+                findings.append(next(self.checking))
+            except StopIteration as end:
+                return CheckResult(about=self.about, seen=end.value, findings=tuple(findings))
+
+
+def carry_out(checks: Iterable[Check]) -> list[CheckResult]:
+    """The results of these checks, in their order."""
+    return [check.carry_out() for check in checks]
+
+
+def all_findings(results: Iterable[CheckResult]) -> list[Finding]:
+    """The findings of these results, in their order."""
+    return [finding for result in results for finding in result.findings]

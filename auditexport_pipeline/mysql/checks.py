@@ -1,29 +1,45 @@
-"""Looking at MySQL before anything is claimed: version, transport, settings, packets and grants.
+"""The checks of MySQL: version, transport, settings, packets and grants. The tables have `mysql.table_checks`.
 
-What belongs here: what is asked of the server and its user, and what each answer breaks and how it is mended. What does
-not: the statements (`checks.sql`), the tables (`mysql.table_checks`), and when to look (`preflight`).
+`preflight` decides when they are carried out. Each only reads, through `mysql.catalogue`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from sqlalchemy import Connection
 from sqlalchemy.engine import make_url
 
-from auditexport_pipeline.core.findings import Finding, Look
+from auditexport_pipeline.core.findings import Check, Checking, Finding
 from auditexport_pipeline.hosts import is_local
+from auditexport_pipeline.mysql.catalogue import Catalogue
 from auditexport_pipeline.mysql.connection import default_tls
-from auditexport_pipeline.mysql.session import Stated, deviations
-from auditexport_pipeline.mysql.table_checks import can_be_sampled, look_at_head, look_at_tables
-from auditexport_pipeline.roles import MYSQL_GRANTS, OUTBOX, MySQLGrants, Role
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.mysql.session import deviations
+from auditexport_pipeline.mysql.table_checks import ledger_head, table_checks
+from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 
-_SQL = load("mysql/checks.sql")
 OLDEST = {"MariaDB": (10, 6), "MySQL": (8, 0)}
 # Two copies of 100,000 scattered pks, the default batch, are 3 MB of one statement; the column holds 16 MB.
 PACKET_BYTES = 16 * 1024**2
+
+
+def mysql_checks(db: Catalogue) -> Iterator[Check]:
+    """Every check of MySQL for the role of `db`, in the order in which doctor shows them."""
+    yield Check("MySQL version", _version(db))
+    yield Check("MySQL transport", _transport(db))
+    yield Check("MySQL settings", _settings(db))
+    yield Check("MySQL reads", _one_server(db))
+    yield Check("MySQL packets", _packets(db))
+    if db.role is Role.EXPORTER and db.pending_rows_are_readable:
+        yield Check("MySQL created_at", _created_at(db))
+    yield Check(f"MySQL grants of the {db.role.value}", _grants(db))
+    yield from table_checks(db)
+
+
+def mysql_checks_of_every_run(db: Catalogue) -> Iterator[Check]:
+    """What a failover or one statement of somebody can change at any moment: two cheap questions."""
+    yield Check("MySQL settings", _settings(db))
+    yield Check("ledger's head", ledger_head(db))
 
 
 def server_version(text: str) -> tuple[str, tuple[int, int]]:
@@ -33,227 +49,164 @@ def server_version(text: str) -> tuple[str, tuple[int, int]]:
     return "MariaDB" if mariadb else "MySQL", (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def look_at_mysql(connection: Connection, url: str, role: Role) -> Iterator[Look]:
-    """All that can be asked on one connection of ours. Source: catalogues, settings, the ledger's row 0."""
-    server = connection.exec_driver_sql(_SQL["server"]).one()
-    variables = _variables(connection)
-    yield _version(server.version)
-    yield _transport(connection, url)
-    yield _settings(variables, role)
-    yield _one_server(connection)
-    grants = MySQLGrants(
-        (row[0] for row in connection.exec_driver_sql(_SQL["grants"])),
-        wildcards=variables.get("partial_revokes", "OFF") != "ON",
-    )
-    tables = list(look_at_tables(connection, grants, server.database_name, role))
-    # Rows are looked at only in a table that is as it must be, or the statement that repairs it would never be printed.
-    readable = not (any(look.findings for look in tables) or grants.lacking(server.database_name, OUTBOX, ("SELECT",)))
-    yield _packet(connection, variables, sampled=role is Role.EXPORTER and readable)
-    if role is Role.EXPORTER and readable and can_be_sampled(connection):
-        yield _created_at(connection)
-    user, at, host = server.granted_to.rpartition("@")
-    yield _grants(grants, server.database_name, f"'{user}'{at}'{host}'", role)
-    yield from tables
-
-
-def look_at_what_changes(connection: Connection, role: Role) -> Iterator[Look]:
-    """The part that a failover or one statement of somebody can turn bad at any moment; two cheap questions."""
-    yield _settings(_variables(connection), role)
-    yield from look_at_head(connection)
-
-
-def _variables(connection: Connection) -> dict[str, str]:
-    return {str(row[0]).lower(): str(row[1]) for row in connection.exec_driver_sql(_SQL["variables"])}
-
-
-def _version(text: str) -> Look:
-    family, version = server_version(text)
+def _version(db: Catalogue) -> Checking:
+    family, version = server_version(db.server.version)
     oldest = OLDEST[family]
-    if version >= oldest:
-        return Look(about="MySQL version", seen=f"{family} {text}")
-    finding = Finding(
-        what=f"the server is {family} {text}",
-        breaks="statements of this program are beyond it, and none was ever tried there",
-        fix=f"upgrade it to {family} {oldest[0]}.{oldest[1]} or later",
-    )
-    return Look(about="MySQL version", seen=text, findings=(finding,))
+    if version < oldest:
+        yield Finding(
+            what=f"the server is {family} {db.server.version}",
+            breaks="this program uses statements that it does not have, and was never tried there",
+            fix=f"upgrade it to {family} {oldest[0]}.{oldest[1]} or later",
+        )
+    return f"{family} {db.server.version}"
 
 
-def _transport(connection: Connection, url: str) -> Look:
-    cipher = str(connection.exec_driver_sql(_SQL["tls"]).one()[1])
-    parts = make_url(url)
-    options = parts.query
-    verified = "ssl_ca" in options or "ssl_capath" in options or bool(default_tls(url))
-    named = options.get("ssl_check_hostname", "true") == "true"
-    seen = f"TLS, {cipher}" if cipher else "no TLS"
-    if cipher:
-        seen += ", certificate and name verified" if verified and named else ", certificate not verified"
-    if is_local(parts.host) or (cipher and verified and named):
-        return Look(about="MySQL transport", seen=seen)
-    finding = Finding(
-        what=f"the connection to {parts.host} has {seen}",
-        breaks="whoever sits between can read events and the password"
-        + (", by answering in the server's place" if cipher else ""),
-        fix="in AUDITEXPORT_MYSQL_URL, "
-        + (
-            "take ssl_check_hostname away"
-            if not named
-            else "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true"
-        ),
-        fatal=False,
-    )
-    return Look(about="MySQL transport", seen=seen, findings=(finding,))
+def _transport(db: Catalogue) -> Checking:
+    """A connection that leaves this host is encrypted, and the server's certificate and name are verified."""
+    cipher = str(db.rows("tls")[0][1])
+    url = make_url(db.url)
+    named = url.query.get("ssl_check_hostname", "true") == "true"
+    verified = named and ("ssl_ca" in url.query or "ssl_capath" in url.query or bool(default_tls(db.url)))
+    seen = f"TLS, {cipher}, certificate {'and name' if verified else 'not'} verified" if cipher else "no TLS"
+    if not is_local(url.host) and not (cipher and verified):
+        yield Finding(
+            what=f"the connection to {url.host} has {seen}",
+            breaks="whoever sits between can read events and the password"
+            + (", by answering in the server's place" if cipher else ""),
+            fix="in AUDITEXPORT_MYSQL_URL, "
+            + (
+                "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true" if named else "remove ssl_check_hostname"
+            ),
+            fatal=False,
+        )
+    return seen
 
 
-def _settings(variables: Mapping[str, str], role: Role) -> Look:
-    writes = role is not Role.READER
-    isolation = variables.get("transaction_isolation") or variables.get("tx_isolation", "")
-    logged = variables.get("log_bin", "OFF") in ("ON", "1")
-    format_ = variables.get("binlog_format", "ROW")
-    findings = []
+def _settings(db: Catalogue) -> Checking:
+    """Our session has the variables that it asked for, and the server takes and logs its writes."""
+
+    def on(name: str, otherwise: str = "OFF") -> bool:
+        return db.variables.get(name, otherwise) not in ("OFF", "0")
+
+    writes = db.role is not Role.READER
+    isolation = db.variables.get("transaction_isolation") or db.variables.get("tx_isolation", "")
+    logged, binlog_format = on("log_bin"), db.variables.get("binlog_format", "ROW")
     if isolation != "READ-COMMITTED":
-        findings.append(
-            Finding(
-                what=f"our session runs at {isolation}, though it asked for READ COMMITTED",
-                breaks="marking takes gap locks, and the application waits to insert",
-                fix="let the proxy in front of MySQL keep session settings (in ProxySQL: no multiplexing for this user)",
-            )
+        yield Finding(
+            what=f"our session runs at {isolation}, though it asked for READ COMMITTED",
+            breaks="marking takes gap locks, and the application waits to insert",
+            fix="let the proxy in front of MySQL keep session settings (in ProxySQL: no multiplexing for this user)",
         )
-    if logged and format_ == "STATEMENT":
-        findings.append(
-            Finding(
-                what="the binary log is written with binlog_format = STATEMENT",
-                breaks="every write at READ COMMITTED is refused with error 1665",
-                fix="SET GLOBAL binlog_format = 'ROW'",
-                fatal=writes,
-            )
+    if logged and binlog_format == "STATEMENT":
+        yield Finding(
+            what="the binary log is written with binlog_format = STATEMENT",
+            breaks="every write at READ COMMITTED is refused with error 1665",
+            fix="SET GLOBAL binlog_format = 'ROW'",
+            fatal=writes,
         )
-    findings += [
-        _unstated(name, found, stated) for name, found, stated in deviations(variables) if "_isolation" not in name
-    ]
-    if writes and variables.get("sql_log_bin", "ON") in ("OFF", "0") and logged:
-        findings.append(
-            Finding(
-                what="our session writes no binary log (sql_log_bin = OFF)",
-                breaks="replicas never learn what was exported, and after a failover everything is exported again",
-                fix="take SET sql_log_bin = 0 out of the server's init_connect",
+    for name, found, stated in deviations(db.variables):
+        if "_isolation" not in name:
+            yield Finding(
+                what=f"our session has {name} = {found or 'nothing'}, though it asked for {stated.value}",
+                breaks=stated.breaks,
+                fix=f"let the user of AUDITEXPORT_MYSQL_URL set {name} for its session, or SET GLOBAL {name} = {stated.value}; "
+                "a proxy in front of MySQL has to keep session settings",
             )
+    if writes and logged and not on("sql_log_bin", "ON"):
+        yield Finding(
+            what="our session writes no binary log (sql_log_bin = OFF)",
+            breaks="replicas never learn what was exported, and after a failover everything is exported again",
+            fix="take SET sql_log_bin = 0 out of the server's init_connect",
         )
-    closed = [
-        name
-        for name in ("super_read_only", "read_only", "innodb_read_only")
-        if variables.get(name, "OFF") not in ("OFF", "0")
-    ]
-    if closed and writes:
-        findings.append(
-            Finding(
-                what=f"MySQL is read-only ({', '.join(closed)})",
-                breaks="this is a replica, or a primary that was closed for writing: nothing can be claimed or marked",
-                fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it"
-                # The only one that cannot be set; turning read_only off turns super_read_only off with it.
-                + (
-                    ", start it without innodb_read_only"
-                    if "innodb_read_only" in closed
-                    else ": SET GLOBAL read_only = OFF"
-                ),
-            )
+    closed = [name for name in ("super_read_only", "read_only", "innodb_read_only") if on(name)]
+    if writes and closed:
+        # innodb_read_only alone cannot be set; turning read_only off turns super_read_only off with it.
+        cannot_set = "innodb_read_only" in closed
+        yield Finding(
+            what=f"MySQL is read-only ({', '.join(closed)})",
+            breaks="this is a replica, or a primary that was closed for writing: nothing can be claimed or marked",
+            fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it"
+            + (", start it without innodb_read_only" if cannot_set else ": SET GLOBAL read_only = OFF"),
         )
-    seen = f"{isolation}, binary log {format_ if logged else 'off'}{', read-only' if closed else ''}"
-    return Look(about="MySQL settings", seen=seen, findings=tuple(findings))
+    return f"{isolation}, binary log {binlog_format if logged else 'off'}{', read-only' if closed else ''}"
 
 
-def _one_server(connection: Connection) -> Look:
-    """Whether one server answers all statements of a transaction; outside of one, a proxy may ask whom it likes."""
+def _one_server(db: Catalogue) -> Checking:
+    """One server answers all statements of a transaction. Outside of one, a proxy may ask any server."""
 
     def answering(statement: str) -> str:
-        return str(connection.exec_driver_sql(_SQL[statement]).scalar_one())
+        return str(db.rows(statement)[0][0])
 
-    about, inside, writer = "MySQL reads", answering("identity"), answering("identity_locked")
+    inside, writer = answering("identity"), answering("identity_locked")
     if inside != writer:
-        finding = Finding(
+        yield Finding(
             what=f"within a transaction, {inside} answers reads and {writer} takes locks: a proxy splits them",
-            breaks="decisions rest on what a replica has not heard of yet",
+            breaks="decisions rest on what a replica has not received yet",
             fix="let the proxy keep a transaction on one server (in ProxySQL: transaction_persistent = 1 for this user), or let "
             "AUDITEXPORT_MYSQL_URL name the primary itself",
         )
-        return Look(about=about, seen=f"{inside}, not {writer}", findings=(finding,))
-    connection.exec_driver_sql("COMMIT")
+        return f"{inside}, not {writer}"
+    db.connection.exec_driver_sql("COMMIT")
     outside = answering("identity")
-    connection.exec_driver_sql("COMMIT")
-    connection.exec_driver_sql("BEGIN")
+    db.connection.exec_driver_sql("COMMIT")
+    db.connection.exec_driver_sql("BEGIN")
     others = "" if outside == inside else f"; outside of a transaction {outside} answers, where we ask for nothing"
-    return Look(about=about, seen=f"all of a transaction from {inside}{others}")
+    return f"all of a transaction from {inside}{others}"
 
 
-def _unstated(name: str, found: str, stated: Stated) -> Finding:
-    return Finding(
-        what=f"our session has {name} = {found or 'nothing'}, though it asked for {stated.value}",
-        breaks=stated.breaks,
-        fix=f"let the user of AUDITEXPORT_MYSQL_URL set {name} for its session, or SET GLOBAL {name} = {stated.value}; a "
-        "proxy in front of MySQL has to keep session settings",
-    )
-
-
-def _packet(connection: Connection, variables: Mapping[str, str], *, sampled: bool) -> Look:
-    packet = int(variables.get("max_allowed_packet", PACKET_BYTES))
-    findings = []
+def _packets(db: Catalogue) -> Checking:
+    """The largest statement of ours fits into a packet, and so does the largest of the oldest pending payloads."""
+    packet = int(db.variables.get("max_allowed_packet", PACKET_BYTES))
     if packet < PACKET_BYTES:
-        findings.append(
-            Finding(
-                what=f"max_allowed_packet is {packet:,} bytes",
-                breaks="sealing a large batch of scattered pks is one statement of up to 16 MB, and a larger payload "
-                "reads as nothing",
-                fix=f"SET GLOBAL max_allowed_packet = {PACKET_BYTES}",
-                fatal=False,
-            )
+        yield Finding(
+            what=f"max_allowed_packet is {packet:,} bytes",
+            breaks="sealing a large batch of scattered pks is one statement of up to 16 MB, and a larger payload reads as nothing",
+            fix=f"SET GLOBAL max_allowed_packet = {PACKET_BYTES}",
+            fatal=False,
         )
-    seen = f"max_allowed_packet {packet:,}"
-    if sampled and can_be_sampled(connection):
-        oldest = connection.exec_driver_sql(_SQL["largest_pending"]).one()
-        largest = int(oldest.bytes or 0)
-        seen += f", largest of the oldest pending payloads {largest:,} bytes"
-        # A row travels with its other columns.
-        if oldest.empty_ones or largest + 1024 > packet:
-            findings.append(
-                Finding(
-                    what=f"a pending payload is larger than max_allowed_packet, {packet:,} bytes",
-                    breaks="it cannot be read: its batch would stop, or set it aside for a reason that is not its own",
-                    fix=f"SET GLOBAL max_allowed_packet = {max(4 * PACKET_BYTES, 1 << (largest + 1024).bit_length())}",
-                )
-            )
-    return Look(about="MySQL packets", seen=seen, findings=tuple(findings))
+    if db.role is not Role.EXPORTER or not db.pending_rows_are_readable:
+        return f"max_allowed_packet {packet:,}"
+    oldest = db.rows("largest_pending")[0]
+    largest = int(oldest.bytes or 0)
+    if oldest.empty_ones or largest + 1024 > packet:  # a row travels with its other columns
+        yield Finding(
+            what=f"a pending payload is larger than max_allowed_packet, {packet:,} bytes",
+            breaks="it cannot be read: its batch would stop, or set it aside for a reason that is not its own",
+            fix=f"SET GLOBAL max_allowed_packet = {max(4 * PACKET_BYTES, 1 << (largest + 1024).bit_length())}",
+        )
+    return f"max_allowed_packet {packet:,}, largest of the oldest pending payloads {largest:,} bytes"
 
 
-def _created_at(connection: Connection) -> Look:
-    oldest = connection.exec_driver_sql(_SQL["odd_created"]).one()
+def _created_at(db: Catalogue) -> Checking:
+    oldest = db.rows("odd_created")[0]
     if not oldest.odd_rows:
-        return Look(about="MySQL created_at", seen="the oldest pending rows have epoch milliseconds")
-    finding = Finding(
+        return "the oldest pending rows have epoch milliseconds"
+    yield Finding(
         what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is no epoch milliseconds, the first with pk "
         f"{oldest.odd_pk}",
         breaks="their age is unknown: the lag is taken from other rows, or from the last claim",
         fix="let the application write created_at in milliseconds since 1970, by a clock that is kept",
         fatal=False,
     )
-    return Look(about="MySQL created_at", seen=f"{oldest.odd_rows} odd ones", findings=(finding,))
+    return f"{oldest.odd_rows} odd ones"
 
 
-def _grants(grants: MySQLGrants, database: str, user: str, role: Role) -> Look:
-    findings = []
-    for table, needed in MYSQL_GRANTS[role].items():
-        lacking = grants.lacking(database, table, needed)
-        if lacking:
-            findings.append(
-                Finding(
-                    what=f"{user}, as {role.value}, lacks {', '.join(lacking)} on {table}",
-                    breaks="a run would write to ClickHouse and then be unable to mark"
-                    if role is Role.EXPORTER and lacking == ["UPDATE (deleted_at)"]
-                    else f"what the {role.value} does there is refused",
-                    fix=f"GRANT {', '.join(lacking)} ON `{database}`.{table} TO {user}",
-                )
+def _grants(db: Catalogue) -> Checking:
+    name, at, host = db.server.granted_to.rpartition("@")
+    user = f"'{name}'{at}'{host}'"
+    seen = f"{user} has what the {db.role.value} needs"
+    for table, needed in MYSQL_GRANTS[db.role].items():
+        if lacking := db.grants.lacking(db.database, table, needed):
+            seen = f"{user} lacks some"
+            cannot_mark = db.role is Role.EXPORTER and lacking == ["UPDATE (deleted_at)"]
+            yield Finding(
+                what=f"{user}, as {db.role.value}, lacks {', '.join(lacking)} on {table}",
+                breaks="a run would write to ClickHouse and then be unable to mark"
+                if cannot_mark
+                else f"what the {db.role.value} does there is refused",
+                fix=f"GRANT {', '.join(lacking)} ON `{db.database}`.{table} TO {user}",
             )
-    beyond = grants.beyond_this_database()
-    seen = f"{user} has what the {role.value} needs" if not findings else f"{user} lacks some"
-    if beyond:
-        seen += f", and {'everything' if 'ALL PRIVILEGES' in beyond or len(beyond) > 10 else ', '.join(beyond)} on *.*"
-    return Look(about=f"MySQL grants of the {role.value}", seen=seen, findings=tuple(findings))
+    if beyond := db.grants.beyond_this_database():
+        everything = "ALL PRIVILEGES" in beyond or len(beyond) > 10
+        seen += f", and {'everything' if everything else ', '.join(beyond)} on *.*"
+    return seen

@@ -2,15 +2,14 @@
 -- and nothing grows with a table.
 
 -- name: server
-SELECT VERSION() AS version, CURRENT_USER() AS granted_to, DATABASE() AS database_name,
-       CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
+SELECT VERSION() AS version, CURRENT_USER() AS granted_to, DATABASE() AS database_name
 
 -- name: identity
 -- Which server answers; a proxy may ask another one for each statement.
 SELECT CONCAT_WS(' ', @@hostname, @@port, @@server_id) AS name
 
 -- name: identity_locked
--- As mysql_identity, of the server that takes locks, and so writes.
+-- As identity, of the server that takes locks, and so writes.
 SELECT CONCAT_WS(' ', @@hostname, @@port, @@server_id) AS name FROM DUAL FOR UPDATE
 
 -- name: now

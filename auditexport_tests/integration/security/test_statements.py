@@ -83,18 +83,12 @@ ALLOWED = {
         "a constant of the module"
     ),
     ("mysql/blockers.py", "statement"): "from blockers.sql, or one that has waited in vain, as the driver had it",
-    ("schema.py", "Template(_MYSQL[statement]).substitute(collation=collation).replace('%', '%%')"): (
+    ("schema.py", "Template(statement).substitute(collation=collation).replace('%', '%%')"): (
         "one of two collations, by the server's family"
     ),
     ("schema.py", "statement"): "schema.sql, or a version's own ddl, with an engine and a setting, both constants",
     ("report/figures.py", "_by_hour(…)"): "audit_log.sql with the table of a registered version",
-    ("clickhouse/checks.py", "Template(_SQL['filters']).substitute(table=table)"): (
-        "checks.sql with the name of our table, a constant"
-    ),
-    (
-        "clickhouse/checks.py",
-        "f'CHECK GRANT {privilege} ON {table}'",
-    ): "from the constants of roles.py",
+    ("clickhouse/checks.py", "f'CHECK GRANT {privilege} ON {name}'"): "from the constants of roles.py",
 }
 
 

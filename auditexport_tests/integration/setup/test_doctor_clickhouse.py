@@ -8,7 +8,7 @@ import pytest
 
 from auditexport_pipeline import preflight
 from auditexport_pipeline import schema as setup
-from auditexport_pipeline.clickhouse import checks as preflight_clickhouse
+from auditexport_pipeline.clickhouse import catalogue
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
@@ -187,8 +187,8 @@ def test_a_table_that_is_missing_is_fatal_to_all_but_who_creates_it(stack: Stack
 
 def test_a_server_that_is_too_old_is_fatal(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its JSON type stores metas differently. Only the text that version() gives is false."""
-    asked = preflight_clickhouse._SQL["server"]
-    monkeypatch.setitem(preflight_clickhouse._SQL, "server", re.sub(r"\bversion\(\)", "'24.8.14.39'", asked))
+    asked = catalogue._SQL["server"]
+    monkeypatch.setitem(catalogue._SQL, "server", re.sub(r"\bversion\(\)", "'24.8.14.39'", asked))
     (found,) = findings(stack)
     assert "24.8.14.39" in found.what
     assert found.fatal

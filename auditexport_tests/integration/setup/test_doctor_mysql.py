@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline import schema as setup
-from auditexport_pipeline.mysql import checks as preflight_mysql
+from auditexport_pipeline.mysql import catalogue, checks
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.roles import MYSQL_GRANTS, MySQLGrants, Role
 from auditexport_pipeline.sql import columns_of, keys_of, load
@@ -230,8 +230,8 @@ def test_a_payload_above_the_packet_is_found_before_it_reads_as_nothing(stack: S
 @pytest.mark.parametrize("version", ["5.7.44-log", "10.5.29-MariaDB-log"])
 def test_a_server_that_is_too_old_is_fatal(stack: Stack, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """Its SKIP LOCKED or JSON would fail in the middle of a run instead. Only the text that VERSION() gives is false."""
-    asked = preflight_mysql._SQL["server"]
-    monkeypatch.setitem(preflight_mysql._SQL, "server", asked.replace("VERSION()", f"'{version}'"))
+    asked = catalogue._SQL["server"]
+    monkeypatch.setitem(catalogue._SQL, "server", asked.replace("VERSION()", f"'{version}'"))
     (found,) = findings(stack)
     assert version in found.what
     assert "upgrade it to" in found.fix
@@ -288,10 +288,9 @@ def test_a_super_read_only_primary_is_opened_by_the_printed_statement(stack: Sta
 
 def test_a_server_that_was_started_read_only_is_not_told_to_set_a_variable() -> None:
     """innodb_read_only cannot be set while it runs: it is how a replica on shared storage shows."""
-    look = preflight_mysql._settings(
-        {"transaction_isolation": "READ-COMMITTED", "innodb_read_only": "ON"}, Role.EXPORTER
-    )
-    (found,) = look.findings
+    db = catalogue.Catalogue(None, "", Role.EXPORTER)  # type: ignore[arg-type]
+    db.variables = {"transaction_isolation": "READ-COMMITTED", "innodb_read_only": "ON"}
+    (found,) = checks._settings(db)
     assert "SET GLOBAL" not in found.fix
     assert "innodb_read_only" in found.fix
 

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from auditexport_pipeline import preflight
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
-from auditexport_pipeline.core.findings import Finding, Look, all_findings
+from auditexport_pipeline.core.findings import CheckResult, Finding, all_findings
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.local import generator
 from auditexport_pipeline.local.mysql import LocalMySQL
@@ -140,7 +140,7 @@ def connect(tls_stack: Stack) -> Iterator[Connect]:
         outbox.disconnect()
 
 
-def _transport(looks: list[Look], server: str) -> tuple[str, tuple[Finding, ...]]:
+def _transport(looks: list[CheckResult], server: str) -> tuple[str, tuple[Finding, ...]]:
     (look,) = (look for look in looks if look.about == f"{server} transport")
     return look.seen, look.findings
 
@@ -208,7 +208,7 @@ def test_a_connection_beyond_this_machine_that_verifies_nothing_is_a_warning(
             (
                 {"ssl_ca": certificates.ours, "ssl_check_hostname": "false"},
                 "certificate not verified",
-                "take ssl_check_hostname away",
+                "remove ssl_check_hostname",
             ),
             ({"ssl_disabled": "true"}, "no TLS", "say ssl_ca="),
         ):
