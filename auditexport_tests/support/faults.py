@@ -1,16 +1,15 @@
-"""What tests of the preflight share: faults made for real, what is found, and that nothing is claimed then.
-
-What belongs here: looking, and changing a server for the length of a test. What does not: any one fault.
-"""
+"""What tests of the preflight share: faults made for real, what is found, that nothing is claimed then, and the fix."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 
 from auditexport_pipeline import preflight
+from auditexport_pipeline import schema as setup
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.findings import Finding
@@ -23,6 +22,14 @@ LEDGER = "clickhouse_outbox_batch"
 OUTBOX = "clickhouse_outbox"
 
 
+class Fault(NamedTuple):
+    """What breaks a setup (a statement), words of the finding, and whether it keeps a run from claiming."""
+
+    statement: str
+    words: str
+    fatal: bool = True
+
+
 def findings(stack: Stack, role: Role = Role.EXPORTER) -> list[Finding]:
     return but_for_the_engine(preflight.check(stack.outbox, stack.log, role=role))
 
@@ -30,6 +37,27 @@ def findings(stack: Stack, role: Role = Role.EXPORTER) -> list[Finding]:
 def but_for_the_engine(found: Iterable[Finding]) -> list[Finding]:
     """These findings without what the preflight always says of the oldest engine."""
     return [one for one in found if chosen() != "25.8" or "an integer above 2^53" not in one.what]
+
+
+def the_finding(stack: Stack, words: str, *, fatal: bool = True, role: Role = Role.EXPORTER) -> Finding:
+    """The only finding for this role. A fatal one keeps a run from claiming; checking changes nothing."""
+    (found,) = findings(stack, role)
+    assert words in found.what
+    assert found.fatal is fatal
+    assert found.breaks
+    if fatal and role is Role.EXPORTER:
+        claims_nothing(stack)
+    assert [again.what for again in findings(stack, role)] == [found.what]
+    return found
+
+
+def carry_out(stack: Stack, fix: str) -> None:
+    """What an operator does with a printed fix for MySQL: `auditexport init`, or the statement."""
+    if "`auditexport init" in fix:
+        setup.create(stack.outbox, stack.log, with_outbox="--with-outbox" in fix)
+    else:
+        stack.sql(fix.split("so: ")[-1].split("if this is it: ")[-1])
+    stack.outbox.disconnect()  # a global variable is read by new sessions
 
 
 def mariadb(stack: Stack) -> bool:

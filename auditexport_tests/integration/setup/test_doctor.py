@@ -1,4 +1,4 @@
-"""The preflight and `auditexport doctor`: connections, clocks, when a run looks, and the prompt."""
+"""The preflight and `auditexport doctor`: connections, this host's clock, when a run checks, and the CLI."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def test_versions_are_read_as_the_servers_write_them(text: str, known: tuple[str
     assert clickhouse_version("25.8.3.66") == (25, 8) < clickhouse_version("25.12.1.1")
 
 
-def test_a_server_that_does_not_answer_is_a_finding_and_the_other_is_looked_at_all_the_same(stack: Stack) -> None:
+def test_a_server_that_does_not_answer_is_a_finding_beside_the_others(stack: Stack) -> None:
     """At night two things are broken at once, and one at a time is the slowest way to learn it."""
-    gone = MySQLOutbox("mysql+pymysql://root:hunter2@127.0.0.1:1/app")
-    looks = preflight.examine(gone, stack.log)
-    (found,) = but_for_the_engine(all_findings(looks))
-    assert found.fatal
-    assert "AUDITEXPORT_MYSQL_URL" in found.fix
-    assert "hunter2" not in str(looks)
-    assert any(look.about == "ClickHouse version" for look in looks)
-    looks = preflight.examine(stack.outbox, ClickHouseAuditLog("http://default:hunter2@127.0.0.1:1/default"))
-    (found,) = but_for_the_engine(all_findings(looks))
-    assert "AUDITEXPORT_CLICKHOUSE_URL" in found.fix
-    assert "hunter2" not in str(looks)
+    no_mysql = MySQLOutbox("mysql+pymysql://root:hunter2@127.0.0.1:1/app")
+    no_clickhouse = ClickHouseAuditLog("http://default:hunter2@127.0.0.1:1/default")
+    for outbox, log, variable, other in (
+        (no_mysql, stack.log, "AUDITEXPORT_MYSQL_URL", "ClickHouse version"),
+        (stack.outbox, no_clickhouse, "AUDITEXPORT_CLICKHOUSE_URL", "MySQL version"),
+    ):
+        results = preflight.examine(outbox, log)
+        (found,) = but_for_the_engine(all_findings(results))
+        assert found.fatal
+        assert variable in found.fix
+        assert other in [result.about for result in results]
+        assert "hunter2" not in str(results)
 
 
 def test_a_connection_that_leaves_this_machine_unverified_is_a_warning(stack: Stack) -> None:
@@ -78,45 +79,40 @@ def test_a_url_that_asks_for_tls_and_names_no_authority_is_refused() -> None:
 
 def test_a_clock_of_this_host_that_is_off_is_a_warning(stack: Stack) -> None:
     """Nothing that is exported depends on it; logs that do not line up cost an hour of a bad night."""
-    looks = preflight.examine(stack.outbox, stack.log, host_ms=lambda: time.time() * 1000 - 600_000)
-    (found,) = but_for_the_engine(all_findings(looks))
+    results = preflight.examine(stack.outbox, stack.log, host_ms=lambda: time.time() * 1000 - 600_000)
+    (found,) = but_for_the_engine(all_findings(results))
     assert "this host's clock is 600 s behind" in found.what
     assert not found.fatal
 
 
-# ── when a run looks ─────────────────────────────────────────────────────────────────────────────
+# ── when a run checks ────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_clean_look_is_remembered_but_hides_nothing_deadly(stack: Stack) -> None:
+def test_clean_checks_are_cached_and_hide_nothing_deadly(stack: Stack) -> None:
     """A run an instant after a failover must not claim because the one before it found all in order."""
     preflight.forget()
     preflight.refuse_unless_ready(stack.outbox, stack.log)
     stack.sql(f"ALTER TABLE {LEDGER} DROP COLUMN digest")
-    preflight.refuse_unless_ready(stack.outbox, stack.log)  # remembered: the columns are not read again
+    preflight.refuse_unless_ready(stack.outbox, stack.log)  # cached: the columns are not read again
     with globally(stack, "read_only", "1"), pytest.raises(SetupIncomplete, match="read-only"):
         preflight.refuse_unless_ready(stack.outbox, stack.log)
-    with pytest.raises(SetupIncomplete, match="lacks digest"):  # and a fatal finding ends the remembering
+    with pytest.raises(SetupIncomplete, match="lacks digest"):  # a fatal finding ends the caching
         preflight.refuse_unless_ready(stack.outbox, stack.log)
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [
-        "MODIFY SETTING non_replicated_deduplication_window = 0",
-        "drop",
-    ],
+    "statement", ["ALTER TABLE {} MODIFY SETTING non_replicated_deduplication_window = 0", "DROP TABLE {}"]
 )
-def test_a_remembered_look_still_sees_the_table_turn_bad(stack: Stack, fault: str) -> None:
+def test_while_checks_are_cached_a_table_that_turns_bad_is_seen(stack: Stack, statement: str) -> None:
     """The window and the table itself decide over duplicates, and asking costs one small query."""
     preflight.forget()
     preflight.refuse_unless_ready(stack.outbox, stack.log)
-    statement = "DROP TABLE audit_logs_raw_v1" if fault == "drop" else f"ALTER TABLE audit_logs_raw_v1 {fault}"
-    stack.log.client().command(statement)
+    stack.log.client().command(statement.format("audit_logs_raw_v1"))
     with pytest.raises(SetupIncomplete, match="nothing was claimed"):
         preflight.refuse_unless_ready(stack.outbox, stack.log)
 
 
-# ── the prompt ───────────────────────────────────────────────────────────────────────────────────
+# ── the CLI ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _doctor(stack: Stack, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -130,7 +126,7 @@ def _doctor(stack: Stack, *arguments: str, **environment: str) -> subprocess.Com
     )
 
 
-def test_doctor_shows_what_is_right_what_is_wrong_and_how_to_mend_it(stack: Stack) -> None:
+def test_doctor_shows_what_is_right_what_is_wrong_and_the_fix(stack: Stack) -> None:
     """Its exit status stands in deployment scripts, and its fixes are copied by tired people."""
     well = _doctor(stack)
     assert well.returncode == 0, well.stdout + well.stderr

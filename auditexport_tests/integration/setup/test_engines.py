@@ -1,14 +1,14 @@
 """Engines beyond one server: what `init` creates for each, what the exporter asks of them, and what doctor finds.
 
-What belongs here: the statements as text, and as far as the embedded ClickHouse goes with them. It has a Keeper in its
-own memory, which takes a replicated table and keeps it read-only, for no replica can reach it; engine `Remote`, which is
-Distributed over addresses, and runs over itself; and neither Distributed over a cluster, nor ON CLUSTER, nor
-SharedMergeTree. What does not: one server with one table, which is everywhere else.
+The embedded ClickHouse has a Keeper in its own memory, which takes a replicated table and keeps it read-only, for no replica
+can reach it; and engine `Remote`, which is Distributed over addresses, and runs over itself. It has neither Distributed over
+a cluster, nor ON CLUSTER, nor SharedMergeTree: of those, only the statements are tested.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.support.engines import local_clickhouse
-from auditexport_tests.support.faults import claims_nothing, findings
+from auditexport_tests.support.faults import findings, the_finding
 from auditexport_tests.support.users import users_xml
 
 DISTRIBUTED = Layout(engine=Engine.DISTRIBUTED, cluster="audit")
@@ -45,41 +45,32 @@ def _printed(*options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "engine", "window"),
+    ("options", "engine"),
     [
-        ((), "ReplacingMergeTree", "non_replicated_deduplication_window = 10000,"),
+        ("", "ReplacingMergeTree"),
         (
-            ("--replicated",),
+            "--replicated",
             "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/{database}/{table}', '{replica}')",
-            "replicated_deduplication_window = 10000, replicated_deduplication_window_seconds = 604800,",
         ),
         (
-            ("--engine", "replicated", "--keeper-path", "/k/{shard}/a", "--replica", "r-1", "--cluster", "all"),
+            "--engine replicated --keeper-path /k/{shard}/a --replica r-1 --cluster all",
             "ReplicatedReplacingMergeTree('/k/{shard}/a', 'r-1')",
-            "replicated_deduplication_window = 10000, replicated_deduplication_window_seconds = 604800,",
         ),
-        (
-            ("--engine", "replicated", "--keeper-path", ""),
-            "ReplicatedReplacingMergeTree",
-            "replicated_deduplication_window = 10000, replicated_deduplication_window_seconds = 604800,",
-        ),
-        (
-            ("--engine", "shared"),
-            "SharedReplacingMergeTree",
-            "replicated_deduplication_window = 10000, replicated_deduplication_window_seconds = 604800,",
-        ),
+        ("--engine replicated --keeper-path ''", "ReplicatedReplacingMergeTree"),
+        ("--engine shared", "SharedReplacingMergeTree"),
     ],
 )
-def test_each_engine_has_its_statement(options: tuple[str, ...], engine: str, window: str) -> None:
+def test_each_engine_has_its_statement(options: str, engine: str) -> None:
     """A token is worth what the window of the engine remembers of it, and each engine has a window of its own."""
-    printed = _printed(*options)
+    printed = _printed(*shlex.split(options))
+    window = "replicated_deduplication_window = 10000, replicated_deduplication_window_seconds = 604800,"
     assert f"\nENGINE = {engine}\n" in printed
-    assert f"\nSETTINGS {window}" in printed
+    assert f"\nSETTINGS {window if options else 'non_replicated_deduplication_window = 10000,'}" in printed
     assert printed.count(" ON CLUSTER 'all'") == (2 if "--cluster" in options else 0)
     assert not re.search(r"\$\w", printed)
 
 
-def test_a_distributed_table_lies_over_tables_of_the_shards_and_goes_by_block() -> None:
+def test_a_distributed_table_lies_over_the_shards_and_goes_by_block() -> None:
     """By any other key one INSERT would be several parts on several servers, and half of them could be missing."""
     made = DISTRIBUTED.statements("audit")
     assert list(made) == [LOCAL_TABLE, TABLE, "audit_logs"]
@@ -201,7 +192,7 @@ def _parts(stack: Stack) -> int:
     return int(str(parts))
 
 
-def test_a_drain_through_a_distributed_table_is_exact_and_doctor_agrees(stack: Stack) -> None:
+def test_a_drain_through_a_distributed_table_is_exact(stack: Stack) -> None:
     """Claim to verification, reconciliation and view, with the table one level below."""
     _lay_over(stack)
     assert findings(stack) == []
@@ -222,7 +213,7 @@ def test_a_drain_through_a_distributed_table_is_exact_and_doctor_agrees(stack: S
 
 
 @pytest.mark.parametrize("point", ["after insert 1", "after insert 3", "before record_written 1", "after mark 1"])
-def test_a_crash_beside_an_insert_into_a_distributed_table_costs_and_doubles_nothing(stack: Stack, point: str) -> None:
+def test_a_crash_beside_a_distributed_insert_costs_and_doubles_nothing(stack: Stack, point: str) -> None:
     """The look-up goes through the same table, and the token must mean the same on the shard."""
     _lay_over(stack, shards=2)
     stack.clickhouse(f"SYSTEM STOP MERGES {LOCAL_TABLE}")
@@ -237,59 +228,48 @@ def test_a_crash_beside_an_insert_into_a_distributed_table_costs_and_doubles_not
     assert stack.pending() == 0
 
 
-def _replay(stack: Stack, *, token: bool) -> int:
-    """The same block of 100 entries twice through the Distributed table; how many the shard then holds."""
-    client = stack.log.client()
-    for _ in range(2):
-        client.command(
-            f"INSERT INTO {TABLE} (event_id, time, inserted_at, workspace_id, event) "
-            "SELECT toString(number), number, 1760000000000, concat('ws_', toString(number % 7)), 'e' FROM numbers(100)",
-            settings={**INSERT_SETTINGS, **({"insert_deduplication_token": "batch-1-block-1"} if token else {})},
-        )
-    ((stored,),) = stack.clickhouse(f"SELECT count() FROM {LOCAL_TABLE}")
-    return int(str(stored))
+BLOCK = (
+    f"INSERT INTO {TABLE} (event_id, time, inserted_at, workspace_id, event) "
+    "SELECT toString(number), number, 1760000000000, concat('ws_', toString(number % 7)), 'e' FROM numbers(100)"
+)
 
 
-def test_a_token_means_on_the_shard_what_it_means_to_the_distributed_table(stack: Stack) -> None:
+def _stored(stack: Stack) -> object:
+    return stack.clickhouse(f"SELECT count() FROM {LOCAL_TABLE}")[0][0]
+
+
+def test_a_token_means_the_same_on_a_shard_and_above(stack: Stack) -> None:
     """ClickHouse's documentation does not say so (its issue 76405 asks), so it is tried, and once without."""
     _lay_over(stack, shards=2)
     stack.clickhouse(f"SYSTEM STOP MERGES {LOCAL_TABLE}")
-    assert _replay(stack, token=True) == 100
-    assert _parts(stack) == 1
-    stack.log.client().command(f"TRUNCATE TABLE {LOCAL_TABLE} SYNC")
+    client = stack.log.client()
+    for _ in range(2):
+        client.command(BLOCK, settings={**INSERT_SETTINGS, "insert_deduplication_token": "batch-1-block-1"})
+    assert (_stored(stack), _parts(stack)) == (100, 1)
+    client.command(f"TRUNCATE TABLE {LOCAL_TABLE} SYNC")
     for at in (1, 2):
-        stack.log.client().command(
+        client.command(
             f"INSERT INTO {TABLE} (event_id, time, inserted_at, workspace_id, event) VALUES ('a', {at}, 1760000000000, 'w', 'e')",
             settings={**INSERT_SETTINGS, "deduplicate_insert": "disable", "insert_deduplicate": 0},
         )
-    ((stored,),) = stack.clickhouse(f"SELECT count() FROM {LOCAL_TABLE}")
-    assert stored == 2
+    assert _stored(stack) == 2
 
 
 def test_by_workspace_one_insert_becomes_several_parts(stack: Stack) -> None:
     """The negative control of the sharding key: what is usual elsewhere takes a block apart."""
     _lay_over(stack, shards=2, key="cityHash64(workspace_id)")
     stack.clickhouse(f"SYSTEM STOP MERGES {LOCAL_TABLE}")
-    stack.log.client().command(
-        f"INSERT INTO {TABLE} (event_id, time, inserted_at, workspace_id, event) "
-        "SELECT toString(number), number, 1760000000000, concat('ws_', toString(number % 7)), 'e' FROM numbers(100)",
-        settings=INSERT_SETTINGS,
-    )
+    stack.log.client().command(BLOCK, settings=INSERT_SETTINGS)
     assert _parts(stack) == 2
-    (found,) = findings(stack)
-    assert "is sharded by cityHash64(workspace_id)" in found.what
-    claims_nothing(stack)
+    the_finding(stack, "is sharded by cityHash64(workspace_id)")
 
 
-def test_what_is_wrong_with_the_table_of_a_shard_is_found_through_the_distributed_one(stack: Stack) -> None:
+def test_a_fault_of_a_shards_table_is_found_through_the_distributed_one(stack: Stack) -> None:
     """Whoever asks the table on top would see no window, no key and no TTL at all."""
     _lay_over(stack)
     client = stack.log.client()
     client.command(f"ALTER TABLE {LOCAL_TABLE} MODIFY SETTING non_replicated_deduplication_window = 0")
-    (found,) = findings(stack)
-    assert f"{LOCAL_TABLE} has no deduplication window" in found.what
-    claims_nothing(stack)
-    client.command(found.fix)
+    client.command(the_finding(stack, f"{LOCAL_TABLE} has no deduplication window").fix)
     assert findings(stack) == []
 
 
@@ -353,7 +333,7 @@ def configured(mysql_server: str, tmp_path: Path) -> Iterator[Configured]:
         configured.restart()
 
 
-def test_a_replicated_table_is_created_and_its_replica_looked_at(configured: Configured) -> None:
+def test_a_replicated_table_is_created_and_its_replica_checked(configured: Configured) -> None:
     """The statement of `init --engine replicated` meets an engine and a Keeper, and what is wrong then has a name."""
     stack = configured.stack
     client = stack.log.client()
@@ -363,9 +343,7 @@ def test_a_replicated_table_is_created_and_its_replica_looked_at(configured: Con
     ((engine, path),) = stack.clickhouse(f"SELECT engine, zookeeper_path FROM system.replicas WHERE table = '{TABLE}'")
     database = stack.clickhouse_url.rsplit("/", 1)[1]
     assert (engine, path) == ("ReplicatedReplacingMergeTree", f"/clickhouse/tables/01/{database}/{TABLE}")
-    (found,) = findings(stack)
-    assert f"this replica of {TABLE} is read-only" in found.what
-    assert not found.fatal
+    the_finding(stack, f"this replica of {TABLE} is read-only", fatal=False)
     seed_outbox(stack.mysql_url, seed=6, events=5, writers=1)
     with pytest.raises(AuditLogUnavailable):
         drain(stack.outbox, stack.log, Limits(insert_timeout_s=1), owner="run_1")
@@ -393,7 +371,7 @@ def test_a_replicated_table_that_forgets_tokens_within_a_lease_is_found(
     assert ["read-only" in finding.what for finding in findings(stack)] == [True]
 
 
-def test_a_distributed_table_over_servers_that_this_one_is_none_of_is_looked_at_as_far_as_it_goes(
+def test_a_distributed_table_without_a_shard_here_says_so(
     configured: Configured,
 ) -> None:
     """A server that holds no shard says so, instead of calling a table wrong that it cannot see."""
@@ -403,9 +381,9 @@ def test_a_distributed_table_over_servers_that_this_one_is_none_of_is_looked_at_
     client.command(
         f"CREATE TABLE {TABLE} AS kept ENGINE = Distributed('audit', 'elsewhere', '{LOCAL_TABLE}', inserted_at)"
     )
-    looks = {look.about: look for look in preflight.examine(stack.outbox, stack.log)}
-    assert looks[f"ClickHouse table {TABLE}"].seen == "Distributed over cluster audit, by inserted_at"
-    assert "run doctor on a server of each shard" in looks[f"ClickHouse table {LOCAL_TABLE}"].seen
+    seen = {result.about: result.seen for result in preflight.examine(stack.outbox, stack.log)}
+    assert seen[f"ClickHouse table {TABLE}"] == "Distributed over cluster audit, by inserted_at"
+    assert "run doctor on a server of each shard" in seen[f"ClickHouse table {LOCAL_TABLE}"]
 
 
 @pytest.mark.parametrize(
@@ -431,7 +409,7 @@ def test_settings_for_replicas_that_promise_nothing_are_found(
     log.client().close_connections()
 
 
-def test_a_cluster_of_replicas_is_held_against_the_url(configured: Configured) -> None:
+def test_a_cluster_of_replicas_is_compared_with_the_url(configured: Configured) -> None:
     """Whether a look-up asks the replica that has the block is decided in two places that nobody reads together."""
     stack = configured.stack
     client = stack.log.client()
@@ -445,19 +423,14 @@ def test_a_cluster_of_replicas_is_held_against_the_url(configured: Configured) -
         )
 
     over("audit")
-    (found,) = findings(stack)
-    assert "which one is asked is left to chance" in found.what
-    assert found.fatal
+    the_finding(stack, "which one is asked is left to chance")
     log = ClickHouseAuditLog(stack.clickhouse_url + "?load_balancing=in_order")
     assert preflight.check(stack.outbox, log) == []
     log.client().close_connections()
     over("torn")
-    (found,) = findings(stack)
-    assert "without internal_replication" in found.what
+    the_finding(stack, "without internal_replication")
     over("audit", "cityHash64(workspace_id)")  # one shard: whatever the key is, a block goes there whole
-    assert [finding.what for finding in findings(stack)] == [
-        "cluster audit has shards of 2 replicas, and which one is asked is left to chance"
-    ]
+    the_finding(stack, "which one is asked is left to chance")
 
 
 def test_a_profile_that_pins_the_way_of_an_insert_is_found(configured: Configured) -> None:
@@ -465,9 +438,7 @@ def test_a_profile_that_pins_the_way_of_an_insert_is_found(configured: Configure
     configured.restart(
         profile="<constraints><distributed_foreground_insert><const/></distributed_foreground_insert></constraints>"
     )
-    (found,) = findings(configured.stack)
-    assert "pins distributed_foreground_insert = 0" in found.what
-    assert found.fatal
+    the_finding(configured.stack, "pins distributed_foreground_insert = 0")
     configured.restart()
     assert findings(configured.stack) == []
 
@@ -485,8 +456,7 @@ def test_the_grants_of_a_shards_own_table_are_asked_for(configured: Configured) 
         f"GRANT SHOW TABLES, SHOW COLUMNS ON {database}.*",
     )
     configured.restart(grants=on_top)
-    (found,) = findings(stack)
-    assert f"lacks SELECT, INSERT on {database}.{LOCAL_TABLE}" in found.what
+    the_finding(stack, f"lacks SELECT, INSERT on {database}.{LOCAL_TABLE}")
     configured.restart(grants=(*on_top, f"GRANT SELECT, INSERT ON {database}.{LOCAL_TABLE}"))
     assert findings(stack) == []
     seed_outbox(stack.mysql_url, seed=6, events=20, writers=1)

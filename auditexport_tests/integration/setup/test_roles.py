@@ -44,7 +44,7 @@ CONFIG = """
 """
 
 
-class Prompt:
+class CLI:
     """`auditexport …` as one role, and the stores that it would open."""
 
     def __init__(self, mysql_url: str, clickhouse_url: str) -> None:
@@ -75,7 +75,7 @@ class Ground:
         self._numbers = itertools.count(1)
 
     @contextmanager
-    def as_role(self, role: Role, *, clickhouse: Grants | None = None, profile: str = "") -> Iterator[Prompt]:
+    def as_role(self, role: Role, *, clickhouse: Grants | None = None, profile: str = "") -> Iterator[CLI]:
         """Comes with users that have the grants of this role and no other, or those given in ClickHouse.
 
         ClickHouse knows no other user meanwhile: what a test does there as root has to be done before or after.
@@ -86,7 +86,7 @@ class Ground:
             self.stack.sql(f"GRANT {', '.join(privileges)} ON `{self.database}`.{table} TO '{user}'@'127.0.0.1'")
         self._restart(self.statements(CLICKHOUSE_GRANTS[role] if clickhouse is None else clickhouse), profile)
         url = sa.make_url(self.stack.mysql_url).set(username=user, password="role")
-        prompt = Prompt(url.render_as_string(hide_password=False), self.stack.clickhouse_url)
+        prompt = CLI(url.render_as_string(hide_password=False), self.stack.clickhouse_url)
         try:
             yield prompt
         finally:
@@ -166,7 +166,7 @@ def test_the_exporter_drains_requeues_included_and_may_do_nothing_else(ground: G
     }
 
 
-def test_the_operator_mends_and_records_and_cannot_sweep(ground: Ground) -> None:
+def test_the_operator_repairs_and_records_and_cannot_sweep(ground: Ground) -> None:
     """Whoever is on call does all of this with one user, and none of it deletes anything."""
     stack = ground.stack
     letters = [int(str(row[0])) for row in stack.sql("SELECT pk FROM clickhouse_outbox_dead_letter ORDER BY pk")]
@@ -175,7 +175,7 @@ def test_the_operator_mends_and_records_and_cannot_sweep(ground: Ground) -> None
         prompt("doctor", "--role", "operator")
         assert json.loads(prompt("dead-letters", "list", "--json").output)["counts"]["letters"] == 3
         prompt("dead-letters", "show", str(letters[0]), "--payload")
-        prompt("dead-letters", "retry", "--pk", str(letters[0]), "--why", "mended")
+        prompt("dead-letters", "retry", "--pk", str(letters[0]), "--why", "fixed")
         prompt("dead-letters", "discard", "--pk", str(letters[1]), "--why", "a test")
         assert f"events: {lost}" in prompt("reconcile", "--repair", status=1).output
         prompt("requeue", "--batch", "1", "--why", "look", "--dry-run")

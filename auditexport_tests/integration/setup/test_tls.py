@@ -140,9 +140,9 @@ def connect(tls_stack: Stack) -> Iterator[Connect]:
         outbox.disconnect()
 
 
-def _transport(looks: list[CheckResult], server: str) -> tuple[str, tuple[Finding, ...]]:
-    (look,) = (look for look in looks if look.about == f"{server} transport")
-    return look.seen, look.findings
+def _transport(results: list[CheckResult], server: str) -> tuple[str, tuple[Finding, ...]]:
+    (result,) = (result for result in results if result.about == f"{server} transport")
+    return result.seen, result.findings
 
 
 def test_a_drain_runs_to_its_end_over_verified_tls(
@@ -155,10 +155,10 @@ def test_a_drain_runs_to_its_end_over_verified_tls(
         assert connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Ssl_cipher'").one()[1]
     with TLSProxy(clickhouse_server, certificates.server) as proxy:
         log = proxy.log(tls_stack, "0.0.0.0", ca_cert=certificates.ours)
-        looks = preflight.examine(outbox, log)
-        assert all_findings(looks) == []
-        assert "certificate and name verified" in _transport(looks, "MySQL")[0]
-        assert "certificate and name verified" in _transport(looks, "ClickHouse")[0]
+        results = preflight.examine(outbox, log)
+        assert all_findings(results) == []
+        assert "certificate and name verified" in _transport(results, "MySQL")[0]
+        assert "certificate and name verified" in _transport(results, "ClickHouse")[0]
         drain(outbox, log, Limits(), owner="tls")
         log.client().close_connections()
     assert tls_stack.counts() == (200, 200)
@@ -184,7 +184,7 @@ def test_mysqls_certificate_is_refused_before_anything_is_sent(
     assert not tls_server.has_heard_of(user)
 
 
-def test_a_user_that_must_show_a_certificate_is_let_in_with_it_and_not_without(
+def test_a_user_that_must_show_a_certificate_is_let_in_only_with_it(
     tls_stack: Stack, connect: Connect, certificates: Certificates
 ) -> None:
     """Mutual TLS: the options for the client's side reach the driver."""
@@ -198,7 +198,7 @@ def test_a_user_that_must_show_a_certificate_is_let_in_with_it_and_not_without(
     assert "1045" in found.what
 
 
-def test_a_connection_beyond_this_machine_that_verifies_nothing_is_a_warning(
+def test_an_unverified_connection_beyond_this_machine_is_a_warning(
     tls_stack: Stack, connect: Connect, certificates: Certificates
 ) -> None:
     """Each of them works, and lets whoever sits between read events; doctor says so."""
@@ -212,16 +212,16 @@ def test_a_connection_beyond_this_machine_that_verifies_nothing_is_a_warning(
             ),
             ({"ssl_disabled": "true"}, "no TLS", "say ssl_ca="),
         ):
-            looks = preflight.examine(connect("0.0.0.0", **options), tls_stack.log)
-            assert seen in _transport(looks, "MySQL")[0]
-            (found,) = _transport(looks, "MySQL")[1]
+            results = preflight.examine(connect("0.0.0.0", **options), tls_stack.log)
+            assert seen in _transport(results, "MySQL")[0]
+            (found,) = _transport(results, "MySQL")[1]
             assert not found.fatal
             assert fix in found.fix
     finally:
         tls_stack.sql("SET GLOBAL require_secure_transport = ON")
 
 
-def test_a_url_that_says_nothing_of_tls_verifies_by_the_authorities_of_this_machine(
+def test_a_url_without_tls_options_verifies_by_this_machines_authorities(
     tls_stack: Stack, connect: Connect, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver by itself would take any certificate; whoever wants that has to say it."""
@@ -236,7 +236,7 @@ def test_a_url_that_says_nothing_of_tls_verifies_by_the_authorities_of_this_mach
 
 
 def test_a_server_that_wants_tls_says_so_in_one_line(tls_stack: Stack, connect: Connect) -> None:
-    """No rerun mends it, so it must not read as a server that is down."""
+    """No rerun fixes it, so it must not read as a server that is down."""
     with pytest.raises(SetupIncomplete, match="AUDITEXPORT_MYSQL_URL"):
         preflight.refuse_unless_ready(connect(ssl_disabled="true"), tls_stack.log)
 
@@ -244,7 +244,7 @@ def test_a_server_that_wants_tls_says_so_in_one_line(tls_stack: Stack, connect: 
 def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
     tmp_path: Path, stack: Stack, certificates: Certificates
 ) -> None:
-    """Falling back to plain text is what an attacker would arrange; no rerun mends it either."""
+    """Falling back to plain text is what an attacker would arrange; no rerun fixes it either."""
     server = LocalMySQL(tmp_path / "plain", options=("--skip-ssl",))
     if server.family == "mysql":
         server = LocalMySQL(tmp_path / "plain", options=("--tls-version=",))
@@ -411,7 +411,7 @@ def test_verification_that_is_turned_off_is_a_warning(
         log.client().close_connections()
 
 
-def test_a_clients_certificate_reaches_clickhouse_and_leaves_the_password_in_force(
+def test_a_clients_certificate_and_the_password_both_reach_clickhouse(
     stack: Stack, clickhouse_server: str, certificates: Certificates
 ) -> None:
     """Beside a certificate the driver drops the password, unless told that both are meant."""
