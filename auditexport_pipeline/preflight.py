@@ -136,7 +136,7 @@ def _answers(results: list[CheckResult], server: str, carry_out_all: Callable[[]
         finding = Finding(
             what=str(error),
             breaks="nothing can be exported",
-            fix=f"from this host, with the user of {variable}, connect to the server yourself; start it, open the way, "
+            fix=f"from this host, with the user of {variable}, connect to the server yourself; start it, let it through the firewall, "
             f"or correct {variable}",
         )
         seen = "no answer" if error.__cause__ else "refused"
@@ -161,7 +161,7 @@ def _views(outbox: MySQLOutbox) -> Checking:
     for batch_id, note in newest_of_each_view(failures).items():
         yield Finding(
             what=f"batch {batch_id}: {note}",
-            breaks="the export goes on; whoever reads the view's target misses these entries",
+            breaks="the export goes on; the view's target lacks these entries",
             fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
             fatal=False,
         )
@@ -212,7 +212,7 @@ def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], 
             what=f"MySQL's clock is {abs(apart_ms) / 1000:,.0f} s {'ahead of' if apart_ms > 0 else 'behind'} ClickHouse's",
             breaks="entries are stamped by MySQL and expire by ClickHouse: months and retention shift by as much"
             + (", and entries can be dropped before they are verified" if drops else "")
-            + "; leases and deadlines each keep to one clock and hold",
+            + "; leases and deadlines each use one clock and are not affected",
             fix="set both by NTP (`chronyc tracking` on each host says how far off it is)",
             fatal=drops,
         )

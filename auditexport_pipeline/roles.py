@@ -1,7 +1,6 @@
-"""Who may do what: the grants that each role needs, and reading which ones a user has.
+"""The grants that each role needs, as data, and which of them MySQL's SHOW GRANTS gives a user.
 
-What belongs here: the grants as data (the README's table and the tests read them here), and MySQL's SHOW GRANTS
-as an answer to one question. What does not: asking a server (`mysql.checks`, `clickhouse.checks`).
+The tests compare the README's table with this one. `mysql.checks` and `clickhouse.checks` ask the servers.
 """
 
 from __future__ import annotations
@@ -56,9 +55,8 @@ MYSQL_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.OWNER: {OUTBOX: ("SELECT",), LEDGER: _CREATE, DEAD_LETTERS: _CREATE, ACTIONS: _CREATE, ERASURES: _CREATE},
 }
 
-# What is granted on no table of ours stands under the wildcard: input(), null() and format() are table functions that
-# touch nothing, and ClickHouse guards them with CREATE TEMPORARY TABLE. The exporter writes by the first two; whoever
-# compares lets ClickHouse parse payloads by the third.
+# Under the wildcard: input(), null() and format() are table functions that touch nothing, and ClickHouse guards them with
+# CREATE TEMPORARY TABLE. The exporter writes by the first two; a comparison lets ClickHouse parse payloads by the third.
 _FUNCTIONS = {"*.*": ("CREATE TEMPORARY TABLE",)}
 CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), **_FUNCTIONS},

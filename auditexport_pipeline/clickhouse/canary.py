@@ -86,7 +86,7 @@ def canary(db: Catalogue, table: Table, *, again: bool) -> Checking:
     except AuditExportError as error:
         yield Finding(
             what=f"a canary event is refused: {error}",
-            breaks="rows would be refused or stored otherwise than they were written",
+            breaks="rows would be refused, or stored other than they were written",
             fix=f"see what the message names in {table.name} or in the settings profile of our user",
         )
         return "refused"
@@ -294,7 +294,7 @@ def _fix(db: Catalogue, table: Table, columns: Columns, differing: set[str]) -> 
         return _declare_again(table, sorted(typed))
     changed = [name for name, here in db.client.listed().items() if here.changed and name not in INSERT_SETTINGS]
     if changed:
-        return f"take {', '.join(changed[:12])} out of the settings profile of our user, one after the other"
+        return f"remove {', '.join(changed[:12])} from the settings profile of our user, one after the other"
     return f"compare SHOW CREATE TABLE {table.name} with `auditexport init --print-ddl`, or upgrade the server"
 
 

@@ -52,7 +52,7 @@ def _version(db: Catalogue) -> Checking:
     if clickhouse_version(db.server.version) < OLDEST:
         yield Finding(
             what=f"the server is ClickHouse {db.server.version}",
-            breaks="its JSON type is not the one that metas are stored in, and this program was never tried there",
+            breaks="its JSON type differs from the one that stores the metas, and this program was never tried there",
             fix=f"upgrade it to {OLDEST[0]}.{OLDEST[1]} or later",
         )
     return db.server.version
@@ -66,8 +66,8 @@ def _transport(db: Catalogue) -> Checking:
     if not is_local(url["host"]) and not (tls and verified):
         yield Finding(
             what=f"the connection to {url['host']} has {seen}",
-            breaks="whoever sits between can read events and the password",
-            fix="take verify=false out of AUDITEXPORT_CLICKHOUSE_URL; ?ca_cert=/path.pem names an authority of your own"
+            breaks="anyone on the way can read events and the password",
+            fix="remove verify=false from AUDITEXPORT_CLICKHOUSE_URL; ?ca_cert=/path.pem names an authority of your own"
             if tls
             else "let AUDITEXPORT_CLICKHOUSE_URL begin with https:// and name the server's https_port (8443)",
             fatal=False,
@@ -79,7 +79,7 @@ def _read_only(db: Catalogue) -> Checking:
     user, read_only = db.server.user, db.server.read_only
     yield Finding(
         what=f"the settings profile of {user} has readonly = {read_only}",
-        breaks="no INSERT is taken, and none of the settings that keep an event as it was written",
+        breaks="every INSERT is refused, and so are the settings that keep an event as it was written",
         fix=f"ALTER USER {user} SETTINGS readonly = 0, or give it another profile",
     )
     return f"readonly = {read_only}"
@@ -94,9 +94,9 @@ def _profile(db: Catalogue) -> Checking:
         needed = ", ".join(f"{name} = {value or repr('')}" for name, (value, _) in pinned.items())
         yield Finding(
             what=f"the settings profile of {db.server.user} pins {shown}",
-            breaks=f"our statements say {needed} and are refused; without saying so, an INSERT would be acknowledged before it "
+            breaks=f"our statements set {needed} and are refused; without that, an INSERT would be acknowledged before it "
             "is stored, stored twice or changed, and a look-up would see half",
-            fix=f"take the constraint on {', '.join(pinned)} out of the profile of {db.server.user}",
+            fix=f"remove the constraint on {', '.join(pinned)} from the settings profile of {db.server.user}",
         )
         return shown
     absent = "; ".join(f"no {name}: {instead}" for name, instead in missing(wanted, listed).items())
@@ -109,15 +109,15 @@ def _proxy(db: Catalogue) -> Checking:
     if comment != "auditexport":
         yield Finding(
             what="settings in the SETTINGS clause of a statement do not reach ClickHouse",
-            breaks="tokens and limits of INSERTs get lost on the way",
-            fix="name ClickHouse itself in AUDITEXPORT_CLICKHOUSE_URL, or take what rewrites statements off the way",
+            breaks="the tokens and limits of INSERTs are lost",
+            fix="name ClickHouse itself in AUDITEXPORT_CLICKHOUSE_URL, or remove what rewrites statements on the way",
         )
         return "statements are rewritten"
     if not db.client.headers_arrive:
         yield Finding(
-            what="a proxy keeps the X-ClickHouse-… headers to itself",
-            breaks="no answer proves an INSERT; each costs a look-up by inserted_at beside it",
-            fix="let the proxy pass X-ClickHouse-Summary and X-ClickHouse-Query-Id on",
+            what="a proxy removes the X-ClickHouse-… headers",
+            breaks="no answer proves that an INSERT is stored: each costs a look-up by inserted_at",
+            fix="configure the proxy to pass X-ClickHouse-Summary and X-ClickHouse-Query-Id",
             fatal=False,
         )
         return "without ClickHouse's headers"
@@ -166,8 +166,8 @@ def _policies(db: Catalogue) -> Checking:
     user = db.server.user
     yield Finding(
         what=f"{'row policy ' + ', '.join(names) if names else 'a row policy'} on {TABLE} hides rows from {user}",
-        breaks="what it hides is called missing, and every `reconcile --repair` stores one more copy of it",
-        fix=f"take {user} out of the policy: ALTER ROW POLICY {names[0] if names else 'NAME'} ON {TABLE} TO ALL EXCEPT {user}, or "
+        breaks="hidden entries are reported as missing, and every `reconcile --repair` stores one more copy of them",
+        fix=f"exempt {user} from the policy: ALTER ROW POLICY {names[0] if names else 'NAME'} ON {TABLE} TO ALL EXCEPT {user}, or "
         f"CREATE ROW POLICY auditexport ON {TABLE} USING 1 TO {user} where there are no restrictive ones",
     )
     return "some rows are hidden"

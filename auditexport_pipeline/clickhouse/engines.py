@@ -1,7 +1,7 @@
 """Engines: what audit_logs_raw_v1 stands on, from one server to shards of replicas, and the statements that create it.
 
 What belongs here: the choice, its arguments, and the text of the statements. What does not: carrying them out
-(`schema`), holding a server against them (`clickhouse.checks`), and why each setting is what it is
+(`schema`), comparing a server with them (`clickhouse.table_checks`), and why each setting is what it is
 (`docs/clickhouse.md`).
 """
 

@@ -282,7 +282,7 @@ def _replicas(db: Catalogue, table: Table) -> Checking:
             yield Finding(
                 what=f"AUDITEXPORT_CLICKHOUSE_URL has settings for replicas and {table.name} is a {table.engine}",
                 breaks="they do nothing there",
-                fix=f"take insert_quorum{'' if shared else ' and select_sequential_consistency'} out of the URL",
+                fix=f"remove insert_quorum{'' if shared else ' and select_sequential_consistency'} from the URL",
                 fatal=False,
             )
         return table.engine
@@ -293,7 +293,7 @@ def _replicas(db: Catalogue, table: Table) -> Checking:
     if read_only:
         yield Finding(
             what=f"this replica of {table.name} is read-only",
-            breaks="it takes no INSERT until it has its session with Keeper back; drains fail and go on by themselves then",
+            breaks="it takes no INSERT until its session with Keeper is back; drains fail until then and continue by themselves",
             fix=f"SELECT zookeeper_exception FROM system.replicas WHERE table = '{table.name}' says why",
             fatal=False,
         )
@@ -351,7 +351,7 @@ def _wrong_deletion(db: Catalogue, table: Table, deletion: Deletion, fix: str) -
 def _unknown(table: Table, text: str, why: str, fix: str) -> Finding:
     return Finding(
         what=f"whether an entry of {table.name} is past its TTL cannot always be told: {why}: {text}",
-        breaks="of entries that are gone, those are called missing, and the sweep keeps their rows",
+        breaks="such an entry that is gone is reported as missing, and the sweep keeps its row",
         fix=f"{fix}; or say how long it keeps an entry: `auditexport sweep --ttl-days DAYS`",
         fatal=False,
     )
@@ -363,7 +363,7 @@ def _view(view: Table | None) -> Checking:
     if view is None:
         yield Finding(
             what="ClickHouse view audit_logs does not exist or is not readable",
-            breaks="readers would have to know about FINAL themselves",
+            breaks="readers have to write FINAL themselves",
             fix="run `auditexport init`",
             fatal=False,
         )

@@ -1,7 +1,7 @@
 """ClickHouse: what a table's TTL clause says about deleting rows, read from the server's own words.
 
 What belongs here: telling the parts of the clause apart, and the SQL that lets ClickHouse evaluate them. What does not: who
-asks (`clickhouse.audit_log`, `clickhouse.checks`), and what follows from an answer (`core.excuses`).
+asks (`clickhouse.audit_log`, `clickhouse.table_checks`), and what follows from an answer (`core.excuses`).
 
 A clause is never computed here: months, time zones, overflows and other columns are ClickHouse's business. What cannot be
 evaluated is unknown, which is neither past nor not past.

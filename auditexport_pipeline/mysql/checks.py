@@ -71,8 +71,8 @@ def _transport(db: Catalogue) -> Checking:
     if not is_local(url.host) and not (cipher and verified):
         yield Finding(
             what=f"the connection to {url.host} has {seen}",
-            breaks="whoever sits between can read events and the password"
-            + (", by answering in the server's place" if cipher else ""),
+            breaks="anyone on the way can read events and the password"
+            + (", by answering as the server" if cipher else ""),
             fix="in AUDITEXPORT_MYSQL_URL, "
             + (
                 "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true" if named else "remove ssl_check_hostname"
@@ -116,7 +116,7 @@ def _settings(db: Catalogue) -> Checking:
         yield Finding(
             what="our session writes no binary log (sql_log_bin = OFF)",
             breaks="replicas never learn what was exported, and after a failover everything is exported again",
-            fix="take SET sql_log_bin = 0 out of the server's init_connect",
+            fix="remove SET sql_log_bin = 0 from the server's init_connect",
         )
     closed = [name for name in ("super_read_only", "read_only", "innodb_read_only") if on(name)]
     if writes and closed:
@@ -150,7 +150,11 @@ def _one_server(db: Catalogue) -> Checking:
     outside = answering("identity")
     db.connection.exec_driver_sql("COMMIT")
     db.connection.exec_driver_sql("BEGIN")
-    others = "" if outside == inside else f"; outside of a transaction {outside} answers, where we ask for nothing"
+    others = (
+        ""
+        if outside == inside
+        else f"; outside of a transaction {outside} answers, where this program asks for nothing"
+    )
     return f"all of a transaction from {inside}{others}"
 
 
@@ -185,10 +189,10 @@ def _created_at(db: Catalogue) -> Checking:
         what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is no epoch milliseconds, the first with pk "
         f"{oldest.odd_pk}",
         breaks="their age is unknown: the lag is taken from other rows, or from the last claim",
-        fix="let the application write created_at in milliseconds since 1970, by a clock that is kept",
+        fix="let the application write created_at in milliseconds since 1970, from a synchronized clock",
         fatal=False,
     )
-    return f"{oldest.odd_rows} odd ones"
+    return f"{oldest.odd_rows} are not"
 
 
 def _grants(db: Catalogue) -> Checking:

@@ -76,13 +76,13 @@ def _table(db: Catalogue, table: str) -> Checking:
 def _column(table: str, column: Column, found: FoundColumn) -> Iterator[Finding]:
     """The column keeps every value of its declared type, and compares texts letter by letter."""
     ours = table != OUTBOX
-    # The key is there: named a second time, it would be a second one.
+    # The primary key exists: the statement must not add a second one.
     modify = f"ALTER TABLE {table} MODIFY COLUMN {column.declaration.removesuffix(' PRIMARY KEY')}"
     convert = f"ALTER TABLE {table} CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
     if not _holds(column.type.lower(), found.type):
         yield Finding(
             what=f"{table}.{column.name} is {found.type} and should be {column.type.lower()}",
-            breaks="values do not fit, or read back as others",
+            breaks="values do not fit, or are read back changed",
             fix=modify,
         )
     elif column.nullable and not found.nullable:
@@ -96,9 +96,9 @@ def _column(table: str, column: Column, found: FoundColumn) -> Iterator[Finding]
     elif found.charset != "utf8mb4":
         yield Finding(
             what=f"{table}.{column.name} is in {found.charset}",
-            breaks="an id with a letter beyond it stops its batch"
+            breaks="an id with a character outside it stops its batch"
             if ours
-            else "ids with other letters cannot be written",
+            else "ids with other characters cannot be written",
             fix=convert,
             fatal=ours,
         )
@@ -118,7 +118,7 @@ def _holds(declared: str, found: str) -> bool:
         return found in ("json", "longtext")
     want, have = re.split(r"[( ]", declared)[0], re.split(r"[( ]", found)[0]
     if want in _INTEGERS:
-        # A signed one of the next size would do, and ours are far below the sign.
+        # The sign does not matter: our values are far below it.
         return have in _INTEGERS and _INTEGERS.index(have) >= _INTEGERS.index(want)
     if want == "varchar":
         size = re.search(r"\((\d+)\)", found)
@@ -142,7 +142,7 @@ def _index(db: Catalogue, table: str, name: str, columns: str) -> Iterator[Findi
         )
     elif not found.usable:
         yield Finding(
-            what=f"index {name} of {table} is there and switched off",
+            what=f"index {name} of {table} exists but is switched off",
             breaks=breaks,
             fix=f"ALTER TABLE {table} ALTER INDEX {name} {found.switch_on}",
             fatal=forced,
@@ -157,7 +157,7 @@ def _triggers(db: Catalogue) -> Checking:
             what=f"the trigger {', '.join(suspect)} on clickhouse_outbox names deleted_at or signals",
             breaks="if it undoes or refuses the mark of an exported row, its batch stays open and each drain ends with it; the "
             "rows are in ClickHouse and are not sent again",
-            fix="see that it leaves alone an UPDATE that sets deleted_at only",
+            fix="change it so that it ignores an UPDATE that sets only deleted_at",
             fatal=False,
         )
     return ", ".join(triggers) or "none that this user sees"
@@ -169,7 +169,7 @@ def ledger_head(db: Catalogue) -> Checking:
     if not rows:
         yield Finding(
             what=f"{LEDGER} lacks its row 0, the ledger's lock",
-            breaks="no planner can take its turn",
+            breaks="no run can claim a batch",
             fix="run `auditexport init`",
         )
         return "not there"
@@ -202,9 +202,9 @@ def _pks(db: Catalogue) -> Checking:
         yield Finding(
             what=f"{OUTBOX}'s pks repeat: the next one is {next_pk:,}, and batches of the ledger had pks up to {last_pk:,} (a "
             "TRUNCATE, a new table, AUTO_INCREMENT set back, or a restore)",
-            breaks="new events are exported as such, each after a look whether it is a repetition; what ClickHouse has lost of "
+            breaks="new events are exported, each after a look-up for an earlier copy; what ClickHouse has lost of "
             "earlier batches cannot be exported again from here",
-            fix=f"nothing has to be done; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} saves the looks",
+            fix=f"nothing has to be done; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} avoids these look-ups",
             fatal=False,
         )
     return f"the next is {next_pk:,}, the ledger's last {last_pk:,}"
