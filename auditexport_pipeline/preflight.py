@@ -19,7 +19,7 @@ from auditexport_pipeline.clickhouse.table_checks import table_checks as clickho
 from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
-from auditexport_pipeline.core.findings import Check, Checking, CheckResult, Finding, all_findings, carry_out
+from auditexport_pipeline.core.findings import Check, Checking, CheckResult, Finding, all_findings, carry_out, warning
 from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.status import newest_of_each_view
 from auditexport_pipeline.mysql.catalogue import Catalogue as MySQL
@@ -152,18 +152,16 @@ def _views(outbox: MySQLOutbox) -> Checking:
         failures = view_failures(connection, now_ms)
         barred = [one for one in read_open_batches(connection, now_ms) if one.last_error.startswith(VIEW_BARS)]
     for batch in barred[:1]:
-        yield Finding(
+        yield warning(
             what=f"batch {batch.batch_id}: {batch.last_error}",
             breaks="no INSERT that this view fails on is stored, and every run with such rows fails",
             fix="fix or drop the view; the next run sends the rows",
-            fatal=False,
         )
     for batch_id, note in newest_of_each_view(failures).items():
-        yield Finding(
+        yield warning(
             what=f"batch {batch_id}: {note}",
             breaks="the export goes on; the view's target lacks these entries",
             fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
-            fatal=False,
         )
     if barred:
         return f"{len(barred):,} {'batch is' if len(barred) == 1 else 'batches are'} kept out by one"
@@ -179,12 +177,11 @@ def _cleared(outbox: MySQLOutbox) -> Checking:
     often = cleared_often(outbox, now_ms)
     if often is None:
         return "none that keep being cleared"
-    yield Finding(
+    yield warning(
         what=str(often),
         breaks="the same events are exported again by each drain; ClickHouse merges the copies, and readers of the raw table see "
         "them until then",
         fix=LOOK_FOR_WHO_CLEARS,
-        fatal=False,
     )
     return "cleared again and again"
 
@@ -217,11 +214,10 @@ def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], 
             fatal=drops,
         )
     if max(abs(mysql_ms), abs(clickhouse_ms)) > SKEW_MS and abs(mysql_ms) + abs(clickhouse_ms) > abs(apart_ms) + 1000:
-        yield Finding(
+        yield warning(
             what=f"this host's clock is {abs(mysql_ms) / 1000:,.0f} s {'behind' if mysql_ms > 0 else 'ahead of'} MySQL's",
             breaks="its log lines and Dagster's times do not match the databases', and certificates may look expired; nothing that "
             "is exported depends on it",
             fix="set it by NTP (`chronyc makestep`)",
-            fatal=False,
         )
     return f"MySQL {mysql_ms / 1000:+.2f} s, ClickHouse {clickhouse_ms / 1000:+.2f} s from this host"

@@ -17,7 +17,7 @@ from auditexport_pipeline.clickhouse.catalogue import Catalogue, FoundColumn, Ta
 from auditexport_pipeline.clickhouse.connection import translated
 from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, literal
 from auditexport_pipeline.core.errors import AuditExportError
-from auditexport_pipeline.core.findings import Checking, Finding
+from auditexport_pipeline.core.findings import Checking, Finding, warning
 from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.sql import load
 
@@ -124,22 +124,20 @@ def _findings(db: Catalogue, table: Table, columns: Columns) -> Iterator[Finding
             fix=_fix(db, table, columns, {column for column, _ in differing}),
         )
     if refused:
-        yield Finding(
+        yield warning(
             what=f"{table.name} has typed paths: {'; '.join(dict.fromkeys(refused))}",
             breaks="rows with such values are refused",
             fix=_declare_again(table, _json_columns(columns)),
-            fatal=False,
         )
     metas = [entry["meta"] for entry in floats_got]
     if any(
         isinstance(meta, dict) and meta.get("n") != sent["n"] for meta, sent in zip(metas, _FLOAT_FIRST, strict=True)
     ):
-        yield Finding(
+        yield warning(
             what="this server takes an integer above 2^53 in a meta for a float, where an earlier row of its block has a "
             "float at the same path",
             breaks="such integers are rounded (9007199254740993 becomes 9007199254740992)",
             fix="upgrade ClickHouse to 26.3 or later, or write such numbers as strings",
-            fatal=False,
         )
 
 

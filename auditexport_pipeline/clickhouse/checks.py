@@ -15,7 +15,7 @@ from auditexport_pipeline.clickhouse.engines import TABLE
 from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
 from auditexport_pipeline.clickhouse.table_checks import table_checks
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.findings import Check, Checking, Finding
+from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.hosts import is_local
 from auditexport_pipeline.roles import Role, clickhouse_grants
 from auditexport_pipeline.sql import load
@@ -64,13 +64,12 @@ def _transport(db: Catalogue) -> Checking:
     tls, verified = url["interface"] == "https", url["verify"]
     seen = f"TLS, certificate {'and name' if verified else 'not'} verified" if tls else "no TLS"
     if not is_local(url["host"]) and not (tls and verified):
-        yield Finding(
+        yield warning(
             what=f"the connection to {url['host']} has {seen}",
             breaks="anyone on the way can read events and the password",
             fix="remove verify=false from AUDITEXPORT_CLICKHOUSE_URL; ?ca_cert=/path.pem names an authority of your own"
             if tls
             else "let AUDITEXPORT_CLICKHOUSE_URL begin with https:// and name the server's https_port (8443)",
-            fatal=False,
         )
     return seen
 
@@ -114,11 +113,10 @@ def _proxy(db: Catalogue) -> Checking:
         )
         return "statements are rewritten"
     if not db.client.headers_arrive:
-        yield Finding(
+        yield warning(
             what="a proxy removes the X-ClickHouse-… headers",
             breaks="no answer proves that an INSERT is stored: each costs a look-up by inserted_at",
             fix="configure the proxy to pass X-ClickHouse-Summary and X-ClickHouse-Query-Id",
-            fatal=False,
         )
         return "without ClickHouse's headers"
     return "with ClickHouse's own headers"

@@ -20,7 +20,7 @@ from auditexport_pipeline.clickhouse.engines import (
     family_of,
 )
 from auditexport_pipeline.clickhouse.ttl import Deletion, TableTtl, ttl_of
-from auditexport_pipeline.core.findings import Check, Checking, Finding
+from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, PayloadVersion, columns_in
 from auditexport_pipeline.roles import Role
@@ -163,11 +163,10 @@ def _table(db: Catalogue, version: PayloadVersion, named: Table, held: Table | N
             fix=anew(name),
         )
     elif not partition:
-        yield Finding(
+        yield warning(
             what=f"{name} is not partitioned by month of inserted_at",
             breaks="looking for a block reads far more, and retention cannot drop a month at once",
             fix=anew(name),
-            fatal=False,
         )
     yield from _window(db, held)
     if fully:
@@ -257,11 +256,10 @@ def _same_retention(table: str, ttl: TableTtl, first: TableTtl) -> Iterator[Find
         return f"until {', '.join(map(str, ttl.deletions))}" if ttl.deletions else "for ever"
 
     if ttl.deletions != first.deletions:
-        yield Finding(
+        yield warning(
             what=f"{table} keeps entries {kept(ttl)} and the first version's table {kept(first)}",
             breaks="one retention cannot be right for both: the ledger keeps a batch as long as the longer one needs it",
             fix=f"give {table} the same TTL",
-            fatal=False,
         )
 
 
@@ -279,11 +277,10 @@ def _replicas(db: Catalogue, table: Table) -> Checking:
         )
     if not table.engine.startswith("Replicated"):
         if quorum or (sequential and not shared):
-            yield Finding(
+            yield warning(
                 what=f"AUDITEXPORT_CLICKHOUSE_URL has settings for replicas and {table.name} is a {table.engine}",
                 breaks="they do nothing there",
                 fix=f"remove insert_quorum{'' if shared else ' and select_sequential_consistency'} from the URL",
-                fatal=False,
             )
         return table.engine
     rows = db.rows_if_granted("replicas", database=table.database, table=table.name)
@@ -291,19 +288,17 @@ def _replicas(db: Catalogue, table: Table) -> Checking:
         return "not asked: GRANT SELECT ON system.replicas is missing"
     read_only, total, active = (int(value) for value in rows[0])
     if read_only:
-        yield Finding(
+        yield warning(
             what=f"this replica of {table.name} is read-only",
             breaks="it takes no INSERT until its session with Keeper is back; drains fail until then and continue by themselves",
             fix=f"SELECT zookeeper_exception FROM system.replicas WHERE table = '{table.name}' says why",
-            fatal=False,
         )
     if total > 1 and not quorum:
-        yield Finding(
+        yield warning(
             what=f"{table.name} has {total} replicas, and one of them acknowledges an INSERT alone",
             breaks="what it acknowledged last is lost with it, until a reconciliation repairs it; behind a balancer, look-ups miss "
             "blocks that other replicas have",
             fix=_IN_A_QUORUM,
-            fatal=False,
         )
     return f"{active} of {total} active"
 
@@ -349,11 +344,10 @@ def _wrong_deletion(db: Catalogue, table: Table, deletion: Deletion, fix: str) -
 
 
 def _unknown(table: Table, text: str, why: str, fix: str) -> Finding:
-    return Finding(
+    return warning(
         what=f"whether an entry of {table.name} is past its TTL cannot always be told: {why}: {text}",
         breaks="such an entry that is gone is reported as missing, and the sweep keeps its row",
         fix=f"{fix}; or say how long it keeps an entry: `auditexport sweep --ttl-days DAYS`",
-        fatal=False,
     )
 
 
@@ -361,27 +355,24 @@ def _view(view: Table | None) -> Checking:
     """Readers see each event once, whatever their profile says."""
     once = r"\bdo_not_merge_across_partitions_select_final\s*=\s*(0|false)\b"
     if view is None:
-        yield Finding(
+        yield warning(
             what="ClickHouse view audit_logs does not exist or is not readable",
             breaks="readers have to write FINAL themselves",
             fix="run `auditexport init`",
-            fatal=False,
         )
         return "not there"
     if " FINAL" not in view.created_by:
-        yield Finding(
+        yield warning(
             what="ClickHouse view audit_logs reads without FINAL",
             breaks="an event that has two copies is shown twice until they merge",
             fix="DROP VIEW audit_logs, then `auditexport init`",
-            fatal=False,
         )
         return "without FINAL"
     if not re.search(once, view.created_by):
-        yield Finding(
+        yield warning(
             what="ClickHouse view audit_logs leaves do_not_merge_across_partitions_select_final to its reader's profile",
             breaks="where that is 1, an event that has copies under two months is shown twice, for good: they never merge",
             fix=_NEW_VIEW,
-            fatal=False,
         )
         return "each event once within a month"
     return "each event once"

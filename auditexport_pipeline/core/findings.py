@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is missing or wrong: what breaks because of it, and the fix."""
+    """One thing that is missing or wrong: what breaks because of it, and the fix. With a fatal one, no run claims."""
 
     what: str
     breaks: str
@@ -20,6 +20,11 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.breaks}. Fix: {self.fix}"
+
+
+def warning(*, what: str, breaks: str, fix: str) -> Finding:
+    """A finding with which a run still claims."""
+    return Finding(what=what, breaks=breaks, fix=fix, fatal=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from auditexport_pipeline.roles import OUTBOX, MySQLGrants, Role
-from auditexport_pipeline.sql import columns_of, load
+from auditexport_pipeline.sql import columns_of, keys_of, load
 
 _SQL = load("mysql/checks.sql")
 # The CREATE TABLE statement of each table, by the table's name.
@@ -105,7 +105,9 @@ class Catalogue:
 
     @cached_property
     def pending_rows_are_readable(self) -> bool:
-        """Whether pending rows can be sampled: each column, index or grant that is missing for it is a finding of its own."""
-        index = self.indexes.get((OUTBOX, "drainer_pending_idx"))
-        columns = columns_of(DDL[OUTBOX]).keys() <= self.columns.get(OUTBOX, {}).keys()
-        return index is not None and index.usable and columns and self.readable(OUTBOX)
+        """Whether pending rows can be sampled by their index: what is missing for it is a finding of its own."""
+        ((name, declared),) = keys_of(DDL[OUTBOX]).items()
+        index = self.indexes.get((OUTBOX, name))
+        sound = index is not None and index.usable and index.columns == declared
+        complete = columns_of(DDL[OUTBOX]).keys() <= self.columns.get(OUTBOX, {}).keys()
+        return sound and complete and self.readable(OUTBOX)

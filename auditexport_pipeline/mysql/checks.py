@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from sqlalchemy.engine import make_url
 
-from auditexport_pipeline.core.findings import Check, Checking, Finding
+from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.hosts import is_local
 from auditexport_pipeline.mysql.catalogue import Catalogue
 from auditexport_pipeline.mysql.connection import default_tls
@@ -69,7 +69,7 @@ def _transport(db: Catalogue) -> Checking:
     verified = named and ("ssl_ca" in url.query or "ssl_capath" in url.query or bool(default_tls(db.url)))
     seen = f"TLS, {cipher}, certificate {'and name' if verified else 'not'} verified" if cipher else "no TLS"
     if not is_local(url.host) and not (cipher and verified):
-        yield Finding(
+        yield warning(
             what=f"the connection to {url.host} has {seen}",
             breaks="anyone on the way can read events and the password"
             + (", by answering as the server" if cipher else ""),
@@ -77,7 +77,6 @@ def _transport(db: Catalogue) -> Checking:
             + (
                 "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true" if named else "remove ssl_check_hostname"
             ),
-            fatal=False,
         )
     return seen
 
@@ -162,11 +161,10 @@ def _packets(db: Catalogue) -> Checking:
     """The largest statement of ours fits into a packet, and so does the largest of the oldest pending payloads."""
     packet = int(db.variables.get("max_allowed_packet", PACKET_BYTES))
     if packet < PACKET_BYTES:
-        yield Finding(
+        yield warning(
             what=f"max_allowed_packet is {packet:,} bytes",
             breaks="sealing a large batch of scattered pks is one statement of up to 16 MB, and a larger payload reads as nothing",
             fix=f"SET GLOBAL max_allowed_packet = {PACKET_BYTES}",
-            fatal=False,
         )
     if db.role is not Role.EXPORTER or not db.pending_rows_are_readable:
         return f"max_allowed_packet {packet:,}"
@@ -185,12 +183,11 @@ def _created_at(db: Catalogue) -> Checking:
     oldest = db.rows("odd_created")[0]
     if not oldest.odd_rows:
         return "the oldest pending rows have epoch milliseconds"
-    yield Finding(
+    yield warning(
         what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is no epoch milliseconds, the first with pk "
         f"{oldest.odd_pk}",
         breaks="their age is unknown: the lag is taken from other rows, or from the last claim",
         fix="let the application write created_at in milliseconds since 1970, from a synchronized clock",
-        fatal=False,
     )
     return f"{oldest.odd_rows} are not"
 

@@ -27,7 +27,7 @@ SHOW SESSION STATUS LIKE 'Ssl_cipher'
 SHOW GRANTS
 
 -- name: tables
-SELECT LOWER(table_name) AS table_name, engine AS engine, LOWER(table_collation) AS collation
+SELECT LOWER(table_name) AS table_name, engine AS engine
 FROM information_schema.tables
 WHERE table_schema = DATABASE()
   AND table_name IN ('clickhouse_outbox', 'clickhouse_outbox_batch', 'clickhouse_outbox_dead_letter',

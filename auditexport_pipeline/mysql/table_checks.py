@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from auditexport_pipeline.core.findings import Check, Checking, Finding
+from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.mysql.catalogue import DDL, Catalogue, FoundColumn
 from auditexport_pipeline.roles import LEDGER, MYSQL_GRANTS, OUTBOX, Role
 from auditexport_pipeline.sql import Column, columns_of, keys_of
@@ -103,12 +103,11 @@ def _column(table: str, column: Column, found: FoundColumn) -> Iterator[Finding]
             fatal=ours,
         )
     elif not (found.collation or "").endswith(("_bin", "_as_cs")):
-        yield Finding(
+        yield warning(
             what=f"{table}.{column.name} compares by {found.collation}",
             breaks="ids and versions that differ in case or accents count as one: an operator's filter would take in another "
             "tenant's rows",
             fix=convert,
-            fatal=False,
         )
 
 
@@ -153,12 +152,11 @@ def _triggers(db: Catalogue) -> Checking:
     """No trigger that a mark fires, as far as our user sees them, names `deleted_at` or signals."""
     triggers = {f"{row.name} ({row.timing} UPDATE)": row.statement for row in db.rows("update_triggers")}
     if suspect := [name for name, statement in triggers.items() if _REFUSING.search(statement)]:
-        yield Finding(
+        yield warning(
             what=f"the trigger {', '.join(suspect)} on clickhouse_outbox names deleted_at or signals",
             breaks="if it undoes or refuses the mark of an exported row, its batch stays open and each drain ends with it; the "
             "rows are in ClickHouse and are not sent again",
             fix="change it so that it ignores an UPDATE that sets only deleted_at",
-            fatal=False,
         )
     return ", ".join(triggers) or "none that this user sees"
 
@@ -199,12 +197,11 @@ def _pks(db: Catalogue) -> Checking:
     found = re.search(r"\bAUTO_INCREMENT=(\d+)", created.rpartition(")")[2])
     next_pk = int(found[1]) if found else 1
     if next_pk <= last_pk:
-        yield Finding(
+        yield warning(
             what=f"{OUTBOX}'s pks repeat: the next one is {next_pk:,}, and batches of the ledger had pks up to {last_pk:,} (a "
             "TRUNCATE, a new table, AUTO_INCREMENT set back, or a restore)",
             breaks="new events are exported, each after a look-up for an earlier copy; what ClickHouse has lost of "
             "earlier batches cannot be exported again from here",
             fix=f"nothing has to be done; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} avoids these look-ups",
-            fatal=False,
         )
     return f"the next is {next_pk:,}, the ledger's last {last_pk:,}"
