@@ -272,7 +272,7 @@ class Drain:
                 try:
                     self._pipeline.fetch(outbox, log, claim, limits)
                     receipt = self._pipeline.write(outbox, log, claim, limits)
-                    batch = self._pipeline.mark(outbox, log, receipt, limits).batch
+                    batch = self._pipeline.mark(outbox, log, receipt, limits)
                 except (LeaseLost, BatchWaits, BatchLocked, TableRefuses, BatchAltered) as error:
                     done.leave(claim.batch_id, error)
                     plan.left.append(error)

@@ -5,7 +5,8 @@ the result of a thread, or of its own call where no thread comes to the batch. T
 Other processes do not prefetch.
 
 A prefetched batch needs no rule of its own: a thread runs the same verb under the same claim as the caller would. A process that
-dies leaves open batches, and the next run finishes them. Rows stay inside: callers see counts only.
+dies leaves open batches, and the next run finishes them. Rows stay inside: callers see counts only, and `timing` says when each
+verb ran, because a caller that waits for no more than a result cannot tell how long the work took.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event, Semaphore
+from typing import Literal
 
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.batch import Batch, Bodies, Claim, Receipt
@@ -30,12 +32,65 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 BATCHES_IN_MEMORY = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MarkedBatch:
-    """A batch as `core.export.mark` left it, and how long that took."""
+Verb = Literal["fetch", "write", "mark"]
+VERBS: tuple[Verb, ...] = ("fetch", "write", "mark")
+_DONE: dict[Verb, str] = {"fetch": "fetched", "write": "written", "mark": "marked"}
 
-    batch: Batch
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """When a verb of one batch ran, seen from the call that asked for its result."""
+
     seconds: float
+    ahead_s: float  # the verb started this long before the call; 0 when the call started it
+    meanwhile: tuple[str, ...]  # what ran at the same time for other batches, such as "batch 2 was written"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Span:
+    """When a verb was at work, by `time.monotonic`; without an end while it still is."""
+
+    started_s: float
+    ended_s: float | None = None
+
+    def overlaps(self, other: _Span) -> bool:
+        return (self.ended_s is None or other.started_s < self.ended_s) and (
+            other.ended_s is None or self.started_s < other.ended_s
+        )
+
+
+class _Journal:
+    """When each verb of each batch was called and at work. The threads and the caller both write to it."""
+
+    def __init__(self) -> None:
+        self._called_s: dict[tuple[Verb, int], float] = {}
+        self._spans: dict[tuple[Verb, int], _Span] = {}
+
+    def called(self, verb: Verb, claim: Claim) -> None:
+        self._called_s[verb, claim.batch_id] = time.monotonic()
+
+    @contextlib.contextmanager
+    def at_work(self, verb: Verb, claim: Claim) -> Iterator[None]:
+        span = self._spans[verb, claim.batch_id] = _Span(started_s=time.monotonic())
+        try:
+            yield
+        finally:
+            span.ended_s = time.monotonic()
+
+    def timing(self, verb: Verb, batch_id: int) -> Timing | None:
+        span = self._spans.get((verb, batch_id))
+        if span is None or span.ended_s is None:
+            return None
+        others = [
+            f"batch {other_id} was {_DONE[other_verb]}"
+            for (other_verb, other_id), other in list(self._spans.items())  # a copy: the threads go on
+            if other_id != batch_id and other.overlaps(span)
+        ]
+        return Timing(
+            seconds=span.ended_s - span.started_s,
+            ahead_s=max(0.0, self._called_s.get((verb, batch_id), span.started_s) - span.started_s),
+            meanwhile=tuple(others),
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +100,7 @@ class _Work:
     claim: Claim
     fetched: Future[FetchedBatch] = field(default_factory=Future)
     receipt: Future[Receipt] = field(default_factory=Future)
-    marked: Future[MarkedBatch] = field(default_factory=Future)
+    marked: Future[Batch] = field(default_factory=Future)
     written: bool = False  # the caller has the receipt or the error; if it asks again, it writes by itself
     done: bool = False  # the same for the mark
 
@@ -65,7 +120,9 @@ class _Threads:
         claims: Sequence[Claim],
         limits: Limits,
         time_for: Callable[[Claim], bool],
+        journal: _Journal,
     ) -> None:
+        self._journal = journal
         self._outbox = outbox
         self._log = log
         self._limits = limits
@@ -97,7 +154,8 @@ class _Threads:
                 self._room.release()
                 continue
             try:
-                fetched = export.fetch(self._outbox, self._log, work.claim, self._limits)
+                with self._journal.at_work("fetch", work.claim):
+                    fetched = export.fetch(self._outbox, self._log, work.claim, self._limits)
             except BaseException as error:  # raised in the call that asks for this batch
                 self._stopped.set()
                 work.fetched.set_exception(error)
@@ -113,7 +171,8 @@ class _Threads:
             if self._stopped.is_set() or not self._time_for(work.claim):
                 work.cancel()
                 return
-            receipt = export.write(self._outbox, self._log, work.claim, bodies, self._limits)
+            with self._journal.at_work("write", work.claim):
+                receipt = export.write(self._outbox, self._log, work.claim, bodies, self._limits)
         except BaseException as error:
             self._stopped.set()
             work.receipt.set_exception(error)
@@ -130,17 +189,13 @@ class _Threads:
             work.cancel()
             return
         try:
-            work.marked.set_result(timed_mark(self._outbox, self._log, receipt, self._limits))
+            with self._journal.at_work("mark", work.claim):
+                batch = export.mark(self._outbox, self._log, receipt, self._limits)
         except BaseException as error:
             self._stopped.set()
             work.marked.set_exception(error)
-
-
-def timed_mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch:
-    """`export.mark`, and how long it took. Raises what `mark` raises."""
-    started = time.perf_counter()
-    batch = export.mark(outbox, log, receipt, limits)
-    return MarkedBatch(batch=batch, seconds=time.perf_counter() - started)
+        else:
+            work.marked.set_result(batch)
 
 
 def _share_one_arena() -> None:
@@ -159,11 +214,17 @@ class Pipeline:
         self._time_for: Callable[[Claim], bool] = lambda _: True
         self._threads: _Threads | None = None
         self._kept: tuple[Claim, Bodies] | None = None
+        self._journal = _Journal()
 
     def plan(self, claims: Sequence[Claim], time_for: Callable[[Claim], bool] = lambda _: True) -> None:
         """Sets the order in which the caller will ask for batches. Batches without `time_for` them are not prefetched."""
         self._planned = list(claims) if len(claims) > 1 else []
         self._time_for = time_for
+        self._journal = _Journal()
+
+    def timing(self, verb: Verb, batch_id: int) -> Timing | None:
+        """When the verb whose result the caller has ran; None when it did not run for a batch of this plan in this process."""
+        return self._journal.timing(verb, batch_id)
 
     def has_begun(self, claim: Claim) -> bool:
         """Whether a thread is writing this batch or has written it."""
@@ -172,22 +233,25 @@ class Pipeline:
 
     def fetch(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
         """`export.fetch`; the rows stay here until `write`. Raises what it raises."""
+        self._journal.called("fetch", claim)
         if claim in self._planned:
             work = self._work(claim)
             if work is None:
                 self.close()
                 rest = self._planned[self._planned.index(claim) :]
-                self._threads = _Threads(outbox, log, rest, limits, self._time_for)
+                self._threads = _Threads(outbox, log, rest, limits, self._time_for, self._journal)
                 (work, *_) = self._threads.works
             self._planned.remove(claim)  # if the caller asks again, it fetches by itself
             with contextlib.suppress(CancelledError):  # another batch failed before the thread came to this one
                 return work.fetched.result()
-        fetched = export.fetch(outbox, log, claim, limits)
+        with self._journal.at_work("fetch", claim):
+            fetched = export.fetch(outbox, log, claim, limits)
         self._kept = (claim, fetched.bodies)
         return replace(fetched, bodies={})
 
     def write(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Receipt:
         """`export.write`; rows that are not here are read again. Raises what it raises."""
+        self._journal.called("write", claim)
         work = self._work(claim)
         if work is not None and not work.written:
             work.written = True
@@ -195,16 +259,19 @@ class Pipeline:
                 return work.receipt.result()
         kept, self._kept = self._kept, None
         bodies = kept[1] if kept is not None and kept[0] == claim else {}
-        return export.write(outbox, log, claim, bodies, limits)
+        with self._journal.at_work("write", claim):
+            return export.write(outbox, log, claim, bodies, limits)
 
-    def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> MarkedBatch:
+    def mark(self, outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
         """`export.mark`. Raises what it raises."""
+        self._journal.called("mark", receipt.claim)
         work = self._work(receipt.claim)
         if work is not None and not work.done:
             work.done = True
             with contextlib.suppress(CancelledError):
                 return work.marked.result()
-        return timed_mark(outbox, log, receipt, limits)
+        with self._journal.at_work("mark", receipt.claim):
+            return export.mark(outbox, log, receipt, limits)
 
     def close(self) -> None:
         """Ends the threads."""

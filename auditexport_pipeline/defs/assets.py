@@ -11,6 +11,11 @@ that had not started and still end green, so the plan is idempotent, the jobs re
 apply, so what must hold everywhere sits on the ops. Steps run breadth-first unless a priority says
 otherwise, which would fetch every batch before the first is written.
 
+The steps of a batch are not where all of its work is done. In one process `core.pipeline` prefetches: while the step of one batch
+runs, threads already fetch, write and mark the next ones, and their steps only take the results. So each step says, in its log
+line and in its output's metadata, how long its verb took (`fetch_s`, `write_s`, `mark_s`) and how long before the step it had
+started (`…_ahead_s`, 0 when the step did the work itself).
+
 Ops of several outboxes in one code location differ by name; inside the asset the nodes are called as the contract
 has it, so configuration and steps read the same for each.
 """
@@ -37,6 +42,7 @@ from auditexport_pipeline.core.errors import (
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import Outcome, outcome_of
+from auditexport_pipeline.core.pipeline import VERBS
 from auditexport_pipeline.core.ports import Discrepancy, Moment
 from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
 from auditexport_pipeline.core.verify import verify_recent
@@ -45,7 +51,7 @@ from auditexport_pipeline.defs.drains import drain_in, say_alive
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
 from auditexport_pipeline.defs.names import Connected, Names
-from auditexport_pipeline.defs.report import batch_metadata, run_metadata
+from auditexport_pipeline.defs.report import ahead_words, batch_metadata, run_metadata, timing_metadata
 from auditexport_pipeline.defs.runtime import left_s, time_for
 from auditexport_pipeline.mysql.held import release
 from auditexport_pipeline.preflight import refuse_unless_ready
@@ -172,14 +178,23 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
         to = names.connected(context)
         if not _has_time(context, to, claim):
             context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
-            return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0})
+            return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0, "prefetched": False})
         with told_to_dagster(context, to.heartbeat):
             fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
+        timing = to.pipeline.timing("fetch", claim.batch_id)
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
-            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s"
+            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s{ahead_words(timing)}"
         )
-        return dg.Output(claim, metadata={"rows": fetched.rows, "dead_letters": fetched.dead})
+        return dg.Output(
+            claim,
+            metadata={
+                "rows": fetched.rows,
+                "dead_letters": fetched.dead,
+                "prefetched": timing is not None and timing.ahead_s > 0,
+                **timing_metadata({"fetch": timing}),
+            },
+        )
 
     return fetch_batch
 
@@ -197,22 +212,30 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
         required_resource_keys=names.everything,
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
-    def write_clickhouse(
-        context: dg.OpExecutionContext, claim: Claim
-    ) -> Any:  # a receipt, or a batch that is postponed
+    def write_clickhouse(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Any]:
         to = names.connected(context)
         if not _has_time(context, to, claim):
-            return Postponed(claim=claim)
+            return dg.Output(Postponed(claim=claim), metadata={"entries": 0, "blocks": 0, "bytes": 0})
         with told_to_dagster(context, to.heartbeat):
             receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
+        timing = to.pipeline.timing("write", claim.batch_id)
         context.log.info(
             f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
             f"bytes, {receipt.seconds:.2f} s"
             + (f"; {receipt.found} blocks were there already" if receipt.found else "")
+            + ahead_words(timing)
         )
         if receipt.note:
             context.log.warning(f"batch {claim.batch_id} is stored, but {receipt.note}")
-        return receipt
+        return dg.Output(
+            receipt,
+            metadata={
+                "entries": receipt.entries,
+                "blocks": receipt.blocks,
+                "bytes": receipt.bytes,
+                **timing_metadata({"write": timing}),
+            },
+        )
 
     return write_clickhouse
 
@@ -225,27 +248,31 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         required_resource_keys=names.everything,
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
-    def mark_exported(context: dg.OpExecutionContext, receipt: Any) -> int:
+    def mark_exported(context: dg.OpExecutionContext, receipt: Any) -> dg.Output[int]:
         to = names.connected(context)
         if isinstance(receipt, Postponed):
-            return receipt.claim.batch_id
+            return dg.Output(receipt.claim.batch_id, metadata={"rows": 0})
         with told_to_dagster(context, to.heartbeat):
-            marked = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
-        batch = marked.batch
+            batch = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
-            return batch.batch_id
+            return dg.Output(batch.batch_id, metadata={"rows": 0})
+        timings = {verb: to.pipeline.timing(verb, batch.batch_id) for verb in VERBS}
+        timing = timings["mark"]
         context.log.info(
-            f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows, {marked.seconds:.2f} s{_others(batch)}"
+            f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows"
+            + (f", {timing.seconds:.2f} s" if timing else "")
+            + _others(batch)
+            + ahead_words(timing)
         )
         context.log_event(
             dg.AssetObservation(
                 names.asset,
                 description=f"batch {batch.batch_id}, exported",
-                metadata=batch_metadata(batch, write_s=receipt.seconds, mark_s=marked.seconds),
+                metadata=batch_metadata(batch, write_s=receipt.seconds, timings=timings),
             )
         )
-        return batch.batch_id
+        return dg.Output(batch.batch_id, metadata={"rows": batch.marked_rows, **timing_metadata({"mark": timing})})
 
     return mark_exported
 

@@ -13,6 +13,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.pipeline import Timing, Verb
 from auditexport_pipeline.core.ports import Discrepancy, Holder
 from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.requeue import Requeue
@@ -77,7 +78,27 @@ def run_metadata(
     return metadata
 
 
-def batch_metadata(batch: Batch, *, write_s: float, mark_s: float) -> dict[str, dg.MetadataValue | int | float | str]:
+def timing_metadata(timings: Mapping[Verb, Timing | None]) -> dict[str, float]:
+    """How long each verb took, and how long before its step it started; nothing of a verb that ran in another process."""
+    metadata: dict[str, float] = {}
+    for verb, timing in timings.items():
+        if timing is not None:
+            metadata[f"{verb}_s"] = round(timing.seconds, 3)
+            metadata[f"{verb}_ahead_s"] = round(timing.ahead_s, 3)
+    return metadata
+
+
+def ahead_words(timing: Timing | None) -> str:
+    """The end of a step's log line: that the work started ahead of the step, and what ran beside it; empty if the step did it."""
+    if timing is None or not timing.ahead_s:
+        return ""
+    beside = f", while {' and '.join(timing.meanwhile)}" if timing.meanwhile else ""
+    return f"; ahead: started {timing.ahead_s:.2f} s before this step{beside}"
+
+
+def batch_metadata(
+    batch: Batch, *, write_s: float, timings: Mapping[Verb, Timing | None]
+) -> dict[str, dg.MetadataValue | int | float | str]:
     """One exported batch, for its observation; `batch_id` is the key of its row in the ledger."""
     return {
         "batch_id": batch.batch_id,
@@ -89,7 +110,7 @@ def batch_metadata(batch: Batch, *, write_s: float, mark_s: float) -> dict[str, 
         "dead_letters": batch.counts.dead,
         "attempts": batch.attempts,
         "write_s": round(write_s, 3),
-        "mark_s": round(mark_s, 3),
+        **timing_metadata(timings),
         "digest": batch.digest,
         "in_the_ledger": f"auditexport batches show {batch.batch_id}",
         **({"view_failed": batch.view_note} if batch.view_note else {}),

@@ -22,6 +22,7 @@ from dagster._core.execution.api import create_execution_plan, execute_plan_iter
 from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.errors import IncompleteRun
 from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.pipeline import VERBS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.definitions import build_defs, defs
@@ -204,6 +205,36 @@ def test_each_batch_is_marked_before_the_next_is_fetched(exporter: Exporter, sta
     ids = [batch.batch_id for batch in ledger(stack)]
     expected = [f"export_batch.{step}[batch_{batch_id}]" for batch_id in ids for step in STEPS]
     assert exporter.steps(run_id, dg.DagsterEventType.STEP_START) == ["plan_batches", *expected, "finish_export"]
+
+
+def test_each_step_says_what_ran_ahead_of_it(exporter: Exporter, stack: Stack) -> None:
+    """Step times in the Dagster UI are short where a thread did the work: log and metadata must say so."""
+    stack.put(*events(4))
+    result = exporter.drain(batch_rows=1)
+    outputs: dict[str, dict[str, object]] = {}
+    for done in result.all_events:
+        if done.is_successful_output and done.step_key and "export_batch" in done.step_key:
+            outputs[done.step_key.removeprefix("audit_logs_raw_v1.export_batch.")] = text_of(
+                done.step_output_data.metadata
+            )
+    assert outputs["fetch_batch[batch_1]"]["prefetched"] is False
+    assert outputs["fetch_batch[batch_1]"]["fetch_ahead_s"] == 0
+    assert outputs["fetch_batch[batch_3]"]["prefetched"] is True
+    for step, verb in zip(STEPS, VERBS, strict=True):
+        told = outputs[f"{step}[batch_3]"]
+        assert told[f"{verb}_s"] > 0  # type: ignore[operator]
+        assert told[f"{verb}_ahead_s"] > 0  # type: ignore[operator]
+    observed = [
+        text_of(done.asset_observation_data.asset_observation.metadata)
+        for done in result.all_events
+        if done.event_type is dg.DagsterEventType.ASSET_OBSERVATION
+    ]
+    assert [told["batch_id"] for told in observed] == [1, 2, 3, 4]
+    assert all(f"{verb}_s" in told and f"{verb}_ahead_s" in told for told in observed for verb in VERBS)
+    lines = [record.user_message for record in exporter.instance.all_logs(result.run_id)]
+    fetched = [line for line in lines if line.startswith("fetched batch")]
+    assert "ahead" not in fetched[0]
+    assert re.search(r"; ahead: started \d+\.\d\d s before this step", fetched[2])
 
 
 # ── a run that was killed ────────────────────────────────────────────────────────────────────────

@@ -11,11 +11,12 @@ import pytest
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.pipeline import Pipeline
+from auditexport_pipeline.core.pipeline import VERBS, Pipeline
 from auditexport_pipeline.core.ports import AuditLog, Outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events, everything_once, stop_merges
 from auditexport_tests.support.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint
+from auditexport_tests.support.waiting import wait_until
 
 T = TypeVar("T")
 
@@ -59,6 +60,27 @@ def test_in_order_the_threads_do_the_work(stack: Stack, pipeline: Pipeline) -> N
         assert pipeline.has_begun(claim)
         pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
     assert_all_once(stack)
+
+
+def test_what_ran_ahead_is_known_with_when_and_how_long(stack: Stack, pipeline: Pipeline) -> None:
+    """A caller that only takes a result sees milliseconds, whatever the work took; the first batch is the control."""
+    first, second, *_ = claims = planned(stack, pipeline)
+    fetch(pipeline, stack.outbox, stack.log, first)
+    wait_until(lambda: pipeline.timing("mark", second.batch_id) is not None, what="the second batch marked ahead")
+    for claim in claims:
+        fetch(pipeline, stack.outbox, stack.log, claim)
+        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
+    for verb in VERBS:
+        timing = pipeline.timing(verb, second.batch_id)
+        assert timing is not None
+        assert 0 < timing.seconds <= timing.ahead_s
+    again, ahead = pipeline.timing("fetch", first.batch_id), pipeline.timing("fetch", second.batch_id)
+    assert again is not None
+    assert ahead is not None
+    assert again.ahead_s == 0
+    assert f"batch {first.batch_id} was written" in ahead.meanwhile
+    pipeline.plan([])
+    assert pipeline.timing("fetch", first.batch_id) is None
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
