@@ -1,7 +1,7 @@
 """The backlog: how far behind the export is, and whether a run is worth starting.
 
 What belongs here: the numbers that a probe brings back, and the decision. What does not: how they are
-counted (`mysql.outbox`) and who launches the run (`defs.automation`).
+counted (`mysql.outbox`) and who launches the run (`defs.sensors`).
 """
 
 from __future__ import annotations

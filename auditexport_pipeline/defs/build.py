@@ -13,7 +13,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.defs import alerts, automation, catalog, checks, dead_letters, instance, maintenance
+from auditexport_pipeline.defs import alerts, asset_checks, catalog, jobs, schedules, sensors
 from auditexport_pipeline.defs.assets import export_asset
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import (
@@ -73,28 +73,28 @@ def build_audit_export_defs(
     if unknown := sorted(set(resources) - set(given)):
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
     about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
-    export_job, checks_job = automation.export_job(names), automation.checks_job(names)
-    sweep_job, reconcile_job = maintenance.sweep_job(names), maintenance.reconcile_job(names, targets)
-    upkeep = [maintenance.requeue_job(names), sweep_job, reconcile_job, dead_letters.retry_job(names)]
-    purge_job = instance.purge_job(names, [names.job, checks_job.name, *(job.name for job in upkeep)])
+    export_job, checks_job = jobs.export_job(names), jobs.checks_job(names)
+    sweep_job, reconcile_job = jobs.sweep_job(names), jobs.reconcile_job(names, targets)
+    upkeep = [jobs.requeue_job(names), sweep_job, reconcile_job, jobs.retry_job(names)]
+    purge_job = jobs.purge_job(names, [names.job, checks_job.name, *(job.name for job in upkeep)])
     return dg.Definitions(
         assets=[
             catalog.outbox_spec(names, **about),
             export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
         ],
-        asset_checks=checks.asset_checks(names, targets),
+        asset_checks=asset_checks.asset_checks(names, targets),
         jobs=[export_job, checks_job, *upkeep, purge_job],
         sensors=[
-            automation.backlog_sensor(names, export_job, drain, sensor_thresholds),
+            sensors.backlog_sensor(names, export_job, drain, sensor_thresholds),
             *alerts.alert_sensors(
                 names, [checks_job.name, *(job.name for job in upkeep), purge_job.name], targets=targets
             ),
         ],
         schedules=[
-            automation.export_schedule(names, export_job, drain),
-            automation.checks_schedule(names, checks_job),
-            *maintenance.upkeep_schedules(names, sweep_job, reconcile_job),
-            instance.purge_schedule(names, purge_job),
+            schedules.export_schedule(names, export_job, drain),
+            schedules.checks_schedule(names, checks_job),
+            *schedules.upkeep_schedules(names, sweep_job, reconcile_job),
+            schedules.purge_schedule(names, purge_job),
         ],
         resources={names.of(key): bound(resource) for key, resource in {**given, **resources}.items()},
         executor=executor,

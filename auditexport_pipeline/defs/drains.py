@@ -1,7 +1,7 @@
 """Which runs drain an outbox, which of them live, and how to find them in Dagster's storage.
 
 What belongs here: look-ups, and ending in Dagster's storage what is dead. What does not: what a drain does (`defs.assets`),
-what starts one (`defs.automation`), and who is told of one that failed (`defs.alerts`).
+what starts one (`defs.sensors`, `defs.schedules`), and who is told of one that failed (`defs.alerts`).
 
 Dagster notices a worker that dies under its daemon. A run of `dagster job execute` or `dagster asset materialize` has none:
 when it is killed, it stays STARTED, and holds the pool, until `max_runtime_seconds`. So a run names its process in a tag.

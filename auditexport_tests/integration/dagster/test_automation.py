@@ -10,7 +10,7 @@ import pytest
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.definitions import defs
-from auditexport_pipeline.defs import automation
+from auditexport_pipeline.defs import sensors
 from auditexport_pipeline.defs.resources import MySQLResource
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, event, events, everything_once, launchpad
@@ -285,10 +285,10 @@ def test_the_outbox_is_observed_now_and_then_and_at_once_when_somebody_is_needed
     stack.put(event("evt_unknown"), version="audit_log.v9")
     assert [(each["backlog_rows"], each["unknown_rows"]) for each in observed()] == [(3, 1)]
     stack.put(event("evt_yet_more"))
-    monkeypatch.setattr(automation, "OBSERVE_CHANGES_EVERY_S", 0)
+    monkeypatch.setattr(sensors, "OBSERVE_CHANGES_EVERY_S", 0)
     assert [each["backlog_rows"] for each in observed()] == [4]
     assert observed() == []
-    monkeypatch.setattr(automation, "OBSERVE_EVERY_S", 0)
+    monkeypatch.setattr(sensors, "OBSERVE_EVERY_S", 0)
     assert [each["backlog_rows"] for each in observed()] == [4]
 
 

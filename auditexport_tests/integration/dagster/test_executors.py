@@ -15,8 +15,8 @@ import pytest
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
 from auditexport_pipeline.defs.alerts import failure_of
-from auditexport_pipeline.defs.automation import drain_settings
 from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
+from auditexport_pipeline.defs.config import drain_settings
 from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.outboxes import OutboxSettings

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from auditexport_pipeline.definitions import defs
-from auditexport_pipeline.defs import instance as upkeep
+from auditexport_pipeline.defs import jobs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, events
 
@@ -29,7 +29,7 @@ def purge(exporter: Exporter, **config: object) -> int:
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The purge looks from forty days on: everything that exists is old."""
     real = time.time
-    monkeypatch.setattr(upkeep.time, "time", lambda: real() + 40 * DAY_S)
+    monkeypatch.setattr(jobs.time, "time", lambda: real() + 40 * DAY_S)
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_purge_is_bounded_and_goes_through_more_than_a_page(
     exporter: Exporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first purge of an old instance must not run for hours, and the next ones must get to the end."""
-    monkeypatch.setattr(upkeep, "_PAGE_RUNS", 2)
+    monkeypatch.setattr(jobs, "_PAGE_RUNS", 2)
     for _ in range(7):
         exporter.put_run("audit_log_export", "SUCCESS")
     assert purge(exporter, max_runs=3) == 3

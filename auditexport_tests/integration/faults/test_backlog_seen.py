@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
+from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, decide
 from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.defs.automation import DEFAULT_THRESHOLDS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import drain

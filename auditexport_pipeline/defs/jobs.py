@@ -1,0 +1,405 @@
+"""The jobs of one outbox: the drain, the checks, and requeue, sweep, reconcile, dead letters and old runs.
+
+What belongs here: an op for each job that has no asset, and saying what came of it. What does not: the launchpad's forms
+(`defs.config`), and the work, which `core` does the same way for the CLI. Each job may run beside a drain, and beside itself.
+Each function makes a definition for the outbox of these `Names`. Discarding dead letters is left to the CLI, where they are seen
+before they are given up.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from auditexport_pipeline.core.actions import Actor
+from auditexport_pipeline.core.errors import SetupIncomplete, VerificationFailed
+from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
+from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.retries import RETRIES
+from auditexport_pipeline.core.status import LastReconcile
+from auditexport_pipeline.core.sweep import sweep
+from auditexport_pipeline.core.units import DAY_MS
+from auditexport_pipeline.defs.config import (
+    PURGE,
+    RECONCILE,
+    REQUEUE,
+    RETRY,
+    SWEEP,
+    check_purge,
+    check_requeue,
+    check_retry,
+    check_window,
+    checked,
+    letters_of,
+    retention_of,
+    rows_of,
+)
+from auditexport_pipeline.defs.drains import IMPLICIT_JOB
+from auditexport_pipeline.defs.failures import in_one_line, told_to_dagster
+from auditexport_pipeline.defs.names import Names
+from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
+from auditexport_pipeline.mysql import dead_letters
+from auditexport_pipeline.mysql.status import targets
+from auditexport_pipeline.preflight import SKEW_MS
+
+# ── the asset: drains and checks ──────────────────────────────────────────────────────────────────────
+
+
+def export_job(names: Names) -> Any:
+    """The job that drains, the asset and nothing else."""
+    return dg.define_asset_job(
+        names.job,
+        # Checks look back over a day; a drain looks at its own batches.
+        selection=dg.AssetSelection.assets(names.asset).without_checks(),
+        description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
+        # From failure, Dagster would skip mapped steps that had not started and end green.
+        tags={"dagster/retry_strategy": "ALL_STEPS", **names.drain_tags},
+    )
+
+
+def checks_job(names: Names) -> Any:
+    """The job that executes every asset check, the drain left out."""
+    return dg.define_asset_job(
+        names.of("audit_log_checks"),
+        selection=dg.AssetSelection.checks_for_assets(names.asset),
+        description="Executes every check of the asset. A drain leaves them out, and after it Dagster calls them not evaluated.",
+    )
+
+
+# ── requeue ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_of(context: dg.OpExecutionContext, why: str) -> Actor:
+    """Who and why, by a launchpad's form with these two fields."""
+    who = context.op_config["who"] or f"Dagster run {context.run_id[:8]} of {context.job_name}"
+    return Actor(who=who, why=context.op_config.get("why") or why)
+
+
+def requeue_job(names: Names) -> dg.JobDefinition:
+    """`requeue_events`."""
+
+    @dg.op(
+        config_schema=REQUEUE,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Clears the marks of exported rows, so that the next drain exports them again under their first "
+        "`inserted_at`. All conditions that are given hold together.",
+    )
+    def requeue_rows(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            done = requeue(
+                mysql.outbox(),
+                mysql.upkeep(),
+                names.clickhouse_of(context).audit_log(),
+                rows_of(settings),
+                by_of(context, ""),
+                missing_only=settings["missing_only"],
+                dry_run=settings["dry_run"],
+            )
+        context.log.info(
+            f"{'would requeue' if settings['dry_run'] else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
+            + (f", action {done.action_id}" if done.action_id else "")
+        )
+        context.add_output_metadata(requeue_metadata(done))
+
+    form = checked(requeue_rows, names.of("requeue_rows"), REQUEUE, check_requeue).alias("requeue_rows")
+
+    @dg.job(
+        name=names.of("requeue_events"),
+        description="Exports rows again on purpose: by event, workspace, time, pk or batch.",
+    )
+    def requeue_events() -> None:
+        form()
+
+    return requeue_events
+
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sweep_job(names: Names) -> dg.JobDefinition:
+    """`sweep_exported_rows`."""
+
+    @dg.op(
+        config_schema=SWEEP,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
+    )
+    def sweep_rows(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            retention = retention_of(settings)
+            done = sweep(
+                mysql.outbox(),
+                mysql.upkeep(),
+                names.clickhouse_of(context).audit_log(),
+                retention,
+                by_of(context, f"retention of {retention.outbox_days:g} days"),
+                ttl_days=settings["ttl_days"],
+                dry_run=settings["dry_run"],
+            )
+            context.add_output_metadata(sweep_metadata(done))
+            context.log.info(
+                f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
+                f"{done.held_back} batches held back, {done.compacted} compacted"
+            )
+            # An earlier attempt of this step may have found them: they are not due any more.
+            standing = done.standing if context.retry_number else {}
+            discrepant = standing | {batch_id: str(found) for batch_id, found in done.discrepant.items()}
+            if done.ttl_unknown and not discrepant:
+                raise VerificationFailed(
+                    "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
+                    "evaluated: "
+                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.ttl_unknown.items())[:10])
+                    + f". {TTL_UNKNOWN_TODO}"
+                )
+            if discrepant:
+                raise VerificationFailed(
+                    "batches past retention that ClickHouse no longer holds as it did were not swept: "
+                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(discrepant.items())[:10])
+                    + f". Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
+                )
+
+    form = checked(sweep_rows, names.of("sweep_rows"), SWEEP, retention_of).alias("sweep_rows")
+
+    @dg.job(
+        name=names.of("sweep_exported_rows"),
+        description="Retention: deletes exported and verified rows that are older than the window.",
+    )
+    def sweep_exported_rows() -> None:
+        form()
+
+    return sweep_exported_rows
+
+
+# ── reconcile ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:
+    """What earlier attempts of this step have recorded: after a repair the next one finds nothing."""
+    if not context.retry_number:
+        return ""
+    began_ms = (context.instance.get_run_stats(context.run_id).start_time or 0) * 1000 - SKEW_MS
+    found = []
+    with suppress(SetupIncomplete):  # who may not read actions has recorded none
+        for verb in ("repair", "reconcile"):
+            for action in upkeep.last_actions(verb, RETRIES):
+                if action.by.who != who or action.at_ms < began_ms:
+                    continue
+                if verb == "repair" and action.rows:
+                    found.append(f"{action.rows:,} rows were requeued (action {action.action_id})")
+                differing = LastReconcile.of(action).found if verb == "reconcile" else None
+                if differing:
+                    found.append(f"{differing} (action {action.action_id})")
+    return "; ".join(found)
+
+
+def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None) -> dg.JobDefinition:
+    """`reconcile_audit_logs`; its page holds the numbers against these targets, over those of the environment."""
+
+    @dg.op(
+        config_schema=RECONCILE,
+        out=dg.Out(dg.Nothing),
+        required_resource_keys=names.databases,
+        description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
+    )
+    def reconcile_window(context: dg.OpExecutionContext) -> None:
+        settings = dict(context.op_config)
+        mysql = names.mysql_of(context)
+        with told_to_dagster(context):
+            upkeep = mysql.upkeep()
+            now_ms = upkeep.now_ms()
+            from_ms = settings["from_ms"]
+            report = reconcile(
+                mysql.outbox(),
+                upkeep,
+                names.clickhouse_of(context).audit_log(),
+                from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
+                to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
+                by=by_of(context, "reconciliation"),
+                repair=by_of(context, "reconciliation") if settings["repair"] else None,
+                others_write=settings["others_write"],
+                dry_run=settings["dry_run"],
+            )
+            metadata = reconcile_metadata(report)
+            if settings["report_path"]:
+                from auditexport_pipeline.report import page
+                from auditexport_pipeline.report.figures import gather
+
+                path = Path(settings["report_path"]).resolve()
+                figures = gather(
+                    mysql.outbox(),
+                    names.clickhouse_of(context).audit_log(),
+                    report.from_ms,
+                    report.to_ms,
+                    targets(given_targets),
+                )
+                made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
+                page.write(path, page.of_reconciliation(report, figures, made_by))
+                metadata["page"] = dg.MetadataValue.path(path)
+                context.log.info(f"the page is {path}")
+            context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
+            context.add_output_metadata(metadata)
+            context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
+            if report.unrecorded:
+                context.log.warning(f"that it was looked is not recorded: {report.unrecorded}")
+            earlier = _found_before(context, upkeep, by_of(context, "reconciliation").who)
+            if report.clean and earlier:
+                raise VerificationFailed(
+                    f"outbox and ClickHouse differed when an earlier attempt of this step looked: {earlier}. They agree now, or will "
+                    "after the next drain; run again then"
+                )
+            if not report.clean:
+                repaired = (
+                    f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
+                    if report.repaired and report.repaired.action_id
+                    else ""
+                )
+                raise VerificationFailed(
+                    f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. "
+                    + (
+                        repaired
+                        or "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
+                    )
+                )
+
+    form = checked(reconcile_window, names.of("reconcile_window"), RECONCILE, check_window).alias("reconcile_window")
+
+    @dg.job(
+        name=names.of("reconcile_audit_logs"),
+        description="Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing.",
+    )
+    def reconcile_audit_logs() -> None:
+        form()
+
+    return reconcile_audit_logs
+
+
+# ── retry dead letters ────────────────────────────────────────────────────────────────────────────────
+
+
+def retry_job(names: Names) -> dg.JobDefinition:
+    """`retry_dead_letters`."""
+
+    @dg.op(
+        config_schema=RETRY,
+        required_resource_keys={names.mysql},
+        description="Lets the rows of dead letters go back to pending; the next drain tries them again.",
+    )
+    def retry_letters(context: dg.OpExecutionContext) -> None:
+        settings = context.op_config
+        with in_one_line():
+            which = letters_of(settings)
+            by = Actor(who=settings["who"] or f"Dagster run {context.run_id}", why=settings["why"])
+            outbox = names.mysql_of(context).outbox()
+            if settings["dry_run"]:
+                letters, gone = dead_letters.count(outbox, which).letters, 0
+                context.log.info(f"would be retried: {letters:,} dead letters; nothing was changed")
+            else:
+                acted = dead_letters.retry(outbox, which, by)
+                letters, gone = acted.changed, acted.gone
+                context.log.info(
+                    f"retried: {letters:,} dead letters; {gone:,} are gone, their rows are no longer pending"
+                )
+        context.add_output_metadata({"dead_letters": letters, "gone": gone, "dry_run": settings["dry_run"]})
+
+    form = checked(retry_letters, names.of("retry_letters"), RETRY, check_retry).alias("retry_letters")
+
+    @dg.job(
+        name=names.of("retry_dead_letters"),
+        description="Lets the rows of dead letters go back to pending, after their cause was fixed. Dry run by default.",
+    )
+    def retry_dead_letters() -> None:
+        form()
+
+    return retry_dead_letters
+
+
+# ── purge ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+_PAGE_RUNS = 200
+
+
+def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
+    """`purge_old_runs`, of runs of these jobs and of those from the page that name the asset."""
+
+    @dg.op(
+        config_schema=PURGE,
+        out=dg.Out(dg.Nothing),
+        description="Deletes old finished runs and their event logs from Dagster's storage. The asset's latest "
+        "materialization stays, and so does every run of somebody else's.",
+    )
+    def purge_runs(context: dg.OpExecutionContext) -> None:
+        settings = context.op_config
+        instance = context.instance
+        before_s = time.time() - settings["run_days"] * 86_400
+        latest = instance.get_latest_materialization_event(names.asset)
+        kept = {context.run_id, *([latest.run_id] if latest is not None else [])}
+        old = _old_runs(instance, names, [*jobs, names.of("purge_old_runs")], before_s, kept, settings["max_runs"] + 1)
+        if len(old) > settings["max_runs"]:
+            context.log.info("max_runs was reached; the rest waits for the next purge")
+        purged = old[: settings["max_runs"]]
+        for run_id in purged if not settings["dry_run"] else ():
+            _delete(instance, run_id)
+        context.log.info(
+            f"{'would purge' if settings['dry_run'] else 'purged'} {len(purged):,} runs that were created more than "
+            f"{settings['run_days']:g} days ago"
+        )
+        context.add_output_metadata({"runs": len(purged), "dry_run": settings["dry_run"]})
+
+    form = checked(purge_runs, names.of("purge_runs"), PURGE, check_purge).alias("purge_runs")
+
+    @dg.job(
+        name=names.of("purge_old_runs"),
+        description="Keeps Dagster's storage small: a run a minute leaves thirty million events a year.",
+    )
+    def purge_old_runs() -> None:
+        form()
+
+    return purge_old_runs
+
+
+def _old_runs(
+    instance: dg.DagsterInstance, names: Names, jobs: list[str], before_s: float, kept: set[str], most: int
+) -> list[str]:
+    """Ids of finished runs of ours that were created before, oldest first within a job; at most so many."""
+    before = datetime.fromtimestamp(before_s, tz=timezone.utc)
+    old: list[str] = []
+    for job in (*jobs, IMPLICIT_JOB):
+        page: Sequence[dg.RunRecord] = ()
+        while len(old) < most:
+            page = instance.get_run_records(
+                dg.RunsFilter(job_name=job, statuses=_FINISHED, created_before=before),
+                limit=_PAGE_RUNS,
+                ascending=True,
+                cursor=page[-1].dagster_run.run_id if page else None,
+            )
+            runs = [record.dagster_run for record in page]
+            ours = [run for run in runs if job != IMPLICIT_JOB or names.asset in (run.asset_selection or ())]
+            old += [run.run_id for run in ours if run.run_id not in kept]
+            if len(page) < _PAGE_RUNS:
+                break
+    return old[:most]
+
+
+def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
+    """The run, its events, and its output as it was captured. On SQLite also the file that its events were in."""
+    instance.delete_run(run_id)
+    with contextlib.suppress(NotImplementedError):  # a place for output that cannot delete keeps it by its own rules
+        instance.compute_log_manager.delete_logs(prefix=[run_id, "compute_logs"])
+    shard_path = getattr(instance.event_log_storage, "path_for_shard", None)
+    if shard_path is not None:
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{shard_path(run_id)}{suffix}").unlink()
