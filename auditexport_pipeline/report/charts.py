@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.report.figures import HOUR_MS
-from auditexport_pipeline.report.format import format_duration, format_tick
+from auditexport_pipeline.report.format import format_seconds, format_tick
 
 # Okabe and Ito's colours, which readers of every kind of colour vision tell apart; each means the same everywhere, in
 # tables too. By day and by night: a chart is drawn in the first, and its SVG then names the page's variable.
@@ -202,7 +202,7 @@ def lag(points: pd.DataFrame, now_s: float) -> str:
         axes.plot(
             times, points["mean_s"], color=_COLOUR["fetch"], linewidth=1.4, linestyle="--", label="mean of batches"
         )
-        now = f"now: {format_duration(now_s)}"
+        now = f"now: {format_seconds(now_s)}"
         axes.axhline(now_s, color=_COLOUR["clickhouse"], linewidth=1.6, linestyle=":", label=now)
         axes.set_title("Lag: age of a batch's first row when it was exported")
         if lag_is_logarithmic(points, now_s):
@@ -220,7 +220,7 @@ def lag(points: pd.DataFrame, now_s: float) -> str:
         _time_axis(axes.xaxis)
         axes.set_xlabel("time of export, UTC")
 
-    return _svg("lag", f"Lag over time: at worst {format_duration(worst_s)}, now {format_duration(now_s)}", 3.0, draw)
+    return _svg("lag", f"Lag over time: at worst {format_seconds(worst_s)}, now {format_seconds(now_s)}", 3.0, draw)
 
 
 def batches(frame: pd.DataFrame) -> str:
@@ -248,7 +248,7 @@ def batches(frame: pd.DataFrame) -> str:
         ):
             below.bar(places, stages[stage], bottom=floors[stage], color=_COLOUR[colour], label=label)
         below.set_ylim(0, cut_s)
-        note = f" ({taller} taller than shown, up to {format_duration(most_s)})" if taller else ""
+        note = f" ({taller} taller than shown, up to {format_seconds(most_s)})" if taller else ""
         below.set_title(f"Time per batch{note}")
         _duration_axis(below.yaxis, cut_s)
         _legend(below)
@@ -260,7 +260,7 @@ def batches(frame: pd.DataFrame) -> str:
         below.set_xlabel("batch, by its number in the ledger; oldest claim first")
 
     described = (
-        f"The newest {len(shown)} batches: at most {shown['row_count'].max():,} rows and {format_duration(most_s)} each"
+        f"The newest {len(shown)} batches: at most {shown['row_count'].max():,} rows and {format_seconds(most_s)} each"
     )
     return _svg("batches", described, 4.4, draw)
 

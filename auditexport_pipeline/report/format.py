@@ -17,7 +17,7 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def format_counts(counts: Mapping[str, int]) -> str:
+def join_counts(counts: Mapping[str, int]) -> str:
     """`3 missing, 1 altered`."""
     return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number)
 
@@ -29,7 +29,7 @@ def format_time(at_ms: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     return datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc).strftime(form)
 
 
-def format_duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """`85 ms`, `0.35 s`, and from a second on as the CLI does: `12 s`, `62 min`. Empty for NaN, a stage that is not over."""
     if seconds != seconds:
         return ""

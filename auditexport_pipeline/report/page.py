@@ -74,9 +74,9 @@ def _page(title: str, figures: Figures, said: Verdict, made_by: str, report: Rep
     )
     pages.filters |= {
         "counted": format.counted,
-        "counts": format.format_counts,
+        "counts": format.join_counts,
         "time": format.format_time,
-        "duration": format.format_duration,
+        "duration": format.format_seconds,
         "printable": format.printable,
         "sentence": _sentence,
     }

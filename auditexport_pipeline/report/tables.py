@@ -10,9 +10,9 @@ from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.report.format import (
     format_bytes,
-    format_counts,
-    format_duration,
+    format_seconds,
     format_time,
+    join_counts,
     printable,
 )
 
@@ -82,7 +82,7 @@ def wrong_batches(report: Report) -> str:
                 "sent": _count(line.entries),
                 "in ClickHouse": _count(line.stored),
                 "differs": str(line.found) if line.found else "no",
-                "explained": format_counts(line.explained) or "·",
+                "explained": join_counts(line.explained) or "·",
             }
             for line in sorted(wrong, key=lambda line: (not line.found, line.batch_id))
         ),
@@ -124,7 +124,7 @@ def stages(batches: pd.DataFrame) -> str:
     """How long each stage takes: the median, the 95th percentile and the longest of these batches."""
     seconds = batches[["fetch_s", "write_s", "mark_s"]]
     seconds = seconds.assign(all=seconds.sum(axis="columns").where(seconds["mark_s"].notna()))
-    told = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_duration)
+    told = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_seconds)
     told.columns = pd.Index(["median", "95 %", "longest"])
     told.insert(0, "stage", pd.Series(_STAGES))
     told.insert(1, "batches", seconds.count().map(_count))
@@ -145,9 +145,9 @@ def batches(frame: pd.DataFrame) -> str:
                 "entries": newest["entry_count"].map(_count),
                 "payloads": newest["bytes"].map(format_bytes),
                 "attempts": newest["attempts"].map(_count),
-                "fetch": newest["fetch_s"].map(format_duration),
-                "write": newest["write_s"].map(format_duration),
-                "mark, verify": newest["mark_s"].map(format_duration),
+                "fetch": newest["fetch_s"].map(format_seconds),
+                "write": newest["write_s"].map(format_seconds),
+                "mark, verify": newest["mark_s"].map(format_seconds),
             }
         ),
         "t3",

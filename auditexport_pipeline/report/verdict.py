@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from auditexport_pipeline.core.advice import Severity, verdict
 from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.report.figures import Figures
-from auditexport_pipeline.report.format import counted, format_counts, format_duration
+from auditexport_pipeline.report.format import counted, format_seconds, join_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def of_reconciliation(report: Report, figures: Figures) -> Verdict:
         f"{report.slots_read:,} blocks entry by entry."
     ]
     if report.explained:
-        facts.append(f"Explained, and no discrepancy: {format_counts(report.explained)}.")
+        facts.append(f"Explained, and no discrepancy: {join_counts(report.explained)}.")
     if report.open_batches:
         batches = counted(report.open_batches, "batch is", "batches are")
         facts.append(f"{batches} not closed yet and not compared: the next drain finishes them.")
@@ -88,7 +88,7 @@ def _backlog(figures: Figures) -> str:
     if not backlog.rows:
         return "Behind: nothing is pending."
     pending = f"{backlog.shown_rows} {'row is' if backlog.rows == 1 else 'rows are'} pending"
-    return f"Behind: {pending}, the oldest for {format_duration(figures.lag_s)}."
+    return f"Behind: {pending}, the oldest for {format_seconds(figures.lag_s)}."
 
 
 def _advice(figures: Figures, but: Sequence[str] = ()) -> list[str]:
