@@ -174,7 +174,7 @@ def decoder(
 
 
 class _Versions(Mapping[str, PayloadVersion]):
-    """Every version by name, ours first. The first look loads those of installed packages."""
+    """Every version by name, ours first. Installed packages register theirs at the first access."""
 
     def __init__(self) -> None:
         self._known: dict[str, PayloadVersion] = {}
@@ -195,7 +195,7 @@ class _Versions(Mapping[str, PayloadVersion]):
     def _all(self) -> dict[str, PayloadVersion]:
         with self._lock:
             if not self._loaded:
-                self._loaded = True  # a package that looks while it registers sees the versions so far
+                self._loaded = True  # a package that reads them while it registers sees the versions so far
                 before = dict(self._known)
                 for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
                     try:

@@ -202,7 +202,7 @@ def _servers(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> dict[str, str]:
     with outbox.transaction("asking for the version") as connection:
         version, database = connection.execute(SQL["server"]).one()
     family = "MariaDB" if "mariadb" in version.lower() else "MySQL"
-    number = version.removeprefix("5.5.5-").split("-")[0]  # old clients are told 5.5.5 of a MariaDB
+    number = version.removeprefix("5.5.5-").split("-")[0]  # MariaDB calls itself 5.5.5 to old clients
     ((clickhouse, clickhouse_database),) = log.rows("asking for the version", _PIECES["server"]).result_rows
     return {
         "Outbox": f"{family} {number}, database {database}",

@@ -124,11 +124,11 @@ def stages(batches: pd.DataFrame) -> str:
     """How long each stage takes: the median, the 95th percentile and the longest of these batches."""
     seconds = batches[["fetch_s", "write_s", "mark_s"]]
     seconds = seconds.assign(all=seconds.sum(axis="columns").where(seconds["mark_s"].notna()))
-    told = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_seconds)
-    told.columns = pd.Index(["median", "95 %", "longest"])
-    told.insert(0, "stage", pd.Series(_STAGES))
-    told.insert(1, "batches", seconds.count().map(_count))
-    return _html(told, "t1")
+    shown = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_seconds)
+    shown.columns = pd.Index(["median", "95 %", "longest"])
+    shown.insert(0, "stage", pd.Series(_STAGES))
+    shown.insert(1, "batches", seconds.count().map(_count))
+    return _html(shown, "t1")
 
 
 def batches(frame: pd.DataFrame) -> str:
@@ -161,6 +161,6 @@ def letters(frame: pd.DataFrame) -> str:
     wide = frame.pivot_table(index="reason", columns="state", values="letters", aggfunc="sum", fill_value=0)
     wide = wide.reindex(columns=_STATES, fill_value=0).sort_values(_STATES, ascending=False).map(_count)
     days = frame.groupby("reason")["day_number"].agg(["min", "max"]).map(lambda day: _day(int(day) * 86_400_000))
-    told = wide.join(days.set_axis(["first day", "last day"], axis="columns"))
-    told.insert(0, "reason", told.index.map(printable))
-    return _html(told, "t1")
+    shown = wide.join(days.set_axis(["first day", "last day"], axis="columns"))
+    shown.insert(0, "reason", shown.index.map(printable))
+    return _html(shown, "t1")
