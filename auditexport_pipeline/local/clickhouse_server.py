@@ -32,7 +32,6 @@ import tempfile
 import threading
 import uuid
 import zlib
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +53,6 @@ HOST: Final = "127.0.0.1"
 
 # Statements that run at once; the engine itself spreads each over all cores, so more only queue.
 MAX_STATEMENTS: Final = 16
-# A part of a body that is decoded at once, beside the other requests.
-SMALL_PART_BYTES: Final = 16_384
-# What the event loop collects before a thread decompresses it: smaller costs hand-overs, larger costs memory.
-PART_BYTES: Final = 1 << 20
 # A server's http_max_field_value_size: what it would refuse must not pass here.
 FIELD_LIMIT_BYTES: Final = 131_072
 # The data of an INSERT begins within its first bytes, or it has none.
@@ -375,7 +370,7 @@ class Decoder:
 class Body:
     """What a request says: its statement in memory, and the data of an INSERT in a file without a name.
 
-    Used by one thread at a time. `close()` frees the file; so does the end of the process.
+    Used by one thread at a time. `close()` frees the file, and so does the end of the process.
     """
 
     def __init__(self, decoder: Decoder, spool: Path, query: str) -> None:
@@ -538,20 +533,6 @@ class Engine:
 # --- HTTP -----------------------------------------------------------------------------------------
 
 
-async def parts(request: Request) -> AsyncIterator[bytes]:
-    """The body in parts of about PART_BYTES. Raises `ClientDisconnect` when it breaks off."""
-    collected: list[bytes] = []
-    size_bytes = 0
-    async for piece in request.stream():
-        collected.append(piece)
-        size_bytes += len(piece)
-        if size_bytes >= PART_BYTES:
-            yield b"".join(collected)
-            collected, size_bytes = [], 0
-    if collected:
-        yield b"".join(collected)
-
-
 def read_form(content_type: str, body: bytes) -> dict[str, str]:
     """The fields of a multipart form: clickhouse-connect moves long query parameters into one."""
     # Not by a newer policy, which parses each header by a grammar: that took most of a short statement's time.
@@ -650,11 +631,8 @@ class Server:
         body = Body(decoder, self._spool, query)
         try:
             if request.method == "POST" and not is_form:
-                async for part in parts(request):
-                    if len(part) < SMALL_PART_BYTES:  # no thread is worth it
-                        body.add(part)
-                    else:
-                        await loop.run_in_executor(None, body.add, part)
+                async for part in request.stream():
+                    body.add(part)  # one read of the socket: no thread is worth it
         except BaseException:
             body.close()
             raise
