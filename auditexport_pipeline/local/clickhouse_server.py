@@ -113,16 +113,20 @@ class Refused(RuntimeError):
 
 # --- The text of a request ------------------------------------------------------------------------
 
-BLANK: Final = rb"(?: \s | --[^\n]*(?:\n|\Z) | \#[\ !][^\n]*(?:\n|\Z) | /\*(?:[^*]|\*(?!/))*\*/ )"
+# As ClickHouse's Lexer reads: all that is not ASCII is blank but for typographic quotes, and `//` begins a comment.
+BLANK: Final = (
+    rb"(?: [\x00-\x20\x7f] | (?!\xe2\x80[\x98-\x9f])[\x80-\xff] | (?:--|//|\#[\ !])[^\n]*(?:\n|\Z) "
+    rb"| /\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/ )"
+)
 TOKEN = re.compile(
-    b"(?P<blank>"
-    + BLANK
-    + rb"""+ )
-  | (?P<name>    [A-Za-z_]\w* | "(?:[^"\\]|\\.|"")*" | `(?:[^`\\]|\\.|``)*` )
+    rb"""
+    (?P<blank>   (?:BLANK)+ )
+  | (?P<name>    [A-Za-z_][\w$]* | "(?:[^"\\]|\\.|"")*" | `(?:[^`\\]|\\.|``)*` )
   | (?P<text>    '(?:[^'\\]|\\.|'')*' | \$(?P<tag>\w*)\$.*?\$(?P=tag)\$ )
-  | (?P<number>  [0-9]\w* )
+  | (?P<number>  [0-9][\w$]* )
+  | (?P<unclear> /\* | \xe2\x80[\x98-\x9f] )
   | (?P<sign>    . )
-    """,
+    """.replace(b"BLANK", BLANK),
     re.VERBOSE | re.DOTALL,
 )
 FORMAT_NAME = re.compile(BLANK + rb"+ ([A-Za-z]\w*)", re.VERBOSE)
@@ -237,15 +241,15 @@ SAFE_ENGINES = re.compile(
     re.IGNORECASE,
 )
 SAFE_SOURCES: Final = frozenset((b"CLICKHOUSE", b"NULL"))
-# Functions that are no table functions and read files or run programs.
-READING_FUNCTIONS: Final = frozenset(("file", "catboostevaluate", "python", "filesystem", "executable"))
+# Functions and engines that are no table functions and reach files or programs, or a network.
+READING_FUNCTIONS: Final = frozenset(("file", "catboostevaluate", "python", "filesystem", "executable", "disk"))
 LOOPBACK = re.compile(rb"\s*'(?:(?:127\.0\.0\.\d{1,3}|localhost)(?::\d+)?[,|]?)+'")
 # First words of statements, and pairs of words, that move data out or in by a way of their own.
 FORBIDDEN_STATEMENTS: Final = frozenset((b"BACKUP", b"RESTORE"))
 FORBIDDEN_PAIRS: Final = frozenset(
-    (b"INTO OUTFILE", b"FROM INFILE", b"NAMED COLLECTION", b"SYSTEM SHUTDOWN", b"SYSTEM KILL")
+    (b"INTO OUTFILE", b"FROM INFILE", b"NAMED COLLECTION", b"SYSTEM SHUTDOWN", b"SYSTEM KILL", b": IDENTIFIER")
 )
-DEFINING: Final = frozenset((b"CREATE", b"ATTACH", b"REPLACE"))
+DEFINING: Final = frozenset((b"CREATE", b"ATTACH", b"REPLACE", b"EXECUTE"))
 TABLES_FOLLOW: Final = frozenset(b"FROM JOIN INTO TABLE DESCRIBE DESC EXISTS".split())
 TABLES_END: Final = frozenset(
     b"SELECT WITH WHERE PREWHERE ON USING GROUP ORDER LIMIT SETTINGS VALUES HAVING UNION WINDOW QUALIFY FORMAT".split()
@@ -272,6 +276,8 @@ def one_statement(sql: bytes, reaching: frozenset[bytes]) -> bytes:
             continue
         if end is not None:
             raise Refused(Code.SYNTAX_ERROR, "Syntax error (Multi-statements are not allowed)")
+        if kind == "unclear":
+            _refuse(b"comment in a comment and no typographic quote")
         is_quoted = word[:1] in b'"`' and kind == "name"
         if is_quoted:
             word = word[1:-1]

@@ -467,6 +467,15 @@ class TestErrors:
             "SELECT * FROM default.`{path}`",
             "SELECT 1 FROM numbers(1), '{path}'",
             "SELECT * FROM $${path}$$",
+            "SELECT * FROM “{path}”",
+            "SELECT * FROM {t:Identifier}",
+            "SELECT * FROM file\u00a0('{path}', LineAsString)",
+            "SELECT * FROM file\x00('{path}', LineAsString)",
+            "SELECT * FROM file // '\n('{path}', LineAsString) -- '",
+            "SELECT /* /* */ ' */ * FROM file('{path}', LineAsString) -- '",
+            "SELECT 1 AS a$b$, * FROM file('{path}', LineAsString) ORDER BY 'c$b$'",
+            "CREATE TABLE reaching (a String) ENGINE = MergeTree ORDER BY a SETTINGS disk = disk(type = web)",
+            "EXECUTE AS default CREATE TABLE reaching (a String) ENGINE = Kafka",
             "CREATE TABLE reaching (a String) ENGINE = File(LineAsString, '{path}')",
             "CREATE TABLE reaching (a String) ENGINE URL('http://127.0.0.1:1/', LineAsString)",
             "CREATE DATABASE reaching ENGINE = Filesystem('/tmp')",
@@ -490,7 +499,7 @@ class TestErrors:
         """The engine runs with the rights of whoever started it; a statement must not."""
         path = tmp_path / "kept.csv"
         path.write_text("kept")
-        answer = http.post("/", content=reaching.replace("{path}", str(path)))
+        answer = http.post("/", params={"param_t": str(path)}, content=reaching.replace("{path}", str(path)))
         assert (answer.status_code, answer.headers.get("X-ClickHouse-Exception-Code")) == (403, "497")
         assert path.read_text() == "kept"
 
