@@ -1,17 +1,17 @@
-"""Dead letters as operators see them: the states of a letter, which ones are meant, and what became of them.
+"""Dead letters for operators: their states, filters, and the results of a retry or a discard.
 
-What belongs here: the values that cross from the prompt and from Dagster to the store and back. What does not:
-why a row became a letter (`core.event`, `core.split`), SQL (`mysql.dead_letters`), and payloads, but for the
-one that `LetterDetails` carries when somebody asked for it.
+What belongs here: the values between the CLI or Dagster and the store. What does not:
+why a row became a dead letter (`core.event`, `core.split`), SQL (`mysql.dead_letters`), and payloads, except
+the one in `LetterDetails`, on request.
 
     open ──retry──▶ retried ──its row fails again──▶ open
-      │                 └──its row goes out──▶ stays retried, and nobody has to look at it again
-      ├──discard──▶ discarded ──retry──▶ retried        an operator gave it up, and may think again
-      └──upkeep──▶ gone                                 its row was deleted or marked by somebody
+      │                 └──its row is exported──▶ stays retried: it is closed
+      ├──discard──▶ discarded ──retry──▶ retried        an operator gave it up; a retry is still possible
+      └──sweep──▶ gone                                  its row was deleted, or marked by somebody
 
 Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked. A row that parses and
-that the ClickHouse table refuses is no dead letter, but kept here as `held`: by itself it becomes `retried`, and so pending,
-when the table's definition changes (`mysql.held`).
+that the ClickHouse table refuses is no dead letter, but has the state `held` here: when the table's definition changes, it
+becomes `retried`, and so pending (`mysql.held`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 
-# The page of a list: more than fits a screen, little enough to answer at once.
+# Letters of one page of a list: more than a screen, few enough to answer at once.
 PAGE_LETTERS = 50
 
 
 class LetterState(str, Enum):
-    """Where a dead letter stands. `HELD` ones keep their row out of batches."""
+    """The state of a dead letter. Letters in a `HELD` state keep their row out of batches."""
 
     OPEN = "open"
     DISCARDED = "discarded"
@@ -63,7 +63,7 @@ class DeadLetterFilter:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing but the state narrows it down: what nobody should act on without saying so."""
+        """Whether only the state is given: an operator must confirm an action on so many letters."""
         return self == DeadLetterFilter(state=self.state)
 
     @property
@@ -96,7 +96,7 @@ class Letter:
     batch_id: int  # the batch that claimed the row last
     created_at_ms: int
     updated_at_ms: int
-    action_id: int | None  # what an operator did with it last
+    action_id: int | None  # the last action on it
 
 
 class RowState(str, Enum):
@@ -133,7 +133,7 @@ class LetterCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acted:
-    """What became of the letters that were meant: changed, or found to be `gone` because their row is."""
+    """The result of an action: letters that were changed, and letters that became `gone` because their row is gone."""
 
     changed: int
     gone: int

@@ -1,8 +1,7 @@
 """Every error this project raises, in one tree split by one question: can a rerun change this?
 
-What belongs here: the classes, and what each asks of the reader. What does not: expected outcomes
-(an undecodable row, an empty outbox), which are values, and driver exceptions, which each store
-translates in exactly one place.
+What does not belong here: expected outcomes (an undecodable row, an empty outbox), which are values, and driver exceptions,
+which each store translates in exactly one place.
 
     AuditExportError
     ├── TransientError             yes: wait and run again, nothing has to be repaired
@@ -14,20 +13,20 @@ translates in exactly one place.
     │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
     │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
     │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
-    │   ├── ForeignAnswer              something else than ClickHouse answered: a proxy, a cache, a maintenance page
+    │   ├── ForeignAnswer              not ClickHouse answered but a proxy, a cache or a maintenance page
     │   ├── SettingsOutdated           ClickHouse does not know a setting; its list is read again, nothing was written
     │   ├── BatchWaits                 a block is too large for ClickHouse; it is split once no INSERT of it can be at work
-    │   ├── LeaseLost                  another run has taken the batch over; this one is refused
-    │   ├── BrokerUnavailable          Celery's broker, or the keeper of its results: down, or refuses us
+    │   ├── LeaseLost                  another run has adopted the batch; this run is refused
+    │   ├── BrokerUnavailable          Celery's broker or its result store is down, or refuses us
     │   └── LocalServerFailed          a server of the local stack did not start
     └── PermanentError             no: somebody has to change something first
         ├── InvalidConfig              a setting is out of its bounds
         ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
-        │   └── WrongAddress               something else than ClickHouse answers there, and will again: a redirect, a login
-        │   └── TableRefuses               the ClickHouse table refuses every row of a batch that parses
-        ├── BatchAltered               rows of a sealed batch no longer read as they were sealed
+        │   └── WrongAddress               not ClickHouse answers at this address, but a redirect or a login
+        │   └── TableRefuses               the ClickHouse table refuses every row of a batch, although they parse
+        ├── BatchAltered               rows of a sealed batch are no longer as they were sealed
         ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
-        ├── InsertRefused              ClickHouse refuses rows for good (bisected before it is raised further)
+        ├── InsertRefused              ClickHouse refuses rows for good
         ├── VerificationFailed         ClickHouse does not hold what it acknowledged
         ├── IncompleteRun              fewer batches arrived at the end of a run than were planned
         └── LocalServerMissing         no server binary on this machine
@@ -39,15 +38,15 @@ from __future__ import annotations
 
 
 class AuditExportError(Exception):
-    """The root: catch it to catch everything that this project raises on purpose."""
+    """The root of all errors that this project raises on purpose."""
 
 
 class TransientError(AuditExportError):
-    """A rerun can succeed without anybody changing anything."""
+    """A rerun can succeed although nobody changes anything."""
 
 
 class OutboxUnavailable(TransientError):
-    """MySQL could not be asked, or gave up on us: connection, deadlock, lock wait, failover."""
+    """MySQL could not be reached, or ended our statement: connection, deadlock, lock wait, failover."""
 
 
 class RowsLocked(OutboxUnavailable):
@@ -65,7 +64,7 @@ class BatchLocked(OutboxUnavailable):
 
 
 class RowsSwapped(OutboxUnavailable):
-    """Rows under the pks of a written batch are not the events that it sealed, or no longer all of them."""
+    """Rows under the pks of a written batch are not the events that it sealed, or some of these are gone."""
 
 
 class BatchUnmarked(TransientError):
@@ -73,7 +72,7 @@ class BatchUnmarked(TransientError):
 
 
 class AuditLogUnavailable(TransientError):
-    """ClickHouse could not be asked, or refused for a while: connection, overload, read-only, disk."""
+    """ClickHouse could not be reached, or refused temporarily: connection, overload, read-only, disk."""
 
 
 class InsertOutcomeUnknown(AuditLogUnavailable):
@@ -81,7 +80,7 @@ class InsertOutcomeUnknown(AuditLogUnavailable):
 
 
 class ForeignAnswer(AuditLogUnavailable):
-    """The answer is not ClickHouse's, which may or may not have had the request; `status` is that of the answer (HTTP)."""
+    """The answer is not from ClickHouse, which may or may not have received the request; `status` is the answer's (HTTP)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -89,13 +88,11 @@ class ForeignAnswer(AuditLogUnavailable):
 
 
 class SettingsOutdated(AuditLogUnavailable):
-    """ClickHouse does not know a setting that it listed: a balancer has servers of several versions. Nothing was written."""
+    """ClickHouse does not know a setting that it listed: a load balancer has servers of several versions. Nothing was written."""
 
 
 class BatchWaits(InsertOutcomeUnknown):
-    """A batch cannot go on and the others can: before an instant of ClickHouse's clock, `wait_s` from now, or, with 0,
-    before somebody raises a limit.
-    """
+    """A batch has to wait while the others go on: for `wait_s` seconds, or, if that is 0, until somebody raises a limit."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -103,11 +100,11 @@ class BatchWaits(InsertOutcomeUnknown):
 
 
 class LeaseLost(TransientError):
-    """The batch belongs to another run by now; whatever this one does to it is refused."""
+    """Another run holds the batch now; every effect of this run on it is refused."""
 
 
 class BrokerUnavailable(TransientError):
-    """A step could not be given to Celery's workers, or its result not be had: the broker does not answer, or refuses us."""
+    """A step could not be sent to Celery's workers, or its result not be read: the broker does not answer, or refuses us."""
 
 
 class LocalServerFailed(TransientError):
@@ -127,7 +124,7 @@ class SetupIncomplete(PermanentError):
 
 
 class WrongAddress(SetupIncomplete):
-    """What answers is not ClickHouse and says so for good, as a redirect does; `status` is that of the answer (HTTP)."""
+    """Not ClickHouse answers at this address, and that will not change, as for a redirect; `status` is the answer's (HTTP)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -145,11 +142,11 @@ class BatchAltered(PermanentError):
 
 
 class MarkRefused(PermanentError):
-    """Rows of the outbox do not keep their mark, or MySQL refuses it: a trigger, or a CHECK, of somebody's."""
+    """Rows of the outbox do not keep their mark, or MySQL refuses it, because of a trigger or a CHECK."""
 
 
 class InsertRefused(PermanentError):
-    """ClickHouse answered that it will never take these rows; nothing was written."""
+    """ClickHouse will never take these rows; nothing was written."""
 
 
 class VerificationFailed(PermanentError):

@@ -1,6 +1,6 @@
-"""Batches as an operator looks at them: the ledger's rows, which ones are meant, and everything about one.
+"""The ledger for operators: its rows, filters, and everything about one batch.
 
-What belongs here: the values that cross from the store to the prompt. What does not: the life of a batch
+What belongs here: the values between the store and the CLI. What does not: the life of a batch
 (`core.batch`, `core.export`), and SQL (`mysql.ledger`).
 """
 
@@ -19,8 +19,8 @@ PAGE_BATCHES = 20
 class BatchFilter:
     """A filter for batches: all given conditions must hold. Raises `InvalidConfig` for nonsense."""
 
-    states: tuple[State, ...] = ()  # in any of these; none given: in whichever
-    owner: str = ""  # by its beginning, as a run is shown on Dagster's page
+    states: tuple[State, ...] = ()  # in any of these; none given: in any state
+    owner: str = ""  # the beginning of its id, as the Dagster UI shows a run
     since_ms: int | None = None  # claimed at this time or later, by MySQL's clock
     before_id: int | None = None  # the last one of the page before
 
@@ -33,8 +33,8 @@ class BatchFilter:
 class LedgerBatch:
     """One row of the ledger without its pks and blocks. Times in epoch milliseconds, by MySQL's clock.
 
-    `written_at_ms` is when ClickHouse had acknowledged all of it; the stamp that its rows carry, `exported_at_ms`, is
-    fixed then as well, and how long the marking took is not kept.
+    `written_at_ms` is when ClickHouse had acknowledged the whole batch; the stamp of its rows, `exported_at_ms`, is
+    fixed then too. The duration of marking is not kept.
     """
 
     batch_id: int
@@ -76,7 +76,7 @@ class LedgerBatch:
 
     @property
     def seconds(self) -> float:
-        """From its claim to the last of its states but the sweep."""
+        """From its claim to its last state, without the sweep."""
         return (max(at_ms for name, at_ms in self.steps if name != "swept") - self.claimed_at_ms) / 1000
 
 

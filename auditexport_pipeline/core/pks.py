@@ -1,6 +1,6 @@
 """Sets of outbox primary keys, kept as runs of consecutive integers.
 
-What belongs here: the one compact form in which the ledger says exactly which rows a batch holds, and
+What belongs here: the compact form in which the ledger keeps the rows of a batch, and
 the arithmetic on it. What does not: anything about rows, batches or SQL.
 
 The text form is what the ledger stores: `1000-1999,2001` is a thousand and one rows. Every integer
@@ -45,7 +45,7 @@ class PkSet:
 
     @classmethod
     def parse(cls, text: str) -> PkSet:
-        """The set that `str()` of it had written."""
+        """The set from its text form, as `str()` writes it."""
         runs = []
         for part in text.split(",") if text else ():
             first, _, last = part.partition("-")
@@ -108,7 +108,7 @@ class PkSet:
 
     @classmethod
     def union(cls, sets: Iterable[PkSet]) -> PkSet:
-        """The pks of all these sets, merged at once: set by set, 64 scattered ones cost 64 passes over what there is so far."""
+        """The pks of all these sets, merged in one pass: one by one, 64 scattered sets would cost 64 passes."""
         runs = sorted(itertools.chain.from_iterable(one.runs for one in sets), key=itemgetter(0))
         if not runs:
             return cls()

@@ -196,7 +196,7 @@ def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
     def no_dead_letters_standing(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with in_one_line():
             outbox = names.mysql_of(context).outbox()
-            gone = dead_letters.upkeep(outbox)
+            gone = dead_letters.close_gone(outbox)
             return letters_standing(dead_letters.count(outbox, DeadLetterFilter()), gone)
 
     return no_dead_letters_standing

@@ -160,7 +160,7 @@ def discard(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: in
     return _act(outbox, which, by, "discard", LetterState.DISCARDED, (LetterState.OPEN,), at_most)
 
 
-def upkeep(outbox: Database) -> int:
+def close_gone(outbox: Database) -> int:
     """Closes letters whose row is no longer pending, because somebody deleted or marked it: they become `gone`.
 
     Durable effect: their state, one transaction a chunk. Returns how many. Its cost grows with the letters that hold

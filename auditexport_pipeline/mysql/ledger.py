@@ -1,6 +1,6 @@
-"""MySQL: the ledger as an operator looks at it.
+"""MySQL: the ledger for operators.
 
-What belongs here: pages of batches and everything about one. What does not: the life of a batch (`mysql.outbox`), and
+What belongs here: pages of batches and everything about one batch. What does not: the life of a batch (`mysql.outbox`), and
 the numbers of a moment (`mysql.status`).
 """
 
@@ -21,7 +21,7 @@ from auditexport_pipeline.mysql.status import unmarked
 SQL = statements("mysql/ledger.sql")
 # Rows of one statement: a few milliseconds.
 PAGE_ROWS = 500
-# Claims are in the order of their ids but for a clock that was set back: beyond a day of it a look back ends.
+# Claims are in the order of their ids, unless the clock was set back: a listing by time stops a day beyond its start.
 CLOCK_STEP_MS = DAY_MS
 _BEYOND_ALL = 2**63 - 1
 

@@ -223,7 +223,7 @@ class MySQLMaintenance:
 
     def close_letters(self) -> int:
         """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
-        return dead_letters.upkeep(self.outbox)
+        return dead_letters.close_gone(self.outbox)
 
     def add_erasures(self, by: Actor, erasures: Collection[Erasure]) -> int:
         """Records erasures, all or none, and returns the action's id."""

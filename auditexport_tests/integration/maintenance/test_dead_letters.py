@@ -131,8 +131,8 @@ def test_a_letter_whose_row_was_deleted_or_marked_is_gone(stack: Stack, verb: st
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = 1 WHERE pk = :pk", pk=marked)
 
     if verb == "upkeep":
-        assert dead_letters.upkeep(stack.outbox) == 2
-        assert dead_letters.upkeep(stack.outbox) == 0
+        assert dead_letters.close_gone(stack.outbox) == 2
+        assert dead_letters.close_gone(stack.outbox) == 0
         assert recorded(stack) == []
     else:
         acted = (dead_letters.retry if verb == "retry" else dead_letters.discard)(
@@ -149,7 +149,7 @@ def test_a_gone_letters_row_that_is_pending_again_gets_another_chance(stack: Sta
     (pk,) = stack.put(bad("evt_1"))
     run(stack)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = 1")
-    dead_letters.upkeep(stack.outbox)
+    dead_letters.close_gone(stack.outbox)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
     assert run(stack, "two") == 1
     assert states(stack) == {pk: "open"}
