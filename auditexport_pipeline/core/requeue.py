@@ -96,10 +96,12 @@ def clear(
     dry_run: bool,
 ) -> Requeue:
     """Clears the marks of these rows, without rows that must stay; see `requeue`."""
-    held = upkeep.open_pks()
-    open_rows = len(pks & held)
-    pks -= held
-    batches = {batch.batch_id: batch for batch in outbox.batches(sorted(upkeep.held(pks)))}
+    held = upkeep.held(pks)
+    batches = {batch.batch_id: batch for batch in outbox.batches(sorted(held))}
+    open_pks = PkSet.union(held[batch_id] for batch_id, batch in batches.items() if batch.state in OPEN)
+    open_rows = len(open_pks)
+    pks -= open_pks
+    batches = {batch_id: batch for batch_id, batch in batches.items() if batch.state not in OPEN}
     unknown = PkSet.union(batch.pks for batch in batches.values() if batch.version not in VERSIONS) & pks
     pks -= unknown
     batches = {batch_id: batch for batch_id, batch in batches.items() if batch.version in VERSIONS}

@@ -62,9 +62,6 @@ class MySQLMaintenance:
         found = self.outbox.rows("reading the ledger", SQL["batch_with"], values)
         return int(found[0].batch_id) if found else None
 
-    def open_pks(self) -> PkSet:
-        return PkSet.union(PkSet.parse(row.pks) for row in self.outbox.rows("reading the ledger", SQL["open_pks"]))
-
     def first_inserted_ms(self) -> int | None:
         first_ms: int | None = self.outbox.rows("reading the ledger", SQL["first_inserted"])[0].first_ms
         return first_ms

@@ -22,10 +22,6 @@ WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND batch_id > 0
 SELECT batch_id FROM clickhouse_outbox_batch
 WHERE inserted_at_ms >= :inserted_at_ms AND manifest LIKE :in_manifest LIMIT 1
 
--- name: open_pks
--- state_idx; no lock.
-SELECT pks FROM clickhouse_outbox_batch WHERE state IN ('claimed', 'sealed', 'written', 'stopped')
-
 -- name: first_inserted
 -- inserted_idx, first entry after the ledger's head.
 SELECT MIN(inserted_at_ms) AS first_ms FROM clickhouse_outbox_batch WHERE batch_id > 0 AND inserted_at_ms > 0
