@@ -34,13 +34,13 @@ WORKSPACES_KEPT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long exported rows and closed batches stay. Raises `InvalidConfig`, with the field's name, for a value out of bounds."""
+    """How long what is done with stays. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
 
     outbox_days: float = RETENTION_DAYS
     ledger_days: float = 400.0  # batches of which nothing but the record is left
     # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
     chunk_rows: int = 5_000
-    pause_s: float = 0.0  # between chunks, to spare the server
+    pause_s: float = 0.0  # between chunks, for a server that has better things to do
     max_rows: int = 10_000_000  # of one sweep; the rest waits for the next
 
     def __post_init__(self) -> None:
