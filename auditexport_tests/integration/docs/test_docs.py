@@ -1,8 +1,4 @@
-"""The README and the pages of `auditexport_pipeline/docs`: what they name exists, and what exists they name.
-
-What belongs here: links, commands, options, variables, statements, errors, checks and tests that a page mentions.
-What does not: whether what a page says is well said.
-"""
+"""The README, CONTRIBUTING and the pages of `auditexport_pipeline/docs`: what they name exists, and what exists they name."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ PACKAGE = ROOT / "auditexport_pipeline"
 TESTS = ROOT / "auditexport_tests"
 DOCS = PACKAGE / "docs"
 README = ROOT / "README.md"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "adr").glob("*.md"))]
 RUNBOOK = DOCS / "runbook.md"
 
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -185,7 +181,8 @@ def test_every_command_of_ours_is_on_a_page() -> None:
 
 def test_every_make_target_of_a_page_exists() -> None:
     """`make` is the first thing that anybody types here."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
     named = {match for page in PAGES for code in _code(page) for match in re.findall(r"^make ([\w-]+)", code)}
     assert {"demo", "test"} <= named
     assert named <= targets
@@ -259,7 +256,7 @@ def _export_something(stack: Stack) -> None:
 def test_every_variable_is_documented_and_every_documented_variable_exists() -> None:
     """A variable that nobody reads about is not there; one that nobody reads any more is worse."""
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
-    sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py"]
+    sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py", Path(__file__).with_name("test_surface.py")]
     used = {found for path in sources for found in name.findall(path.read_text())}
     used |= {f"{TARGET_VARIABLES}{target.name.upper()}" for target in fields(Targets)}
     used |= {f"{POLICY_VARIABLES}{setting.name.upper()}" for setting in fields(Policy)}
@@ -358,6 +355,7 @@ def test_the_pages_ship_with_the_package() -> None:
         shipped = (ROOT / "pyproject.toml").read_text()
         for pattern in (
             "docs/*.md",
+            "docs/adr/*.md",
             "docs/images/*.png",
             "deploy/*.yaml",
             "deploy/systemd/*",
