@@ -27,7 +27,7 @@ FULL = 0.7
 class Costs:
     """What an event, a round trip, an INSERT and a step cost. `_us` is CPU an event, `_trips` are round trips a batch."""
 
-    # benchmarks/README.md, "Where they go": `stages 200000` on MariaDB, events of 600 bytes.
+    # benchmarks/README.md, "Each stage alone": `stages 200000` on MariaDB, events of 600 bytes.
     claim_exporter_us: float = 0.1
     claim_mysql_us: float = 0.7
     fetch_exporter_us: float = 10.0
