@@ -20,10 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.targets import Targets
+from auditexport_pipeline.core.settings import Limits, Targets, Thresholds
 
 OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
@@ -93,11 +91,11 @@ class OutboxSettings(BaseModel):
         Field(description="Settings of drains that the sensor and the schedule start, as in the launchpad."),
     ] = {}
     sensor_rows: Annotated[int, Field(ge=1, description="The sensor starts a drain at this many pending rows.")] = (
-        DEFAULT_THRESHOLDS.rows
+        Thresholds().rows
     )
     sensor_lag_s: Annotated[
         float, Field(gt=0, description="The sensor starts a drain when the oldest pending row is this old, in seconds.")
-    ] = DEFAULT_THRESHOLDS.lag_s
+    ] = Thresholds().lag_s
     targets: Annotated[
         Mapping[str, float],
         Field(description="What an operator is called for, such as lag_s; what is not given: AUDITEXPORT_TARGET_…"),
@@ -128,12 +126,12 @@ class OutboxSettings(BaseModel):
     @field_validator("drain")
     @classmethod
     def _check_drain(cls, value: Mapping[str, Any]) -> Any:
-        return _in_pydantic(Limits.of, value)
+        return _in_pydantic(lambda given: Limits(**given), value)
 
     @field_validator("targets")
     @classmethod
     def _check_targets(cls, value: Mapping[str, float]) -> Any:
-        return _in_pydantic(Targets().but, value)
+        return _in_pydantic(Targets().with_values, value)
 
     @field_validator("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
     @classmethod

@@ -20,7 +20,7 @@ from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.findings import Check, Checking, CheckResult, Finding, all_findings, carry_out, warning
-from auditexport_pipeline.core.limits import RETENTION_DAYS
+from auditexport_pipeline.core.settings import RETENTION_DAYS
 from auditexport_pipeline.core.status import newest_of_each_view
 from auditexport_pipeline.mysql.catalogue import Catalogue as MySQL
 from auditexport_pipeline.mysql.checks import mysql_checks, mysql_checks_of_every_run

@@ -11,7 +11,7 @@ import click
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import json_option, print_json
 from auditexport_pipeline.cli.stores import audit_log, outbox
-from auditexport_pipeline.core.limits import RETENTION_DAYS
+from auditexport_pipeline.core.settings import RETENTION_DAYS
 
 if TYPE_CHECKING:
     from auditexport_pipeline.core.findings import CheckResult

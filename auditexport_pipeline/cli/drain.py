@@ -1,4 +1,4 @@
-"""`auditexport drain`: a run in the foreground, without Dagster. Options from `core.limits.Limits`, progress, signals, totals."""
+"""`auditexport drain`: a run in the foreground, without Dagster. Options from `core.settings.Limits`, progress, signals, totals."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
-from auditexport_pipeline.cli.shared import Command, console, interactive, json_option, print_json
+from auditexport_pipeline.cli.shared import console, interactive, json_option, print_json, setting_options
 from auditexport_pipeline.cli.stores import audit_log, outbox
 from auditexport_pipeline.core.claiming import held_line
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.status import format_duration
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -45,32 +44,18 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
     return given
 
 
-def _limit_options(command: Command) -> Command:
-    """One option for each field of `Limits`: name, default, bounds and meaning stand there and nowhere else."""
-    for limit in reversed(fields(Limits)):
-        flag = f"--{limit.name.replace('_', '-')}"
-        if limit.name == "versions":
-            command = click.option(
-                flag,
-                multiple=True,
-                metavar="VERSION",
-                callback=_known_versions,
-                shell_complete=lambda *_: list(VERSIONS),
-                help=f"{limit.metadata['meaning']}  [default: all that are known]",
-            )(command)
-        else:
-            assert limit.default is not MISSING
-            bounds = click.IntRange(limit.metadata["low"], limit.metadata["high"])
-            command = click.option(
-                flag, type=bounds, default=limit.default, show_default=True, help=limit.metadata["meaning"]
-            )(command)
-    return command
-
-
 @main.command()
 @click.option("--once", is_flag=True, help="One plan only: at most max_batches, and what is left waits.")
 @json_option
-@_limit_options
+@setting_options(Limits, but=("versions",))
+@click.option(
+    "--versions",
+    multiple=True,
+    metavar="VERSION",
+    callback=_known_versions,
+    shell_complete=lambda *_: list(VERSIONS),
+    help=f"{Limits.model_fields['versions'].description}  [default: all that are known]",
+)
 def drain(once: bool, as_json: bool, **limits: Any) -> None:
     """Export what is pending, here and now: claim, fetch, write, mark, verify, as a run on Dagster's page does.
 
@@ -87,7 +72,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     from auditexport_pipeline.mysql.held import release
     from auditexport_pipeline.preflight import refuse_unless_ready
 
-    settings = Limits.of({name: value for name, value in limits.items() if value != ()})
+    settings = Limits(**{name: value for name, value in limits.items() if value != ()})
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
     release(mysql, clickhouse.definition)

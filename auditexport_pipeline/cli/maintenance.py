@@ -24,13 +24,14 @@ from auditexport_pipeline.cli.shared import (
     moment,
     print_json,
     print_table,
+    setting_options,
     table,
     who_option,
 )
 from auditexport_pipeline.cli.stores import audit_log, outbox, upkeep
 from auditexport_pipeline.core.actions import Erasure, RowFilter
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
-from auditexport_pipeline.core.limits import RETENTION_DAYS
+from auditexport_pipeline.core.settings import Retention
 
 if TYPE_CHECKING:
     from auditexport_pipeline.core.reconcile import Report
@@ -110,13 +111,7 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
 
 
 @main.command()
-@click.option(
-    "--outbox-days", type=float, default=RETENTION_DAYS, show_default=True, help="Exported rows stay this long."
-)
-@click.option("--ledger-days", type=float, default=400.0, show_default=True, help="Batches keep their pks this long.")
-@click.option("--chunk-rows", type=int, default=5_000, show_default=True, help="Rows deleted by one transaction.")
-@click.option("--pause-s", type=float, default=0.0, show_default=True, help="Seconds between two of them.")
-@click.option("--max-rows", type=int, default=10_000_000, show_default=True, help="The rest waits for the next sweep.")
+@setting_options(Retention)
 @click.option(
     "--ttl-days",
     type=float,
@@ -132,7 +127,7 @@ def sweep(ttl_days: float | None, dry_run: bool, who: str | None, as_json: bool,
     Exit status: 0 swept, 1 a batch was left because ClickHouse no longer holds it, or because its TTL cannot be evaluated,
     2 the call or the setup is wrong.
     """
-    from auditexport_pipeline.core.sweep import Retention, sweep
+    from auditexport_pipeline.core.sweep import sweep
 
     wanted = Retention(**retention)
     whose = by(who, f"retention of {wanted.outbox_days:g} days")

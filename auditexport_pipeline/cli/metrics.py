@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    from auditexport_pipeline.core.targets import Targets
+    from auditexport_pipeline.core.settings import Targets
     from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
     Family = CounterMetricFamily | GaugeMetricFamily

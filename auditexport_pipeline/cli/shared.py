@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ import msgspec
 
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.settings import Settings, bounds_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,23 @@ _AGE_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 who_option = click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")
+
+
+def setting_options(settings: type[Settings], *, but: Collection[str] = ()) -> Callable[[Command], Command]:
+    """An option for each of these settings, with its default, bounds and sentence; `but` are those with an option of their own."""
+
+    def with_options(command: Command) -> Command:
+        for name, field in reversed(settings.model_fields.items()):
+            if name not in but:
+                low, high = bounds_of(field)
+                kind = click.IntRange(low, high) if field.annotation is int else click.FloatRange(low, high)
+                flag = f"--{name.replace('_', '-')}"
+                command = click.option(
+                    flag, type=kind, default=field.default, show_default=True, help=field.description
+                )(command)
+        return command
+
+    return with_options
 
 
 class Time(click.ParamType):  # type: ignore[type-arg]

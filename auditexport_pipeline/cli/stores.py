@@ -16,7 +16,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-    from auditexport_pipeline.core.targets import Targets
+    from auditexport_pipeline.core.settings import Targets
     from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
     from auditexport_pipeline.mysql.outbox import MySQLOutbox
     from auditexport_pipeline.outboxes import Outboxes, OutboxSettings

@@ -21,7 +21,7 @@ from auditexport_pipeline.clickhouse.engines import (
 )
 from auditexport_pipeline.clickhouse.ttl import Deletion, TableTtl, ttl_of
 from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, PayloadVersion, columns_in
 from auditexport_pipeline.roles import Role
 from auditexport_pipeline.sql import Column, columns_of, load

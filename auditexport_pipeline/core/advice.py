@@ -1,7 +1,7 @@
 """Advice: what is wrong with an export, how severe it is, and what an operator should do.
 
 The Dagster UI, the CLI, metrics and alerts all show this advice. The numbers come from `core.status`, the limits from
-`core.targets`; nothing here reads anything.
+`core.settings`; nothing here reads anything.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 
 from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -24,7 +25,6 @@ from auditexport_pipeline.core.status import (
     format_name,
     newest_of_each_view,
 )
-from auditexport_pipeline.core.targets import Targets
 
 # Batches named in a sentence; `auditexport batches list` has them all.
 NAMED_BATCHES = 5

@@ -10,12 +10,13 @@ sentences are in `core.advice`; reading runs and numbers, and sending, in `defs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
+from pydantic import Field
 
 from auditexport_pipeline.core.advice import (
     Advice,
@@ -28,9 +29,8 @@ from auditexport_pipeline.core.advice import (
     unreachable,
 )
 from auditexport_pipeline.core.backlog import Backlog
-from auditexport_pipeline.core.settings import from_environment, number, refuse_out_of_bounds
+from auditexport_pipeline.core.settings import Settings, Targets
 from auditexport_pipeline.core.status import Status, format_duration
-from auditexport_pipeline.core.targets import Targets
 
 # The environment variable of a field of `Policy` is this and the field's name in capitals.
 POLICY_VARIABLES = "AUDITEXPORT_ALERT_"
@@ -48,29 +48,32 @@ SEEN = 500
 RETRY_KNOWN_WITHIN_MS = 60_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """When alerts are sent; what is wrong is decided by `Targets`. Raises `InvalidConfig`, naming the field.
+class Policy(Settings):
+    """When alerts are sent; what is wrong is decided by `Targets`.
 
     From the environment: AUDITEXPORT_ALERT_REPEAT_HOURS, AUDITEXPORT_ALERT_REPEAT_WARNING_HOURS,
     AUDITEXPORT_ALERT_NOT_SHRINKING_MINUTES, AUDITEXPORT_ALERT_UNREACHABLE_MINUTES, AUDITEXPORT_ALERT_RETRY_MINUTES.
     """
 
-    repeat_hours: float = number(6, 0.1, 8_760, "What still fails is repeated after this long.")
-    repeat_warning_hours: float = number(24, 0.1, 8_760, "A warning that is still active is repeated after this long.")
-    not_shrinking_minutes: float = number(
-        10, 1, 1_440, "The lag is above its target and rows have not fallen, this long."
+    a_setting: ClassVar[str] = "a setting of alerts"
+    prefix: ClassVar[str] = POLICY_VARIABLES
+    other_variables: ClassVar[Sequence[str]] = NO_POLICY
+
+    repeat_hours: float = Field(
+        default=6.0, ge=0.1, le=8_760, description="What still fails is repeated after this long."
     )
-    unreachable_minutes: float = number(3, 0, 1_440, "MySQL may be away this long, as in a failover.")
-    retry_minutes: float = number(5, 1, 1_440, "A run that Dagster said it would launch again is, within this long.")
-
-    def __post_init__(self) -> None:
-        refuse_out_of_bounds(self)
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Policy:
-        """By the variables AUDITEXPORT_ALERT_…; raises `InvalidConfig`, naming the variable."""
-        return cls(**from_environment(cls, POLICY_VARIABLES, environment, called="setting", besides=NO_POLICY))
+    repeat_warning_hours: float = Field(
+        default=24.0, ge=0.1, le=8_760, description="A warning that is still active is repeated after this long."
+    )
+    not_shrinking_minutes: float = Field(
+        default=10.0, ge=1, le=1_440, description="The lag is above its target and rows have not fallen, this long."
+    )
+    unreachable_minutes: float = Field(
+        default=3.0, ge=0, le=1_440, description="MySQL may be away this long, as in a failover."
+    )
+    retry_minutes: float = Field(
+        default=5.0, ge=1, le=1_440, description="A run that Dagster said it would launch again is, within this long."
+    )
 
     def repeat_ms(self, severity: Severity) -> float:
         return 3_600_000 * (self.repeat_hours if severity is Severity.ERROR else self.repeat_warning_hours)

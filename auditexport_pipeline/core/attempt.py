@@ -20,8 +20,8 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
 )
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Outbox, Refusal, RefusalKind
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.split import Splitter, give_back, new_cut, new_number, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 

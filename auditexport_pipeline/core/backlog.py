@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from auditexport_pipeline.core.settings import Thresholds as Thresholds
+
 # After a second failed run in a row the sensor waits this long, then twice as long, up to the longest, which is well below
 # what a lag alarm is set to.
 FIRST_WAIT_S = 15.0
@@ -49,15 +51,7 @@ class Backlog:
         return f"{self.rows:,}+" if self.rows_at_least else f"{self.rows:,}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """What makes a run worth starting: this many rows, or the oldest this old, whichever comes first."""
-
-    rows: int
-    lag_s: float
-
-
-DEFAULT_THRESHOLDS = Thresholds(rows=10_000, lag_s=60.0)
+DEFAULT_THRESHOLDS = Thresholds()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
 from auditexport_pipeline.core.batch import OPEN, SMALLEST_BLOCK_ROWS, Claim, State
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holder, Outbox, PlannedBlock, Planning
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 

@@ -24,11 +24,11 @@ from auditexport_pipeline.core.errors import (
     TableRefuses,
     TransientError,
 )
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import outcome_of
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Moment, Outbox
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
 
 # A block is split in ever more parts: by then it is down to single rows.

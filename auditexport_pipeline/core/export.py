@@ -45,10 +45,10 @@ from auditexport_pipeline.core.errors import (
 )
 from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable, id_hash
 from auditexport_pipeline.core.lease import kept, progress
-from auditexport_pipeline.core.limits import START_WITHIN_S, Limits
 from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, StoredRow
+from auditexport_pipeline.core.settings import START_WITHIN_S, Limits
 from auditexport_pipeline.core.split import give_back, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 

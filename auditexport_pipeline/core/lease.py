@@ -16,8 +16,8 @@ from contextlib import contextmanager
 
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.errors import LeaseLost
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Outbox
+from auditexport_pipeline.core.settings import Limits
 
 # Two renewals may fail, as in a failover, before the lease ends.
 RENEWALS_PER_LEASE = 3

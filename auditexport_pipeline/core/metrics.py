@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from auditexport_pipeline.core.advice import Severity, advice
 from auditexport_pipeline.core.batch import State
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import Status
-from auditexport_pipeline.core.targets import Targets
 
 # States in which a batch waits for something. The other states hold as many batches as the ledger is old: counters show them.
 WAITING = (State.CLAIMED, State.SEALED, State.WRITTEN, State.STOPPED, State.EXPORTED, State.DISCREPANT)

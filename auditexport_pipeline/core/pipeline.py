@@ -24,8 +24,8 @@ from typing import Literal
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.batch import Batch, Bodies, Claim, Receipt
 from auditexport_pipeline.core.export import FetchedBatch
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Outbox
+from auditexport_pipeline.core.settings import Limits
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
 # Batches whose rows may be in memory: one being fetched, and one being written or waiting for it.

@@ -5,7 +5,7 @@ What does not belong here: who ends a run (`defs.runtime`), and the clock.
 
 from __future__ import annotations
 
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 
 # The part of a run's time in which it may claim rows; the rest is for finishing its batches and for verifying.
 CLAIMING_SHARE = 0.8

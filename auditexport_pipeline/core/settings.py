@@ -1,53 +1,295 @@
-"""Numbers that an operator may set: default, bounds and meaning beside each, and reading them from the environment.
+"""Every setting once: default, unit, bounds and one sentence each.
 
-What belongs here: the mechanism. What does not: the numbers (`core.targets`, `core.alerts`), and a drain's limits, which
-are integers of a launchpad (`core.limits`).
+The launchpad (`defs.config`), the component and the file of outboxes (`outboxes`), the CLI's options (`cli.shared`) and the
+variables are made from these models. What does not belong here: connections (resources), and reading the environment, which is
+passed in.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.versions import VERSIONS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# How long exported rows stay in the outbox, and so how old an entry can be that is requeued: a month, in which a loss
+# in ClickHouse is noticed. ClickHouse's TTL has to be longer.
+RETENTION_DAYS = 30
+# An INSERT must start within this time, by ClickHouse's clock: a process that was paused for longer sends nothing any more.
+# Long enough to upload a batch over a slow line; until it and insert_timeout_s have passed, nothing that was sent is given up.
+START_WITHIN_S = 120
+# The shortest lease where the steps of a run are in several processes: between two of them nobody renews it.
+QUEUED_LEASE_S = 300
 
 
-def number(default: float, low: float, high: float, meaning: str) -> float:
-    """A field of a frozen dataclass, with its bounds and one sentence."""
-    return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
+class Settings(BaseModel):
+    """Frozen values that are checked when they are made, without any conversion of types.
 
-
-def refuse_out_of_bounds(settings: Any) -> None:
-    """Raises `InvalidConfig`, naming the field, for a value out of its bounds."""
-    for setting in fields(settings):
-        value = getattr(settings, setting.name)
-        low, high = setting.metadata["low"], setting.metadata["high"]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise InvalidConfig(f"{setting.name} is {value!r}; it must be a number from {low:,} to {high:,}")
-
-
-def from_environment(
-    kind: Any, prefix: str, environment: Mapping[str, str], *, called: str, besides: Collection[str] = ()
-) -> dict[str, float]:
-    """Field to value, of the variables that begin with the prefix; `besides` are variables of the same beginning for others.
-
-    Raises `InvalidConfig`, naming the variable, for one that no field has and for a value out of its bounds.
+    Raises `InvalidConfig`, naming each field that is wrong and its bounds, or each name that does not exist.
     """
-    variables = {f"{prefix}{setting.name.upper()}": setting for setting in fields(kind)}
-    values: dict[str, float] = {}
-    for name, text in environment.items():
-        if not name.startswith(prefix) or name in besides or not text:
-            continue
-        if name not in variables:
-            raise InvalidConfig(f"{name} is no {called}; there are {', '.join(sorted((*variables, *besides)))}")
-        low, high = variables[name].metadata["low"], variables[name].metadata["high"]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    a_setting: ClassVar[str] = "a setting"  # how a message calls one of them
+    prefix: ClassVar[str] = ""  # a field's variable is this and the field's name in capitals
+    other_variables: ClassVar[Sequence[str]] = ()  # they begin with the prefix, and something else reads them
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_what_is_wrong(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise InvalidConfig(f"{name} is {text!r}; it must be a number from {low:,} to {high:,}")
-        values[variables[name].name] = value
-    return values
+            return handler(data)
+        except ValidationError as error:
+            raise InvalidConfig(_message(cls, error, cls.variables() if info.context else None)) from None
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """Field to environment variable."""
+        return {name: f"{cls.prefix}{name.upper()}" for name in cls.model_fields}
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """The settings that variables with the prefix name; an empty variable counts as not set.
+
+        Raises `InvalidConfig`, naming the variable.
+        """
+        fields = {variable: name for name, variable in cls.variables().items()}
+        given = {
+            fields.get(variable, variable): text
+            for variable, text in environment.items()
+            if variable.startswith(cls.prefix) and variable not in cls.other_variables and text
+        }
+        return cls.model_validate_strings(given, strict=False, context=cls.prefix)
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """These settings with some in their place; raises as the constructor does."""
+        return type(self)(**{**dict(self), **values})
+
+
+def bounds_of(field: FieldInfo) -> tuple[Any, Any]:
+    """The lowest and the highest value that a field takes; None where there is no such bound."""
+    low = [bound.ge for bound in field.metadata if hasattr(bound, "ge")]
+    high = [bound.le for bound in field.metadata if hasattr(bound, "le")]
+    return next(iter(low), None), next(iter(high), None)
+
+
+def format_bounds(field: FieldInfo) -> str:
+    """Such as "from 1 to 500,000"; empty for a field without bounds."""
+    low, high = bounds_of(field)
+    above = next((bound.gt for bound in field.metadata if hasattr(bound, "gt")), None)
+    parts = [f"above {above:,}"] if above is not None else [f"from {low:,}"] if low is not None else []
+    if high is not None:
+        parts.append(f"to {high:,}" if low is not None else f"up to {high:,}")
+    return " ".join(parts)
+
+
+def _message(model: type[Settings], error: ValidationError, variables: Mapping[str, str] | None) -> str:
+    """One part for each thing that is wrong, under the name by which it was given: a field's, or its variable's."""
+    shown = variables or {name: name for name in model.model_fields}
+    said = []
+    for one in error.errors(include_url=False):
+        name = str(one["loc"][0]) if one["loc"] else ""
+        field = model.model_fields.get(name)
+        if field is None:
+            others = sorted((*shown.values(), *(model.other_variables if variables else ())))
+            said.append(f"{name} is not {model.a_setting}; choose from {', '.join(others)}")
+        elif one["type"] == "value_error":  # a check of ours, which says it all
+            said.append(str(one["ctx"]["error"]))
+        elif bounds := format_bounds(field):
+            kind = "an integer" if field.annotation is int else "a number"
+            said.append(f"{shown[name]} is {one['input']!r}; it must be {kind} {bounds}")
+        else:
+            said.append(f"{shown[name]}: {one['msg']}")
+    return "; ".join(said)
+
+
+class Limits(Settings):
+    """What bounds one drain."""
+
+    a_setting: ClassVar[str] = "a setting of a drain"
+
+    # benchmarks/batch_size.py: 8,900 rows/s at 5,000, 10,500 at 10,000, and level within its noise from 25,000 on
+    # (14,500; 13,800 at 50,000; 14,400 at 100,000), at 220 to 230 MB. Large, so that a run of 64 batches goes far.
+    batch_rows: int = Field(
+        default=100_000,
+        ge=1,
+        le=500_000,
+        description="Rows claimed, sealed and marked together; memory grows with it, the cost per row falls.",
+    )
+    batch_bytes: int = Field(
+        default=64 * 1024**2,
+        ge=1024,
+        le=1024**3,
+        description="Payload bytes of one batch, by the sizes of a sample (one larger row still goes, alone).",
+    )
+    max_batches: int = Field(
+        default=64, ge=1, le=1_000, description="Batches of one run at most; what is left over waits for the next run."
+    )
+    # One INSERT a batch makes the fewest parts and merges: ClickHouse took 6.8 CPU seconds for 300,000 rows, with two 9.6.
+    blocks_per_batch: int = Field(
+        default=1, ge=1, le=16, description="INSERTs that carry one batch, sent at the same time."
+    )
+    # Renewed while a verb is at work (`core.lease`): a run whose process is gone holds its batches for no longer.
+    lease_s: int = Field(
+        default=45,
+        ge=10,
+        le=86_400,
+        description="How long a run may hold a batch between two signs of life, in seconds; at least 300 where an executor gives the "
+        "steps to several processes, because they wait for each other in a queue.",
+    )
+    insert_timeout_s: int = Field(
+        default=60,
+        ge=1,
+        le=3_600,
+        description="max_execution_time of one INSERT in ClickHouse, in seconds; it may be longer than lease_s.",
+    )
+    # A marking chunk is one binlog event group; 5,000 rows of images are a few megabytes.
+    mark_rows: int = Field(
+        default=5_000,
+        ge=1,
+        le=50_000,
+        description="Rows stamped by one UPDATE; bounds the binary log's event groups and locks.",
+    )
+    mark_connections: int = Field(
+        default=2,
+        ge=1,
+        le=16,
+        description="UPDATEs that mark one batch at the same time, each on a connection of its own.",
+    )
+    # For a MySQL that has no room to spare; benchmarks/latency.py shows what the application notices without them.
+    max_rows_per_second: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Rows marked per second at most, and so exported; 0 is as fast as the databases allow.",
+    )
+    mark_pause_ms: int = Field(
+        default=0,
+        ge=0,
+        le=60_000,
+        description="Rest after each UPDATE that marks rows, on its connection, in milliseconds.",
+    )
+    linger_s: int = Field(
+        default=0,
+        ge=0,
+        le=6_000,
+        description="How long a run stays, counted from its start, and drains what arrives; it leaves early when another "
+        "drain is waiting. 0 ends with the backlog. Below max_runtime_seconds of dagster.yaml.",
+    )
+    linger_poll_ms: int = Field(
+        default=500,
+        ge=20,
+        le=60_000,
+        description="How often a run that stays looks for new rows, in milliseconds: each look is one short query.",
+    )
+    versions: Sequence[str] = Field(
+        default_factory=lambda: tuple(VERSIONS),
+        description="Payload versions to export; any other stays untouched and is counted.",
+    )
+
+    @field_validator("versions")
+    @classmethod
+    def _check_versions(cls, versions: Sequence[str]) -> Sequence[str]:
+        if not versions or not all(version in VERSIONS for version in versions):
+            raise ValueError(f"versions is {list(versions)}; choose from {list(VERSIONS)}")
+        return tuple(versions)
+
+    @property
+    def inserts_s(self) -> int:
+        """How long an INSERT can be at work after its run was allowed to send it."""
+        return START_WITHIN_S + self.insert_timeout_s
+
+    def for_one_process(self, one_process: bool) -> Limits:
+        """These limits, with a lease that outlasts a queue where the steps are in several processes."""
+        return self if one_process else self.with_values({"lease_s": max(self.lease_s, QUEUED_LEASE_S)})
+
+
+class Thresholds(Settings):
+    """What makes a run worth starting: this many rows, or the oldest this old, whichever comes first."""
+
+    a_setting: ClassVar[str] = "a threshold of the sensor"
+    prefix: ClassVar[str] = "AUDITEXPORT_SENSOR_"
+
+    rows: int = Field(default=10_000, gt=0, description="Pending rows.")
+    lag_s: float = Field(default=60.0, gt=0, description="Age of the oldest pending row, in seconds.")
+
+
+class Targets(Settings):
+    """What an operator is called for."""
+
+    a_setting: ClassVar[str] = "a target"
+    prefix: ClassVar[str] = "AUDITEXPORT_TARGET_"
+
+    lag_s: float = Field(
+        default=300.0, ge=1, le=604_800, description="The oldest pending row may be this old, in seconds."
+    )
+    batch_open_minutes: float = Field(
+        default=15.0, ge=1, le=10_080, description="A batch may be open, or unverified, this long."
+    )
+    reconcile_hours: float = Field(
+        default=36.0, ge=1, le=8_760, description="Both stores are compared at least this often."
+    )
+    retention_days: float = Field(
+        default=float(RETENTION_DAYS), ge=1, le=3_650, description="Exported rows stay in the outbox this long."
+    )
+    sweep_late_days: float = Field(
+        default=2.0, ge=0, le=365, description="And at most this much longer: a sweep a day that failed once."
+    )
+    dead_letters: float = Field(
+        default=0.0, ge=0, le=1_000_000_000, description="Open dead letters that nobody needs to be called for."
+    )
+    unknown_rows: float = Field(
+        default=0.0, ge=0, le=1_000_000_000, description="Rows of unknown versions that nobody needs to be called for."
+    )
+
+
+class Retention(Settings):
+    """How long rows and batches stay after they are done with."""
+
+    a_setting: ClassVar[str] = "a setting of the sweep"
+
+    outbox_days: float = Field(
+        default=float(RETENTION_DAYS), ge=0, le=3_650, description="Exported rows stay this many days."
+    )
+    ledger_days: float = Field(
+        default=400.0,
+        ge=1,
+        le=36_500,
+        description="Batches keep their pks this many days; longer than ClickHouse's TTL.",
+    )
+    # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
+    chunk_rows: int = Field(default=5_000, ge=1, le=50_000, description="Rows deleted by one transaction.")
+    pause_s: float = Field(
+        default=0.0, ge=0, le=60, description="Seconds between two of them, for a server that has better things to do."
+    )
+    max_rows: int = Field(
+        default=10_000_000,
+        ge=1,
+        le=10_000_000_000,
+        description="Rows of one sweep at most; the rest waits for the next.",
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.ledger_days < self.outbox_days:
+            raise InvalidConfig(
+                f"ledger_days is {self.ledger_days} and outbox_days is {self.outbox_days}: the record of a batch must stay "
+                "longer than its rows"
+            )
+        return self

@@ -23,7 +23,6 @@ from auditexport_pipeline.core.batch import (
 )
 from auditexport_pipeline.core.errors import BatchAltered, InsertRefused, TableRefuses
 from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable, explain, id_hash, normal_form
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.poison import Group, ProbeBudget, next_to_halve, search
 from auditexport_pipeline.core.ports import (
@@ -35,6 +34,7 @@ from auditexport_pipeline.core.ports import (
     Refusal,
     StoredRow,
 )
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 
 # A block that is too large is split into twice as many parts each time, and into this many at most.

@@ -1,7 +1,7 @@
 """Status: how the export stands at one moment.
 
 What belongs here: the numbers as a value, what follows from them alone, and how a number reads. What does not: what they
-should be (`core.targets`) and what to do (`core.advice`), how they are read (`mysql.status`), how they are shown (the
+should be (`core.settings`) and what to do (`core.advice`), how they are read (`mysql.status`), how they are shown (the
 prompt, asset checks, metrics), and whether a run is worth starting (`core.backlog`).
 """
 

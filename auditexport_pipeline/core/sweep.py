@@ -21,44 +21,15 @@ from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
 from auditexport_pipeline.core.compare import compare, compare_at_rest, insert_group_at
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
-from auditexport_pipeline.core.limits import RETENTION_DAYS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Maintenance, Outbox
+from auditexport_pipeline.core.settings import Retention as Retention
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 50
 # Workspaces whose counts the ledger keeps for a swept insert group, at most: some hundred bytes.
 WORKSPACES_KEPT = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """How long what is done with stays. Raises `InvalidConfig`, naming the field, for a value out of bounds."""
-
-    outbox_days: float = RETENTION_DAYS
-    ledger_days: float = 400.0  # batches of which nothing but the record is left
-    # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
-    chunk_rows: int = 5_000
-    pause_s: float = 0.0  # between chunks, for a server that has better things to do
-    max_rows: int = 10_000_000  # of one sweep; the rest waits for the next
-
-    def __post_init__(self) -> None:
-        bounds: tuple[tuple[str, float, float, float], ...] = (
-            ("outbox_days", self.outbox_days, 0, 3_650),
-            ("ledger_days", self.ledger_days, 1, 36_500),
-            ("chunk_rows", self.chunk_rows, 1, 50_000),
-            ("pause_s", self.pause_s, 0, 60),
-            ("max_rows", self.max_rows, 1, 10_000_000_000),
-        )
-        for name, value, low, high in bounds:
-            if not low <= value <= high:
-                raise InvalidConfig(f"{name} is {value}; it must be from {low:,} to {high:,}")
-        if self.ledger_days < self.outbox_days:
-            raise InvalidConfig(
-                f"ledger_days is {self.ledger_days} and outbox_days is {self.outbox_days}: the record of a batch must stay "
-                "longer than its rows"
-            )
 
 
 @dataclass(slots=True, kw_only=True)

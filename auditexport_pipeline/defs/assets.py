@@ -40,13 +40,13 @@ from auditexport_pipeline.core.errors import (
     VerificationFailed,
 )
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.outcome import Outcome, outcome_of
 from auditexport_pipeline.core.pipeline import VERBS
 from auditexport_pipeline.core.ports import Discrepancy, Moment
 from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
-from auditexport_pipeline.defs.config import DRAIN_SCHEMA, drain_config
+from auditexport_pipeline.defs.config import DrainConfig, drain_config
 from auditexport_pipeline.defs.drains import drain_in, say_alive
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
 from auditexport_pipeline.defs.failures import told_to_dagster
@@ -109,17 +109,16 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
             "planned": dg.Out(Planned),
         },
         ins={"clickhouse_outbox": dg.In(dg.Nothing)},
-        config_schema=DRAIN_SCHEMA,
         # Another outbox's batches wait in the same queue of Celery's: a drain that is due learns at once what there is.
         tags=tags_of_step(4, names.celery_queue),
         pool=names.pool,
         required_resource_keys=names.everything,
         description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
     )
-    def plan_batches(context: dg.OpExecutionContext) -> Iterator[Any]:
+    def plan_batches(context: dg.OpExecutionContext, config: DrainConfig) -> Iterator[Any]:
         to = names.connected(context)
         started_at_s = time.time()
-        limits = limits_of(context)
+        limits = limits_of(context, config)
         with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
             _refuse_if_ended(context)
         say_alive(context.instance, context.run_id, process_of(context))
@@ -169,18 +168,18 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
 def _fetch_batch(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("fetch_batch"),
-        config_schema=DRAIN_SCHEMA,
         tags=tags_of_step(0, names.celery_queue),
         required_resource_keys=names.everything,
         description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
     )
-    def fetch_batch(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Claim]:
+    def fetch_batch(context: dg.OpExecutionContext, config: DrainConfig, claim: Claim) -> dg.Output[Claim]:
         to = names.connected(context)
-        if not _has_time(context, to, claim):
+        limits = limits_of(context, config)
+        if not _has_time(context, to, claim, limits):
             context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
             return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0, "prefetched": False})
         with told_to_dagster(context, to.heartbeat):
-            fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
+            fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
         timing = to.pipeline.timing("fetch", claim.batch_id)
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
@@ -199,25 +198,25 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
     return fetch_batch
 
 
-def _has_time(context: dg.OpExecutionContext, to: Connected, claim: Claim) -> bool:
+def _has_time(context: dg.OpExecutionContext, to: Connected, claim: Claim, limits: Limits) -> bool:
     """Whether this run can finish the batch before `max_runtime_seconds` ends it. What has begun is finished."""
-    return to.pipeline.has_begun(claim) or time_for(context, limits_of(context))(claim)
+    return to.pipeline.has_begun(claim) or time_for(context, limits)(claim)
 
 
 def _write_clickhouse(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("write_clickhouse"),
-        config_schema=DRAIN_SCHEMA,
         tags=tags_of_step(1, names.celery_queue),
         required_resource_keys=names.everything,
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
-    def write_clickhouse(context: dg.OpExecutionContext, claim: Claim) -> dg.Output[Any]:
+    def write_clickhouse(context: dg.OpExecutionContext, config: DrainConfig, claim: Claim) -> dg.Output[Any]:
         to = names.connected(context)
-        if not _has_time(context, to, claim):
+        limits = limits_of(context, config)
+        if not _has_time(context, to, claim, limits):
             return dg.Output(Postponed(claim=claim), metadata={"entries": 0, "blocks": 0, "bytes": 0})
         with told_to_dagster(context, to.heartbeat):
-            receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits_of(context))
+            receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
         timing = to.pipeline.timing("write", claim.batch_id)
         context.log.info(
             f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
@@ -243,17 +242,16 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
 def _mark_exported(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("mark_exported"),
-        config_schema=DRAIN_SCHEMA,
         tags=tags_of_step(2, names.celery_queue),
         required_resource_keys=names.everything,
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
-    def mark_exported(context: dg.OpExecutionContext, receipt: Any) -> dg.Output[int]:
+    def mark_exported(context: dg.OpExecutionContext, config: DrainConfig, receipt: Any) -> dg.Output[int]:
         to = names.connected(context)
         if isinstance(receipt, Postponed):
             return dg.Output(receipt.claim.batch_id, metadata={"rows": 0})
         with told_to_dagster(context, to.heartbeat):
-            batch = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context))
+            batch = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context, config))
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
             return dg.Output(batch.batch_id, metadata={"rows": 0})
@@ -287,14 +285,15 @@ def _finish_export(names: Names) -> dg.OpDefinition:
     @dg.op(
         name=names.of("finish_export"),
         out=dg.Out(dg.Nothing),
-        config_schema=DRAIN_SCHEMA,
         tags=tags_of_step(3, names.celery_queue),
         required_resource_keys=names.everything,
         description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
     )
-    def finish_export(context: dg.OpExecutionContext, batch_ids: list[int], planned: Planned) -> None:
+    def finish_export(
+        context: dg.OpExecutionContext, config: DrainConfig, batch_ids: list[int], planned: Planned
+    ) -> None:
         to = names.connected(context)
-        limits = limits_of(context)
+        limits = limits_of(context, config)
         with told_to_dagster(context, to.heartbeat):
             if len(batch_ids) != planned.batches:
                 raise IncompleteRun(

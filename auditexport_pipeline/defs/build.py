@@ -55,7 +55,7 @@ def build_audit_export_defs(
     The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL, AUDITEXPORT_HEARTBEAT_URL
     and AUDITEXPORT_ALERT_WEBHOOK_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
     of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
-    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise), `targets` what an operator is called for (fields of `core.targets.Targets`;
+    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise), `targets` what an operator is called for (fields of `core.settings.Targets`;
     AUDITEXPORT_TARGET_… for the others). `celery_queue` is where workers of Celery's find the drain's steps, if not where they find
     everybody's. `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
     `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,

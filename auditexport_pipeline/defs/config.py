@@ -1,51 +1,97 @@
-"""The launchpad: `core.limits.Limits` as a flat Dagster configuration, and forms whose values are checked at the launch.
+"""The launchpad: one `dg.Config` class for each form, and its values checked when a run is launched.
 
-What belongs here: turning the one table of limits into a schema, spreading its values over the ops, the forms of the other
-jobs, and refusing a wrong value before a run starts. What does not: names, defaults, bounds and descriptions of a drain's
-limits; those stand in `core.limits`.
+What belongs here: a drain's settings as one flat form, spread over the ops; the forms of the other jobs; refusing a wrong value
+before a run starts. What does not: the settings that the CLI and the variables have as well, which are in `core.settings`.
 """
 
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import dagster as dg
 import msgspec
+from pydantic import Field, model_validator
 
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.dead_letters import DeadLetterFilter, LetterState
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.sweep import Retention
+from auditexport_pipeline.core.settings import Limits, Retention, Settings, format_bounds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.executors import limits_here
 from auditexport_pipeline.defs.names import Names
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def _schema() -> dict[str, dg.Field]:
+
+class Form(Settings, dg.Config):
+    """Settings that an op takes as its config."""
+
+
+def schema_of(form: type[Settings]) -> dict[str, dg.Field]:
+    """The form as the launchpad shows it: each field with its default, bounds and sentence.
+
+    The schema that Dagster makes of a `dg.Config` leaves the bounds out, and takes the name of a variable for any value.
+    """
     schema: dict[str, dg.Field] = {}
-    for limit in fields(Limits):
-        meaning = limit.metadata["meaning"]
-        if limit.name == "versions":
-            schema[limit.name] = dg.Field([str], default_value=list(VERSIONS), description=meaning)
+    for name, field in form.model_fields.items():
+        bounds = format_bounds(field)
+        described = f"{field.description} {bounds[0].upper()}{bounds[1:]}." if bounds else field.description
+        kind, default = _kind(field.annotation), field.get_default(call_default_factory=True)
+        if field.is_required():
+            schema[name] = dg.Field(kind, description=described)
         else:
-            assert limit.default is not MISSING
-            bounds = f" From {limit.metadata['low']:,} to {limit.metadata['high']:,}."
-            schema[limit.name] = dg.Field(int, default_value=limit.default, description=meaning + bounds)
+            default = list(default) if isinstance(default, tuple) else default
+            schema[name] = dg.Field(kind, description=described, default_value=default)
     return schema
 
 
-DRAIN_SCHEMA = _schema()
+def _kind(annotation: Any) -> Any:
+    """Dagster's type for a field: a scalar, a list of one, or one that may be None."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return dg.Noneable(_kind(arguments[0]))
+    return [arguments[0]] if arguments else annotation
 
 
-@dg.config_mapping(config_schema=DRAIN_SCHEMA)
+def checked(op: dg.OpDefinition, name: str, form: type[Form]) -> dg.OpDefinition:
+    """The op under this name, with a form whose values are checked at the launch: a wrong one refuses the run."""
+
+    @dg.configured(op, config_schema=schema_of(form), name=name)
+    def at_launch(settings: dict[str, Any]) -> dict[str, Any]:
+        _refuse_unless(lambda given: form(**given), settings)
+        return settings
+
+    return at_launch
+
+
+def _refuse_unless(check: Callable[[dict[str, Any]], object], settings: dict[str, Any]) -> None:
+    try:
+        check(settings)
+    except InvalidConfig as error:
+        raise dg.DagsterInvalidConfigError(str(error), [], settings) from None
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class DrainConfig(Limits, Form):
+    """The limits of a drain, as each of its ops takes them."""
+
+    # Of the types that Limits allows for it, the one that Dagster knows.
+    versions: list[str] = Field(
+        default_factory=lambda: list(VERSIONS), description=Limits.model_fields["versions"].description
+    )
+
+
+@dg.config_mapping(config_schema=schema_of(DrainConfig))
 def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """One flat form for the whole graph; a value out of bounds is refused before anything runs, by name."""
+    """One flat form for the whole graph: without it the launchpad would ask for the same settings five times."""
     _refuse_unless(limits_here, settings)
     op = {"config": settings}
     return {
@@ -53,26 +99,6 @@ def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
         "export_batch": {"ops": {"fetch_batch": op, "write_clickhouse": op, "mark_exported": op}},
         "finish_export": op,
     }
-
-
-def checked(
-    op: dg.OpDefinition, name: str, schema: Mapping[str, dg.Field], check: Callable[[Mapping[str, Any]], object]
-) -> dg.OpDefinition:
-    """The op under this name, with a form that `check` looks at when a run is launched: what it raises refuses the run."""
-
-    @dg.configured(op, config_schema=dict(schema), name=name)
-    def form(settings: dict[str, Any]) -> dict[str, Any]:
-        _refuse_unless(check, settings)
-        return settings
-
-    return form
-
-
-def _refuse_unless(check: Callable[[Mapping[str, Any]], object], settings: dict[str, Any]) -> None:
-    try:
-        check(settings)
-    except InvalidConfig as error:
-        raise dg.DagsterInvalidConfigError(str(error), [], settings) from None
 
 
 def drain_settings(names: Names, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -97,186 +123,129 @@ def _drain_of_environment() -> dict[str, Any]:
         ) from None
 
 
-# ── the forms of the other jobs ───────────────────────────────────────────────────────────────────────
-
-_WHO = dg.Field(str, default_value="", description="Who wants this; empty: the run itself.")
-_DRY_RUN = dg.Field(bool, default_value=False, description="Say what would be done, and change nothing.")
-# A window of reconciliation beyond this is a mistake of units.
-LONGEST_WINDOW_DAYS = 3_650
+# ── the other jobs ───────────────────────────────────────────────────────────────────────────────
 
 
-def _optional(kind: Any, meaning: str) -> dg.Field:
-    return dg.Field(dg.Noneable(kind), default_value=None, description=meaning)
+class RequeueConfig(Form):
+    """DeadLetterFilter rows `requeue_events` means, who wants it and why."""
 
-
-# ── requeue ───────────────────────────────────────────────────────────────────────────────────────────
-
-REQUEUE = {
-    "event_ids": dg.Field([str], default_value=[], description="These events."),
-    "workspace_id": _optional(str, "Of this workspace."),
-    "from_event_ms": _optional(int, "Event time from, epoch milliseconds, inclusive."),
-    "to_event_ms": _optional(int, "Event time to, exclusive."),
-    "from_exported_ms": _optional(int, "Exported (`deleted_at`) from, epoch milliseconds, inclusive."),
-    "to_exported_ms": _optional(int, "Exported to, exclusive."),
-    "from_pk": _optional(int, "First pk of the outbox."),
-    "to_pk": _optional(int, "Last pk of the outbox."),
-    "batch_ids": dg.Field([int], default_value=[], description="Rows of these batches of the ledger."),
-    "missing_only": dg.Field(bool, default_value=False, description="Only what ClickHouse lacks."),
-    "dry_run": _DRY_RUN,
-    "who": _WHO,
-    "why": dg.Field(str, description="Why; it is kept with the action."),
-}
-
-
-def rows_of(settings: Mapping[str, Any]) -> RowFilter:
-    values = {name: settings[name] for name in RowFilter.__dataclass_fields__}
-    conditions: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    wanted = RowFilter(**conditions)
-    wanted.refuse_everything()
-    return wanted
-
-
-def check_requeue(settings: Mapping[str, Any]) -> None:
-    rows_of(settings)
-    Actor(who=settings["who"] or "the run", why=settings["why"])
-
-
-# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────
-
-_DEFAULTS = Retention()
-SWEEP = {
-    "outbox_days": dg.Field(
-        float,
-        default_value=_DEFAULTS.outbox_days,
-        description="Exported rows stay this many days. From 0 to 3,650.",
-    ),
-    "ledger_days": dg.Field(
-        float,
-        default_value=_DEFAULTS.ledger_days,
-        description="Batches keep their pks this many days; longer than ClickHouse's TTL. From 1 to 36,500.",
-    ),
-    "chunk_rows": dg.Field(
-        int, default_value=_DEFAULTS.chunk_rows, description="Rows deleted by one transaction. From 1 to 50,000."
-    ),
-    "pause_s": dg.Field(
-        float, default_value=_DEFAULTS.pause_s, description="Seconds between two of them. From 0 to 60."
-    ),
-    "max_rows": dg.Field(
-        int, default_value=_DEFAULTS.max_rows, description="Rows of one sweep at most; the rest waits for the next."
-    ),
-    "ttl_days": _optional(
-        float,
-        "Where ClickHouse cannot evaluate the table's TTL: it keeps an entry this many days after `inserted_at`. Recorded; "
-        "counts until the TTL reads otherwise.",
-    ),
-    "dry_run": _DRY_RUN,
-    "who": _WHO,
-}
-
-
-def retention_of(settings: Mapping[str, Any]) -> Retention:
-    return Retention(**{name: settings[name] for name in Retention.__dataclass_fields__})
-
-
-# ── reconcile ─────────────────────────────────────────────────────────────────────────────────────────
-
-RECONCILE = {
-    "days": dg.Field(float, default_value=7.0, description="Exports of this many days up to now. Up to 3,650."),
-    "from_ms": _optional(int, "Instead of `days`: first export from, epoch milliseconds, inclusive."),
-    "to_ms": _optional(int, "First export to, exclusive; empty: up to now."),
-    "others_write": dg.Field(
-        bool,
-        default_value=False,
-        description="Somebody else fills audit_logs_raw_v1 as well: count and do not accuse.",
-    ),
-    "repair": dg.Field(bool, default_value=False, description="Requeue exactly what is missing."),
-    "dry_run": dg.Field(bool, default_value=False, description="Record nothing of what is seen, and requeue nothing."),
-    "report_path": _optional(
-        str,
-        "Also write the page for people to this file (.html), on the machine that runs the job; one page, replaced by the "
-        "next run.",
-    ),
-    "who": _WHO,
-    "why": dg.Field(str, default_value="reconciliation", description="Kept with the repair."),
-}
-
-
-def check_window(settings: Mapping[str, Any]) -> None:
-    first, last = settings["from_ms"], settings["to_ms"]
-    if not 0 < settings["days"] <= LONGEST_WINDOW_DAYS:
-        raise InvalidConfig(f"days is {settings['days']:g}; it must be above 0, and {LONGEST_WINDOW_DAYS:,} at most")
-    if first is not None and last is not None and first >= last:
-        raise InvalidConfig(f"from_ms is {first} and to_ms is {last}: the window is empty; swap them")
-    if settings["report_path"]:
-        from auditexport_pipeline.report import page  # only for who wants one: a run's start-up is part of its latency
-
-        page.check_path(Path(settings["report_path"]))
-    Actor(who=settings["who"] or "the run", why=settings["why"])
-
-
-# ── retry dead letters ────────────────────────────────────────────────────────────────────────────────
-
-RETRY = {
-    "why": dg.Field(str, description="What was fixed; recorded."),
-    "who": dg.Field(str, default_value="", description="Who decides this; empty means this run."),
-    "workspace_id": dg.Field(str, default_value="", description="Of one workspace; empty means any."),
-    "reason": dg.Field(
-        str,
-        default_value="",
-        description="As `auditexport dead-letters list` shows it, such as wrong_type; empty: any.",
-    ),
-    "version": dg.Field(str, default_value="", description="The payload's version; empty means any."),
-    "older_than_s": dg.Field(int, default_value=0, description="Set aside at least this many seconds ago. From 0."),
-    "pks": dg.Field([int], default_value=[], description="Of these rows."),
-    "discarded": dg.Field(bool, default_value=False, description="Discarded letters instead of open ones."),
-    "everything": dg.Field(
-        bool, default_value=False, description="Every letter in that state: needed without a filter."
-    ),
-    "dry_run": dg.Field(bool, default_value=True, description="Only say how many."),
-}
-
-
-def letters_of(settings: Mapping[str, Any]) -> DeadLetterFilter:
-    """The letters that are meant; raises `InvalidConfig` when none of the filters is given and `everything` is not."""
-    if settings["older_than_s"] < 0:
-        raise InvalidConfig(f"older_than_s is {settings['older_than_s']}; it must be 0 or more")
-    which = DeadLetterFilter(
-        state=LetterState.DISCARDED if settings["discarded"] else LetterState.OPEN,
-        workspace_id=settings["workspace_id"] or None,
-        reason=settings["reason"] or None,
-        version=settings["version"] or None,
-        older_than_s=settings["older_than_s"] or None,
-        pks=PkSet.of(sorted(set(settings["pks"]))) if settings["pks"] else None,
+    event_ids: list[str] = Field(default=[], description="These events.")
+    workspace_id: str | None = Field(default=None, description="Of this workspace.")
+    from_event_ms: int | None = Field(default=None, description="Event time from, epoch milliseconds, inclusive.")
+    to_event_ms: int | None = Field(default=None, description="Event time to, exclusive.")
+    from_exported_ms: int | None = Field(
+        default=None, description="Exported (`deleted_at`) from, epoch milliseconds, inclusive."
     )
-    if which.everything and not settings["everything"]:
-        raise InvalidConfig(f"no filter is given; set one, or `everything` for every {which.state} dead letter")
-    return which
+    to_exported_ms: int | None = Field(default=None, description="Exported to, exclusive.")
+    from_pk: int | None = Field(default=None, description="First pk of the outbox.")
+    to_pk: int | None = Field(default=None, description="Last pk of the outbox.")
+    batch_ids: list[int] = Field(default=[], description="Rows of these batches of the ledger.")
+    missing_only: bool = Field(default=False, description="Only what ClickHouse lacks.")
+    dry_run: bool = Field(default=False, description="Say what would be done, and change nothing.")
+    who: str = Field(default="", description="Who wants this; empty: the run itself.")
+    why: str = Field(description="Why; it is kept with the action.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.rows().refuse_everything()
+        Actor(who=self.who or "the run", why=self.why)
+        return self
+
+    def rows(self) -> RowFilter:
+        """Raises `InvalidConfig` for a range without rows."""
+        values = {name: getattr(self, name) for name in RowFilter.__dataclass_fields__}
+        conditions: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return RowFilter(**conditions)
 
 
-def check_retry(settings: Mapping[str, Any]) -> None:
-    letters_of(settings)
-    Actor(who=settings["who"] or "the run", why=settings["why"])
+class SweepConfig(Retention, Form):
+    """What `sweep_exported_rows` deletes."""
+
+    ttl_days: float | None = Field(
+        default=None,
+        description="Where ClickHouse cannot evaluate the table's TTL: it keeps an entry this many days after `inserted_at`. "
+        "Recorded; counts until the TTL reads otherwise.",
+    )
+    dry_run: bool = Field(default=False, description="Say what would be done, and change nothing.")
+    who: str = Field(default="", description="Who wants this; empty: the run itself.")
 
 
-# ── purge ─────────────────────────────────────────────────────────────────────────────────────────────
+class ReconcileConfig(Form):
+    """DeadLetterFilter exports `reconcile_audit_logs` compares, and what follows."""
 
-RUN_DAYS = 30.0
-# A run a minute for more than a day: one purge a day keeps up with the busiest sensor.
-MAX_RUNS = 2_000
-PURGE = {
-    "run_days": dg.Field(
-        float, default_value=RUN_DAYS, description="Finished runs stay this many days. From 1 to 3,650."
-    ),
-    "max_runs": dg.Field(
-        int, default_value=MAX_RUNS, description="Runs of one purge at most, oldest first. From 1 to 100,000."
-    ),
-    "dry_run": dg.Field(bool, default_value=False, description="Say how many, and delete nothing."),
-}
+    # A window beyond ten years is a mistake of units.
+    days: float = Field(default=7.0, gt=0, le=3_650, description="Exports of this many days up to now.")
+    from_ms: int | None = Field(
+        default=None, description="Instead of `days`: first export from, epoch milliseconds, inclusive."
+    )
+    to_ms: int | None = Field(default=None, description="First export to, exclusive; empty: up to now.")
+    others_write: bool = Field(
+        default=False,
+        description="Other writers fill audit_logs_raw_v1 too: count unknown entries, do not report them.",
+    )
+    repair: bool = Field(default=False, description="Requeue exactly what is missing.")
+    dry_run: bool = Field(default=False, description="Record nothing of what is seen, and requeue nothing.")
+    report_path: str | None = Field(
+        default=None,
+        description="Also write the page for people to this file (.html), on the machine that runs the job; one page, replaced by "
+        "the next run.",
+    )
+    who: str = Field(default="", description="Who wants this; empty: the run itself.")
+    why: str = Field(default="reconciliation", description="Kept with the repair.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.from_ms is not None and self.to_ms is not None and self.from_ms >= self.to_ms:
+            raise InvalidConfig(f"from_ms is {self.from_ms} and to_ms is {self.to_ms}: the window is empty; swap them")
+        if self.report_path:
+            from auditexport_pipeline.report import page  # only when asked for: start-up is part of a run's latency
+
+            page.check_path(Path(self.report_path))
+        Actor(who=self.who or "the run", why=self.why)
+        return self
 
 
-def check_purge(settings: Mapping[str, Any]) -> None:
-    for name, low, high in (("run_days", 1, 3_650), ("max_runs", 1, 100_000)):
-        if not low <= settings[name] <= high:
-            raise InvalidConfig(f"{name} is {settings[name]:g}; it must be from {low:,} to {high:,}")
+class RetryConfig(Form):
+    """DeadLetterFilter dead letters `retry_dead_letters` means, who decides and why."""
+
+    why: str = Field(description="What was fixed; recorded.")
+    who: str = Field(default="", description="Who decides this; empty means this run.")
+    workspace_id: str = Field(default="", description="Of one workspace; empty means any.")
+    reason: str = Field(
+        default="", description="As `auditexport dead-letters list` shows it, such as wrong_type; empty means any."
+    )
+    version: str = Field(default="", description="The payload's version; empty means any.")
+    older_than_s: int = Field(default=0, ge=0, description="Set aside at least this many seconds ago.")
+    pks: list[int] = Field(default=[], description="Of these rows.")
+    discarded: bool = Field(default=False, description="Discarded letters instead of open ones.")
+    everything: bool = Field(default=False, description="Every letter in that state: needed without a filter.")
+    dry_run: bool = Field(default=True, description="Only say how many.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        letters = self.letters()
+        if letters.everything and not self.everything:
+            raise InvalidConfig(f"no filter is given; set one, or `everything` for every {letters.state} dead letter")
+        Actor(who=self.who or "the run", why=self.why)
+        return self
+
+    def letters(self) -> DeadLetterFilter:
+        return DeadLetterFilter(
+            state=LetterState.DISCARDED if self.discarded else LetterState.OPEN,
+            workspace_id=self.workspace_id or None,
+            reason=self.reason or None,
+            version=self.version or None,
+            older_than_s=self.older_than_s or None,
+            pks=PkSet.of(sorted(set(self.pks))) if self.pks else None,
+        )
+
+
+class PurgeConfig(Form):
+    """DeadLetterFilter runs `purge_old_runs` deletes."""
+
+    run_days: float = Field(default=30.0, ge=1, le=3_650, description="Finished runs stay this many days.")
+    # A run a minute for more than a day: one purge a day keeps up with the busiest sensor.
+    max_runs: int = Field(default=2_000, ge=1, le=100_000, description="Runs of one purge at most, oldest first.")
+    dry_run: bool = Field(default=False, description="Say how many, and delete nothing.")

@@ -22,7 +22,7 @@ import dagster as dg
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
@@ -88,7 +88,7 @@ def limits_here(settings: Mapping[str, Any]) -> Limits:
     """The limits with these settings. Raises `InvalidConfig`, naming the field, also for a run that would stay for longer than
     Celery's broker leaves a task with its worker: another one would be given it, again and again.
     """
-    limits = Limits.of(settings)
+    limits = Limits(**settings)
     if os.environ.get(EXECUTOR) != "celery" or not limits.linger_s:
         return limits
     if _over_redis(_broker_url()):
@@ -120,9 +120,9 @@ def process_of(context: dg.OpExecutionContext) -> str:
     return processes.this_process() if in_one_process(context) else ""
 
 
-def limits_of(context: dg.OpExecutionContext) -> Limits:
-    """The limits that a step was given, with a lease that outlasts this run's executor's queue."""
-    return Limits.of(context.op_config).for_one_process(in_one_process(context))
+def limits_of(context: dg.OpExecutionContext, config: Limits) -> Limits:
+    """The limits that a step was given, with a lease that outlasts the queue of this run's executor."""
+    return Limits(**dict(config)).for_one_process(in_one_process(context))
 
 
 def _in_process() -> dg.ExecutorDefinition:

@@ -26,19 +26,13 @@ from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.defs.config import (
-    PURGE,
-    RECONCILE,
-    REQUEUE,
-    RETRY,
-    SWEEP,
-    check_purge,
-    check_requeue,
-    check_retry,
-    check_window,
+    Form,
+    PurgeConfig,
+    ReconcileConfig,
+    RequeueConfig,
+    RetryConfig,
+    SweepConfig,
     checked,
-    letters_of,
-    retention_of,
-    rows_of,
 )
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB
 from auditexport_pipeline.defs.failures import in_one_line, told_to_dagster
@@ -72,54 +66,61 @@ def checks_job(names: Names) -> Any:
     )
 
 
+# ── jobs of one op ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _by(context: dg.OpExecutionContext, who: str, why: str) -> Actor:
+    return Actor(who=who or f"Dagster run {context.run_id[:8]} of {context.job_name}", why=why)
+
+
+def _job(names: Names, name: str, op: dg.OpDefinition, form: type[Form], description: str) -> dg.JobDefinition:
+    """The job of this name whose one op has this form; the op's name in the run configuration is the contract's."""
+    node = checked(op, names.of(op.name), form).alias(op.name)
+
+    @dg.job(name=names.of(name), description=description)
+    def job() -> None:
+        node()
+
+    return job
+
+
 # ── requeue ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def by_of(context: dg.OpExecutionContext, why: str) -> Actor:
-    """Who and why, by a launchpad's form with these two fields."""
-    who = context.op_config["who"] or f"Dagster run {context.run_id[:8]} of {context.job_name}"
-    return Actor(who=who, why=context.op_config.get("why") or why)
 
 
 def requeue_job(names: Names) -> dg.JobDefinition:
     """`requeue_events`."""
 
     @dg.op(
-        config_schema=REQUEUE,
         out=dg.Out(dg.Nothing),
         required_resource_keys=names.databases,
         description="Clears the marks of exported rows, so that the next drain exports them again under their first "
         "`inserted_at`. All conditions that are given hold together.",
     )
-    def requeue_rows(context: dg.OpExecutionContext) -> None:
-        settings = dict(context.op_config)
+    def requeue_rows(context: dg.OpExecutionContext, config: RequeueConfig) -> None:
         mysql = names.mysql_of(context)
         with told_to_dagster(context):
             done = requeue(
                 mysql.outbox(),
                 mysql.upkeep(),
                 names.clickhouse_of(context).audit_log(),
-                rows_of(settings),
-                by_of(context, ""),
-                missing_only=settings["missing_only"],
-                dry_run=settings["dry_run"],
+                config.rows(),
+                _by(context, config.who, config.why),
+                missing_only=config.missing_only,
+                dry_run=config.dry_run,
             )
         context.log.info(
-            f"{'would requeue' if settings['dry_run'] else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
+            f"{'would requeue' if config.dry_run else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
             + (f", action {done.action_id}" if done.action_id else "")
         )
         context.add_output_metadata(requeue_metadata(done))
 
-    form = checked(requeue_rows, names.of("requeue_rows"), REQUEUE, check_requeue).alias("requeue_rows")
-
-    @dg.job(
-        name=names.of("requeue_events"),
-        description="Exports rows again on purpose: by event, workspace, time, pk or batch.",
+    return _job(
+        names,
+        "requeue_events",
+        requeue_rows,
+        RequeueConfig,
+        "Exports rows again on purpose: by event, workspace, time, pk or batch.",
     )
-    def requeue_events() -> None:
-        form()
-
-    return requeue_events
 
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,28 +130,25 @@ def sweep_job(names: Names) -> dg.JobDefinition:
     """`sweep_exported_rows`."""
 
     @dg.op(
-        config_schema=SWEEP,
         out=dg.Out(dg.Nothing),
         required_resource_keys=names.databases,
         description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
     )
-    def sweep_rows(context: dg.OpExecutionContext) -> None:
-        settings = dict(context.op_config)
+    def sweep_rows(context: dg.OpExecutionContext, config: SweepConfig) -> None:
         mysql = names.mysql_of(context)
         with told_to_dagster(context):
-            retention = retention_of(settings)
             done = sweep(
                 mysql.outbox(),
                 mysql.upkeep(),
                 names.clickhouse_of(context).audit_log(),
-                retention,
-                by_of(context, f"retention of {retention.outbox_days:g} days"),
-                ttl_days=settings["ttl_days"],
-                dry_run=settings["dry_run"],
+                config,
+                _by(context, config.who, f"retention of {config.outbox_days:g} days"),
+                ttl_days=config.ttl_days,
+                dry_run=config.dry_run,
             )
             context.add_output_metadata(sweep_metadata(done))
             context.log.info(
-                f"{'would sweep' if settings['dry_run'] else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
+                f"{'would sweep' if config.dry_run else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
                 f"{done.held_back} batches held back, {done.compacted} compacted"
             )
             # An earlier attempt of this step may have found them: they are not due any more.
@@ -170,16 +168,13 @@ def sweep_job(names: Names) -> dg.JobDefinition:
                     + f". Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
                 )
 
-    form = checked(sweep_rows, names.of("sweep_rows"), SWEEP, retention_of).alias("sweep_rows")
-
-    @dg.job(
-        name=names.of("sweep_exported_rows"),
-        description="Retention: deletes exported and verified rows that are older than the window.",
+    return _job(
+        names,
+        "sweep_exported_rows",
+        sweep_rows,
+        SweepConfig,
+        "Retention: deletes exported and verified rows that are older than the window.",
     )
-    def sweep_exported_rows() -> None:
-        form()
-
-    return sweep_exported_rows
 
 
 # ── reconcile ─────────────────────────────────────────────────────────────────────────────────────────
@@ -208,35 +203,34 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
     """`reconcile_audit_logs`; its page holds the numbers against these targets, over those of the environment."""
 
     @dg.op(
-        config_schema=RECONCILE,
         out=dg.Out(dg.Nothing),
         required_resource_keys=names.databases,
         description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
     )
-    def reconcile_window(context: dg.OpExecutionContext) -> None:
-        settings = dict(context.op_config)
+    def reconcile_window(context: dg.OpExecutionContext, config: ReconcileConfig) -> None:
         mysql = names.mysql_of(context)
         with told_to_dagster(context):
+            by = _by(context, config.who, config.why)
             upkeep = mysql.upkeep()
             now_ms = upkeep.now_ms()
-            from_ms = settings["from_ms"]
+            from_ms = config.from_ms
             report = reconcile(
                 mysql.outbox(),
                 upkeep,
                 names.clickhouse_of(context).audit_log(),
-                from_ms=from_ms if from_ms is not None else now_ms - int(settings["days"] * DAY_MS),
-                to_ms=settings["to_ms"] if settings["to_ms"] is not None else now_ms,
-                by=by_of(context, "reconciliation"),
-                repair=by_of(context, "reconciliation") if settings["repair"] else None,
-                others_write=settings["others_write"],
-                dry_run=settings["dry_run"],
+                from_ms=from_ms if from_ms is not None else now_ms - int(config.days * DAY_MS),
+                to_ms=config.to_ms if config.to_ms is not None else now_ms,
+                by=by,
+                repair=by if config.repair else None,
+                others_write=config.others_write,
+                dry_run=config.dry_run,
             )
             metadata = reconcile_metadata(report)
-            if settings["report_path"]:
+            if config.report_path:
                 from auditexport_pipeline.report import page
                 from auditexport_pipeline.report.figures import gather
 
-                path = Path(settings["report_path"]).resolve()
+                path = Path(config.report_path).resolve()
                 figures = gather(
                     mysql.outbox(),
                     names.clickhouse_of(context).audit_log(),
@@ -253,7 +247,7 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
             context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
             if report.unrecorded:
                 context.log.warning(f"that it was looked is not recorded: {report.unrecorded}")
-            earlier = _found_before(context, upkeep, by_of(context, "reconciliation").who)
+            earlier = _found_before(context, upkeep, by.who)
             if report.clean and earlier:
                 raise VerificationFailed(
                     f"outbox and ClickHouse differed when an earlier attempt of this step looked: {earlier}. They agree now, or will "
@@ -273,16 +267,13 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
                     )
                 )
 
-    form = checked(reconcile_window, names.of("reconcile_window"), RECONCILE, check_window).alias("reconcile_window")
-
-    @dg.job(
-        name=names.of("reconcile_audit_logs"),
-        description="Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing.",
+    return _job(
+        names,
+        "reconcile_audit_logs",
+        reconcile_window,
+        ReconcileConfig,
+        "Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing.",
     )
-    def reconcile_audit_logs() -> None:
-        form()
-
-    return reconcile_audit_logs
 
 
 # ── retry dead letters ────────────────────────────────────────────────────────────────────────────────
@@ -292,17 +283,15 @@ def retry_job(names: Names) -> dg.JobDefinition:
     """`retry_dead_letters`."""
 
     @dg.op(
-        config_schema=RETRY,
         required_resource_keys={names.mysql},
         description="Lets the rows of dead letters go back to pending; the next drain tries them again.",
     )
-    def retry_letters(context: dg.OpExecutionContext) -> None:
-        settings = context.op_config
+    def retry_letters(context: dg.OpExecutionContext, config: RetryConfig) -> None:
         with in_one_line():
-            which = letters_of(settings)
-            by = Actor(who=settings["who"] or f"Dagster run {context.run_id}", why=settings["why"])
+            which = config.letters()
+            by = Actor(who=config.who or f"Dagster run {context.run_id}", why=config.why)
             outbox = names.mysql_of(context).outbox()
-            if settings["dry_run"]:
+            if config.dry_run:
                 letters, gone = dead_letters.count(outbox, which).letters, 0
                 context.log.info(f"would be retried: {letters:,} dead letters; nothing was changed")
             else:
@@ -311,18 +300,15 @@ def retry_job(names: Names) -> dg.JobDefinition:
                 context.log.info(
                     f"retried: {letters:,} dead letters; {gone:,} are gone, their rows are no longer pending"
                 )
-        context.add_output_metadata({"dead_letters": letters, "gone": gone, "dry_run": settings["dry_run"]})
+        context.add_output_metadata({"dead_letters": letters, "gone": gone, "dry_run": config.dry_run})
 
-    form = checked(retry_letters, names.of("retry_letters"), RETRY, check_retry).alias("retry_letters")
-
-    @dg.job(
-        name=names.of("retry_dead_letters"),
-        description="Lets the rows of dead letters go back to pending, after their cause was fixed. Dry run by default.",
+    return _job(
+        names,
+        "retry_dead_letters",
+        retry_letters,
+        RetryConfig,
+        "Lets the rows of dead letters go back to pending, after their cause was fixed. Dry run by default.",
     )
-    def retry_dead_letters() -> None:
-        form()
-
-    return retry_dead_letters
 
 
 # ── purge ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -335,39 +321,34 @@ def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
     """`purge_old_runs`, of runs of these jobs and of those from the page that name the asset."""
 
     @dg.op(
-        config_schema=PURGE,
         out=dg.Out(dg.Nothing),
         description="Deletes old finished runs and their event logs from Dagster's storage. The asset's latest "
         "materialization stays, and so does every run of somebody else's.",
     )
-    def purge_runs(context: dg.OpExecutionContext) -> None:
-        settings = context.op_config
+    def purge_runs(context: dg.OpExecutionContext, config: PurgeConfig) -> None:
         instance = context.instance
-        before_s = time.time() - settings["run_days"] * 86_400
+        before_s = time.time() - config.run_days * 86_400
         latest = instance.get_latest_materialization_event(names.asset)
         kept = {context.run_id, *([latest.run_id] if latest is not None else [])}
-        old = _old_runs(instance, names, [*jobs, names.of("purge_old_runs")], before_s, kept, settings["max_runs"] + 1)
-        if len(old) > settings["max_runs"]:
+        old = _old_runs(instance, names, [*jobs, names.of("purge_old_runs")], before_s, kept, config.max_runs + 1)
+        if len(old) > config.max_runs:
             context.log.info("max_runs was reached; the rest waits for the next purge")
-        purged = old[: settings["max_runs"]]
-        for run_id in purged if not settings["dry_run"] else ():
+        purged = old[: config.max_runs]
+        for run_id in purged if not config.dry_run else ():
             _delete(instance, run_id)
         context.log.info(
-            f"{'would purge' if settings['dry_run'] else 'purged'} {len(purged):,} runs that were created more than "
-            f"{settings['run_days']:g} days ago"
+            f"{'would purge' if config.dry_run else 'purged'} {len(purged):,} runs that were created more than "
+            f"{config.run_days:g} days ago"
         )
-        context.add_output_metadata({"runs": len(purged), "dry_run": settings["dry_run"]})
+        context.add_output_metadata({"runs": len(purged), "dry_run": config.dry_run})
 
-    form = checked(purge_runs, names.of("purge_runs"), PURGE, check_purge).alias("purge_runs")
-
-    @dg.job(
-        name=names.of("purge_old_runs"),
-        description="Keeps Dagster's storage small: a run a minute leaves thirty million events a year.",
+    return _job(
+        names,
+        "purge_old_runs",
+        purge_runs,
+        PurgeConfig,
+        "Keeps Dagster's storage small: a run a minute leaves thirty million events a year.",
     )
-    def purge_old_runs() -> None:
-        form()
-
-    return purge_old_runs
 
 
 def _old_runs(

@@ -10,8 +10,8 @@ from contextlib import suppress
 import dagster as dg
 
 from auditexport_pipeline.core.batch import Claim
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.runtime import WORKING_SHARE, fits
+from auditexport_pipeline.core.settings import Limits
 
 # The second name is the one of the instance's setting, which Dagster takes as well.
 _TAGS = ("dagster/max_runtime", "dagster/max_runtime_seconds")

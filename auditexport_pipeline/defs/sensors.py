@@ -4,7 +4,6 @@ What belongs here: asking Dagster and the ledger, and handing the answer to `cor
 does not: the decision itself, or the counting. Each function makes a definition for the outbox of these `Names`.
 """
 
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ import dagster as dg
 import msgspec
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Failures, Lease, Thresholds, decide
-from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Failures, Lease, decide
+from auditexport_pipeline.core.settings import Thresholds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.config import drain_settings
 from auditexport_pipeline.defs.drains import end_dead, failed_in_a_row, lease_end
@@ -31,25 +30,6 @@ OBSERVE_EVERY_S = 600
 OBSERVE_CHANGES_EVERY_S = 120
 # What waits for a person is told at once.
 _TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
-
-
-def thresholds() -> Thresholds:
-    """AUDITEXPORT_SENSOR_ROWS and AUDITEXPORT_SENSOR_LAG_S, read at every tick; raises `InvalidConfig`."""
-    return Thresholds(
-        rows=math.ceil(_positive("AUDITEXPORT_SENSOR_ROWS", DEFAULT_THRESHOLDS.rows)),
-        lag_s=_positive("AUDITEXPORT_SENSOR_LAG_S", DEFAULT_THRESHOLDS.lag_s),
-    )
-
-
-def _positive(name: str, default: float) -> float:
-    text = os.environ.get(name, "")
-    try:
-        value = float(text) if text else float(default)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise InvalidConfig(f"{name} is {text!r}; it must be a number above 0")
-    return value
 
 
 def _at_work(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease]) -> str | None:
@@ -114,7 +94,7 @@ def backlog_sensor(
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with in_one_line():
-            limits = given or thresholds()
+            limits = given or Thresholds.from_environment(os.environ)
             settings = drain_settings(names, drain)
             backlog = names.mysql_of(context).outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
         decision = decide(

@@ -19,6 +19,7 @@ from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.claiming import CLEARED_OFTEN
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.open_findings import RECORDS_READ, open_findings
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -31,7 +32,6 @@ from auditexport_pipeline.core.status import (
     rate_of,
     runs_of,
 )
-from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import actions, dead_letters
 from auditexport_pipeline.mysql.backlog import probe
@@ -56,7 +56,7 @@ def targets(given: Mapping[str, float] | None = None) -> Targets:
 
     Raises `InvalidConfig`, naming the variable.
     """
-    return Targets.of(os.environ).but(given or {})
+    return Targets.from_environment(os.environ).with_values(given or {})
 
 
 def read_status(

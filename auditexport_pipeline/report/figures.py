@@ -21,8 +21,8 @@ from auditexport_pipeline.core.advice import Advice, Severity, advice
 from auditexport_pipeline.core.batch import OPEN, State, blocks_from_text
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import Status
-from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
 from auditexport_pipeline.mysql.maintenance import SCAN_PKS, MySQLMaintenance

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench, by_hand, peers
 from auditexport_tests.benchmarks.scenarios import Scenario
@@ -139,7 +139,7 @@ def _in_files(stack: LocalStack, scenario: Scenario) -> str:
 
 def dagster_run(contender: Contender, stack: LocalStack, scenario: Scenario) -> list[str]:
     """A run as the sensor launches it, allowed as many batches as the scenario needs."""
-    limits = Limits.of(contender.limits)
+    limits = Limits(**contender.limits)
     payload_bytes = scenario.events * (scenario.payload_bytes or 0)
     batches = 1 + max(scenario.events // limits.batch_rows, payload_bytes // limits.batch_bytes)
     settings = {**contender.limits, **({"max_batches": 2 * batches} if batches > limits.max_batches else {})}

@@ -18,7 +18,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
 

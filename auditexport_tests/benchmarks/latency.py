@@ -27,7 +27,7 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.generator import Generator
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_pipeline.mysql.outbox import MySQLOutbox

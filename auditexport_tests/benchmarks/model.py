@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from auditexport_pipeline.core.claiming import FIRST_BATCH_ROWS
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 
 AS_SHIPPED = Limits()
 # Fuller than this a machine has no room for a peak, and the model knows no price of crowding.

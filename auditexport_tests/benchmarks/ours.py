@@ -11,7 +11,7 @@ import sys
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks.turns import answer
 

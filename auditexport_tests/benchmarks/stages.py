@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.split import read_payloads
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench

@@ -23,8 +23,8 @@ import pandas as pd
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks import bench

@@ -33,15 +33,16 @@ import sqlalchemy.dialects.mysql.pymysql
 from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.clickhouse import connection as clickhouse_connection
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.core import claiming, export, limits, reconcile, requeue, sweep, verify
+from auditexport_pipeline.core import claiming, export, reconcile, requeue, sweep, verify
+from auditexport_pipeline.core import settings as core_settings
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
 from auditexport_pipeline.core.dead_letters import DeadLetterFilter
 from auditexport_pipeline.core.errors import AuditExportError, LeaseLost, TransientError
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holding
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql import connection as mysql
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
@@ -173,7 +174,7 @@ def shorten_time_outs() -> None:
     shorter: tuple[tuple[tuple[ModuleType, ...], str, float], ...] = (
         ((audit_log, clickhouse_connection), "ANSWER_GRACE_S", 1),
         ((audit_log, clickhouse_connection), "CONNECT_TIMEOUT_S", 2),
-        ((export, limits), "START_WITHIN_S", LEASE_S),
+        ((export, core_settings), "START_WITHIN_S", LEASE_S),
         ((claiming, export), "SMALLEST_BLOCK_ROWS", 5),
         ((claiming,), "FIRST_BATCH_ROWS", 10),
         ((requeue,), "CHUNK_ROWS", 7),

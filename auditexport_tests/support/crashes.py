@@ -16,8 +16,8 @@ from typing import Any
 
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Outbox, Planning
+from auditexport_pipeline.core.settings import Limits
 
 # Durable effects, and which time of each is worth a crash in a drain of two batches with two blocks and four
 # marking chunks each: the first, one in the second batch, both blocks of a batch, chunks in between.

@@ -13,7 +13,7 @@ from auditexport_pipeline import schema as setup
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.findings import Finding
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.engines import chosen

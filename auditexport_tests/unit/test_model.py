@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.benchmarks import model
 from auditexport_tests.benchmarks.model import FAR, FULL, HERE, Costs, Plan, Site, drain
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.cli.test_cli import _auditexport
 from auditexport_tests.integration.maintenance.test_dead_letters import CANARY, bad, mend, recorded, states

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Batch, Claim
 from auditexport_pipeline.core.drain import Drain, Drained
 from auditexport_pipeline.core.errors import OutboxUnavailable
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.report import run_metadata
 from auditexport_pipeline.local.generator import seed_outbox
@@ -89,9 +88,9 @@ def test_it_goes_on_until_the_backlog_is_empty_and_once_is_one_plan(prompt: Prom
 def test_every_limit_is_an_option_and_a_wrong_one_is_refused_by_name(prompt: Prompt, stack: Stack) -> None:
     """The launchpad and the prompt are made from one table, and neither starts with nonsense."""
     shown = " ".join(prompt("drain", "--help").output.split())
-    for limit in fields(Limits):
-        assert f"--{limit.name.replace('_', '-')}" in shown
-        assert limit.metadata["meaning"].split(":")[0].split(";")[0].split(",")[0][:40] in shown
+    for name, limit in Limits.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert str(limit.description).split(":")[0].split(";")[0].split(",")[0][:40] in shown
     seed_outbox(stack.mysql_url, seed=3, events=10, writers=1)
     assert "--batch-rows" in prompt("drain", "--batch-rows", "0", status=2).output
     assert "--insert-timeout-s" in prompt("drain", "--insert-timeout-s", "3601", status=2).output

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.requeue import Requeue
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.sweep import Sweep
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.local.generator import seed_outbox

@@ -18,9 +18,8 @@ from auditexport_pipeline.cli.shared import console
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits, Targets
 from auditexport_pipeline.core.status import RunStatus
-from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.mysql import LocalMySQL

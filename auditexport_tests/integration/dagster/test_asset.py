@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 
 import dagster as dg
@@ -21,9 +20,9 @@ from dagster._core.execution.api import create_execution_plan, execute_plan_iter
 
 from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.errors import IncompleteRun
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import VERBS
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.settings import Limits, bounds_of
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.definitions import build_defs, defs
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
@@ -372,27 +371,29 @@ def _jobs() -> Iterator[dg.JobDefinition]:
 
 
 def test_the_launchpad_shows_every_limit_with_its_default_and_its_bounds() -> None:
-    """Configuration has one place, `core.limits`; the form on the page must not drift from it."""
+    """Configuration has one place, `core.settings`; the form on the page must not drift from it."""
     for job in _jobs():
         node = job.graph.node_named("audit_logs_raw_v1").definition
         assert isinstance(node, dg.GraphDefinition)
         assert node.config_mapping is not None
         form = node.config_mapping.config_schema.config_type.fields
-        assert set(form) == {limit.name for limit in fields(Limits)}
-        for limit in fields(Limits):
-            shown = form[limit.name]
-            default = list(VERSIONS) if limit.name == "versions" else limit.default
+        assert set(form) == set(Limits.model_fields)
+        for name, limit in Limits.model_fields.items():
+            shown = form[name]
+            default = list(VERSIONS) if name == "versions" else limit.default
             assert shown.default_value == default
-            assert shown.description.startswith(limit.metadata["meaning"])
-            if limit.name != "versions":
-                assert f"From {limit.metadata['low']:,} to {limit.metadata['high']:,}." in shown.description
+            assert shown.description.startswith(limit.description)
+            if name != "versions":
+                low, high = bounds_of(limit)
+                assert f"From {low:,} to {high:,}." in shown.description
 
 
 def _out_of_bounds() -> Iterator[tuple[str, object]]:
-    for limit in fields(Limits):
-        if limit.name != "versions":
-            yield limit.name, limit.metadata["low"] - 1
-            yield limit.name, limit.metadata["high"] + 1
+    for name, limit in Limits.model_fields.items():
+        if name != "versions":
+            low, high = bounds_of(limit)
+            yield name, low - 1
+            yield name, high + 1
     yield "versions", []
     yield "versions", ["audit_log.v9"]
 

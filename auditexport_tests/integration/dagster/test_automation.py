@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import sensors
 from auditexport_pipeline.defs.resources import MySQLResource
@@ -122,22 +122,22 @@ def test_the_same_backlog_launches_again_after_a_run_that_did_nothing_about_it(s
     assert [request.run_key for _ in range(2) for request in requests(sensor.tick())] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["AUDITEXPORT_SENSOR_ROWS", "AUDITEXPORT_SENSOR_LAG_S"])
-@pytest.mark.parametrize("value", ["0", "-1", "many", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("name", "kind", "values"),
+    [
+        ("AUDITEXPORT_SENSOR_ROWS", "an integer", ["0", "0.5", "-1", "many", "nan", "inf"]),
+        ("AUDITEXPORT_SENSOR_LAG_S", "a number", ["0", "-1", "many", "nan", "inf"]),
+    ],
+)
 def test_a_bad_threshold_fails_the_tick_by_the_name_of_its_variable(
-    sensor: Sensor, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    sensor: Sensor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, values: list[str]
 ) -> None:
-    """Falling back to a default would hide that the setting does nothing."""
-    monkeypatch.setenv(name, value)
-    with pytest.raises(dg.Failure) as failure:
-        sensor.tick()
-    assert failure.value.description == f"{name} is '{value}'; it must be a number above 0"
-
-
-def test_a_threshold_below_one_row_still_needs_a_row(sensor: Sensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded down to 0 it would launch a run at every tick."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "0.5")
-    assert requests(sensor.tick()) == []
+    """Falling back to a default would hide that the setting does nothing; half a row, rounded down, would launch at every tick."""
+    for value in values:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(dg.Failure) as failure:
+            sensor.tick()
+        assert failure.value.description == f"{name} is '{value}'; it must be {kind} above 0"
 
 
 def test_a_tick_without_mysql_fails_with_one_line(exporter: Exporter) -> None:

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack

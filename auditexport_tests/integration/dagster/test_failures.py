@@ -18,7 +18,7 @@ from auditexport_pipeline import schema as setup
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Claim
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.defs.resources import HeartbeatResource
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_tests.conftest import Stack

@@ -6,7 +6,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -15,9 +15,8 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
-from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
-from auditexport_pipeline.core.limits import Limits
-from auditexport_pipeline.core.targets import TARGET_VARIABLES, Targets
+from auditexport_pipeline.core.alerts import Policy
+from auditexport_pipeline.core.settings import Limits, Targets, Thresholds
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import event, events
@@ -258,8 +257,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py", Path(__file__).with_name("test_surface.py")]
     used = {found for path in sources for found in name.findall(path.read_text())}
-    used |= {f"{TARGET_VARIABLES}{target.name.upper()}" for target in fields(Targets)}
-    used |= {f"{POLICY_VARIABLES}{setting.name.upper()}" for setting in fields(Policy)}
+    used |= {variable for settings in (Targets, Policy, Thresholds) for variable in settings.variables().values()}
     documented = {found for page in PAGES for found in name.findall(page.read_text())}
     assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
     assert used == documented
@@ -269,17 +267,17 @@ def test_every_setting_of_a_drain_is_in_the_table_of_knobs() -> None:
     """Whoever scales it looks there and nowhere else."""
     table = (DOCS / "operations.md").read_text().split("\n## Scaling\n")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in _SPAN.findall(row)}
-    assert named == {limit.name for limit in fields(Limits)}
+    assert named == set(Limits.model_fields)
 
 
 def test_the_table_of_targets_has_their_defaults() -> None:
     """A number that an operator is called by is looked up there."""
     text = (DOCS / "operations.md").read_text()
-    for target in fields(Targets):
-        assert f"| `{TARGET_VARIABLES}{target.name.upper()}` | {target.default:g} |" in text
+    for name, variable in Targets.variables().items():
+        assert f"| `{variable}` | {Targets.model_fields[name].default:g} |" in text
     text = (DOCS / "alerts.md").read_text()
-    for setting in fields(Policy):
-        assert f"| `{POLICY_VARIABLES}{setting.name.upper()}` | {setting.default:g} |" in text
+    for name, variable in Policy.variables().items():
+        assert f"| `{variable}` | {Policy.model_fields[name].default:g} |" in text
 
 
 def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch, Claim, State
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import small_event
@@ -36,7 +36,7 @@ def put(stack: Stack, rows: int, *, version: str = "audit_log.v1", padding: int 
 
 
 def claim(stack: Stack, owner: str = "one", *, dead_owners: tuple[str, ...] = (), **limits: int) -> list[Claim]:
-    return claiming.claim(stack.outbox, owner=owner, dead_owners=dead_owners, limits=Limits.of({**limits}))
+    return claiming.claim(stack.outbox, owner=owner, dead_owners=dead_owners, limits=Limits(**limits))
 
 
 def batches(stack: Stack, claims: list[Claim]) -> list[Batch]:

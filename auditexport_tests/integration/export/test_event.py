@@ -10,7 +10,7 @@ import json
 import pytest
 
 from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, normal_form
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

@@ -29,8 +29,8 @@ from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Batch, Block, State
 from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
 from auditexport_pipeline.core.export import Bodies
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Holding, Marked, Refusal
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.generator import Generator, seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import insert, ledger, merge, runner, small_event, stop_merges
@@ -534,7 +534,7 @@ def test_clickhouse_itself_refuses_an_insert_after_its_deadline(stack: Stack) ->
 CHILD = """
 import pathlib, sys, threading
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.support.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint, drain

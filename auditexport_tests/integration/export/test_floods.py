@@ -10,8 +10,8 @@ import pytest
 
 from auditexport_pipeline.core import poison
 from auditexport_pipeline.core.batch import Batch, Block
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import Refusal
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql import held
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, insert, run, small_event, stop_merges

@@ -15,9 +15,9 @@ import pytest
 from auditexport_pipeline.core import export
 from auditexport_pipeline.core.batch import Batch, Claim, State
 from auditexport_pipeline.core.drain import Drain
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy, Marked
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from auditexport_pipeline import preflight
 from auditexport_pipeline.core.compare import compare, insert_groups_of
 from auditexport_pipeline.core.event import Event, OutboxRow
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

@@ -10,9 +10,9 @@ import pytest
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Claim
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import VERBS, Pipeline
 from auditexport_pipeline.core.ports import AuditLog, Outbox
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events, everything_once, stop_merges
 from auditexport_tests.support.crashes import CrashingAuditLog, CrashingOutbox, CrashPoint

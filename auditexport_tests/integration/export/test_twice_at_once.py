@@ -16,7 +16,7 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim, State
 from auditexport_pipeline.core.errors import LeaseLost
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import event, events, everything_once, ledger

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.clickhouse import audit_log
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.integration.dagster.conftest import Exporter, events, ledger

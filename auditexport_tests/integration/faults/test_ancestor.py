@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from auditexport_pipeline.clickhouse.audit_log import connection_arguments
 from auditexport_pipeline.core.actions import Actor, Erasure
 from auditexport_pipeline.core.errors import TransientError
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.benchmarks import ancestor
 from auditexport_tests.conftest import Stack

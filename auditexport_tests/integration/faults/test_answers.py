@@ -13,7 +13,7 @@ import pytest
 from auditexport_pipeline import preflight
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditExportError
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events
 from auditexport_tests.support.crashes import drain

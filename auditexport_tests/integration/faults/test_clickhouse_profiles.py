@@ -18,7 +18,7 @@ from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, STANDS_IN
 from auditexport_pipeline.core.errors import AuditExportError
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.support.builders import event

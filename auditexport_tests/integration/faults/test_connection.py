@@ -22,7 +22,7 @@ from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditExportError
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.processes import free_port
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.alerting import Sensor as AlertSensor

@@ -14,8 +14,8 @@ import pytest
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.errors import LeaseLost
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pipeline import Pipeline
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.maintenance.test_restore import back_up, restore
 from auditexport_tests.support.builders import events

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

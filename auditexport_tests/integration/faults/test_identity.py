@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core import claiming, export
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.prompts import urls

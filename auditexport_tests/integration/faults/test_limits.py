@@ -17,8 +17,8 @@ import pytest
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import AuditLogUnavailable
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.ports import AuditLog
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 

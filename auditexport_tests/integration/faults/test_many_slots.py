@@ -17,8 +17,8 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Block, batch_digest, blocks_from_text, blocks_to_text, pks_of, sealed_block
 from auditexport_pipeline.core.event import Event
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.faults.test_identity import event, lose

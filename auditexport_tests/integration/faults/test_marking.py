@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core import claiming, retries
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from auditexport_pipeline import preflight
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

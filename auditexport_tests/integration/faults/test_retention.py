@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from auditexport_pipeline import preflight
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.actions import Actor, RowFilter
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
 

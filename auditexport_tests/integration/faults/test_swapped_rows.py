@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.export.test_exactly_once import fill, run
 from auditexport_tests.support.builders import merge

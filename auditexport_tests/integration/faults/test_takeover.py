@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from auditexport_pipeline import processes
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.errors import LeaseLost
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.defs import assets, drains
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, ledger, text_of

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.errors import AuditLogUnavailable
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 from auditexport_tests.support.engines import chosen
@@ -122,7 +121,7 @@ def drained(stack: Stack, timeout_s: int = LIMITS.insert_timeout_s) -> str:
     end = ""
     for _ in range(100 if chosen() in REFUSES_EARLY else 1):
         try:
-            drain(stack.outbox, stack.log, replace(LIMITS, insert_timeout_s=timeout_s), owner="one")
+            drain(stack.outbox, stack.log, LIMITS.with_values({"insert_timeout_s": timeout_s}), owner="one")
             return ""
         except Exception as error:
             end = type(error).__name__

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import Requeue, requeue
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack

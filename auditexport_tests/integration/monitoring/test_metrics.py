@@ -26,12 +26,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from auditexport_pipeline.cli import metrics as cli_metrics
 from auditexport_pipeline.cli.metrics import OutboxCollector, OutboxReader, server_for
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.alerts import POLICY_VARIABLES, Policy
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.metrics import NAMES
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Limits, Targets
 from auditexport_pipeline.core.sweep import Retention, sweep
-from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql import status, totals
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
@@ -497,8 +496,8 @@ def test_the_page_documents_every_metric_and_every_setting() -> None:
         by = " and ".join(f"`{label}`" for label in labels)
         assert (f"`{name}` by {by}" if by else f"`{name}`") in page
     assert named(page) == LABELS.keys()
-    for setting in dataclasses.fields(Policy):
-        assert f"{POLICY_VARIABLES}{setting.name.upper()}" in str(Policy.__doc__)
+    for variable in Policy.variables().values():
+        assert variable in str(Policy.__doc__)
 
 
 def test_dashboard_rules_and_sql_are_in_the_package() -> None:

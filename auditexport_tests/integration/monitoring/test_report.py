@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS

@@ -13,11 +13,10 @@ from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Limits, Targets
 from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import Retention, sweep
-from auditexport_pipeline.core.targets import Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
@@ -31,8 +30,8 @@ from auditexport_tests.unit.core.test_advice import QUIET, behind
 
 def test_targets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target with a typing error would silence an alert; the message has to name the variable."""
-    assert Targets.of({"PATH": "/bin", "AUDITEXPORT_TARGET_LAG_S": ""}) == Targets()
-    late = Targets.of({"AUDITEXPORT_TARGET_LAG_S": "20", "AUDITEXPORT_TARGET_DEAD_LETTERS": "5"})
+    assert Targets.from_environment({"PATH": "/bin", "AUDITEXPORT_TARGET_LAG_S": ""}) == Targets()
+    late = Targets.from_environment({"AUDITEXPORT_TARGET_LAG_S": "20", "AUDITEXPORT_TARGET_DEAD_LETTERS": "5"})
     assert (late.lag_s, late.dead_letters, late.reconcile_hours) == (20.0, 5.0, 36.0)
     assert advice(replace(QUIET, backlog=behind(1, 21.0)), late)
     assert not advice(replace(QUIET, backlog=replace(QUIET.backlog, dead_rows=5)), late)
@@ -43,7 +42,7 @@ def test_targets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ("AUDITEXPORT_TARGET_LAGS", "5"),
     ):
         with pytest.raises(InvalidConfig, match=name):
-            Targets.of({name: text})
+            Targets.from_environment({name: text})
     with pytest.raises(InvalidConfig, match="batch_open_minutes"):
         Targets(batch_open_minutes=0)
     monkeypatch.setenv("AUDITEXPORT_TARGET_RECONCILE_HOURS", "48")

@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig, OutboxUnavailable, SetupIncomplete
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.rows import RowsConnection
 from auditexport_tests.conftest import Stack

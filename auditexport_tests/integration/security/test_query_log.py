@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from auditexport_pipeline.clickhouse import audit_log
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import fresh_stack
 from auditexport_tests.integration.dagster.conftest import event
 from auditexport_tests.support.crashes import drain

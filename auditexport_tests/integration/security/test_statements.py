@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import event
 from auditexport_tests.support.crashes import drain

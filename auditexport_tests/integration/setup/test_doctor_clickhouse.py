@@ -9,7 +9,7 @@ import pytest
 from auditexport_pipeline import preflight
 from auditexport_pipeline import schema as setup
 from auditexport_pipeline.clickhouse import catalogue
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.roles import Role

@@ -21,8 +21,8 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.clickhouse.audit_log import INSERT_SETTINGS, ClickHouseAuditLog, connection_arguments
 from auditexport_pipeline.clickhouse.engines import LOCAL_TABLE, TABLE, Engine, Layout
 from auditexport_pipeline.core.errors import AuditLogUnavailable, InvalidConfig
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.roles import Role

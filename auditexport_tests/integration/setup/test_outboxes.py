@@ -70,7 +70,7 @@ def prompt(file: Path, stack: Stack, other: Stack, monkeypatch: pytest.MonkeyPat
         ("drain: {batch_rows: 0}", "outbox us: drain: batch_rows is 0; it must be"),
         ("drain: {batch_row: 5}", "outbox us: drain: batch_row is not a setting of a drain"),
         ("targets: {lag_s: 0}", "outbox us: targets: lag_s is 0"),
-        ("targets: {lag: 5}", "outbox us: targets: lag is no target; there are lag_s"),
+        ("targets: {lag: 5}", "outbox us: targets: lag is not a target; choose from batch_open_minutes"),
         ("celery_queue: a queue", "outbox us: celery_queue: celery_queue must be letters, digits"),
         ("name: EU", "outbox EU: name: the outbox's name is 'EU'"),
         ("name: eu", "outbox eu: name: there are two outboxes of this name"),

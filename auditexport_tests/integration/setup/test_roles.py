@@ -23,8 +23,8 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.limits import Limits
 from auditexport_pipeline.core.requeue import requeue
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.clickhouse import LocalClickHouse
 from auditexport_pipeline.local.generator import seed_outbox

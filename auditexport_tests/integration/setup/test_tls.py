@@ -24,7 +24,7 @@ from auditexport_pipeline import preflight
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.findings import CheckResult, Finding, all_findings
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local import generator
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox

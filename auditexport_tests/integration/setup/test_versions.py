@@ -18,7 +18,7 @@ from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.clickhouse.engines import LOCAL, Engine, Layout
 from auditexport_pipeline.core import versions
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import PIECES, VERSIONS, statements_of
 from auditexport_pipeline.report.figures import gather

@@ -14,7 +14,7 @@ import pytest
 from auditexport_pipeline import preflight
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.core.limits import Limits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.schema import create
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.integration.export.test_exactly_once import assert_everything_once, fill, ledger

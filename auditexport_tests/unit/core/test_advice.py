@@ -11,8 +11,8 @@ from auditexport_pipeline.core.advice import Command, Severity, advice, needs_op
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import LastReconcile, OpenBatchStatus, Status
-from auditexport_pipeline.core.targets import Targets
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000

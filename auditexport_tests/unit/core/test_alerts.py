@@ -22,8 +22,8 @@ from auditexport_pipeline.core.alerts import (
     Tick,
 )
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import Status
-from auditexport_pipeline.core.targets import Targets
 from auditexport_tests.unit.core.test_advice import OPEN, QUIET
 
 NOW_MS = 1_800_000_000_000
