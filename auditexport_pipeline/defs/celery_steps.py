@@ -6,12 +6,12 @@ alone imports this, because it needs the extra), and steps that fail by themselv
 
 dagster-celery's loop keeps such an error to itself and waits for the steps that can no longer come, at full speed and
 without end (0.29.27, `core_celery_execution_loop`: `if stopping or step_errors: continue`). Here it is the step's failure:
-what depends on it is skipped, the run fails, and the next run continues. So does Kubernetes' executor.
+what depends on it is skipped, the run fails, and the next run continues. So does Kubernetes' executor. The loop, the submission of a
+task and the schema are imported from dagster-celery's modules, which do not call them public (0.29.27): the alternative is a copy.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,17 +19,13 @@ from typing import Any
 import dagster as dg
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
-from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
-from dagster._core.events import DagsterEvent
-from dagster._core.execution.plan.objects import StepFailureData
-from dagster._core.execution.retries import RetryMode
-from dagster._serdes import serialize_value
-from dagster._utils.error import serializable_error_info_from_exc_info
+from dagster_celery import celery_executor as their_executor
 from dagster_celery.core_execution_loop import core_celery_execution_loop
-from dagster_celery.executor import CELERY_CONFIG, CeleryExecutor, _submit_task
+from dagster_celery.executor import CELERY_CONFIG, _submit_task
 from kombu.exceptions import OperationalError
 
 from auditexport_pipeline.core.errors import BrokerUnavailable
+from auditexport_pipeline.defs.dagster_internals import failure_of_step
 from auditexport_pipeline.defs.executors import BROKER_URL, RESULT_URL
 
 # Those who speak to a broker, and raise errors of their own in the place of a socket's.
@@ -75,9 +71,7 @@ class _Task:
         except TaskRevokedError:
             raise
         except Exception:
-            error = serializable_error_info_from_exc_info(sys.exc_info())
-            failure = StepFailureData(error=error, user_failure_data=None)
-            return [serialize_value(DagsterEvent.step_failure_event(self._step_context, failure))]
+            return [dg.serialize_value(failure_of_step(self._step_context))]
         return events
 
 
@@ -87,22 +81,29 @@ def _submit(app: Any, plan_context: Any, step: Any, queue: str, priority: int, k
     return _Task(task, plan_context.for_step(step))
 
 
-class _CeleryExecutor(CeleryExecutor):
-    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[DagsterEvent]:
-        events: Iterator[DagsterEvent] = core_celery_execution_loop(
+class _CeleryExecutor(dg.Executor):
+    """dagster-celery's executor, with its loop over tasks of ours."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    @property
+    def retries(self) -> Any:
+        return self._theirs.retries
+
+    def app_args(self) -> Any:
+        """What the loop makes Celery's app of."""
+        return self._theirs.app_args()
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        events: Iterator[dg.DagsterEvent] = core_celery_execution_loop(
             plan_context, execution_plan, step_execution_fn=_submit
         )
         return events
 
 
-@dg.executor(name="celery", config_schema=CELERY_CONFIG, requirements=multiple_process_executor_requirements())
+@dg.executor(name="celery", config_schema=CELERY_CONFIG, requirements=dg.multiple_process_executor_requirements())
 def celery_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
     """dagster-celery's executor, as it is configured there, with the end that is missing there."""
-    config: Any = init_context.executor_config
-    return _CeleryExecutor(  # type: ignore[no-untyped-call]
-        broker=config.get("broker"),
-        backend=config.get("backend"),
-        config_source=config.get("config_source"),
-        include=config.get("include"),
-        retries=RetryMode.from_config(config["retries"]),
-    )
+    create: Any = their_executor.executor_creation_fn
+    return _CeleryExecutor(create(init_context))

@@ -23,6 +23,7 @@ import dagster as dg
 from auditexport_pipeline import processes
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.defs.dagster_internals import PRELOADED
 from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
@@ -131,17 +132,7 @@ def _in_process() -> dg.ExecutorDefinition:
 
 def _multiprocess() -> dg.ExecutorDefinition:
     return dg.multiprocess_executor.configured(
-        {
-            "start_method": {
-                "forkserver": {
-                    "preload_modules": [
-                        "auditexport_pipeline.definitions",
-                        "dagster._core.storage.sqlite_storage",
-                        "dagster._core.storage.fs_io_manager",
-                    ]
-                }
-            }
-        },
+        {"start_method": {"forkserver": {"preload_modules": ["auditexport_pipeline.definitions", *PRELOADED]}}},
         name="multiprocess",
     )
 

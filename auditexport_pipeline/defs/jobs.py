@@ -34,6 +34,7 @@ from auditexport_pipeline.defs.config import (
     SweepConfig,
     checked,
 )
+from auditexport_pipeline.defs.dagster_internals import delete_events_file
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB
 from auditexport_pipeline.defs.failures import in_one_line, told_to_dagster
 from auditexport_pipeline.defs.names import Names
@@ -379,8 +380,4 @@ def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
     instance.delete_run(run_id)
     with contextlib.suppress(NotImplementedError):  # a place for output that cannot delete keeps it by its own rules
         instance.compute_log_manager.delete_logs(prefix=[run_id, "compute_logs"])
-    shard_path = getattr(instance.event_log_storage, "path_for_shard", None)
-    if shard_path is not None:
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                Path(f"{shard_path(run_id)}{suffix}").unlink()
+    delete_events_file(instance, run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,13 @@ def test_only_resources_the_prompt_and_the_local_stack_construct_stores() -> Non
             node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         } & {"MySQLOutbox", "ClickHouseAuditLog"}
         assert not built or str(path.relative_to(PACKAGE)) in allowed, f"{path.name} constructs {built}"
+
+
+def test_one_module_uses_what_dagster_keeps_to_itself() -> None:
+    """A name that is not public can go with any release: then one file has to be read, which says what each is for."""
+    private = re.compile(r"\bdagster\._|\bdagster_shared\b|\bpath_for_shard\b")
+    users = [str(path.relative_to(PACKAGE)) for path in MODULES if private.search(path.read_text())]
+    assert users == ["defs/dagster_internals.py"]
 
 
 def test_the_environment_is_not_read_at_import() -> None:
