@@ -7,6 +7,7 @@ passed in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,8 @@ RETENTION_DAYS = 30
 START_WITHIN_S = 120
 # The shortest lease where the steps of a run are in several processes: between two of them nobody renews it.
 QUEUED_LEASE_S = 300
+# Kubernetes gives each pod such variables for each Service of its namespace, which may be called auditexport-celery.
+_OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|PORT)(_[A-Z0-9_]+)?$")
 
 
 class Settings(BaseModel):
@@ -73,7 +76,10 @@ class Settings(BaseModel):
         given = {
             fields.get(variable, variable): text
             for variable, text in environment.items()
-            if variable.startswith(cls.prefix) and variable not in cls.other_variables and text
+            if variable.startswith(cls.prefix)
+            and variable not in cls.other_variables
+            and not _OF_A_SERVICE.search(variable)
+            and text
         }
         return cls.model_validate_strings(given, strict=False, context=cls.prefix)
 

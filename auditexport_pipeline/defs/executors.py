@@ -13,40 +13,28 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import dagster as dg
+from pydantic import Field, field_validator
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core.settings import Limits, Settings
 from auditexport_pipeline.defs.dagster_internals import PRELOADED
 from auditexport_pipeline.outboxes import check_queue
 
 EXECUTOR = "AUDITEXPORT_EXECUTOR"
 BROKER_URL = "AUDITEXPORT_CELERY_BROKER_URL"
 RESULT_URL = "AUDITEXPORT_CELERY_RESULT_URL"
-QUEUE = "AUDITEXPORT_CELERY_QUEUE"
 VISIBILITY_TIMEOUT_S = "AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S"
-NAMESPACE = "AUDITEXPORT_KUBERNETES_NAMESPACE"
-IMAGE = "AUDITEXPORT_KUBERNETES_IMAGE"
-SERVICE_ACCOUNT = "AUDITEXPORT_KUBERNETES_SERVICE_ACCOUNT"
-ENV_SECRETS = "AUDITEXPORT_KUBERNETES_ENV_SECRETS"
-STORAGE_CLAIM = "AUDITEXPORT_KUBERNETES_STORAGE_CLAIM"
-MAX_CONCURRENT = "AUDITEXPORT_KUBERNETES_MAX_CONCURRENT"
 
 # By what a broker's URL begins. Redis behind sentinels would want the name of its master, for which there is no setting.
 REDIS = ("redis", "rediss")
 RABBITMQ = ("amqp", "amqps", "pyamqp")
-# Where Celery's own documentation and dagster-celery look for a broker.
-DEFAULT_BROKER_URL = "pyamqp://guest@localhost:5672//"
 DEFAULT_QUEUE = "dagster"
-# Redis cannot see that a worker died; it gives a task to another one after this long. Longer than any step takes, or a
-# step runs twice at once, which is safe and a waste. Celery's own is an hour.
-DEFAULT_VISIBILITY_TIMEOUT_S = 900
 # How often a worker looks for tasks whose time is over; with kombu's own settings it is every 100 s.
 RESTORE_EVERY_S = 10
 # RabbitMQ's consumer_timeout: it takes a delivery back that is not acknowledged after this long, and closes the channel.
@@ -54,14 +42,78 @@ RABBITMQ_DELIVERY_S = 1_800
 # Celery's priorities are 0 to 9 and a task's is 5. With RabbitMQ the highest goes first, with Redis the lowest.
 CELERY_PRIORITIES = 10
 CELERY_PRIORITY = 5
-# Steps of one run at once. More than a handful of batches in flight only makes the databases wait for each other.
-DEFAULT_MAX_CONCURRENT = 4
 # A finished Job and its pod's log stay for a day.
 KEEP_JOBS_S = 86_400
 # Names of Dagster's executors that have one process: the page's and the jobs', and that of `execute_in_process`.
 _ONE_PROCESS = ("in_process", "execute_in_process_executor")
 # Where the image has its DAGSTER_HOME (deploy/container/Containerfile).
 STORAGE_PATH = "/var/lib/auditexport/storage"
+
+
+class CelerySettings(Settings):
+    """How steps come to Celery's workers."""
+
+    a_setting: ClassVar[str] = "a setting of Celery"
+    prefix: ClassVar[str] = "AUDITEXPORT_CELERY_"
+
+    # Where Celery's own documentation and dagster-celery look for a broker.
+    broker_url: str = Field(
+        default="pyamqp://guest@localhost:5672//",
+        repr=False,
+        description="The broker's URL, or several with semicolons.",
+    )
+    result_url: str = Field(default="", repr=False, description="Where results are kept; empty: where the broker is.")
+    queue: str = Field(default=DEFAULT_QUEUE, description="The queue that all outboxes share.")
+    # Redis cannot see that a worker died; it gives a task to another one after this long. Longer than any step takes, or a
+    # step runs twice at once, which is safe and a waste. Celery's own is an hour.
+    visibility_timeout_s: int = Field(
+        default=900,
+        ge=1,
+        le=9_999_999,
+        description="After this long, in seconds, Redis gives a task to another worker.",
+    )
+
+    @field_validator("broker_url")
+    @classmethod
+    def _check_broker(cls, url: str) -> str:
+        """Of these two it is known how they give a dead worker's task to another one, and which priority goes first."""
+        # Without "://" there is no scheme, and what stands there may be a password.
+        schemes = {part.partition("://")[0] if "://" in part else "" for part in url.split(";")}
+        if not (schemes <= set(REDIS) or schemes <= set(RABBITMQ)):
+            raise InvalidConfig(
+                f"{BROKER_URL} must begin with {', '.join(REDIS)} (Redis) or {', '.join(RABBITMQ)} (RabbitMQ), and ://; "
+                "several, with semicolons, are of one kind"
+            )
+        return url
+
+    @field_validator("queue")
+    @classmethod
+    def _check_queue(cls, queue: str) -> str:
+        return check_queue(queue, cls.variables()["queue"])
+
+    @property
+    def over_redis(self) -> bool:
+        return self.broker_url.partition("://")[0] in REDIS
+
+    @property
+    def backend(self) -> str:
+        """Redis is broker and keeper of results at once; RabbitMQ sends results as messages."""
+        return self.result_url or (self.broker_url if self.over_redis else "rpc://")
+
+
+class KubernetesSettings(Settings):
+    """How steps become Jobs of Kubernetes. What is empty is as the run launcher has it."""
+
+    a_setting: ClassVar[str] = "a setting of Kubernetes"
+    prefix: ClassVar[str] = "AUDITEXPORT_KUBERNETES_"
+
+    namespace: str = Field(default="", description="Namespace of the Jobs.")
+    image: str = Field(default="", description="Image of the Jobs.")
+    service_account: str = Field(default="", description="Service account of the Jobs.")
+    env_secrets: str = Field(default="", description="Secrets whose keys are variables of the Jobs, with commas.")
+    storage_claim: str = Field(default="", description="Claim of the volume with DAGSTER_HOME's storage.")
+    # More than a handful of batches in flight only makes the databases wait for each other.
+    max_concurrent: int = Field(default=4, ge=1, le=9_999_999, description="Steps of one run at once.")
 
 
 def executor_of_environment() -> dg.ExecutorDefinition:
@@ -77,7 +129,7 @@ def tags_of_step(level: int, queue: str) -> dict[str, str]:
     """Tags of an op whose steps go before those of a lower level, on every executor; on Celery through this queue, or, when it
     is empty, through the one that all share.
     """
-    down = os.environ.get(EXECUTOR) == "celery" and _over_redis(_broker_url())
+    down = os.environ.get(EXECUTOR) == "celery" and CelerySettings.from_environment(os.environ).over_redis
     tags = {
         "dagster/priority": str(level),
         "dagster-celery/priority": str(CELERY_PRIORITY + (-level if down else level)),
@@ -92,8 +144,9 @@ def limits_here(settings: Mapping[str, Any]) -> Limits:
     limits = Limits(**settings)
     if os.environ.get(EXECUTOR) != "celery" or not limits.linger_s:
         return limits
-    if _over_redis(_broker_url()):
-        timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
+    celery = CelerySettings.from_environment(os.environ)
+    if celery.over_redis:
+        timeout_s = celery.visibility_timeout_s
         if limits.linger_s >= timeout_s:
             raise InvalidConfig(
                 f"linger_s is {limits.linger_s} and {VISIBILITY_TIMEOUT_S} is {timeout_s}: Redis would give finish_export to a "
@@ -145,9 +198,8 @@ def _celery() -> dg.ExecutorDefinition:
     _extra("dagster_celery", "celery")
     executor = _extra("auditexport_pipeline.defs.celery_steps", "celery").celery_executor.configured(
         {
-            "broker": {"env": BROKER_URL} if os.environ.get(BROKER_URL) else DEFAULT_BROKER_URL,
-            # Redis is broker and keeper of results at once; RabbitMQ sends results as messages.
-            "backend": _backend(),
+            "broker": {"env": BROKER_URL} if os.environ.get(BROKER_URL) else CelerySettings().broker_url,
+            "backend": _backend(CelerySettings.from_environment(os.environ)),
             "config_source": celery_settings(),
         },
         name="celery",
@@ -156,21 +208,23 @@ def _celery() -> dg.ExecutorDefinition:
     return executor
 
 
-def _backend() -> str | dict[str, str]:
-    if os.environ.get(RESULT_URL):
+def _backend(celery: CelerySettings) -> str | dict[str, str]:
+    """As `CelerySettings.backend`, by the name of the variable where it is a URL."""
+    if celery.result_url:
         return {"env": RESULT_URL}
-    return {"env": BROKER_URL} if _over_redis(_broker_url()) else "rpc://"
+    return {"env": BROKER_URL} if celery.over_redis else celery.backend
 
 
 def celery_app() -> Any:
     """Celery's app for the workers, with the settings that the executor has; `execute_plan` is registered on it."""
     executors = _extra("dagster_celery.executor", "celery")
-    broker_url = _broker_url()
-    result_url = os.environ.get(RESULT_URL) or (broker_url if _over_redis(broker_url) else "rpc://")
-    executor = executors.CeleryExecutor.for_cli(broker=broker_url, backend=result_url, config_source=celery_settings())
+    celery = CelerySettings.from_environment(os.environ)
+    executor = executors.CeleryExecutor.for_cli(
+        broker=celery.broker_url, backend=celery.backend, config_source=celery_settings()
+    )
     app = importlib.import_module("dagster_celery.make_app").make_app(executor.app_args())
     importlib.import_module("dagster_celery.tasks").create_task(app)
-    queue = celery_settings()["task_default_queue"]
+    queue = celery.queue
     # dagster-celery declares its own only, and a worker without -q listens to those declared.
     if queue != DEFAULT_QUEUE:
         kombu = importlib.import_module("kombu")
@@ -181,12 +235,12 @@ def celery_app() -> Any:
 
 def celery_settings() -> dict[str, Any]:
     """Celery's settings, the same for the run and for the workers."""
-    queue = check_queue(os.environ.get(QUEUE) or DEFAULT_QUEUE, QUEUE)
-    timeout_s = _whole_number(VISIBILITY_TIMEOUT_S, DEFAULT_VISIBILITY_TIMEOUT_S)
+    celery = CelerySettings.from_environment(os.environ)
+    timeout_s = celery.visibility_timeout_s
     # dagster-celery's, to which Redis's are added: without them a broker that is down would be asked for ever.
     transport: dict[str, Any] = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
     settings: dict[str, Any] = {
-        "task_default_queue": queue,
+        "task_default_queue": celery.queue,
         # A task is done when its step is, not when a worker has it: otherwise a worker that dies takes the step with it,
         # and the run waits for it until run_monitoring ends the run.
         "task_acks_late": True,
@@ -199,7 +253,7 @@ def celery_settings() -> dict[str, Any]:
         "worker_cancel_long_running_tasks_on_connection_loss": True,
         "broker_connection_retry_on_startup": True,
     }
-    if _over_redis(_broker_url()):
+    if celery.over_redis:
         redis = {"visibility_timeout": timeout_s}
         transport |= redis | {
             "unacked_restore_interval": min(RESTORE_EVERY_S, timeout_s),
@@ -208,25 +262,6 @@ def celery_settings() -> dict[str, Any]:
         }
         settings |= {"result_backend_transport_options": redis, "visibility_timeout": timeout_s}
     return {**settings, "broker_transport_options": transport}
-
-
-def _broker_url() -> str:
-    """The broker's URL, or several with semicolons. Raises `InvalidConfig`, without the URL, for one that is neither Redis nor
-    RabbitMQ: of these two it is known how they give a dead worker's task to another one, and which priority goes first.
-    """
-    url = os.environ.get(BROKER_URL) or DEFAULT_BROKER_URL
-    # Without "://" there is no scheme, and what stands there may be a password.
-    schemes = {part.partition("://")[0] if "://" in part else "" for part in url.split(";")}
-    if not (schemes <= set(REDIS) or schemes <= set(RABBITMQ)):
-        raise InvalidConfig(
-            f"{BROKER_URL} must begin with {', '.join(REDIS)} (Redis) or {', '.join(RABBITMQ)} (RabbitMQ), and ://; several, "
-            "with semicolons, are of one kind"
-        )
-    return url
-
-
-def _over_redis(url: str) -> bool:
-    return url.partition("://")[0] in REDIS
 
 
 # ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────
@@ -241,15 +276,19 @@ def _k8s() -> dg.ExecutorDefinition:
 
 def kubernetes_settings() -> dict[str, Any]:
     """The configuration of `k8s_job_executor`. What is not set is as the run launcher has it."""
+    kubernetes = KubernetesSettings.from_environment(os.environ)
     settings: dict[str, Any] = {
-        "max_concurrent": _whole_number(MAX_CONCURRENT, DEFAULT_MAX_CONCURRENT),
+        "max_concurrent": kubernetes.max_concurrent,
         "step_k8s_config": {"job_spec_config": {"ttl_seconds_after_finished": KEEP_JOBS_S}},
     }
-    given = {"job_namespace": NAMESPACE, "job_image": IMAGE, "service_account_name": SERVICE_ACCOUNT}
-    settings |= {key: os.environ[variable] for key, variable in given.items() if os.environ.get(variable)}
-    if secrets := [name.strip() for name in os.environ.get(ENV_SECRETS, "").split(",") if name.strip()]:
-        settings["env_secrets"] = secrets
-    if claim := os.environ.get(STORAGE_CLAIM):
+    given = {
+        "job_namespace": kubernetes.namespace,
+        "job_image": kubernetes.image,
+        "service_account_name": kubernetes.service_account,
+        "env_secrets": [name.strip() for name in kubernetes.env_secrets.split(",") if name.strip()],
+    }
+    settings |= {key: value for key, value in given.items() if value}
+    if claim := kubernetes.storage_claim:
         settings["volumes"] = [{"name": "storage", "persistent_volume_claim": {"claim_name": claim}}]
         settings["volume_mounts"] = [{"name": "storage", "mount_path": STORAGE_PATH}]
     return settings
@@ -266,13 +305,6 @@ def _extra(module: str, extra: str) -> ModuleType:
         raise InvalidConfig(
             f"{EXECUTOR} is {extra!r} and {error.name} is not installed: pip install 'auditexport-pipeline[{extra}]'"
         ) from None
-
-
-def _whole_number(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not re.fullmatch(r"[1-9][0-9]{0,6}", text):
-        raise InvalidConfig(f"{variable} is {text!r}; it must be a whole number from 1 to 9999999")
-    return int(text)
 
 
 _EXECUTORS: dict[str, Callable[[], dg.ExecutorDefinition]] = {

@@ -17,7 +17,10 @@ import dagster as dg
 import auditexport_pipeline
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.component import AuditExport
+from auditexport_pipeline.core.notices import Policy
+from auditexport_pipeline.core.settings import Targets, Thresholds
 from auditexport_pipeline.definitions import defs
+from auditexport_pipeline.defs.executors import CelerySettings, KubernetesSettings
 
 SOURCE = Path(auditexport_pipeline.__file__).parent
 _VARIABLE = re.compile(r"AUDITEXPORT_[A-Z][A-Z_]*[A-Z]")
@@ -40,9 +43,11 @@ def exports() -> Iterator[str]:
 
 
 def variables() -> Iterator[str]:
-    """Environment variables that the source names whole; of one that begins a family, the beginning."""
+    """Environment variables that the source names whole, the beginnings of families, and the variables of settings."""
     for path in SOURCE.rglob("*.py"):
         yield from _VARIABLE.findall(path.read_text())
+    for settings in (CelerySettings, KubernetesSettings, Policy, Targets, Thresholds):
+        yield from settings.variables().values()
 
 
 def commands(command: click.Command = main, path: str = "auditexport") -> Iterator[str]:

@@ -18,11 +18,13 @@ from auditexport_pipeline.core import errors
 from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.settings import Limits, Targets, Thresholds
 from auditexport_pipeline.definitions import defs
+from auditexport_pipeline.defs.executors import CelerySettings, KubernetesSettings
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import event, events
 from auditexport_tests.support.crashes import drain
 
 ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = (CelerySettings, KubernetesSettings, Policy, Targets, Thresholds)
 PACKAGE = ROOT / "auditexport_pipeline"
 TESTS = ROOT / "auditexport_tests"
 DOCS = PACKAGE / "docs"
@@ -257,7 +259,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py", Path(__file__).with_name("test_surface.py")]
     used = {found for path in sources for found in name.findall(path.read_text())}
-    used |= {variable for settings in (Targets, Policy, Thresholds) for variable in settings.variables().values()}
+    used |= {variable for settings in SETTINGS for variable in settings.variables().values()}
     documented = {found for page in PAGES for found in name.findall(page.read_text())}
     assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
     assert used == documented

@@ -54,6 +54,8 @@ def test_variables_are_read_by_their_prefix_and_refused_by_name() -> None:
     """A variable with a typing error in its name is a setting that does nothing."""
     given = {"AUDITEXPORT_SENSOR_ROWS": "5", "AUDITEXPORT_SENSOR_LAG_S": "", "PATH": "/bin"}
     assert Thresholds.from_environment(given) == Thresholds(rows=5)
+    of_a_service = {"AUDITEXPORT_SENSOR_SERVICE_HOST": "10.0.0.1", "AUDITEXPORT_SENSOR_PORT_80_TCP_ADDR": "10.0.0.1"}
+    assert Thresholds.from_environment(given | of_a_service) == Thresholds(rows=5)
     for name, text in (("ROWS", "5.5"), ("LAG_S", "nan"), ("LAG_S", "inf"), ("LAG_S", "soon"), ("LAG", "5")):
         with pytest.raises(InvalidConfig, match=f"^AUDITEXPORT_SENSOR_{name} is "):
             Thresholds.from_environment({f"AUDITEXPORT_SENSOR_{name}": text})
