@@ -47,7 +47,7 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
 @main.command()
 @click.option("--once", is_flag=True, help="One plan only: at most max_batches, and what is left waits.")
 @json_option
-@setting_options(Limits, but=("versions",))
+@setting_options(Limits, without=("versions",))
 @click.option(
     "--versions",
     multiple=True,

@@ -33,12 +33,12 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 who_option = click.option("--who", default=None, help="Who wants this.  [default: the user at this prompt]")
 
 
-def setting_options(settings: type[Settings], *, but: Collection[str] = ()) -> Callable[[Command], Command]:
-    """An option for each of these settings, with its default, bounds and sentence; `but` are those with an option of their own."""
+def setting_options(settings: type[Settings], *, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """An option for each of these settings, with its default, bounds and sentence, `without` those with an option of their own."""
 
     def with_options(command: Command) -> Command:
         for name, field in reversed(settings.model_fields.items()):
-            if name not in but:
+            if name not in without:
                 low, high = bounds_of(field)
                 kind = click.IntRange(low, high) if field.annotation is int else click.FloatRange(low, high)
                 flag = f"--{name.replace('_', '-')}"

@@ -49,9 +49,9 @@ from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.defs.config import DrainConfig, drain_config
 from auditexport_pipeline.defs.drains import drain_in, say_alive
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
-from auditexport_pipeline.defs.failures import told_to_dagster
+from auditexport_pipeline.defs.failures import dagster_errors
 from auditexport_pipeline.defs.names import Connected, Names
-from auditexport_pipeline.defs.report import ahead_words, batch_metadata, run_metadata, timing_metadata
+from auditexport_pipeline.defs.report import batch_metadata, format_prefetch, run_metadata, timing_metadata
 from auditexport_pipeline.defs.runtime import left_s, time_for
 from auditexport_pipeline.mysql.held import release
 from auditexport_pipeline.preflight import refuse_unless_ready
@@ -119,12 +119,12 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         to = names.connected(context)
         started_at_s = time.time()
         limits = limits_of(context, config)
-        with told_to_dagster(context):  # without the heartbeat, which belongs to the run that lives
+        with dagster_errors(context):  # without the heartbeat, which belongs to the run that lives
             _refuse_if_ended(context)
         say_alive(context.instance, context.run_id, process_of(context))
         if context.retry_number == 0:
             to.heartbeat.start()
-        with told_to_dagster(context, to.heartbeat):
+        with dagster_errors(context, to.heartbeat):
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
             release(outbox, to.clickhouse.audit_log().definition)
@@ -178,12 +178,12 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
         if not _has_time(context, to, claim, limits):
             context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
             return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0, "prefetched": False})
-        with told_to_dagster(context, to.heartbeat):
+        with dagster_errors(context, to.heartbeat):
             fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
         timing = to.pipeline.timing("fetch", claim.batch_id)
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
-            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s{ahead_words(timing)}"
+            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s{format_prefetch(timing)}"
         )
         return dg.Output(
             claim,
@@ -215,14 +215,14 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
         limits = limits_of(context, config)
         if not _has_time(context, to, claim, limits):
             return dg.Output(Postponed(claim=claim), metadata={"entries": 0, "blocks": 0, "bytes": 0})
-        with told_to_dagster(context, to.heartbeat):
+        with dagster_errors(context, to.heartbeat):
             receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
         timing = to.pipeline.timing("write", claim.batch_id)
         context.log.info(
             f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
             f"bytes, {receipt.seconds:.2f} s"
             + (f"; {receipt.found} blocks were there already" if receipt.found else "")
-            + ahead_words(timing)
+            + format_prefetch(timing)
         )
         if receipt.note:
             context.log.warning(f"batch {claim.batch_id} is stored, but {receipt.note}")
@@ -250,7 +250,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         to = names.connected(context)
         if isinstance(receipt, Postponed):
             return dg.Output(receipt.claim.batch_id, metadata={"rows": 0})
-        with told_to_dagster(context, to.heartbeat):
+        with dagster_errors(context, to.heartbeat):
             batch = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context, config))
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
@@ -261,7 +261,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
             f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows"
             + (f", {timing.seconds:.2f} s" if timing else "")
             + _others(batch)
-            + ahead_words(timing)
+            + format_prefetch(timing)
         )
         context.log_event(
             dg.AssetObservation(
@@ -294,7 +294,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
     ) -> None:
         to = names.connected(context)
         limits = limits_of(context, config)
-        with told_to_dagster(context, to.heartbeat):
+        with dagster_errors(context, to.heartbeat):
             if len(batch_ids) != planned.batches:
                 raise IncompleteRun(
                     f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry "

@@ -19,7 +19,7 @@ from auditexport_pipeline.defs.resources import HeartbeatResource
 
 
 @contextmanager
-def told_to_dagster(context: dg.OpExecutionContext, heartbeat: HeartbeatResource | None = None) -> Iterator[None]:
+def dagster_errors(context: dg.OpExecutionContext, heartbeat: HeartbeatResource | None = None) -> Iterator[None]:
     """Retries a transient error with backoff and jitter, and fails the step with one clear line otherwise.
 
     A lost lease is not retried: the batch has a new owner, and this run has nothing left to do with it.

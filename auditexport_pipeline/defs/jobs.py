@@ -36,7 +36,7 @@ from auditexport_pipeline.defs.config import (
 )
 from auditexport_pipeline.defs.dagster_internals import delete_events_file
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB
-from auditexport_pipeline.defs.failures import in_one_line, told_to_dagster
+from auditexport_pipeline.defs.failures import dagster_errors, in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.mysql import dead_letters
@@ -99,7 +99,7 @@ def requeue_job(names: Names) -> dg.JobDefinition:
     )
     def requeue_rows(context: dg.OpExecutionContext, config: RequeueConfig) -> None:
         mysql = names.mysql_of(context)
-        with told_to_dagster(context):
+        with dagster_errors(context):
             done = requeue(
                 mysql.outbox(),
                 mysql.upkeep(),
@@ -137,7 +137,7 @@ def sweep_job(names: Names) -> dg.JobDefinition:
     )
     def sweep_rows(context: dg.OpExecutionContext, config: SweepConfig) -> None:
         mysql = names.mysql_of(context)
-        with told_to_dagster(context):
+        with dagster_errors(context):
             done = sweep(
                 mysql.outbox(),
                 mysql.upkeep(),
@@ -210,7 +210,7 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
     )
     def reconcile_window(context: dg.OpExecutionContext, config: ReconcileConfig) -> None:
         mysql = names.mysql_of(context)
-        with told_to_dagster(context):
+        with dagster_errors(context):
             by = _by(context, config.who, config.why)
             upkeep = mysql.upkeep()
             now_ms = upkeep.now_ms()

@@ -88,7 +88,7 @@ def timing_metadata(timings: Mapping[Verb, Timing | None]) -> dict[str, float]:
     return metadata
 
 
-def ahead_words(timing: Timing | None) -> str:
+def format_prefetch(timing: Timing | None) -> str:
     """The end of a step's log line: that the work started ahead of the step, and what ran beside it; empty if the step did it."""
     if timing is None or not timing.ahead_s:
         return ""
