@@ -15,7 +15,7 @@ from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.executors import executor_of_environment
 from auditexport_pipeline.outboxes import Outboxes, OutboxSettings, read_outboxes
 
-# Whom the page names for the one outbox of the environment; a file of outboxes and a component say their own.
+# Owners of the one outbox of the environment; a file of outboxes and a component name their own.
 OWNERS = ("team:data-platform",)
 
 

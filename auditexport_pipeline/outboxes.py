@@ -136,7 +136,7 @@ class OutboxSettings(BaseModel):
     @field_validator("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
     @classmethod
     def _check_variable(cls, value: str) -> str:
-        # The value is not repeated: somebody may have put a URL there, password and all.
+        # The message leaves the value out: it may be a URL with a password.
         if value and not _ENVIRONMENT_NAME.fullmatch(value):
             raise ValueError("this is no name of an environment variable; the URL itself belongs into the variable")
         return value
@@ -196,7 +196,7 @@ class Outboxes:
 
 
 def _database(url: str) -> tuple[str, ...]:
-    """Server and database of a URL, whoever asks there and by which protocol; of one that is no URL, its text.
+    """Server and database of a URL, without user and protocol; of a text that is no URL, the text.
 
     Two names of one host are two to us: nothing is looked up here.
     """

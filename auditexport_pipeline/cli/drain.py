@@ -57,7 +57,7 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
     help=f"{Limits.model_fields['versions'].description}  [default: all that are known]",
 )
 def drain(once: bool, as_json: bool, **limits: Any) -> None:
-    """Export what is pending, here and now: claim, fetch, write, mark, verify, as a run on Dagster's page does.
+    """Export what is pending, here and now: claim, fetch, write, mark, verify, as a Dagster run does.
 
     Ends when everything that was pending at the start is exported, or with --linger-s after that time. A Dagster run or
     another drain may be at work meanwhile: the ledger gives each batch to one of them, and both finish sooner. Ctrl-C
@@ -146,7 +146,7 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
 
 
 class _Progress:
-    """`core.drain.Listener`: a bar where somebody looks on, a line a batch otherwise, nothing with `quiet`."""
+    """`core.drain.Listener`: a bar on a terminal, else a line for each batch, nothing with `quiet`."""
 
     def __init__(self, owner: str, backlog: Backlog, *, quiet: bool) -> None:
         self._owner = owner
@@ -228,7 +228,7 @@ class _Progress:
 
 
 def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[str, Any]:
-    """What a drain did, under the names of a run's metadata on Dagster's page."""
+    """What a drain did, under the names of the metadata of a Dagster run."""
     return {
         "owner": owner,
         "rounds": done.rounds,

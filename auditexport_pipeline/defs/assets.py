@@ -1,23 +1,24 @@
-"""The asset: five ops that translate between Dagster and the verbs of `core.export`, made for one outbox.
+"""The asset of one outbox: a graph of five ops. Each takes a claim, opens the stores and calls one verb of `core.export`.
 
-What belongs here: wiring, metadata and log lines. What does not: decisions; an op takes a claim, opens
-the stores, calls one verb and says what happened.
+What belongs here: wiring, metadata and log lines. What does not: decisions, which are in `core`.
 
     plan_batches ─▶ map( fetch_batch ─▶ write_clickhouse ─▶ mark_exported ) ─▶ finish_export
 
-Three things about Dagster shape this graph. A crashed run retried from failure would skip mapped steps
-that had not started and still end green, so the plan is idempotent, the jobs retry all steps, and
-`finish_export` counts. "Materialize" on the page runs the implicit asset job, where job tags do not
-apply, so what must hold everywhere sits on the ops. Steps run breadth-first unless a priority says
-otherwise, which would fetch every batch before the first is written.
+Three things about Dagster shape this graph:
 
-The steps of a batch are not where all of its work is done. In one process `core.pipeline` prefetches: while the step of one batch
-runs, threads already fetch, write and mark the next ones, and their steps only take the results. So each step says, in its log
-line and in its output's metadata, how long its verb took (`fetch_s`, `write_s`, `mark_s`) and how long before the step it had
-started (`…_ahead_s`, 0 when the step did the work itself).
+* A crashed run that is retried from failure skips mapped steps that had not started, and ends green. So the plan is idempotent,
+  the jobs retry all steps, and `finish_export` counts the batches.
+* "Materialize" in the Dagster UI runs the implicit asset job, to which the tags of our job do not apply. So what must always hold is
+  on the ops.
+* Steps run breadth-first: Dagster would fetch every batch before the first is written. So steps have a priority.
 
-Ops of several outboxes in one code location differ by name; inside the asset the nodes are called as the contract
-has it, so configuration and steps read the same for each.
+In one process `core.pipeline` prefetches. While the step of one batch runs, threads fetch, write and mark the next batches, and the
+steps of those only take the results. So the time of a step in the Dagster UI is not the time of its work. Each step says in its log
+line and its output's metadata how long its verb took (`fetch_s`, `write_s`, `mark_s`), and how long before the step the verb had
+started (`…_ahead_s`; 0 when the step did the work).
+
+Ops of several outboxes in one code location have different names. Inside the asset the nodes have the names of the contract, so
+configuration and steps read the same for each outbox.
 """
 
 import time
@@ -56,9 +57,9 @@ from auditexport_pipeline.defs.runtime import left_s, time_for
 from auditexport_pipeline.mysql.held import release
 from auditexport_pipeline.preflight import refuse_unless_ready
 
-# Counting the backlog that is left stops here: enough to see that there is one, cheap enough for every run.
+# The remaining backlog is counted up to here: cheap enough for every run.
 COUNT_BACKLOG_TO = 1_000_000
-# How often a run that stays says that it lives, and looks whether another one waits for it to leave.
+# How often a run that stays sends a sign of life, and checks whether another run waits for it to leave.
 HEARTBEAT_EVERY_S = 60.0
 LOOK_FOR_OTHERS_EVERY_S = 2.0
 

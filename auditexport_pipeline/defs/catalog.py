@@ -1,4 +1,4 @@
-"""What the page says about the two assets: descriptions, columns, owners, kinds, freshness and links.
+"""What the Dagster UI shows of the two assets: descriptions, columns, owners, kinds, freshness and links.
 
 What belongs here: texts and metadata that do not change from run to run. What does not: what a run reports
 (`defs.report`), and the graph (`defs.assets`).

@@ -36,15 +36,15 @@ _BEFORE_WORK = {
     dg.DagsterRunStatus.STARTING: "is being started, waiting until Dagster has started it or given it up",
 }
 
-# What "Materialize" on the page runs.
+# What "Materialize" in the Dagster UI runs.
 IMPLICIT_JOB = "__ASSET_JOB"
 # More failures in a row than these change nothing: a wait stops growing before, and so does the reader's patience.
 FAILURES_LOOKED_AT = 8
 
 
 def failed_in_a_row(instance: dg.DagsterInstance, names: Names) -> list[dg.RunRecord]:
-    """The last runs of our job that failed, newest first, up to the last one that did not; the page's own runs are left to
-    whoever launched them.
+    """The last runs of our job that failed, newest first, up to the last one that did not fail. Runs of the implicit asset job do
+    not count: a person launched them, and watches them.
     """
     records = instance.get_run_records(
         dg.RunsFilter(job_name=names.job, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
@@ -54,7 +54,7 @@ def failed_in_a_row(instance: dg.DagsterInstance, names: Names) -> list[dg.RunRe
 
 
 def drain_in(instance: dg.DagsterInstance, names: Names, statuses: Sequence[dg.DagsterRunStatus]) -> str | None:
-    """The id of a run in one of these states that drains this outbox: our job's, one from the page that names the asset,
+    """The id of a run in one of these states that drains this outbox: our job's, one of the implicit asset job with the asset,
     or any that holds the pool.
     """
     return next((record.dagster_run.run_id for record in _drains_in(instance, names, statuses)), None)

@@ -44,7 +44,7 @@ CELERY_PRIORITIES = 10
 CELERY_PRIORITY = 5
 # A finished Job and its pod's log stay for a day.
 KEEP_JOBS_S = 86_400
-# Names of Dagster's executors that have one process: the page's and the jobs', and that of `execute_in_process`.
+# Names of Dagster's executors that have one process: the usual one, and that of `execute_in_process`.
 _ONE_PROCESS = ("in_process", "execute_in_process_executor")
 # Where the image has its DAGSTER_HOME (deploy/container/Containerfile).
 STORAGE_PATH = "/var/lib/auditexport/storage"

@@ -319,7 +319,7 @@ _PAGE_RUNS = 200
 
 
 def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
-    """`purge_old_runs`, of runs of these jobs and of those from the page that name the asset."""
+    """`purge_old_runs`, of runs of these jobs, and of the implicit asset job with our asset."""
 
     @dg.op(
         out=dg.Out(dg.Nothing),

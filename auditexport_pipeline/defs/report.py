@@ -19,7 +19,7 @@ from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.requeue import Requeue
 from auditexport_pipeline.core.sweep import Sweep
 
-# The table on the page; a run has 64 batches at most unless it is configured otherwise.
+# Rows of a table in the Dagster UI; a run has 64 batches at most unless it is configured otherwise.
 TABLE_ROWS = 100
 
 
@@ -240,7 +240,7 @@ def _in_cell(name: str) -> str:
 
 
 def _datable(at_ms: int) -> bool:
-    """Event times are any 64-bit integer; only years 1 to 9999 are dates to Python and to the page."""
+    """Event times are any 64-bit integer; only years 1 to 9999 are dates to Python and to the Dagster UI."""
     return -62_135_596_800_000 <= at_ms < 253_402_300_800_000
 
 

@@ -108,7 +108,7 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return bool(self._webhook)
 
     def link(self, run_id: str) -> str:
-        """The run on Dagster's page; empty when it is not known where that is."""
+        """The run in the Dagster UI; empty when its address is not known."""
         page = (self.page_url or os.environ.get("AUDITEXPORT_PAGE_URL", "")).rstrip("/")
         return f"{page}/runs/{run_id}" if page else ""
 

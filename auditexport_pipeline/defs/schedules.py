@@ -35,7 +35,7 @@ def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> 
 
 
 def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
-    """Between two runs of the export's schedule; off until somebody turns it on."""
+    """Between two runs of the export's schedule; off by default."""
 
     @dg.schedule(
         name=names.of("checks_schedule"),
@@ -54,7 +54,7 @@ def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
 
 
 def upkeep_schedules(names: Names, sweep: Any, reconcile: Any) -> list[dg.ScheduleDefinition]:
-    """Once a day each, in the small hours; off until somebody turns them on."""
+    """Once a day each, at night; off by default."""
     return [
         dg.ScheduleDefinition(
             name=names.of("sweep_schedule"), job=sweep, cron_schedule="30 3 * * *", description="Retention, once a day."
@@ -69,7 +69,7 @@ def upkeep_schedules(names: Names, sweep: Any, reconcile: Any) -> list[dg.Schedu
 
 
 def purge_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
-    """Once a day, in the small hours; off until somebody turns it on."""
+    """Once a day, at night; off by default."""
     return dg.ScheduleDefinition(
         name=names.of("purge_schedule"), job=job, cron_schedule="30 5 * * *", description="Old runs, once a day."
     )

@@ -24,11 +24,11 @@ from auditexport_pipeline.defs.report import backlog_metadata
 
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
 SENSOR_INTERVAL_S = 15
-# How often the page gets a fresh observation of the outbox: when nothing changes, and when rows come and go, as they do at
+# How often the Dagster UI gets a fresh observation of the outbox: when nothing changes, and when rows come and go, as they do at
 # every tick. Nothing but its asset ever deletes such an event: at every tick they would be two million a year.
 OBSERVE_EVERY_S = 600
 OBSERVE_CHANGES_EVERY_S = 120
-# What waits for a person is told at once.
+# A change of these needs a person: it is observed at once.
 _TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
 
 
@@ -66,7 +66,7 @@ class _Seen(msgspec.Struct):
 def _seen(cursor: str | None) -> _Seen | None:
     try:
         return msgspec.json.decode(cursor or "", type=_Seen)
-    except msgspec.DecodeError:  # none yet, or one that was set by hand on the page
+    except msgspec.DecodeError:  # none yet, or one that was set by hand in the Dagster UI
         return None
 
 
