@@ -1,9 +1,6 @@
-"""Shared by the tests of alerts: the sensors as the daemon ticks them, their clock, and runs that fail."""
+"""Shared by the tests of alerts: the sensors as the daemon ticks them, and runs that fail."""
 
 from __future__ import annotations
-
-import time
-from typing import TYPE_CHECKING
 
 import dagster as dg
 import pytest
@@ -11,25 +8,10 @@ import pytest
 from auditexport_pipeline.definitions import build_audit_export_defs, defs
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource, MySQLResource
 from auditexport_tests.conftest import Stack
-
-if TYPE_CHECKING:  # which has the fixtures, and imports this
-    from auditexport_tests.integration.dagster.conftest import Exporter
+from auditexport_tests.integration.dagster.conftest import Exporter
 
 DEAD_PORT = "http://default@127.0.0.1:1/default"
 DEAD_MYSQL = "mysql+pymysql://nobody:very-secret@127.0.0.1:1/app"
-
-
-class Clock:
-    """The sensors' clock, which a test sets forward."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
-
-    def time(self) -> float:
-        return time.time() + self.ahead_s
-
-    def monotonic(self) -> float:
-        return time.monotonic()
 
 
 class Sensor:

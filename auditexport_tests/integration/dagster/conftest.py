@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from auditexport_pipeline.core import retries
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import alerts
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.alerting import Clock
 from auditexport_tests.support.builders import FIRST_EVENT_MS as FIRST_EVENT_MS
 from auditexport_tests.support.builders import event as event
 from auditexport_tests.support.builders import events as events
@@ -34,6 +34,19 @@ ASSET = dg.AssetKey("audit_logs_raw_v1")
 def launchpad(settings: Mapping[str, object]) -> dict[str, object]:
     """The run configuration that the page would send for these settings."""
     return {"ops": {"audit_logs_raw_v1": {"config": dict(settings)}}} if settings else {}
+
+
+class Clock:
+    """The sensors' clock, which a test sets forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+    def monotonic(self) -> float:
+        return time.monotonic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,10 @@ from auditexport_pipeline.defs import alerts
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.alerting import (
     DEAD_MYSQL,
-    Clock,
     Sensor,
     failing,
 )
-from auditexport_tests.integration.dagster.conftest import Exporter, event, events
+from auditexport_tests.integration.dagster.conftest import Clock, Exporter, event, events
 from auditexport_tests.support.webhook import Webhook
 
 pytestmark = [pytest.mark.usefixtures("no_waits"), pytest.mark.slow]

@@ -15,14 +15,13 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.alerting import (
     DEAD_MYSQL,
     DEAD_PORT,
-    Clock,
     Sensor,
     cannot_begin,
     died,
     failing,
     succeeded,
 )
-from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, event
+from auditexport_tests.integration.dagster.conftest import ASSET, Clock, Exporter, event
 from auditexport_tests.support.webhook import SECRET, Webhook
 
 pytestmark = [pytest.mark.usefixtures("no_waits"), pytest.mark.slow]

@@ -442,7 +442,7 @@ class TestErrors:
             {"Origin": "null"},
             {"Host": "rebound.example.com"},
             {"Host": "127.0.0.1.example.com:8123"},
-            {"Host": "192.0.2.1:8123"},
+            {"Host": "cafe"},
             {"Sec-Fetch-Site": "cross-site"},
             {"Sec-Fetch-Site": "same-site"},
         ],
