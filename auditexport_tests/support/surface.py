@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 import dagster as dg
-from auditexport_pipeline.core.notices import Policy
 
 import auditexport_pipeline
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.component import AuditExport
+from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.settings import Targets, Thresholds
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs.executors import CelerySettings, KubernetesSettings
