@@ -47,7 +47,7 @@ def the_finding(stack: Stack, words: str, *, fatal: bool = True, role: Role = Ro
     assert found.breaks
     if fatal and role is Role.EXPORTER:
         claims_nothing(stack)
-    assert [again.what for again in findings(stack, role)] == [found.what]
+    assert [words in again.what for again in findings(stack, role)] == [True]
     return found
 
 
