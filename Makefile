@@ -24,7 +24,7 @@ demo: $(READY) server
 dev: $(READY) server
 	@$(BIN)/auditexport dev
 
-# CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; README.md has examples.
+# CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; CONTRIBUTING.md has examples.
 test: SELECTED = -m 'not slow'
 test test-all: $(READY) server
 	@$(BIN)/python -m auditexport_tests.support.engines $(CLICKHOUSE)

@@ -45,7 +45,7 @@ INSERT carries a deadline, which ClickHouse compares with its own clock before i
 for an hour and wakes up inside `write` is refused. For the same reason, a batch that can no longer be reproduced
 (`stopped`) is given up only after the deadline and the INSERT's own time-out (`inserts_until_ms`): then no INSERT of it can
 be at work. The lease is another value. It is short, and is renewed while a verb works (`core.lease`), so a
-dead run holds its rows for less than a minute. A process of the same machine that is gone counts as dead at once.
+dead run holds its rows for less than a minute; where an executor gives the steps to several processes, for five. A process of the same machine that is gone counts as dead at once.
 
 After the export. A requeue (`core.requeue`, or a mark that somebody cleared by hand) makes rows pending again. The next claim
 sees that a closed batch had their pks, and the fetch proves which rows are the events that were exported (`core.origins`). Those
@@ -80,5 +80,7 @@ Invariants (tests are named after them):
  9. Retention deletes only rows that are exported, older than the window and verified present, checked once more right
     before they are deleted (`core.sweep`).
 10. Payloads are only in the two databases: not in Dagster, logs, metadata or errors.
+11. No decision rests on an answer that may be somebody else's (a proxy, a cache, a replica that lags), nor on a setting or
+    a session state that was inherited.
 12. Identity is the event, never the pk; what cannot be proven to be a repetition is new.
 """

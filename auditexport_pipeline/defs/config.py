@@ -101,6 +101,11 @@ def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def drain_limits(given: Mapping[str, Any] | None = None) -> Limits:
+    """What bounds the drains that nobody launches by hand; read and refused as `drain_settings` are."""
+    return limits_here(dict(given) if given is not None else _drain_of_environment())
+
+
 def drain_settings(names: Names, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The run configuration of drains that nobody launches by hand: what was given to the definitions, or else
     AUDITEXPORT_DRAIN, the launchpad's form as JSON.
@@ -127,7 +132,7 @@ def _drain_of_environment() -> dict[str, Any]:
 
 
 class RequeueConfig(Form):
-    """DeadLetterFilter rows `requeue_events` means, who wants it and why."""
+    """Which rows `requeue_events` means, who wants it and why."""
 
     event_ids: list[str] = Field(default=[], description="These events.")
     workspace_id: str | None = Field(default=None, description="Of this workspace.")
@@ -173,7 +178,7 @@ class SweepConfig(Retention, Form):
 
 
 class ReconcileConfig(Form):
-    """DeadLetterFilter exports `reconcile_audit_logs` compares, and what follows."""
+    """Which exports `reconcile_audit_logs` compares, and what follows."""
 
     # A window beyond ten years is a mistake of units.
     days: float = Field(default=7.0, gt=0, le=3_650, description="Exports of this many days up to now.")
@@ -208,7 +213,7 @@ class ReconcileConfig(Form):
 
 
 class RetryConfig(Form):
-    """DeadLetterFilter dead letters `retry_dead_letters` means, who decides and why."""
+    """Which dead letters `retry_dead_letters` means, who decides and why."""
 
     why: str = Field(description="What was fixed; recorded.")
     who: str = Field(default="", description="Who decides this; empty means this run.")
@@ -243,7 +248,7 @@ class RetryConfig(Form):
 
 
 class PurgeConfig(Form):
-    """DeadLetterFilter runs `purge_old_runs` deletes."""
+    """Which runs `purge_old_runs` deletes."""
 
     run_days: float = Field(default=30.0, ge=1, le=3_650, description="Finished runs stay this many days.")
     # A run a minute for more than a day: one purge a day keeps up with the busiest sensor.

@@ -15,8 +15,7 @@ import msgspec
 from auditexport_pipeline import processes
 from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Failures, Lease, decide
 from auditexport_pipeline.core.settings import Thresholds
-from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.defs.config import drain_settings
+from auditexport_pipeline.defs.config import drain_limits, drain_settings
 from auditexport_pipeline.defs.drains import end_dead, failed_in_a_row, lease_end
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
@@ -96,7 +95,8 @@ def backlog_sensor(
         with in_one_line():
             limits = given or Thresholds.from_environment(os.environ)
             settings = drain_settings(names, drain)
-            backlog = names.mysql_of(context).outbox().backlog(tuple(VERSIONS), count_to=max(limits.rows, 1_000_000))
+            versions = drain_limits(drain).versions  # rows that no drain takes are no reason to start one
+            backlog = names.mysql_of(context).outbox().backlog(versions, count_to=max(limits.rows, 1_000_000))
         decision = decide(
             backlog,
             limits,

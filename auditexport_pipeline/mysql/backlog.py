@@ -25,7 +25,7 @@ ROWS_LOOKED_AT = 100
 def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Backlog:
     """How far behind the export is; counts pending rows up to `count_to`, without those that dead letters hold.
 
-    Source: `drainer_pending_idx`, the ledger's `state_idx`, `letter_state_idx`. No lock, and nothing
+    Source: `drainer_pending_idx`, the ledger's `state_idx`. No lock, and nothing
     that grows with the table.
     """
     dead = list(connection.execute(SQL["count_dead"]))

@@ -6,7 +6,7 @@ CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (
   epoch BIGINT UNSIGNED NOT NULL COMMENT 'the plan that holds the batch; a higher one fences its predecessor off; 0 for a stopped one',
   generation INT UNSIGNED NOT NULL COMMENT '0 for a first export, more for a requeue',
   version VARCHAR(64) NOT NULL,
-  state VARCHAR(16) NOT NULL COMMENT 'claimed, sealed, written, stopped, exported, verified, discrepant',
+  state VARCHAR(16) NOT NULL COMMENT 'claimed, sealed, written, stopped, exported, verified, discrepant, compacted; head for row 0',
   owner VARCHAR(128) NOT NULL COMMENT 'root run id, or the process that drains',
   lease_until_ms BIGINT NOT NULL,
   claimed_rows INT UNSIGNED NOT NULL,

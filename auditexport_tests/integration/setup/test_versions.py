@@ -24,7 +24,17 @@ from auditexport_pipeline.core.versions import PIECES, VERSIONS, statements_of
 from auditexport_pipeline.report.figures import gather
 from auditexport_pipeline.roles import Role, clickhouse_grants
 from auditexport_tests.conftest import Stack, fresh_stack
-from auditexport_tests.integration.dagster.conftest import ROOT, event, events, ledger
+from auditexport_tests.integration.dagster.conftest import (
+    ROOT,
+    Exporter,
+    empty_home,
+    event,
+    events,
+    exporter,
+    home,
+    ledger,
+)
+from auditexport_tests.integration.dagster.test_automation import Sensor, requests
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.producers import billing
 from auditexport_tests.support.prompts import Prompt, prompt_in, urls
@@ -51,6 +61,9 @@ def invoice(number: int, **fields: object) -> tuple[str, str, str]:
 
 def invoices(count: int) -> list[tuple[str, str, str]]:
     return [invoice(number) for number in range(count)]
+
+
+__all__ = ["empty_home", "exporter", "home"]
 
 
 @pytest.fixture
@@ -96,6 +109,19 @@ def distribute(stack: Stack, table: str, over: str, key: str = "inserted_at") ->
     stack.log.client().command(
         f"CREATE TABLE {table} AS {over} ENGINE = Remote('127.0.0.1', '{database}', '{over}', 'default', '', {key})"
     )
+
+
+def test_the_sensor_counts_only_the_versions_that_its_drains_take(
+    stack: Stack, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It started a run at every tick for rows that the run was set to leave."""
+    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "1")
+    monkeypatch.setenv("AUDITEXPORT_DRAIN", json.dumps({"versions": ["audit_log.v1"]}))
+    sensor = Sensor(exporter, stack)
+    stack.put(*invoices(2), version=NAME)
+    assert requests(sensor.tick()) == []
+    stack.put(*events(1))
+    assert len(requests(sensor.tick())) == 1
 
 
 def test_a_mixed_outbox_goes_into_both_tables_and_bad_rows_are_set_aside(stack: Stack) -> None:
