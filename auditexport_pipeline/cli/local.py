@@ -45,7 +45,7 @@ def demo(directory: Path, events: int, as_json: bool) -> None:
     type=click.IntRange(1, 65_535),
     default=3000,
     show_default=True,
-    help="Of Dagster's page; a free one if taken.",
+    help="Of the Dagster UI; a free one if taken.",
 )
 @click.option(
     "--events-per-s",
@@ -58,7 +58,7 @@ def demo(directory: Path, events: int, as_json: bool) -> None:
     "--no-automation", is_flag=True, help="Leave the sensor and the schedule as they are: off, on a fresh stack."
 )
 def dev(directory: Path, port: int, events_per_s: float, no_automation: bool) -> None:
-    """Run the local stack with Dagster's page and a live trickle of events, until Ctrl-C.
+    """Run the local stack with the Dagster UI and a live trickle of events, until Ctrl-C.
 
     Exit status: 0 stopped, 2 when the call is wrong or a server cannot be started.
     """

@@ -135,7 +135,7 @@ def _ago(now: Status, at_ms: int) -> str:
 
 
 def _owner(owner: str, width: int) -> str:
-    """Whole where there is room; a run's id otherwise by its beginning, as on Dagster's page."""
+    """Whole where there is room; a run's id otherwise by its beginning, as in the Dagster UI."""
     room = max(12, width - 60)
     return owner if len(owner) <= room else f"{owner[: room - 1]}…"
 

@@ -199,7 +199,7 @@ def _line_values(line: Line) -> dict[str, Any]:
 
 
 def status_values(now: Status, found: list[Advice]) -> dict[str, Any]:
-    """The status as JSON: one number a name as on Dagster's page, then the lists."""
+    """The status as JSON: one number a name as in the Dagster UI, then the lists."""
     return {
         "verdict": verdict(now, found),
         "healthy": not needs_operator(found),

@@ -4,10 +4,10 @@
 
 -- name: insert
 -- One block, one part: the squash limits are above any block. The WHERE is the fence: an INSERT that starts
--- after the lease of its run has ended is refused by ClickHouse itself (code 395), whoever sends it.
+-- after its deadline is refused by ClickHouse itself (code 395), whoever sends it.
 INSERT INTO $table ($column_names) {settings}
 SELECT $select FROM input('$input')
-WHERE NOT throwIf(now64(3) > fromUnixTimestamp64Milli({deadline_ms:Int64}), 'auditexport: the lease of this batch has ended')
+WHERE NOT throwIf(now64(3) > fromUnixTimestamp64Milli({deadline_ms:Int64}), 'auditexport: the deadline of this INSERT has passed')
 FORMAT JSONEachRow
 
 -- name: probe

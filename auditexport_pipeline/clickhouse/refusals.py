@@ -25,7 +25,7 @@ LIMIT_CODES = {
 # The same from a proxy, by HTTP status.
 LIMIT_STATUSES = {413: RefusalKind.SIZE, 504: RefusalKind.TIME, 408: RefusalKind.TIME}
 # The words of `insert` in audit_log.sql: our own fence, which another throwIf() shares only the code with.
-FENCE = "auditexport: the lease of this batch has ended"
+FENCE = "auditexport: the deadline of this INSERT has passed"
 FENCE_CODE = 395
 
 _NAME = r"(?:`(?:[^`\\]|\\.)+`|[\w$-]+)"

@@ -40,7 +40,7 @@ RELEASE_EVERY_S = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class Drained:
-    """What a drain did. Names and units are those of a run's metadata on Dagster's page."""
+    """What a drain did. Names and units are those of a run's metadata in the Dagster UI."""
 
     rounds: int = 0
     batches: int = 0

@@ -26,7 +26,7 @@ which each store translates in exactly one place.
         │   └── TableRefuses               the ClickHouse table refuses every row of a batch, although they parse
         ├── BatchAltered               rows of a sealed batch are no longer as they were sealed
         ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
-        ├── InsertRefused              ClickHouse refuses rows for good
+        ├── InsertRefused              a sealed row no longer decodes
         ├── VerificationFailed         ClickHouse does not hold what it acknowledged
         ├── IncompleteRun              fewer batches arrived at the end of a run than were planned
         └── LocalServerMissing         no server binary on this machine
@@ -146,7 +146,7 @@ class MarkRefused(PermanentError):
 
 
 class InsertRefused(PermanentError):
-    """ClickHouse will never take these rows; nothing was written."""
+    """A row of a sealed batch no longer decodes, as after a change of the program; nothing was written."""
 
 
 class VerificationFailed(PermanentError):

@@ -107,7 +107,7 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
     last_with_key: dict[int, int] = {}  # by the key's hash: its last row, counted over all parts
     folded: set[int] = set()
     keys: dict[int, Key] = {}  # by pk, of a requeue only
-    kept = found = elsewhere = given_back = sealed_bytes = 0
+    rows_kept = found = elsewhere = given_back = sealed_bytes = 0
     oldest_ms: int | None = None
     newest_ms: int | None = None
     for part in parts:
@@ -134,8 +134,8 @@ def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetch
                 other, index = _part_of(parts, earlier)
                 if _same_event(decode, other, index, row, event):
                     folded.add(other.pks[index])
-            last_with_key[place] = kept
-            kept += 1
+            last_with_key[place] = rows_kept
+            rows_kept += 1
             part.add(row, event.fingerprint)
             if batch.generation:
                 keys[row.pk] = event.key

@@ -215,7 +215,7 @@ class Status:
 
     @property
     def numbers(self) -> dict[str, int | float | str | None]:
-        """The one-number-a-name form, under the names that runs and checks use on Dagster's page."""
+        """The one-number-a-name form, under the names that runs and checks use in the Dagster UI."""
         return {
             "backlog_rows": self.backlog.rows,
             "lag_s": round(self.backlog.lag_s, 1),

@@ -99,7 +99,7 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         default="", description="The webhook; empty means AUDITEXPORT_ALERT_WEBHOOK_URL, or nobody is told."
     )
     page_url: str = Field(
-        default="", description="Dagster's page, for links to runs; empty means AUDITEXPORT_PAGE_URL, or no links."
+        default="", description="The Dagster UI, for links to runs; empty means AUDITEXPORT_PAGE_URL, or no links."
     )
 
     @property

@@ -41,7 +41,7 @@ def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
         name=names.of("checks_schedule"),
         job=job,
         cron_schedule="8-59/15 * * * *",
-        description="The lights on the page: every quarter of an hour those that ask MySQL alone, and four times a day those "
+        description="The asset checks: every quarter of an hour those that ask MySQL alone, and four times a day those "
         "that read a day's entries in ClickHouse.",
     )
     def checks_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:

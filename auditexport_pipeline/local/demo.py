@@ -115,7 +115,7 @@ def run(directory: Path, events: int, *, as_json: bool = False) -> int:
         console.print(Panel(numbers, title=verdict, subtitle=f"{total_s:.0f} s in all", expand=False))
         console.print(_busiest(stack))
         console.print(
-            "\nNext:  [bold]make dev[/bold]   the same stack with Dagster's page and a live trickle of events"
+            "\nNext:  [bold]make dev[/bold]   the same stack with the Dagster UI and a live trickle of events"
         )
         console.print("       [bold]make test[/bold]  the tests, against the same kind of servers\n")
         if as_json:

@@ -1,4 +1,4 @@
-"""What an operator does on Dagster's page, done by a real browser: launch, misconfigure, automate.
+"""What an operator does in the Dagster UI, done by a real browser: launch, misconfigure, automate.
 
 What belongs here: what only a browser can tell, that a person finds the button and sees the number. What does not:
 what a launch does to the databases, which `integration.dagster` tests without one.

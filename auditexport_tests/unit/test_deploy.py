@@ -154,7 +154,7 @@ def test_a_container_starts_a_command_that_exists_and_is_hardened(name: str) -> 
 
 
 def test_nothing_of_the_containers_listens_beyond_the_machine() -> None:
-    """Dagster's page has no log-in."""
+    """The Dagster UI has no log-in."""
     published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert published == ["127.0.0.1:3000:3000"]
 
