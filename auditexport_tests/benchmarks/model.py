@@ -47,7 +47,7 @@ class Costs:
     commit_wait_us: float = 3.0
     two_connections_gain: float = 24 / 19
     four_connections_gain: float = 24 / 13.5
-    # core/limits.py, blocks_per_batch: 300,000 rows take ClickHouse 6.8 CPU seconds, with two INSERTs a batch 9.6.
+    # core/settings.py, blocks_per_batch: 300,000 rows take ClickHouse 6.8 CPU seconds, with two INSERTs a batch 9.6.
     two_blocks_clickhouse: float = 9.6 / 6.8
     # `growth`, batches of 1,000 to 100,000 rows.
     claim_trips: float = 13
