@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from auditexport_pipeline.clickhouse.catalogue import Catalogue
 from auditexport_pipeline.clickhouse.connection import connection_arguments, translated
-from auditexport_pipeline.clickhouse.engines import TABLE
+from auditexport_pipeline.clickhouse.engines import TABLE, VIEW
 from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
 from auditexport_pipeline.clickhouse.table_checks import table_checks
 from auditexport_pipeline.core.errors import SetupIncomplete
@@ -129,7 +129,8 @@ def _lacking(db: Catalogue) -> dict[str, list[str]] | None:
         # A server that is a shard itself asks its own table as the same user.
         if under := table.under:
             local = under.table if under.database == db.server.database else f"{under.database}.{under.table}"
-            needed[local] = needed[table.name]
+            # Not every role needs something of the view, which somebody may have made a Distributed table as well.
+            needed[local] = needed[TABLE if table.name == VIEW else table.name]
     lacking: dict[str, list[str]] = {}
     try:
         with translated("checking a grant"):
