@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
@@ -129,7 +129,7 @@ class PayloadVersion:
         count = len(list(top_level_parts(pieces["select"])))
         if count != len(self.columns):
             yield "select", f"it has {count} expressions for {len(self.columns)} columns"
-        if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", pieces["ddl"]):
+        if not re.search(rf"CREATE TABLE IF NOT EXISTS {self.table}\b", " ".join(pieces["ddl"].split())):
             yield "ddl", f"it must begin with CREATE TABLE IF NOT EXISTS {self.table}"
 
     @property
@@ -173,6 +173,16 @@ def decoder(
     return decode
 
 
+def _register(found: EntryPoint) -> None:
+    try:
+        found.load()()
+    except Exception as error:
+        raise InvalidConfig(
+            f"the entry point {found.name} ({found.value}) of the group {ENTRY_POINTS} does not register its payload "
+            f"version ({type(error).__name__}: {error}); fix or uninstall that package"
+        ) from error
+
+
 class _Versions(Mapping[str, PayloadVersion]):
     """Every version by name, ours first. Installed packages register theirs at the first access."""
 
@@ -197,15 +207,12 @@ class _Versions(Mapping[str, PayloadVersion]):
             if not self._loaded:
                 self._loaded = True  # a package that reads them while it registers sees the versions so far
                 before = dict(self._known)
-                for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
-                    try:
-                        found.load()()
-                    except Exception as error:
-                        self._known, self._loaded = before, False
-                        raise InvalidConfig(
-                            f"the entry point {found.name} ({found.value}) of the group {ENTRY_POINTS} does not register "
-                            f"its payload version ({type(error).__name__}: {error}); fix or uninstall that package"
-                        ) from error
+                try:
+                    for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
+                        _register(found)
+                except BaseException:  # also one that stops a thread: half of the versions are never taken for all
+                    self._known, self._loaded = before, False
+                    raise
             return self._known
 
     def __getitem__(self, name: str) -> PayloadVersion:
