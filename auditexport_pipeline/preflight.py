@@ -22,6 +22,7 @@ from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, Se
 from auditexport_pipeline.core.findings import Check, Checking, CheckResult, Finding, all_findings, carry_out, warning
 from auditexport_pipeline.core.settings import RETENTION_DAYS
 from auditexport_pipeline.core.status import newest_of_each_view
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql.catalogue import Catalogue as MySQL
 from auditexport_pipeline.mysql.checks import mysql_checks, mysql_checks_of_every_run
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
@@ -37,7 +38,6 @@ _CLICKHOUSE = load("clickhouse/checks.sql")
 CLEAN_FOR_S = 300.0
 # Clocks that are kept agree to milliseconds; a minute is one that nobody keeps.
 SKEW_MS = 60_000
-DAY_MS = 86_400_000
 
 # By process and URLs. Threads share it: each access is one operation of the dictionary.
 _clean_until_s: dict[tuple[int, str, str], float] = {}

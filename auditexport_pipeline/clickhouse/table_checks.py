@@ -22,6 +22,7 @@ from auditexport_pipeline.clickhouse.engines import (
 from auditexport_pipeline.clickhouse.ttl import Deletion, TableTtl, ttl_of
 from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, PayloadVersion, columns_in
 from auditexport_pipeline.roles import Role
 from auditexport_pipeline.sql import Column, columns_of, load
@@ -321,7 +322,7 @@ def _retention(db: Catalogue, table: Table) -> Checking:
 def _wrong_deletion(db: Catalogue, table: Table, deletion: Deletion, fix: str) -> Finding | None:
     named = set(re.findall(r"\w+", deletion.at)) & columns_of(VERSIONS["audit_log.v1"].pieces["ddl"]).keys()
     kept_ms = ttl_reader(db.client).kept_by(deletion.at)
-    days = kept_ms / 86_400_000 if kept_ms is not None else None
+    days = kept_ms / DAY_MS if kept_ms is not None else None
     if not named or ("inserted_at" not in named and not deletion.where):
         return Finding(
             what=f"the TTL of {table.name} counts from {', '.join(sorted(named)) or 'no column of ours'}: {deletion}",

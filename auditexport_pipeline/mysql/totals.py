@@ -5,13 +5,11 @@ A caller that keeps what it has read makes the next reading short.
 
 from __future__ import annotations
 
-from sqlalchemy import TextClause, text
-
 from auditexport_pipeline.core.metrics import Totals
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.mysql.statements import statements
 
-SQL: dict[str, TextClause] = {name: text(statement) for name, statement in load("mysql/totals.sql").items()}
+SQL = statements("mysql/totals.sql")
 # Batches that one statement adds up, in a transaction of its own: a long snapshot would hold up the server's purge.
 PAGE_BATCHES = 10_000
 _NO_END = 2**63 - 1

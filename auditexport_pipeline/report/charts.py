@@ -19,8 +19,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from auditexport_pipeline.core.units import DAY_MS
-from auditexport_pipeline.report.figures import HOUR_MS
+from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_pipeline.report.format import format_seconds, format_tick
 
 # Okabe and Ito's colours, which readers of every kind of colour vision tell apart; each means the same everywhere, in

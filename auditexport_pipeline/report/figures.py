@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 import pandas as pd
-from sqlalchemy import Row, TextClause, bindparam, text
+from sqlalchemy import Row
 
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.clickhouse.connection import LOOK_UP_TIMEOUT_S
@@ -23,20 +23,19 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
 from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import Status
-from auditexport_pipeline.core.units import DAY_MS
+from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
 from auditexport_pipeline.mysql.maintenance import SCAN_PKS, MySQLMaintenance
 from auditexport_pipeline.mysql.marking import by_shape
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.statements import statements
 from auditexport_pipeline.mysql.status import read_status
 from auditexport_pipeline.mysql.status import targets as targets_of_environment
 from auditexport_pipeline.sql import load
 
-SQL: dict[str, TextClause] = {name: text(statement) for name, statement in load("report/outbox.sql").items()}
-SQL["hours_in"] = SQL["hours_in"].bindparams(bindparam("pks", expanding=True))
+SQL = statements("report/outbox.sql")
 _PIECES = load("report/audit_log.sql")
 
-HOUR_MS = 3_600_000
 # A longer window is counted by day: columns of less than three pixels show nothing.
 MOST_STEPS = 14 * 24
 # An event is often older than its export: the hours before the window that get a column of their own.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from auditexport_pipeline.core.reconcile import Report
+from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.report.figures import Figures
 from auditexport_pipeline.report.format import (
     format_bytes,
@@ -160,7 +161,7 @@ def letters(frame: pd.DataFrame) -> str:
         return ""
     wide = frame.pivot_table(index="reason", columns="state", values="letters", aggfunc="sum", fill_value=0)
     wide = wide.reindex(columns=_STATES, fill_value=0).sort_values(_STATES, ascending=False).map(_count)
-    days = frame.groupby("reason")["day_number"].agg(["min", "max"]).map(lambda day: _day(int(day) * 86_400_000))
+    days = frame.groupby("reason")["day_number"].agg(["min", "max"]).map(lambda day: _day(int(day) * DAY_MS))
     shown = wide.join(days.set_axis(["first day", "last day"], axis="columns"))
     shown.insert(0, "reason", shown.index.map(printable))
     return _html(shown, "t1")

@@ -15,11 +15,11 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.sweep import Retention, sweep
-from auditexport_pipeline.core.units import DAY_MS
+from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.report import figures, page
-from auditexport_pipeline.report.figures import HOUR_MS, Figures, gather
+from auditexport_pipeline.report.figures import Figures, gather
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import event
 from auditexport_tests.support.crashes import drain
