@@ -94,7 +94,12 @@ class OutboxSettings(BaseModel):
         Thresholds().rows
     )
     sensor_lag_s: Annotated[
-        float, Field(gt=0, description="The sensor starts a drain when the oldest pending row is this old, in seconds.")
+        float,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="The sensor starts a drain when the oldest pending row is this old, in seconds.",
+        ),
     ] = Thresholds().lag_s
     targets: Annotated[
         Mapping[str, float],
