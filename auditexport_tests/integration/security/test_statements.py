@@ -53,10 +53,8 @@ ALLOWED = {
     ("mysql/database.py", "statement"): "what `rows` was given, which is looked at where it is called",
     ("mysql/statements.py", "statement.replace('$batch_columns', BATCH_COLUMNS)"): "a `.sql` file, and a constant",
     ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
-    ("mysql/totals.py", "statement"): "from totals.sql, when the module is imported",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
-    ("report/figures.py", "statement"): "from outbox.sql, when the module is imported",
     ("mysql/dead_letters.py", "statement"): "what `_about` made: pieces of dead_letters.sql",
     (
         "mysql/dead_letters.py",
