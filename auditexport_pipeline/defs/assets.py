@@ -31,6 +31,7 @@ import dagster as dg
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.core import claiming
+from auditexport_pipeline.core.advice import Command
 from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
 from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.errors import (
@@ -62,6 +63,33 @@ COUNT_BACKLOG_TO = 1_000_000
 # How often a run that stays sends a sign of life, and checks whether another run waits for it to leave.
 HEARTBEAT_EVERY_S = 60.0
 LOOK_FOR_OTHERS_EVERY_S = 2.0
+
+
+def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any) -> dg.AssetsDefinition:
+    """The asset of one outbox: a graph of the five ops. `attributes` are `graph_asset`'s: group, owners, metadata, …"""
+    plan = _plan_batches(names).alias("plan_batches")
+    fetch = _fetch_batch(names).alias("fetch_batch")
+    write = _write_clickhouse(names).alias("write_clickhouse")
+    mark = _mark_exported(names).alias("mark_exported")
+    finish = _finish_export(names).alias("finish_export")
+
+    @dg.graph(name=names.of("export_batch"))
+    def export_batch(claim: Claim) -> Any:
+        return mark(write(fetch(claim)))
+
+    @dg.graph_asset(
+        key=names.asset,
+        config=drain_config,
+        ins={"clickhouse_outbox": dg.AssetIn(key=names.outbox, dagster_type=dg.Nothing)},
+        **attributes,
+    )
+    def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
+        claims, planned = plan(clickhouse_outbox)
+        return finish(claims.map(export_batch.alias("export_batch")).collect(), planned)
+
+    # `graph_asset` takes no freshness policy.
+    (fresh,) = dg.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=freshness), [audit_logs_raw_v1])
+    return fresh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +340,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
             waiting = sum(1 for batch in done.left if batch.state is not State.WRITTEN)
             seconds = time.time() - planned.started_at_s
             context.add_output_metadata(run_metadata(done.batches, done.verified, backlog, dead, seconds, held))
-            _raise_if_wrong(done)
+            _raise_if_wrong(done, names.name)
         context.log.info(
             f"verified {len(done.verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
             + (f"; {waiting} batches wait for the next run, there was no time for them" if waiting else "")
@@ -390,41 +418,15 @@ class _Log:
         self._context.log.warning(what)
 
 
-def _raise_if_wrong(done: Outcome) -> None:
+def _raise_if_wrong(done: Outcome, outbox: str) -> None:
     left = "; ".join(
         f"batch {batch_id} is in ClickHouse and not marked: {why}" for batch_id, why in unmarked(done.left).items()
     )
     if done.wrong:
+        repair = Command("reconcile --repair").format(outbox)
         raise VerificationFailed(
-            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; clear their deleted_at to "
-            "export them again under the same inserted_at" + (f". Beside that, {left}" if left else "")
+            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; `{repair}`, then a drain, exports "
+            "again what is missing, under the same inserted_at" + (f". Beside that, {left}" if left else "")
         )
     if left:
         raise BatchUnmarked(left)
-
-
-def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any) -> dg.AssetsDefinition:
-    """The asset of one outbox: a graph of the five ops. `attributes` are `graph_asset`'s: group, owners, metadata, …"""
-    plan = _plan_batches(names).alias("plan_batches")
-    fetch = _fetch_batch(names).alias("fetch_batch")
-    write = _write_clickhouse(names).alias("write_clickhouse")
-    mark = _mark_exported(names).alias("mark_exported")
-    finish = _finish_export(names).alias("finish_export")
-
-    @dg.graph(name=names.of("export_batch"))
-    def export_batch(claim: Claim) -> Any:
-        return mark(write(fetch(claim)))
-
-    @dg.graph_asset(
-        key=names.asset,
-        config=drain_config,
-        ins={"clickhouse_outbox": dg.AssetIn(key=names.outbox, dagster_type=dg.Nothing)},
-        **attributes,
-    )
-    def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
-        claims, planned = plan(clickhouse_outbox)
-        return finish(claims.map(export_batch.alias("export_batch")).collect(), planned)
-
-    # `graph_asset` takes no freshness policy.
-    (fresh,) = dg.map_asset_specs(lambda spec: spec.replace_attributes(freshness_policy=freshness), [audit_logs_raw_v1])
-    return fresh

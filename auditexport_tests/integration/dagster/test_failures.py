@@ -286,7 +286,7 @@ def test_rows_that_clickhouse_loses_after_its_acknowledgement_fail_the_run(
     assert (error, rerun_helps) == ("VerificationFailed", False)
     assert "batch 1: 1 missing, events evt_1" in line
     assert "batch 2: 1 missing, events evt_4" in line
-    assert "clear their deleted_at" in line
+    assert "`auditexport reconcile --repair`" in line
     assert [str(batch.state) for batch in ledger(stack)] == ["discrepant", "discrepant"]
     assert exporter.instance.get_latest_materialization_event(ASSET) is None
 
