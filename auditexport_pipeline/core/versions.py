@@ -104,6 +104,8 @@ class PayloadVersion:
         """Reads the pieces; each fault with its piece. A later check relies on the earlier ones."""
         if not _NAME.fullmatch(self.name):
             yield "name", "it is letters, digits, _, - and dots, 64 at most, a letter first"
+        if not callable(self.decode):
+            yield "decode", "it has to be a function of an outbox row"
         try:
             pieces = statements_of(self.sql.read_text(encoding="utf-8"), str(self.sql))
         except (OSError, UnicodeDecodeError) as error:

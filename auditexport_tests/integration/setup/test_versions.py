@@ -332,6 +332,8 @@ def test_a_wrong_name_and_a_missing_file_are_refused(tmp_path: Path) -> None:
             PayloadVersion(name=name, decode=billing.BILLING.decode, sql=SQL)
     with pytest.raises(InvalidConfig, match=r"sql: .* cannot be read"):
         PayloadVersion(name=NAME, decode=billing.BILLING.decode, sql=tmp_path / "none.sql")
+    with pytest.raises(InvalidConfig, match="decode: it has to be a function"):
+        PayloadVersion(name=NAME, decode=None, sql=SQL)  # type: ignore[arg-type]
     assert set(statements_of(SQL.read_text(), "here")) == set(PIECES)
 
 
