@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 
 from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.core import claiming, export, verify
-from auditexport_pipeline.core.batch import Batch, Block, State
+from auditexport_pipeline.core.batch import Batch, Block, Receipt, State
 from auditexport_pipeline.core.errors import BatchAltered, InsertOutcomeUnknown, LeaseLost
 from auditexport_pipeline.core.export import Bodies
 from auditexport_pipeline.core.ports import Cut, Discrepancy, Holding, Marked, Refusal
@@ -245,6 +246,23 @@ def prepare(stack: Stack, crash_point: str) -> tuple[int, int]:
         return ROWS, 0
     _refuse_one(stack)
     return ROWS + 1, 1
+
+
+def test_no_row_is_marked_without_the_receipt_of_its_batch(stack: Stack) -> None:
+    """Invariant 1: before ClickHouse acknowledged the batch as it is cut now, a mark would be a loss."""
+    fill(stack, 10)
+    (claim,) = claiming.claim(stack.outbox, owner="one", dead_owners=(), limits=LIMITS)
+    fetched = export.fetch(stack.outbox, stack.log, claim, LIMITS)
+    (sealed,) = ledger(stack)
+    forged = Receipt(claim=claim, digest=sealed.digest, entries=10, blocks=1, bytes=sealed.bytes, found=0, seconds=0.0)
+    with pytest.raises(LeaseLost, match="not written"):
+        export.mark(stack.outbox, stack.log, forged, LIMITS)
+    receipt = export.write(stack.outbox, stack.log, claim, fetched.bodies, LIMITS)
+    with pytest.raises(LeaseLost, match="split again after this receipt"):
+        export.mark(stack.outbox, stack.log, replace(receipt, digest="of another cut"), LIMITS)
+    assert stack.pending() == 10
+    export.mark(stack.outbox, stack.log, receipt, LIMITS)
+    assert stack.pending() == 0
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
