@@ -135,7 +135,7 @@ def _address(text: str) -> tuple[str, int]:
 
 @dataclass(kw_only=True, eq=False)
 class OutboxReader:
-    """Reads one outbox, once at a time: whoever asks during a reading, or within CACHE_S after it, gets that one."""
+    """Reads one outbox, one reading at a time. A request during a reading, or within CACHE_S after it, gets that reading."""
 
     # Called for every reading: an outbox whose URL is wrong is one that does not answer.
     open_outbox: Callable[[], MySQLOutbox]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from auditexport_pipeline.core.settings import Thresholds as Thresholds
+from auditexport_pipeline.core.settings import Thresholds
 
 # After a second failed run in a row the sensor waits this long, then twice as long, up to the longest, which is well below
 # what a lag alarm is set to.

@@ -23,7 +23,7 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Maintenance, Outbox
-from auditexport_pipeline.core.settings import Retention as Retention
+from auditexport_pipeline.core.settings import Retention
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 

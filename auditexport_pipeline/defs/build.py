@@ -11,8 +11,8 @@ from typing import Any
 
 import dagster as dg
 
-from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.settings import Thresholds
 from auditexport_pipeline.defs import alerts, asset_checks, catalog, jobs, schedules, sensors
 from auditexport_pipeline.defs.assets import export_asset
 from auditexport_pipeline.defs.names import Names

@@ -29,8 +29,8 @@ import sqlalchemy as sa
 from auditexport_pipeline.core import claiming, export, verify
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import Claim
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.benchmarks import bench

@@ -11,8 +11,8 @@ import pytest
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.requeue import requeue
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

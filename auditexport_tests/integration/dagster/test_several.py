@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import dagster as dg
 import pytest
 
-from auditexport_pipeline.core.backlog import Thresholds
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.settings import Thresholds
 from auditexport_pipeline.definitions import build_audit_export_defs, defs
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.integration.dagster.conftest import Exporter, events

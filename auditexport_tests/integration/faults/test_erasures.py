@@ -9,8 +9,8 @@ import pytest
 from auditexport_pipeline.core.actions import Actor, Erasure, RowFilter
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

@@ -13,8 +13,8 @@ from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import Sweep, sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain

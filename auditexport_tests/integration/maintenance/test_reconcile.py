@@ -17,8 +17,8 @@ from auditexport_pipeline.core.actions import Actor, Erasure
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.ports import AuditLog, StoredEntry
 from auditexport_pipeline.core.reconcile import Report, reconcile
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.verify import verify
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack

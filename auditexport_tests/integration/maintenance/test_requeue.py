@@ -16,8 +16,8 @@ from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.requeue import Requeue, requeue
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, Sweep, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import Sweep, sweep
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, runner, small_event, stop_merges

@@ -29,8 +29,8 @@ from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.metrics import NAMES
 from auditexport_pipeline.core.reconcile import reconcile
-from auditexport_pipeline.core.settings import Limits, Targets
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention, Targets
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql import status, totals
 from auditexport_pipeline.mysql.outbox import MySQLOutbox

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.reconcile import reconcile
-from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.settings import Limits, Retention
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import seed_outbox

@@ -14,9 +14,9 @@ from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.reconcile import reconcile
-from auditexport_pipeline.core.settings import Limits, Targets
+from auditexport_pipeline.core.settings import Limits, Retention, Targets
 from auditexport_pipeline.core.status import LastReconcile
-from auditexport_pipeline.core.sweep import Retention, sweep
+from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance

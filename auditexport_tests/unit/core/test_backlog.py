@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from auditexport_pipeline.core.backlog import LONGEST_WAIT_S, NO_FAILURES, Backlog, Failures, Thresholds, decide
+from auditexport_pipeline.core.backlog import LONGEST_WAIT_S, NO_FAILURES, Backlog, Failures, decide
+from auditexport_pipeline.core.settings import Thresholds
 
 THRESHOLDS = Thresholds(rows=1_000, lag_s=60.0)
 IDLE = Backlog(
