@@ -1,7 +1,7 @@
-"""The preflight: everything that can keep a setup from exporting exactly once, checked before anything is claimed.
+"""The preflight: before anything is claimed, it checks all that can keep a setup from exporting exactly once.
 
-When checks are carried out, the clocks, and what the ledger remembers. What each database is asked is in its `checks` and
-`table_checks`. Nothing is created or changed.
+This module decides when checks run, and has those of the clocks and of the ledger's records. The checks of each database
+are in its `checks` and `table_checks`. Nothing is created or changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import suppress
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.clickhouse.catalogue import Catalogue as ClickHouse
 from auditexport_pipeline.clickhouse.checks import clickhouse_checks
-from auditexport_pipeline.clickhouse.connection import translated as clickhouse_errors
 from auditexport_pipeline.clickhouse.table_checks import table_checks as clickhouse_checks_of_every_run
 from auditexport_pipeline.core.batch import VIEW_BARS
 from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
@@ -33,10 +32,10 @@ from auditexport_pipeline.sql import load
 
 _MYSQL = load("mysql/checks.sql")
 _CLICKHOUSE = load("clickhouse/checks.sql")
-# Full checks without a fatal finding are cached for so long. What a failover, a restart or one statement of somebody
-# can change at any moment (read-only, binlog_format, engine, window, the ledger's head) is checked by every run.
+# Full checks without a fatal finding are cached for so long. Every run checks what a failover, a restart or one statement
+# can change at any moment: read-only, binlog_format, engine, window, the ledger's head.
 CLEAN_FOR_S = 300.0
-# Clocks that are kept agree to milliseconds; a minute is one that nobody keeps.
+# Clocks with NTP agree to milliseconds.
 SKEW_MS = 60_000
 
 # By process and URLs. Threads share it: each access is one operation of the dictionary.
@@ -57,14 +56,12 @@ def examine(
 ) -> list[CheckResult]:
     """The results of all checks for `role`, in order; reads only.
 
-    A database that does not answer is a finding too, and does not keep the other one from being checked.
+    A database that does not answer is a finding too; the other one is checked all the same.
     """
-    results: list[CheckResult] = []
-    answers = [
-        _answers(results, "MySQL", lambda: _mysql(outbox, role)),
-        _answers(results, "ClickHouse", lambda: _clickhouse(log, role, retention_days)),
-    ]
-    if all(answers):
+    mysql = _answers("MySQL", lambda: _mysql(outbox, role))
+    clickhouse = _answers("ClickHouse", lambda: _clickhouse(log, role, retention_days))
+    results = [*mysql, *clickhouse]
+    if not any(result.about.endswith(" connection") for result in results):
         results.append(Check("clocks", _clocks(outbox, log, host_ms)).carry_out())
     with suppress(AuditExportError):  # a ledger that is missing, or that our user may not read, is a finding above
         results.append(Check("materialized views", _views(outbox)).carry_out())
@@ -82,8 +79,8 @@ def check(
 def refuse_unless_ready(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> None:
     """Raises `SetupIncomplete` with every fatal finding; called before anything is claimed.
 
-    A database that does not answer is no finding here but its own error, which a rerun can fix. After checks
-    without a fatal finding, this process checks only what can have changed for the next `CLEAN_FOR_S` seconds.
+    A database that does not answer raises its own error, which a rerun can fix. After checks without a fatal finding, this
+    process only checks what can change at any moment, for the next `CLEAN_FOR_S` seconds.
     """
     key = (os.getpid(), outbox.url, log.url)
     clean = time.monotonic() < _clean_until_s.get(key, 0.0)
@@ -110,7 +107,7 @@ def _everything(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Iterator[CheckR
 def _of_every_run(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> Iterator[CheckResult]:
     with outbox.transaction("checking MySQL's settings") as connection:
         yield from carry_out(mysql_checks_of_every_run(MySQL(connection, outbox.url, Role.EXPORTER)))
-    with clickhouse_errors("checking the table"):
+    with log.connection.translated("checking the table"):
         db = ClickHouse(log.connection, log.url, Role.EXPORTER, RETENTION_DAYS)
         yield from carry_out(clickhouse_checks_of_every_run(db, fully=False))
 
@@ -121,18 +118,18 @@ def _mysql(outbox: MySQLOutbox, role: Role) -> list[CheckResult]:
 
 
 def _clickhouse(log: ClickHouseAuditLog, role: Role, retention_days: int) -> list[CheckResult]:
-    with clickhouse_errors("checking ClickHouse"):
+    with log.connection.translated("checking ClickHouse"):
         log.connection.read_settings_again()
         return carry_out(clickhouse_checks(ClickHouse(log.connection.lenient(), log.url, role, retention_days)))
 
 
-def _answers(results: list[CheckResult], server: str, carry_out_all: Callable[[], list[CheckResult]]) -> bool:
-    variable = f"AUDITEXPORT_{server.upper()}_URL"
+def _answers(server: str, carry_out_all: Callable[[], list[CheckResult]]) -> list[CheckResult]:
     try:
-        results.extend(carry_out_all())
+        return carry_out_all()
     except InvalidConfig:
         raise
     except AuditExportError as error:
+        variable = f"AUDITEXPORT_{server.upper()}_URL"
         finding = Finding(
             what=str(error),
             breaks="nothing can be exported",
@@ -140,13 +137,11 @@ def _answers(results: list[CheckResult], server: str, carry_out_all: Callable[[]
             f"or correct {variable}",
         )
         seen = "no answer" if error.__cause__ else "refused"
-        results.append(CheckResult(about=f"{server} connection", seen=seen, findings=(finding,)))
-        return False
-    return True
+        return [CheckResult(about=f"{server} connection", seen=seen, findings=(finding,))]
 
 
 def _views(outbox: MySQLOutbox) -> Checking:
-    """No materialized view failed within the last day, and none keeps a batch out, as the ledger remembers."""
+    """No materialized view has failed within the last day, and none keeps a batch from being stored; from the ledger."""
     with outbox.transaction("reading the ledger") as connection:
         now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
         failures = view_failures(connection, now_ms)
@@ -154,7 +149,7 @@ def _views(outbox: MySQLOutbox) -> Checking:
     for batch in barred[:1]:
         yield warning(
             what=f"batch {batch.batch_id}: {batch.last_error}",
-            breaks="no INSERT that this view fails on is stored, and every run with such rows fails",
+            breaks="no INSERT on which this view fails is stored, and every run with such rows fails",
             fix="fix or drop the view; the next run sends the rows",
         )
     for batch_id, note in newest_of_each_view(failures).items():
@@ -164,60 +159,60 @@ def _views(outbox: MySQLOutbox) -> Checking:
             fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
         )
     if barred:
-        return f"{len(barred):,} {'batch is' if len(barred) == 1 else 'batches are'} kept out by one"
+        return f"{len(barred):,} {'batch is' if len(barred) == 1 else 'batches are'} not stored because of a view"
     if failures:
         return f"failed on {len(failures):,} {'batch' if len(failures) == 1 else 'batches'} of the last day"
     return "none failed in the last day"
 
 
 def _cleared(outbox: MySQLOutbox) -> Checking:
-    """Nobody keeps clearing marks, as an event or a job of the application can."""
-    with outbox.transaction("asking for the time") as connection:
+    """Marks are not cleared again and again, as an event or a job of the application can do."""
+    with outbox.transaction("reading the time") as connection:
         now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
     often = cleared_often(outbox, now_ms)
     if often is None:
-        return "none that keep being cleared"
+        return "no marks are cleared again and again"
     yield warning(
         what=str(often),
-        breaks="the same events are exported again by each drain; ClickHouse merges the copies, and readers of the raw table see "
-        "them until then",
+        breaks="each drain exports the same events again; ClickHouse merges the copies, and readers of the raw table see them "
+        "until then",
         fix=LOOK_FOR_WHO_CLEARS,
     )
     return "cleared again and again"
 
 
 def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], float]) -> Checking:
-    """The clocks of both servers and of this host agree. The time that a question takes is not skew."""
+    """The clocks of both servers and of this host agree, without the time that the answers take."""
 
-    def ahead_ms(ask: Callable[[], object]) -> float:
-        """How far the server's clock is ahead of this host's, in the middle of the question."""
+    def ahead_ms(read: Callable[[], object]) -> float:
+        """How far the server's clock is ahead of this host's, in the middle of the request."""
         before_ms = host_ms()
-        now_ms = int(str(ask()))
+        now_ms = int(str(read()))
         return now_ms - (before_ms + host_ms()) / 2
 
-    with outbox.transaction("asking for the time") as connection:
+    with outbox.transaction("reading the time") as connection:
         connection.exec_driver_sql(_MYSQL["now"])
         mysql_ms = ahead_ms(lambda: connection.exec_driver_sql(_MYSQL["now"]).scalar_one())
-    with clickhouse_errors("asking for the time"):
+    with log.connection.translated("reading the time"):
         client = log.connection.lenient()
         client.listed()
-        clickhouse_ms = ahead_ms(lambda: client.query(_CLICKHOUSE["now"]).result_rows[0][0])
+        clickhouse_ms = ahead_ms(lambda: client.query(_CLICKHOUSE["now"])[0][0])
     apart_ms = mysql_ms - clickhouse_ms
     if abs(apart_ms) > SKEW_MS:
         drops = apart_ms < -DAY_MS
         yield Finding(
             what=f"MySQL's clock is {abs(apart_ms) / 1000:,.0f} s {'ahead of' if apart_ms > 0 else 'behind'} ClickHouse's",
-            breaks="entries are stamped by MySQL and expire by ClickHouse: months and retention shift by as much"
+            breaks="entries have MySQL's time and expire by ClickHouse's: months and retention shift by as much"
             + (", and entries can be dropped before they are verified" if drops else "")
             + "; leases and deadlines each use one clock and are not affected",
-            fix="set both by NTP (`chronyc tracking` on each host says how far off it is)",
+            fix="set both by NTP (`chronyc tracking` shows the error of each host)",
             fatal=drops,
         )
     if max(abs(mysql_ms), abs(clickhouse_ms)) > SKEW_MS and abs(mysql_ms) + abs(clickhouse_ms) > abs(apart_ms) + 1000:
         yield warning(
             what=f"this host's clock is {abs(mysql_ms) / 1000:,.0f} s {'behind' if mysql_ms > 0 else 'ahead of'} MySQL's",
-            breaks="its log lines and Dagster's times do not match the databases', and certificates may look expired; nothing that "
-            "is exported depends on it",
+            breaks="its log lines and Dagster's times do not match the databases', and certificates may look expired; the export "
+            "does not depend on it",
             fix="set it by NTP (`chronyc makestep`)",
         )
     return f"MySQL {mysql_ms / 1000:+.2f} s, ClickHouse {clickhouse_ms / 1000:+.2f} s from this host"

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from string import Template
 
-from sqlalchemy import text
-
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.clickhouse.connection import connection_arguments
-from auditexport_pipeline.clickhouse.connection import translated as clickhouse_errors
 from auditexport_pipeline.clickhouse.engines import TABLE, Engine, Layout, family_of
 from auditexport_pipeline.clickhouse.settings import DDL_SETTINGS
 from auditexport_pipeline.core.errors import InvalidConfig
@@ -39,13 +35,13 @@ def create(
     `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
     server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if
     `audit_logs_raw_v1` is there already: raises `InvalidConfig` when a table has to be created beside one on replicas or
-    shards, whose layout nobody can guess.
+    shards, whose layout is not known here.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:
-        mariadb = "mariadb" in str(connection.execute(text("SELECT VERSION()")).scalar()).lower()
+        mariadb = "mariadb" in str(connection.exec_driver_sql("SELECT VERSION()").scalar()).lower()
         existing = {row.table_name for row in connection.exec_driver_sql(_MYSQL["tables"])}
-        collation = "utf8mb4_bin" if mariadb else "utf8mb4_0900_as_cs"
+    collation = "utf8mb4_bin" if mariadb else "utf8mb4_0900_as_cs"
     for table, statement in ({OUTBOX: DDL[OUTBOX], **_OURS} if with_outbox else _OURS).items():
         if table not in existing:
             with outbox.transaction(f"creating {table}") as connection:
@@ -54,13 +50,12 @@ def create(
     with outbox.transaction("preparing the ledger") as connection:
         connection.exec_driver_sql(_MYSQL["ledger_head"])
 
-    with clickhouse_errors("creating tables"):
-        client = log.connection
-        engines = {str(name): str(engine) for name, engine in client.query(_CLICKHOUSE["tables"]).result_rows}
-        wanted_there = (layout or _beside(engines, cluster)).statements(connection_arguments(log.url)["database"])
-        for table, statement in wanted_there.items():
+    with log.connection.translated("creating tables"):
+        engines = {str(name): str(engine) for name, engine in log.connection.query(_CLICKHOUSE["tables"])}
+        statements = (layout or _beside(engines, cluster)).statements(log.connection.database)
+        for table, statement in statements.items():
             if table not in engines:
-                client.command(statement, settings=DDL_SETTINGS)
+                log.connection.command(statement, settings=DDL_SETTINGS)
                 created.append(table)
     return created
 
@@ -74,15 +69,12 @@ def _beside(engines: Mapping[str, str], cluster: str) -> Layout:
     if missing:
         on = "[--cluster NAME]" if family is Engine.REPLICATED else "--cluster NAME"
         raise InvalidConfig(
-            f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: say what it is to stand on, as "
-            f"then: auditexport init --engine {family.value} {on}"
+            f"{TABLE} is {family.value}, and {', '.join(missing)} would be created on one server: name the engine, as for {TABLE}: "
+            f"auditexport init --engine {family.value} {on}"
         )
     return Layout(cluster=cluster)  # for the view
 
 
 def printed(layout: Layout, database: str) -> dict[str, list[str]]:
-    """What `create` would send to databases that have nothing yet, but for the application's outbox."""
-    return {
-        "mysql": [*_OURS.values(), _MYSQL["ledger_head"]],
-        "clickhouse": [*layout.statements(database).values()],
-    }
+    """The statements of `create` for empty databases, without the application's outbox."""
+    return {"mysql": [*_OURS.values(), _MYSQL["ledger_head"]], "clickhouse": [*layout.statements(database).values()]}

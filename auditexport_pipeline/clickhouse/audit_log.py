@@ -1,10 +1,10 @@
 """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
-What belongs here: building a version's SQL, and what a refusal means. What does not: the statements
-(`audit_log.sql`), their settings (`settings`), requests and answers (`connection`),
-creating and checking tables (`schema`), and any decision about what to send.
+What belongs here: building a version's SQL, and what a refusal means. What does not: the statements (`audit_log.sql`),
+their settings (`settings`), requests and answers (`connection`), creating and checking tables (`schema`), and any decision
+about what to send.
 
-A payload is sent as the text that the outbox holds; ClickHouse parses it, into the types of `v.input`.
+A payload is sent as the text that the outbox holds; ClickHouse parses it, into the types of the version's `input`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from string import Template
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -27,10 +28,8 @@ from auditexport_pipeline.clickhouse.connection import (
     LOOK_UP_TIMEOUT_S,
     Connection,
     NotClickHouse,
-    Rows,
     ServerError,
     connection_arguments,
-    translated,
 )
 from auditexport_pipeline.clickhouse.refusals import is_fence, refusal_of, refusal_of_status
 from auditexport_pipeline.clickhouse.settings import (
@@ -40,7 +39,7 @@ from auditexport_pipeline.clickhouse.settings import (
     Value,
     stated,
 )
-from auditexport_pipeline.clickhouse.ttl import CANNOT_EVALUATE, CannotEvaluate, TtlReader
+from auditexport_pipeline.clickhouse.ttl import TtlReader
 from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import PART_ROWS, Batch, Block, Holding, in_parts
 from auditexport_pipeline.core.errors import ForeignAnswer, InvalidConfig
@@ -54,16 +53,14 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
-# Payloads, keys and ids of one question, in bytes; a larger value goes alone.
+# Payloads, keys and ids of one look-up, in bytes; a larger value goes alone.
 CONTENT_BYTES = 1024**2
 # Parameters are sent as fields of a form, of 128 KB at most: this many characters of any kind fit.
 PARAMETER_CHARACTERS = 30_000
-# More than there are under any `inserted_at`.
+# More entries than any `inserted_at` has.
 MOST_ENTRIES = 2**63 - 1
 
 _PIECES = load("clickhouse/audit_log.sql")
-
-
 # The text mirrors of the metas as the table holds them, and as they are computed.
 _STORED_MIRRORS = {"meta_text": "meta_text", "targets_meta_text": "targets_meta_text"}
 _COMPUTED_MIRRORS = {
@@ -99,14 +96,6 @@ def _sql(name: str, version: str) -> str:
             for expression, (column, type_) in zip(top_level_parts(select), columns.items(), strict=True)
         ),
     )
-
-
-def _bound(statement: str, parameters: Mapping[str, int], settings: str) -> bytes:
-    """The statement with its SETTINGS clause and its `{name:Int64}` parameters: our own integers, which need no quoting."""
-    statement = statement.replace("{settings}", settings)
-    for name, value in parameters.items():
-        statement = statement.replace(f"{{{name}:Int64}}", str(int(value)))
-    return statement.encode()
 
 
 def _request(statement: bytes, payloads: list[bytes]) -> Generator[bytes, None, None]:
@@ -182,21 +171,6 @@ def _client(url: str, timeout_s: int, pid: int) -> Client:
     )
 
 
-def ttl_reader(connection: Connection) -> TtlReader:
-    """A reader of the TTL of this server's tables."""
-
-    def ask(statement: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        with translated("reading a table's TTL"):
-            try:
-                return connection.query(statement, parameters, {"session_timezone": ""}).result_rows
-            except ServerError as error:
-                if error.code in CANNOT_EVALUATE:
-                    raise CannotEvaluate from error
-                raise
-
-    return TtlReader(ask)
-
-
 class ClickHouseAuditLog:
     """`core.ports.AuditLog` over one ClickHouse database named by an `http[s]://` URL."""
 
@@ -210,11 +184,11 @@ class ClickHouseAuditLog:
 
     @property
     def connection(self) -> Connection:
-        """The connection of this store, for other questions to the same server."""
+        """The connection of this store, for other statements to the same server."""
         return clickhouse_connection.connection(self.url, os.getpid())
 
     def client(self, timeout_s: int = LOOK_UP_TIMEOUT_S) -> Client:
-        """The driver's own client to the same server, for people and tests: no decision rests on its answers."""
+        """The driver's own client to the same server, for the demo and tests: no decision rests on its answers."""
         return _client(self.url, timeout_s + ANSWER_GRACE_S, os.getpid())
 
     def rows(
@@ -223,13 +197,14 @@ class ClickHouseAuditLog:
         statement: str,
         parameters: Mapping[str, Any] | None = None,
         settings: Mapping[str, Value] | None = None,
-    ) -> Rows:
+    ) -> list[tuple[Any, ...]]:
         """The rows of a SELECT, proven to be ClickHouse's answer (`Connection.query`); `what` names it in errors."""
-        with translated(what):
-            return self.connection.query(statement, parameters, settings)
+        connection = self.connection
+        with connection.translated(what):
+            return connection.query(statement, parameters, settings)
 
     def deadline_ms(self, within_s: float) -> int:
-        ((now_ms,),) = self.rows("asking for the time", _PIECES["now_ms"]).result_rows
+        ((now_ms,),) = self.rows("reading the time", _PIECES["now_ms"])
         return int(now_ms) + int(within_s * 1000)
 
     def insert(
@@ -242,12 +217,12 @@ class ClickHouseAuditLog:
         deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a limit.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
-        # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a requeue may add
-        # none: it is proven by content.
-        looks = batch.is_requeue(block) and not self.connection.headers_arrive
-        before = self._rows_at(block) if looks else 0
-        kept = [*payloads] if looks and batch.attempts > 1 else []
-        acknowledged = self._post(
+        # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a requeue may
+        # add none: it is proven by content.
+        counted = batch.is_requeue(block) and not self.connection.headers_arrive
+        before = self._rows_at(block) if counted else None
+        sent = [*payloads] if counted and batch.attempts > 1 else []
+        answer = self._post(
             "insert",
             batch.version,
             payloads,
@@ -255,16 +230,15 @@ class ClickHouseAuditLog:
             parameters={"inserted_at_ms": block.inserted_at_ms, "deadline_ms": deadline_ms},
             settings={
                 "insert_deduplication_token": batch.token(block),
-                "max_execution_time": timeout_s,
                 # The default is ten minutes; without a quorum the setting has no effect.
                 "insert_quorum_timeout": timeout_s * 1000,
             },
             timeout_s=timeout_s,
             sending=True,
         )
-        if isinstance(acknowledged, Refusal):
-            return acknowledged
-        if not acknowledged and not self._holds(batch, block, before if looks else None, kept):
+        if isinstance(answer, Refusal):
+            return answer
+        if not answer and not self._holds(batch, block, before, sent):
             raise ForeignAnswer(
                 f"the answer to {what} is a 200 that does not prove to be ClickHouse's, and ClickHouse does not hold the block. It may "
                 "still be at work on it, the next attempt looks first. Check what answers at AUDITEXPORT_CLICKHOUSE_URL",
@@ -287,16 +261,8 @@ class ClickHouseAuditLog:
         return bool(payloads) and contents.issuperset(self.contents(batch.version, payloads, block.inserted_at_ms))
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
-        answer = self._post(
-            "probe",
-            version,
-            payloads,
-            "parsing rows without writing them",
-            parameters={"inserted_at_ms": 0},
-            settings={"max_execution_time": timeout_s},
-            timeout_s=timeout_s,
-            sending=False,
-        )
+        parameters, what = {"inserted_at_ms": 0}, "parsing rows without writing them"
+        answer = self._post("probe", version, payloads, what, parameters=parameters, timeout_s=timeout_s)
         return answer if isinstance(answer, Refusal) else None
 
     def _post(
@@ -306,18 +272,26 @@ class ClickHouseAuditLog:
         payloads: list[bytes],
         what: str,
         *,
-        parameters: dict[str, int],
-        settings: dict[str, Value],
+        parameters: Mapping[str, int],
+        settings: Mapping[str, Value] = MappingProxyType({}),
         timeout_s: int,
-        sending: bool,
+        sending: bool = False,
     ) -> Refusal | bool:
         """Sends payloads and empties the list. True when ClickHouse acknowledged, False when a 200 proves nothing."""
         connection = self.connection
-        with translated(what, sending=sending):
+        settings = {
+            **EVERYWHERE,
+            **INSERT_SETTINGS,
+            **connection.replica_settings,
+            **settings,
+            "max_execution_time": timeout_s,
+        }
+        with connection.translated(what, sending=sending):
             try:
-                wanted = {**EVERYWHERE, **INSERT_SETTINGS, **connection.replica_settings, **settings}
-                statement = _bound(_sql(name, version), parameters, stated(wanted, connection.listed()))
-                return connection.insert(_request(statement, payloads), timeout_s=timeout_s)
+                statement = _sql(name, version).replace("{settings}", stated(settings, connection.listed()))
+                for parameter, value in parameters.items():
+                    statement = statement.replace(f"{{{parameter}:Int64}}", str(int(value)))
+                return connection.insert(_request(statement.encode(), payloads), timeout_s=timeout_s)
             except ServerError as error:
                 if error.code == clickhouse_connection.UNKNOWN_SETTING:
                     connection.read_settings_again()
@@ -335,64 +309,59 @@ class ClickHouseAuditLog:
     def definition(self, version: str) -> str:
         """A hash of the definition of the version's table: columns, constraints and indexes."""
         found = self.rows("reading the table's definition", _PIECES["definition"], {"table": VERSIONS[version].table})
-        return "definition " + hashlib.sha256("\n".join(row[0] for row in found.result_rows).encode()).hexdigest()[:32]
+        return "definition " + hashlib.sha256("\n".join(row[0] for row in found).encode()).hexdigest()[:32]
 
     def definition_age_s(self, version: str) -> int:
         found = self.rows("reading the table's age", _PIECES["definition_age"], {"table": VERSIONS[version].table})
-        return int(found.result_rows[0][0])
+        return int(found[0][0])
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         if not inserted_at_ms:
             return {}
-        found: dict[int, Holding] = {}
         lists = {"inserted_at_ms": list(inserted_at_ms)}
-        for at_ms, rows, fingerprint, content, copies in self._look_up("holdings", "looking for blocks", lists):
-            found[at_ms] = Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
-        return found
+        return {
+            at_ms: Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
+            for at_ms, rows, fingerprint, content, copies in self._look_up("holdings", "looking for blocks", lists)
+        }
 
     def entries_at(self, inserted_at_ms: int, *, most: int = MOST_ENTRIES) -> list[StoredEntry]:
-        return self._entries("entries_at", parameters={"inserted_at_ms": inserted_at_ms, "most": most})[:most]
+        values = {"inserted_at_ms": inserted_at_ms, "most": most}
+        return [_entry(row) for row in self._look_up("entries_at", "reading entries", values=values)][:most]
 
     def entries_of(self, keys: Sequence[Key]) -> list[StoredEntry]:
-        return [entry for some in _portions(keys, _key_bytes) for entry in self._entries("entries_of", {"keys": some})]
+        return [
+            _entry(row)
+            for some in _portions(keys, _key_bytes)
+            for row in self._look_up("entries_of", "reading entries", {"keys": some})
+        ]
 
     def keys_held(self, keys: Sequence[Key], inserted_at_ms: Sequence[int]) -> set[tuple[Key, int]]:
-        held: set[tuple[Key, int]] = set()
-        for some in _portions(keys, _key_bytes):
-            lists: dict[str, Sequence[object]] = {"keys": some, "inserted_at_ms": inserted_at_ms}
-            for row in self._look_up("keys_held", "looking for events", lists):
-                held.add(((row[0], row[1], row[2], row[3]), row[4]))
-        return held
+        return {
+            ((row[0], row[1], row[2], row[3]), row[4])
+            for some in _portions(keys, _key_bytes)
+            for row in self._look_up(
+                "keys_held", "looking for events", {"keys": some, "inserted_at_ms": inserted_at_ms}
+            )
+        }
 
     def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        held: set[tuple[str, str]] = set()
+        found: set[tuple[str, str]] = set()
         for some in _portions(ids, _key_bytes):
             lists: dict[str, Sequence[object]] = {"workspaces": sorted({pair[0] for pair in some}), "ids": some}
-            held.update((row[0], row[1]) for row in self._look_up("ids_held", "looking for events", lists))
-        return held
+            found.update((row[0], row[1]) for row in self._look_up("ids_held", "looking for events", lists))
+        return found
 
     def _look_up(
         self,
         name: str,
         what: str,
-        lists: Mapping[str, Sequence[object]] | None = None,
-        parameters: Mapping[str, Any] | None = None,
-    ) -> Iterator[Sequence[Any]]:
+        lists: Mapping[str, Sequence[object]] = MappingProxyType({}),
+        values: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[tuple[Any, ...]]:
         """The rows of a statement, over the tables of all versions."""
         for version in VERSIONS:
-            statement, pieces = _with_lists(_sql(name, version), lists or {})
-            yield from self.rows(what, statement, {**(parameters or {}), **pieces}).result_rows
-
-    def _entries(
-        self,
-        name: str,
-        lists: Mapping[str, Sequence[object]] | None = None,
-        parameters: Mapping[str, Any] | None = None,
-    ) -> list[StoredEntry]:
-        return [
-            StoredEntry(key=(row[0], row[1], row[2], row[3]), inserted_at_ms=row[4], fingerprint=row[5], content=row[6])
-            for row in self._look_up(name, "reading entries", lists, parameters)
-        ]
+            statement, pieces = _with_lists(_sql(name, version), lists)
+            yield from self.rows(what, statement, {**values, **pieces})
 
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         found: list[int] = []
@@ -403,7 +372,7 @@ class ClickHouseAuditLog:
                 _sql("contents", version).replace("{payloads:String}", whole),
                 {**pieces, "inserted_at_ms": inserted_at_ms},
                 {**INSERT_SETTINGS, **CONTENT_SETTINGS},
-            ).result_rows
+            )
             found.extend(row[0] for row in rows)
         return found
 
@@ -420,15 +389,15 @@ class ClickHouseAuditLog:
         return dict(counts)
 
     def surplus(self, from_ms: int, to_ms: int) -> tuple[int, int, int]:
-        """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those among them that repeat an event, and
-        those of these that repeat it under the same `inserted_at`. Merges take the repetitions away.
+        """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those that repeat an event, and those that
+        repeat it under the same `inserted_at`. Merges remove the repetitions.
         """
         found = [[int(count or 0) for count in row] for row in self._in_window("surplus", from_ms, to_ms)]
-        entries, copies, same_slot = (sum(counts) for counts in zip(*found, strict=True))
+        entries, copies, same_slot = map(sum, zip(*found, strict=True))
         return entries, copies, same_slot
 
-    def _in_window(self, name: str, from_ms: int, to_ms: int) -> Iterator[Sequence[Any]]:
-        return self._look_up(name, "counting entries", parameters={"from_ms": from_ms, "to_ms": to_ms})
+    def _in_window(self, name: str, from_ms: int, to_ms: int) -> Iterator[tuple[Any, ...]]:
+        return self._look_up(name, "counting entries", values={"from_ms": from_ms, "to_ms": to_ms})
 
     def named_by(self, erasure: Erasure, until_ms: int) -> int:
         values = {
@@ -438,24 +407,27 @@ class ClickHouseAuditLog:
             "to_ms": erasure.to_ms if erasure.to_ms is not None else 2**63 - 1,
             "until_ms": until_ms,
         }
-        return sum(row[0] for row in self._look_up("named_by", "counting what an erasure names", parameters=values))
+        return sum(row[0] for row in self._look_up("named_by", "counting what an erasure names", values=values))
 
     # ── the TTL ──────────────────────────────────────────────────────────────────────────────────
 
     def _ttls(self) -> TtlReader:
-        return ttl_reader(self.connection)
+        return TtlReader(self.connection)
 
     def ttl(self, version: str) -> str:
-        ttl = self._ttls().ttl(VERSIONS[version].table)
-        return ttl.text
+        return self._ttls().ttl(VERSIONS[version].table).text
 
     def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
-        past = self._ttls().past_slots(VERSIONS[version].table, inserted_at_ms, ahead_s=ahead_s)
-        return dict(zip(inserted_at_ms, past, strict=True))
+        return self._ttls().past(VERSIONS[version].table, inserted_at_ms, ahead_s=ahead_s)
 
     def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
-        return dict(zip(keys, self._ttls().past_keys(VERSIONS[version].table, inserted_at_ms, keys), strict=True))
+        return self._ttls().past_of(VERSIONS[version].table, inserted_at_ms, keys)
 
     def kept_ms(self) -> int | None:
         kept = [self._ttls().kept_ms(version.table) for version in VERSIONS.values()]
         return None if None in kept else max(one for one in kept if one is not None)
+
+
+def _entry(row: Sequence[Any]) -> StoredEntry:
+    key = (row[0], row[1], row[2], row[3])
+    return StoredEntry(key=key, inserted_at_ms=row[4], fingerprint=row[5], content=row[6])

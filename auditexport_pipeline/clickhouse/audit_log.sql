@@ -1,10 +1,10 @@
--- Everything that is said to ClickHouse about exporting. A payload version brings its pieces in a file of its own, such as
--- `audit_log_v1.sql`; `clickhouse/audit_log.py` puts them together.
+-- The statements of an export. A payload version brings its pieces in a file of its own, such as `audit_log_v1.sql`;
+-- `clickhouse/audit_log.py` inserts them here.
 -- Statements that look for one export go by `inserted_at`: it is unique per block and has a minmax index.
 
 -- name: insert
--- One block, one part: the squash limits are above any block. The WHERE is the fence: an INSERT that starts
--- after its deadline is refused by ClickHouse itself (code 395), whoever sends it.
+-- One block, one part: the squash limits are above any block. The WHERE is the fence: ClickHouse refuses an INSERT that
+-- starts after its deadline (code 395).
 INSERT INTO $table ($column_names) {settings}
 SELECT $select FROM input('$input')
 WHERE NOT throwIf(now64(3) > fromUnixTimestamp64Milli({deadline_ms:Int64}), 'auditexport: the deadline of this INSERT has passed')
@@ -55,7 +55,7 @@ WHERE workspace_id IN (SELECT arrayJoin({workspaces:Array(String)}))
   AND (workspace_id, event_id) IN (SELECT arrayJoin({ids:Array(Tuple(String, String))}))
 
 -- name: named_by
--- Primary key by workspace. What an erasure names, as far as it had been exported when the erasure was recorded.
+-- Primary key by workspace. Entries that an erasure names and that had been exported when it was recorded.
 SELECT count() AS entries
 FROM $table
 WHERE workspace_id = {workspace:String} AND ({event:String} = '' OR event_id = {event:String})
@@ -96,12 +96,12 @@ FROM (
 )
 
 -- name: definition
--- What a row must fulfil; of a Distributed table also the one under it.
+-- With its columns and constraints; of a Distributed table also its local table.
 SELECT create_table_query FROM system.tables
 WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local')) ORDER BY name
 
 -- name: definition_age
--- How long the table has been defined as it is, by ClickHouse's clock; of a Distributed table also the one under it.
+-- How long the definition has been in force, by ClickHouse's clock; of a Distributed table also its local table.
 SELECT min(dateDiff('second', metadata_modification_time, now())) AS age_s FROM system.tables
 WHERE database = currentDatabase() AND name IN ({table:String}, concat({table:String}, '_local'))
 

@@ -13,9 +13,9 @@ remote_ip String, user_agent String, meta JSON,
 `targets.meta` Array(JSON), correlation_id String
 
 -- name: input
--- The payload's own fields and nothing else: an unknown one is skipped even if it is named like a column of ours.
--- Whatever may be null says so in its type, a Variant of one type where Nullable cannot: null read as a default
--- (input_format_null_as_default) would be read so inside the metas too, where [null] could become [[]] or [{}].
+-- The payload's own fields only: an unknown field is skipped even if it has the name of a column of ours.
+-- A field that may be null has a Nullable type, or a Variant of one type where Nullable is not possible. The setting
+-- input_format_null_as_default would also apply inside the metas, where [null] could become [[]] or [{}].
 event_id String, time Int64, workspace_id String, bucket Nullable(String), source Nullable(String), event String,
 description Nullable(String),
 actor Variant(Tuple(type Nullable(String), id Nullable(String), name Nullable(String), meta Nullable(JSON))),

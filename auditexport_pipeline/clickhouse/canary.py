@@ -1,8 +1,8 @@
-"""The canary event: made-up events through the parser, the SELECT and the column types of an INSERT, never into a table.
+"""The canary event: made-up events go through the parser, the SELECT and the column types of an INSERT, not into a table.
 
-What comes out is compared with what went in, so a settings profile, a server version or a column that drops or rounds
-something is found before a row is marked. The statement is a SELECT over `format()`: it needs no session, so it works
-through a proxy that balances requests, and no view sees it.
+The result is compared with the events, so a settings profile, a server version or a column that drops or rounds values is
+found before a row is marked. The statement is a SELECT over `format()`: it needs no session, so it works through a proxy
+that balances requests, and no view sees it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from auditexport_pipeline.clickhouse.catalogue import Catalogue, FoundColumn, Table, compared_type
-from auditexport_pipeline.clickhouse.connection import translated
 from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, literal
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.findings import Checking, Finding, warning
@@ -26,7 +25,7 @@ _OURS = next(iter(VERSIONS.values()))
 _INSERTED_AT_MS = 1_760_000_000_123
 # The text mirrors, and the column that each is computed from.
 _MIRRORS = {"meta_text": "meta", "targets_meta_text": "targets.meta"}
-# Typed paths of one JSON column that get probes of their own; a column with more of them differs at the first anyway.
+# So many typed paths of one JSON column are tested.
 _TYPED_PATHS = 8
 _TYPED_VALUES: tuple[object, ...] = (5, -5, 1.5, 2**53 + 1, 2**63, "text", "2024-01-02", True)
 
@@ -63,21 +62,21 @@ _META: dict[str, object] = {
 # A float, and in the next row an integer that a float cannot hold, at the same path.
 _FLOAT_FIRST: tuple[dict[str, float], ...] = ({"n": 1.5}, {"n": 2**53 + 1})
 
-# By process, URL and definition: tables whose canary event came out as sent.
+# By process, URL and definition: tables whose canary event came out unchanged.
 _clean: set[tuple[int, str, str]] = set()
 
 Columns = Mapping[str, FoundColumn]
 
 
 def canary(db: Catalogue, table: Table, *, again: bool) -> Checking:
-    """A canary event comes out of the table's columns as it was sent. Without `again`, a table that is defined as it was at
-    this process's last check without a fatal finding is not checked again.
+    """A canary event comes out of the table's columns unchanged. Without `again`, nothing is sent if this process has checked
+    the same table definition without a fatal finding.
     """
     key = (os.getpid(), db.url, table.created_by)
     if key in _clean and not again:
-        return "came out as sent, and the table is as it was"
+        return "came out unchanged, and the table has not changed since"
     try:
-        with translated("sending a canary event"):
+        with db.client.translated("sending a canary event"):
             columns = db.columns(table)
             for name, kind in _OURS.columns.items():
                 if name not in columns or compared_type(columns[name].type, _OURS) != compared_type(kind, _OURS):
@@ -86,18 +85,19 @@ def canary(db: Catalogue, table: Table, *, again: bool) -> Checking:
     except AuditExportError as error:
         yield Finding(
             what=f"a canary event is refused: {error}",
-            breaks="rows would be refused, or stored other than they were written",
-            fix=f"see what the message names in {table.name} or in the settings profile of our user",
+            breaks="rows would be refused, or stored with other values",
+            fix=f"check what the message names in {table.name} or in the settings profile of our user",
         )
         return "refused"
     if not any(finding.fatal for finding in findings):
         _clean.add(key)
     yield from findings
-    return "comes out changed" if findings else "comes out as sent"
+    return "comes out changed" if findings else "comes out unchanged"
 
 
 def _findings(db: Catalogue, table: Table, columns: Columns) -> Iterator[Finding]:
-    whole = _event("whole", meta=_META, targets=({"type": "user", "id": "1", "name": "n", "meta": _META}, {"id": "2"}))
+    target = {"type": "user", "id": "1", "name": "n", "meta": _META}
+    whole = _event("whole", meta=_META, targets=(target, {"id": "2"}))
     bare: dict[str, object] = {**_event("bare"), "time": 0, "description": None, "source": ""}
     floats = [_event(f"float_{number}", meta=meta) for number, meta in enumerate(_FLOAT_FIRST)]
     whole_got, bare_got, *floats_got = _entries(db, columns, [whole, bare, *floats])
@@ -105,9 +105,9 @@ def _findings(db: Catalogue, table: Table, columns: Columns) -> Iterator[Finding
     refused: list[str] = []
     for column, path, values in _probed_paths(columns):
         for value in values:
-            sent = _event("typed", **_placed(column, _at(path, value)))
+            sent = _event("typed", **_in_column(column, _at(path, value)))
             try:
-                with translated("sending a canary event"):
+                with db.client.translated("sending a canary event"):
                     (got,) = _entries(db, columns, [sent])
             except AuditExportError:
                 refused.append(f"{column}.{path} takes no {type(value).__name__}")
@@ -120,7 +120,7 @@ def _findings(db: Catalogue, table: Table, columns: Columns) -> Iterator[Finding
         shown = ", ".join(f"{'.'.join(filter(None, where))} ({what})" for where, what in sorted(differing.items())[:8])
         yield Finding(
             what=f"a canary event comes out of {table.name} changed: {shown}",
-            breaks="what is stored differs from what was sent, and nothing says so",
+            breaks="what is stored differs from what was sent, without an error",
             fix=_fix(db, table, columns, {column for column, _ in differing}),
         )
     if refused:
@@ -130,9 +130,7 @@ def _findings(db: Catalogue, table: Table, columns: Columns) -> Iterator[Finding
             fix=_declare_again(table, _json_columns(columns)),
         )
     metas = [entry["meta"] for entry in floats_got]
-    if any(
-        isinstance(meta, dict) and meta.get("n") != sent["n"] for meta, sent in zip(metas, _FLOAT_FIRST, strict=True)
-    ):
+    if any(isinstance(got, dict) and got.get("n") != sent["n"] for got, sent in zip(metas, _FLOAT_FIRST, strict=True)):
         yield warning(
             what="this server takes an integer above 2^53 in a meta for a float, where an earlier row of its block has a "
             "float at the same path",
@@ -163,9 +161,9 @@ def _event(event_id: str, *, meta: object = None, targets: object = (), actor_me
 
 
 def _expected(sent: Mapping[str, Any]) -> dict[str, object]:
-    """What each column must hold, and each mirror."""
-    actor, targets, meta = sent["actor"], list(sent["targets"]), _kept(sent["meta"] or {})
-    metas = [_kept(target.get("meta") or {}) for target in targets]
+    """The value of each column and each mirror."""
+    actor, targets, meta = sent["actor"], list(sent["targets"]), _without_empty(sent["meta"] or {})
+    metas = [_without_empty(target.get("meta") or {}) for target in targets]
     as_sent = ("event_id", "time", "workspace_id", "bucket", "event", "remote_ip", "user_agent")
     return {
         **{name: sent[name] for name in as_sent},
@@ -174,7 +172,7 @@ def _expected(sent: Mapping[str, Any]) -> dict[str, object]:
         "description": sent["description"] or "",
         "correlation_id": sent["correlation_id"] or "",
         **{f"actor_{name}": actor[name] for name in ("type", "id", "name")},
-        "actor_meta": _kept(actor["meta"] or {}),
+        "actor_meta": _without_empty(actor["meta"] or {}),
         "meta": meta,
         "meta_text": meta,
         **{f"targets.{name}": [target.get(name, "") for target in targets] for name in ("type", "id", "name")},
@@ -183,16 +181,16 @@ def _expected(sent: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _kept(value: object) -> object:
-    """What ClickHouse's JSON type keeps: in an object, null and {} are absent."""
+def _without_empty(value: object) -> object:
+    """As ClickHouse's JSON type stores it: in an object, null and {} are absent."""
     if isinstance(value, dict):
-        members = {key: _kept(child) for key, child in value.items()}
+        members = {key: _without_empty(child) for key, child in value.items()}
         return {key: child for key, child in members.items() if child is not None and child != {}}
-    return [_kept(child) for child in value] if isinstance(value, list) else value
+    return [_without_empty(child) for child in value] if isinstance(value, list) else value
 
 
 def _entries(db: Catalogue, columns: Columns, sent: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    """What columns and mirrors would hold of these events, in their order."""
+    """The values of columns and mirrors for these events, in their order."""
 
     def cast(expression: str, column: str) -> str:
         return f"CAST({expression.strip()}, {literal(columns[column].type)})"
@@ -210,30 +208,31 @@ def _entries(db: Catalogue, columns: Columns, sent: Sequence[Mapping[str, object
     payloads = "\n".join(json.dumps(event, ensure_ascii=False) for event in sent)
     parameters = {"payloads": payloads, "inserted_at_ms": _INSERTED_AT_MS}
     found = []
-    for row in db.client.query(statement, parameters=parameters, settings=INSERT_SETTINGS).result_rows:
+    for row in db.client.query(statement, parameters=parameters, settings=INSERT_SETTINGS):
         entry = dict(zip(shown, map(json.loads, row), strict=True))
         if "meta_text" in entry:
-            entry["meta_text"] = _read(entry["meta_text"])
+            entry["meta_text"] = _json_or_none(str(entry["meta_text"]))
         if "targets_meta_text" in entry:
-            entry["targets_meta_text"] = [_read(line) for line in str(entry["targets_meta_text"]).split("\n") if line]
+            lines = str(entry["targets_meta_text"]).split("\n")
+            entry["targets_meta_text"] = [_json_or_none(line) for line in lines if line]
         found.append(entry)
     return found
 
 
-def _read(text: object) -> object:
+def _json_or_none(text: str) -> object:
     try:
-        return json.loads(str(text))
+        return json.loads(text)
     except ValueError:
         return None
 
 
 def _differences(sent: Mapping[str, Any], got: Mapping[str, object]) -> dict[tuple[str, str], str]:
-    """What became of a value, by column and path, for each that differs."""
+    """By column and path, what happened to each value that differs."""
     return {
         (column, path): what
         for column, expected in _expected(sent).items()
         if column in got
-        for path, what in _paths(expected, _kept(got[column]), "")
+        for path, what in _paths(expected, _without_empty(got[column]), "")
     }
 
 
@@ -255,7 +254,7 @@ def _paths(expected: object, got: object, path: str) -> Iterator[tuple[str, str]
 
 
 def _json_columns(columns: Columns) -> list[str]:
-    """The metas' columns whose JSON type says more than JSON."""
+    """The metas' columns whose JSON type has parameters."""
     return [name for name in ("actor_meta", "meta", "targets.meta") if "JSON(" in columns[name].type]
 
 
@@ -279,14 +278,14 @@ def _at(path: str, value: object) -> object:
     return value
 
 
-def _placed(column: str, meta: object) -> dict[str, object]:
+def _in_column(column: str, meta: object) -> dict[str, object]:
     if column == "targets.meta":
         return {"targets": ({"type": "t", "id": "1", "name": "n", "meta": meta},)}
     return {column: meta}
 
 
 def _fix(db: Catalogue, table: Table, columns: Columns, differing: set[str]) -> str:
-    """The column's own type where the table differs from the declared one; else the settings that somebody changed."""
+    """To declare the columns again where their types have parameters; else the settings that the profile changed."""
     typed = {_MIRRORS.get(name, name) for name in differing} & {*_json_columns(columns)}
     if typed:
         return _declare_again(table, sorted(typed))

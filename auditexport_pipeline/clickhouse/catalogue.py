@@ -1,19 +1,15 @@
-"""What ClickHouse says of itself, of our user and of the tables.
-
-The only reader of ClickHouse's system tables for the checks. An answer that two checks need is asked for once.
-"""
+"""What ClickHouse's system tables say about the server, our user and our tables; for the checks."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from auditexport_pipeline.clickhouse.connection import Connection, translated
-from auditexport_pipeline.clickhouse.engines import VIEW
+from auditexport_pipeline.clickhouse.connection import Connection
+from auditexport_pipeline.clickhouse.engines import VIEW, Under, under_of
 from auditexport_pipeline.core.errors import SetupIncomplete
-from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type, top_level_parts
+from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion, plain_type
 from auditexport_pipeline.roles import Role
 from auditexport_pipeline.sql import load
 
@@ -38,16 +34,6 @@ class FoundColumn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Under:
-    """What a Distributed table says of itself: over which cluster and table, and what chooses the shard."""
-
-    cluster: str
-    database: str
-    table: str
-    sharding_key: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
     """A table as `system.tables` has it."""
 
@@ -65,20 +51,8 @@ class Table:
 
     @property
     def under(self) -> Under | None:
-        """Engines Remote and RemoteSecure are Distributed ones that name addresses in the cluster's place."""
-        found = re.match(r"(Distributed|Remote|RemoteSecure)\((.*?)\)(?: SETTINGS |$)", self.engine_full, re.DOTALL)
-        if self.engine != "Distributed" or found is None:
-            return None
-        cluster, database, table, *more = (part.strip().strip("'") for part in top_level_parts(found[2]))
-        over_cluster = found[1] == "Distributed"
-        # Of addresses, user and password may stand before the key, each in quotes.
-        keyed = more and (over_cluster or not found[2].rstrip().endswith("'"))
-        return Under(
-            cluster=cluster if over_cluster else "",
-            database=database or self.database,
-            table=table,
-            sharding_key=more[0 if over_cluster else -1] if keyed else "",
-        )
+        """What a Distributed table lies over; None for any other."""
+        return under_of(self.engine_full, self.database)
 
 
 class Catalogue:
@@ -92,12 +66,12 @@ class Catalogue:
 
     def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
         """The rows of a statement of checks.sql."""
-        return self.client.query(_SQL[name], parameters=parameters or None).result_rows
+        return self.client.query(_SQL[name], parameters)
 
     def rows_if_granted(self, name: str, **parameters: object) -> list[tuple[Any, ...]] | None:
-        """The same; None where our user may not ask."""
+        """The same; None where our user lacks the grant."""
         try:
-            with translated(f"checking {name.replace('_', ' ')}"):
+            with self.client.translated(f"checking {name.replace('_', ' ')}"):
                 return self.rows(name, **parameters)
         except SetupIncomplete:
             return None
@@ -110,11 +84,10 @@ class Catalogue:
     @cached_property
     def tables(self) -> dict[str, Table]:
         """The tables of all payload versions and the view, as far as they are there."""
-        names = [*(version.table for version in VERSIONS.values()), VIEW]
-        return self._tables("", names)
+        return self._tables("", [*(version.table for version in VERSIONS.values()), VIEW])
 
-    def held(self, table: Table) -> Table | None:
-        """The table with keys, window and TTL: under a Distributed one, that of this server, or None where it has none."""
+    def local(self, table: Table) -> Table | None:
+        """The table with keys, window and TTL: of a Distributed table its local table, or None if this server has none."""
         under = table.under
         return table if under is None else self._tables(under.database, [under.table]).get(under.table)
 
@@ -131,8 +104,8 @@ class Catalogue:
 
 
 def compared_type(kind: str, version: PayloadVersion) -> str:
-    """A type without what changes how values are stored and not which. What stands in the brackets of the first version's
-    JSON types is tried by the canary event instead.
+    """A type without the parts that do not change values. The canary event tests the parameters of the JSON types of the
+    first version instead.
     """
     if version is next(iter(VERSIONS.values())) and "JSON(" in kind:
         kind = kind.split("JSON(", 1)[0] + "JSON" + (")" if kind.startswith("Array(") else "")

@@ -1,7 +1,7 @@
-"""The checks of ClickHouse: version, transport, profile, proxy, grants and row policies. The tables have
+"""The checks of ClickHouse: version, transport, profile, proxy, grants and row policies. Those of the tables are in
 `clickhouse.table_checks`.
 
-`preflight` decides when they are carried out. Each only reads, through `clickhouse.catalogue`.
+`preflight` runs them. Each only reads, through `clickhouse.catalogue`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 
 from auditexport_pipeline.clickhouse.catalogue import Catalogue
-from auditexport_pipeline.clickhouse.connection import connection_arguments, translated
+from auditexport_pipeline.clickhouse.connection import connection_arguments
 from auditexport_pipeline.clickhouse.engines import TABLE, VIEW
-from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, missing, refused
+from auditexport_pipeline.clickhouse.settings import INSERT_SETTINGS, READ_SETTINGS, STANDS_IN, refused
 from auditexport_pipeline.clickhouse.table_checks import table_checks
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
@@ -30,7 +30,7 @@ def clickhouse_checks(db: Catalogue) -> Iterator[Check]:
     yield Check("ClickHouse transport", _transport(db))
     lacking: dict[str, list[str]] | None = {}
     if db.server.read_only and db.role in (Role.EXPORTER, Role.OWNER):
-        # Under it CHECK GRANT denies what was granted, and no GRANT would fix that.
+        # With such a profile CHECK GRANT denies what was granted, and no GRANT would fix that.
         yield Check("ClickHouse profile", _read_only(db))
     else:
         lacking = _lacking(db)
@@ -52,7 +52,7 @@ def _version(db: Catalogue) -> Checking:
     if clickhouse_version(db.server.version) < OLDEST:
         yield Finding(
             what=f"the server is ClickHouse {db.server.version}",
-            breaks="its JSON type differs from the one that stores the metas, and this program was never tried there",
+            breaks="its JSON type stores metas differently, and this program was not tested with it",
             fix=f"upgrade it to {OLDEST[0]}.{OLDEST[1]} or later",
         )
     return db.server.version
@@ -85,26 +85,26 @@ def _read_only(db: Catalogue) -> Checking:
 
 
 def _profile(db: Catalogue) -> Checking:
-    """Our user may set what our statements set. What a server lacks is shown with what it does instead."""
+    """Our user may set what our statements set. Settings that a server lacks are shown with what it does instead."""
     listed = db.client.listed()
-    wanted = {**READ_SETTINGS, **(INSERT_SETTINGS if db.role is Role.EXPORTER else {})}
-    if pinned := refused(wanted, listed):
+    ours = {**READ_SETTINGS, **(INSERT_SETTINGS if db.role is Role.EXPORTER else {})}
+    if pinned := refused(ours, listed):
         shown = ", ".join(f"{name} = {found}" for name, (_, found) in pinned.items())
         needed = ", ".join(f"{name} = {value or repr('')}" for name, (value, _) in pinned.items())
         yield Finding(
             what=f"the settings profile of {db.server.user} pins {shown}",
-            breaks=f"our statements set {needed} and are refused; without that, an INSERT would be acknowledged before it "
-            "is stored, stored twice or changed, and a look-up would see half",
+            breaks=f"our statements set {needed} and are refused; without these settings, an INSERT could be acknowledged "
+            "before it is stored, stored twice or changed, and a look-up could miss rows",
             fix=f"remove the constraint on {', '.join(pinned)} from the settings profile of {db.server.user}",
         )
         return shown
-    absent = "; ".join(f"no {name}: {instead}" for name, instead in missing(wanted, listed).items())
+    absent = "; ".join(f"no {name}: {STANDS_IN[name]}" for name in ours if name in STANDS_IN and name not in listed)
     return f"this server has {absent}" if absent else "leaves our statements their settings"
 
 
 def _proxy(db: Catalogue) -> Checking:
     """The settings that a statement carries reach ClickHouse, and ClickHouse's own headers reach us."""
-    ((comment,),) = db.client.query(_SQL["stated"], settings={"log_comment": "auditexport"}).result_rows
+    ((comment,),) = db.client.query(_SQL["stated"], settings={"log_comment": "auditexport"})
     if comment != "auditexport":
         yield Finding(
             what="settings in the SETTINGS clause of a statement do not reach ClickHouse",
@@ -126,14 +126,13 @@ def _lacking(db: Catalogue) -> dict[str, list[str]] | None:
     """By table, the privileges that our user lacks for its role; None where the server has no CHECK GRANT."""
     needed = dict(clickhouse_grants(db.role))
     for table in db.tables.values():
-        # A server that is a shard itself asks its own table as the same user.
+        # A server that is a shard itself reads its own table as the same user. The view can be a Distributed table too.
         if under := table.under:
             local = under.table if under.database == db.server.database else f"{under.database}.{under.table}"
-            # Not every role needs something of the view, which somebody may have made a Distributed table as well.
             needed[local] = needed[TABLE if table.name == VIEW else table.name]
     lacking: dict[str, list[str]] = {}
     try:
-        with translated("checking a grant"):
+        with db.client.translated("checking a grant"):
             for name, privileges in needed.items():
                 for privilege in privileges:
                     if not int(db.client.command(f"CHECK GRANT {privilege} ON {name}")):
@@ -145,14 +144,14 @@ def _lacking(db: Catalogue) -> dict[str, list[str]] | None:
 
 def _grants(db: Catalogue, lacking: dict[str, list[str]] | None) -> Checking:
     if lacking is None:
-        return "not asked: this server has no CHECK GRANT"
+        return "not checked: this server has no CHECK GRANT"
     user, role = db.server.user, db.role.value
     for table, privileges in lacking.items():
-        on = table if "." in table else f"{db.server.database}.{table}"
+        some, on = ", ".join(privileges), table if "." in table else f"{db.server.database}.{table}"
         yield Finding(
-            what=f"{user}, as {role}, lacks {', '.join(privileges)} on {on} in ClickHouse",
+            what=f"{user}, as {role}, lacks {some} on {on} in ClickHouse",
             breaks=f"what the {role} does there is refused",
-            fix=f"GRANT {', '.join(privileges)} ON {on} TO {user}",
+            fix=f"GRANT {some} ON {on} TO {user}",
         )
     return f"{user} lacks some" if lacking else f"{user} has what the {role} needs"
 
@@ -162,11 +161,11 @@ def _policies(db: Catalogue) -> Checking:
     names = [str(row[0]) for row in db.rows_if_granted("policies") or ()]
     if not names and not int(db.rows("filters")[0][0]):
         return "none on our user"
-    user = db.server.user
+    user, name = db.server.user, names[0] if names else "NAME"
     yield Finding(
         what=f"{'row policy ' + ', '.join(names) if names else 'a row policy'} on {TABLE} hides rows from {user}",
         breaks="hidden entries are reported as missing, and every `reconcile --repair` stores one more copy of them",
-        fix=f"exempt {user} from the policy: ALTER ROW POLICY {names[0] if names else 'NAME'} ON {TABLE} TO ALL EXCEPT {user}, or "
-        f"CREATE ROW POLICY auditexport ON {TABLE} USING 1 TO {user} where there are no restrictive ones",
+        fix=f"exempt {user} from the policy: ALTER ROW POLICY {name} ON {TABLE} TO ALL EXCEPT {user}, or CREATE ROW POLICY "
+        f"auditexport ON {TABLE} USING 1 TO {user} where there are no restrictive ones",
     )
     return "some rows are hidden"

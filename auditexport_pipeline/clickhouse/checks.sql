@@ -1,4 +1,4 @@
--- What the preflight asks ClickHouse: catalogues, settings, clocks. Nothing is written, and nothing grows with a table.
+-- What the preflight reads from ClickHouse: catalogues, settings, clocks. No statement's cost grows with a table.
 
 -- name: server
 SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS database_name, getSetting('readonly') AS read_only
@@ -7,7 +7,7 @@ SELECT version() AS version, currentUser() AS granted_to, currentDatabase() AS d
 SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 
 -- name: tables
--- Of the database of this connection unless another one is named.
+-- Of the connection's database unless another one is named.
 SELECT name, database, engine, engine_full, partition_key, sorting_key, create_table_query FROM system.tables
 WHERE database = if({database:String} = '', currentDatabase(), {database:String}) AND name IN {tables:Array(String)}
 
@@ -16,12 +16,12 @@ SELECT name, type, default_kind, default_expression FROM system.columns
 WHERE database = {database:String} AND table = {table:String}
 
 -- name: table_defaults
--- What a table has that does not say otherwise: the server's configuration may differ from ClickHouse's own.
+-- The server's defaults for tables: its configuration can differ from ClickHouse's own.
 SELECT name, toInt64(value) AS value FROM system.replicated_merge_tree_settings
 WHERE name IN ('replicated_deduplication_window', 'replicated_deduplication_window_seconds')
 
 -- name: replicas
--- Asks Keeper for the two counts.
+-- ClickHouse asks Keeper for the two counts.
 SELECT is_readonly, total_replicas, active_replicas FROM system.replicas
 WHERE database = {database:String} AND table = {table:String}
 
@@ -33,8 +33,8 @@ FROM system.clusters WHERE cluster = {cluster:String}
 SELECT getSetting('log_comment') AS comment
 
 -- name: filters
--- The plan of reading a table, which needs no grant but SELECT: a row policy on our user is a step of it. With no part to
--- read, the plan is nothing.
+-- The plan of reading a table, for which SELECT is enough: a row policy on our user is a step of it. A table without parts
+-- has an empty plan.
 SELECT countIf(explain ILIKE '%filter%') AS filters
 FROM (EXPLAIN actions = 1 SELECT event_id FROM audit_logs_raw_v1)
 

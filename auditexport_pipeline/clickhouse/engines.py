@@ -1,8 +1,7 @@
-"""Engines: what audit_logs_raw_v1 stands on, from one server to shards of replicas, and the statements that create it.
+"""Table engines, from one server to shards of replicas, and the statements that create our tables on them.
 
-What belongs here: the choice, its arguments, and the text of the statements. What does not: carrying them out
-(`schema`), comparing a server with them (`clickhouse.table_checks`), and why each setting is what it is
-(`docs/clickhouse.md`).
+What belongs here: the choice, its arguments, and the text of the statements. What does not: running them (`schema`),
+comparing a server with them (`clickhouse.table_checks`), and the reason for each setting (`docs/clickhouse.md`).
 """
 
 from __future__ import annotations
@@ -11,24 +10,25 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 from string import Template
+from typing import NamedTuple
 
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.core.versions import VERSIONS, top_level_parts
 from auditexport_pipeline.sql import load
 
 _SQL = load("clickhouse/schema.sql")
 TABLE = next(iter(VERSIONS.values())).table
-# Of the table that a shard holds, under the Distributed one of a version's own name.
+# A shard's table has the version's table name and this; the Distributed table above it has the name itself.
 LOCAL = "_local"
 LOCAL_TABLE = f"{TABLE}{LOCAL}"
 VIEW = "audit_logs"
 # Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs, and
 # it only has to cover an INSERT that is still running when its replay begins.
 DEDUPLICATION_WINDOW = 10_000
-# For how long a replicated table remembers them: a week, as it was before 25.10 made it an hour. A lease may last a day.
+# How long a replicated table remembers them: a week, the default before 25.10 made it an hour. A lease may last a day.
 DEDUPLICATION_WINDOW_S = 604_800
-# {shard} and {replica} are macros of each server's configuration; the other two ClickHouse knows by itself. Not its own
-# default, whose {uuid} is refused outside ON CLUSTER and Replicated databases, and differs from replica to replica there.
+# {shard} and {replica} are macros of each server's configuration. ClickHouse's own default path has {uuid}, which is refused
+# outside ON CLUSTER and Replicated databases, and differs between replicas.
 KEEPER_PATH = "/clickhouse/tables/{shard}/{database}/{table}"
 REPLICA = "{replica}"
 _NAME = re.compile(r"[\w.{}-]+", re.ASCII)
@@ -45,11 +45,36 @@ class Engine(str, Enum):
 
 
 def family_of(engine: str) -> Engine:
-    """What `init --engine` calls an engine of ClickHouse's; a plain one whatever it is that is none of the others."""
+    """The `init --engine` of an engine of ClickHouse's; merge_tree for any other."""
     for family in (Engine.REPLICATED, Engine.SHARED, Engine.DISTRIBUTED):
         if engine.startswith(family.value.title()):
             return family
     return Engine.MERGE_TREE
+
+
+class Under(NamedTuple):
+    """What a Distributed table lies over: a cluster (empty for addresses) and a table there; and what chooses the shard."""
+
+    cluster: str
+    database: str
+    table: str
+    sharding_key: str
+
+
+def under_of(engine_full: str, database: str) -> Under | None:
+    """Under a Distributed table of `database`, from `system.tables.engine_full`; None for another engine.
+
+    Engines Remote and RemoteSecure are Distributed ones that name addresses in the cluster's place.
+    """
+    found = re.match(r"(Distributed|Remote|RemoteSecure)\((.*?)\)(?: SETTINGS |$)", engine_full, re.DOTALL)
+    if found is None:
+        return None
+    cluster, local_database, table, *more = (part.strip().strip("'") for part in top_level_parts(found[2]))
+    over_cluster = found[1] == "Distributed"
+    # Of addresses, user and password may stand before the key, each in quotes.
+    keyed = more and (over_cluster or not found[2].rstrip().endswith("'"))
+    key = more[0 if over_cluster else -1] if keyed else ""
+    return Under(cluster if over_cluster else "", local_database or database, table, key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,19 +107,19 @@ class Layout:
         if not _NAME.fullmatch(database):
             raise InvalidConfig(f"the database's name is {database!r}; one of letters, digits, _ and - is needed")
         on_cluster = f" ON CLUSTER '{self.cluster}'" if self.cluster else ""
-        made = {}
+        distributed = self.engine is Engine.DISTRIBUTED
+        statements = {}
         for version in VERSIONS.values():
-            distributed = self.engine is Engine.DISTRIBUTED
-            holding = f"{version.table}{LOCAL}" if distributed else version.table
-            created = f"CREATE TABLE IF NOT EXISTS {version.table}"  # so each version's statement begins
-            declared = version.pieces["ddl"].replace(created, f"CREATE TABLE IF NOT EXISTS {holding}{on_cluster}", 1)
-            made[holding] = Template(declared).substitute(engine=self._engine, table_settings=self._settings)
+            local = f"{version.table}{LOCAL}" if distributed else version.table
+            begin = f"CREATE TABLE IF NOT EXISTS {version.table}"  # of each version's statement
+            declared = version.pieces["ddl"].replace(begin, f"CREATE TABLE IF NOT EXISTS {local}{on_cluster}", 1)
+            statements[local] = Template(declared).substitute(engine=self._engine, table_settings=self._settings)
             if distributed:
-                made[version.table] = Template(_SQL["distributed"]).substitute(
-                    table=version.table, local=holding, cluster=self.cluster, on_cluster=on_cluster, database=database
+                statements[version.table] = Template(_SQL["distributed"]).substitute(
+                    table=version.table, local=local, cluster=self.cluster, on_cluster=on_cluster, database=database
                 )
-        made[VIEW] = Template(_SQL["audit_logs"]).substitute(on_cluster=on_cluster)
-        return made
+        statements[VIEW] = Template(_SQL["audit_logs"]).substitute(on_cluster=on_cluster)
+        return statements
 
     @property
     def _engine(self) -> str:

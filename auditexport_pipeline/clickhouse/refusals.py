@@ -1,7 +1,6 @@
-"""ClickHouse's error answers to an INSERT or a probe, read into `core.ports.Refusal`.
+"""Reads ClickHouse's error answers to an INSERT or a probe into `core.ports.Refusal`.
 
-The text is only searched for names of the schema (view, constraint, column). Anything else in it may quote a payload
-and stays out.
+Only names of the schema (view, constraint, column) are taken from the text: everything else in it may quote a payload.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import re
 
 from auditexport_pipeline.core.ports import Refusal, RefusalKind
 
-# Codes that speak of values: parsing, ranges, depth, constraints.
+# Errors about values: parsing, ranges, depth, constraints.
 ROW_CODES = {
     *(6, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 190, 306, 321, 349, 376, 395, 407),
     *(441, 467, 469, 675, 676, 691),
@@ -24,14 +23,14 @@ LIMIT_CODES = {
 }
 # The same from a proxy, by HTTP status.
 LIMIT_STATUSES = {413: RefusalKind.SIZE, 504: RefusalKind.TIME, 408: RefusalKind.TIME}
-# The words of `insert` in audit_log.sql: our own fence, which another throwIf() shares only the code with.
+# The message of our own fence, in `insert` of audit_log.sql. Another throwIf() has the same code.
 FENCE = "auditexport: the deadline of this INSERT has passed"
 FENCE_CODE = 395
 
 _NAME = r"(?:`(?:[^`\\]|\\.)+`|[\w$-]+)"
 _QUALIFIED = rf"({_NAME}(?:\.{_NAME})?)"
-# ClickHouse appends one for each view on the way, the innermost first, at the very end of the text: what stands before can
-# quote a payload, which may say the same words.
+# ClickHouse appends one for each view that the rows pass, the innermost first, at the very end of the text: the text before
+# can quote a payload, which may have the same words.
 _VIEWS = re.compile(
     rf"((?:: while pushing to view {_QUALIFIED})+)\. \([A-Z0-9_]+\)(?: \(version [\w. ()+-]*\))?(?: \(for url \S+\))?\s*$"
 )
@@ -39,7 +38,7 @@ _VIEW = re.compile(rf": while pushing to view {_QUALIFIED}")
 # A view whose target is gone is found before anything is written; ClickHouse gives the inserted table for the view here.
 _TARGET_GONE = re.compile(r"^Target table '([^']+)' of view '")
 _CONSTRAINT = re.compile(rf"^Constraint ({_NAME}) for table ")
-# A default expression is evaluated under its own text; the column's name is there only where a value is converted.
+# An error in a default expression names the expression; the column is named only where a value is converted.
 _COLUMN = re.compile(rf"to destination column {_QUALIFIED}")
 _MESSAGE = re.compile(r"DB::Exception: (.*)", re.DOTALL)
 _LONGEST_NAME = 200
@@ -52,36 +51,28 @@ def refusal_of_status(status: int, meaning: str) -> Refusal | None:
 
 
 def is_fence(code: int, text: str) -> bool:
-    """Whether this is our own deadline, which the INSERT carries, and not a throwIf() of somebody else's."""
+    """Whether this is the deadline of our INSERT, and not the throwIf() of a view."""
     message = _message(text)
     return code == FENCE_CODE and message.startswith(FENCE) and not _VIEWS.search(message)
 
 
 def refusal_of(code: int, name: str, text: str) -> Refusal | None:
-    """The answer as a value, or None for one that speaks neither of rows nor of a view nor of a limit."""
+    """The answer as a value, or None for an error that is not about rows, a view or a limit."""
     message = _message(text)
-    pushed = _VIEWS.search(message)
-    if pushed:
+    constraint = _first(_CONSTRAINT, message)
+    if pushed := _VIEWS.search(message):
+        view = _plain(_VIEW.findall(pushed[1])[0])
+        permanent = code in SETUP_CODES
         return Refusal(
-            code=code,
-            name=name,
-            kind=RefusalKind.VIEW,
-            view=_plain(_VIEW.findall(pushed[1])[0]),
-            constraint=_first(_CONSTRAINT, message),
-            permanent=code in SETUP_CODES,
+            code=code, name=name, kind=RefusalKind.VIEW, view=view, constraint=constraint, permanent=permanent
         )
     if code in SETUP_CODES and (gone := _TARGET_GONE.match(message)):
-        return Refusal(
-            code=code,
-            name=name,
-            kind=RefusalKind.VIEW,
-            view=f"with the target {_plain(gone[1])}, which does not exist",
-            permanent=True,
-        )
+        view = f"with the target {_plain(gone[1])}, which does not exist"
+        return Refusal(code=code, name=name, kind=RefusalKind.VIEW, view=view, permanent=True)
     if code in LIMIT_CODES:
         return Refusal(code=code, name=name, kind=LIMIT_CODES[code])
     if code in ROW_CODES:
-        return Refusal(code=code, name=name, constraint=_first(_CONSTRAINT, message), column=_first(_COLUMN, message))
+        return Refusal(code=code, name=name, constraint=constraint, column=_first(_COLUMN, message))
     return None
 
 
@@ -96,5 +87,5 @@ def _first(pattern: re.Pattern[str], message: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name on one line, printable and not endless: it goes to logs and pages."""
+    """A name as a short printable line, for logs and pages."""
     return "".join(letter if letter.isprintable() else "?" for letter in name.replace("`", ""))[:_LONGEST_NAME]

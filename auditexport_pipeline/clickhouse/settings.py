@@ -1,108 +1,67 @@
-"""What our statements say to ClickHouse about settings, so that nothing that matters is inherited.
+"""The settings that our statements send to ClickHouse, so that nothing that matters is inherited.
 
-Every setting that changes what a statement means goes into the statement's own SETTINGS clause: proxies such as chproxy
-drop all but a dozen of those in a URL. A profile, a role or a proxy's own parameters set the others. What a profile may
-go on deciding is what changes cost and not meaning: memory, threads, logging, networks.
+Every setting that changes the meaning of a statement is in the statement's own SETTINGS clause: proxies such as chproxy
+drop most settings of a URL. Profiles still decide about cost: memory, threads, logging, networks.
 
-Went through once: `system.settings` of 25.8, 26.3 and 26.9. What a server does not list is not sent (`stated`).
+The list was compared with `system.settings` of 25.8, 26.3 and 26.9. Settings that a server does not list are not sent
+(`stated`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import NamedTuple
 
 Value = str | int | float
-# A setting of which ClickHouse takes no empty value is taken back so.
+# Resets a setting for which ClickHouse takes no empty value.
 DEFAULT = "DEFAULT"
 
-# What every statement of ours says. `compatibility` stands first: it takes back what an older default would change, and
-# leaves alone what a profile names itself, which is why the others are named too.
+
+def _each(value: Value, names: str) -> dict[str, Value]:
+    return dict.fromkeys(names.split(), value)
+
+
+# For every statement of ours. `compatibility` comes first: it restores the defaults that an older value changed. It does
+# not change settings that a profile names; therefore the others follow.
 EVERYWHERE: dict[str, Value] = {
     "compatibility": "",
     # Each adds a clause, a filter or an end to statements that have none.
-    "limit": 0,
-    "offset": 0,
-    "page": 0,
-    "select": "",
-    "filter": "",
-    "order": "",
-    "sort": "",
-    "final": 0,
+    **_each(0, "limit offset page final extremes discard_query_data run_query_in_background"),
+    **_each("", "select filter order sort additional_result_filter implicit_table_at_top_level"),
     "additional_table_filters": "{}",
-    "additional_result_filter": "",
-    "implicit_table_at_top_level": "",
-    "extremes": 0,
-    "discard_query_data": 0,
-    "run_query_in_background": 0,
-    # What is too much is an error, never a shorter answer; and the number of rows is no reason to refuse one.
-    "read_overflow_mode": "throw",
-    "read_overflow_mode_leaf": "throw",
-    "result_overflow_mode": "throw",
-    "timeout_overflow_mode": "throw",
-    "timeout_overflow_mode_leaf": "throw",
-    "group_by_overflow_mode": "throw",
-    "sort_overflow_mode": "throw",
-    "distinct_overflow_mode": "throw",
-    "set_overflow_mode": "throw",
-    "join_overflow_mode": "throw",
-    "transfer_overflow_mode": "throw",
-    "max_rows_to_read": 0,
-    "max_bytes_to_read": 0,
-    "max_rows_to_read_leaf": 0,
-    "max_bytes_to_read_leaf": 0,
-    "max_result_rows": 0,
-    "max_result_bytes": 0,
-    "max_rows_to_group_by": 0,
-    "max_rows_to_sort": 0,
-    "max_bytes_to_sort": 0,
-    "max_rows_in_distinct": 0,
-    "max_bytes_in_distinct": 0,
-    "max_rows_in_set": 0,
-    "max_bytes_in_set": 0,
+    # Too much is an error, never a shorter answer; and the number of rows is no reason to refuse a statement.
+    **_each("throw", "read_overflow_mode read_overflow_mode_leaf result_overflow_mode timeout_overflow_mode"),
+    **_each("throw", "timeout_overflow_mode_leaf group_by_overflow_mode sort_overflow_mode distinct_overflow_mode"),
+    **_each("throw", "set_overflow_mode join_overflow_mode transfer_overflow_mode"),
+    **_each(0, "max_rows_to_read max_bytes_to_read max_rows_to_read_leaf max_bytes_to_read_leaf max_result_rows"),
+    **_each(0, "max_result_bytes max_rows_to_group_by max_rows_to_sort max_bytes_to_sort max_rows_in_distinct"),
+    **_each(0, "max_bytes_in_distinct max_rows_in_set max_bytes_in_set"),
     "max_partitions_to_read": -1,
     # Look-ups by inserted_at use a skip index and the partitions, not the sort key.
     "force_data_skipping_indices": DEFAULT,
-    "force_primary_key": 0,
-    "force_index_by_date": 0,
-    "force_optimize_projection": 0,
     "force_optimize_projection_name": "",
+    **_each(0, "force_primary_key force_index_by_date force_optimize_projection"),
     # What words mean.
-    "prefer_column_name_to_alias": 0,
-    "aggregate_functions_null_for_empty": 0,
-    "empty_result_for_aggregation_by_empty_set": 0,
-    "group_by_use_nulls": 0,
-    "join_use_nulls": 0,
-    "transform_null_in": 0,
+    **_each(0, "prefer_column_name_to_alias aggregate_functions_null_for_empty group_by_use_nulls join_use_nulls"),
+    **_each(0, "empty_result_for_aggregation_by_empty_set transform_null_in enable_named_columns_in_function_tuple"),
+    **_each(0, "legacy_column_name_of_tuple_literal cast_keep_nullable cast_string_to_dynamic_use_inference"),
+    "allow_custom_error_code_in_throwif": 0,
     "count_distinct_implementation": "uniqExact",
     "session_timezone": "",
-    "enable_named_columns_in_function_tuple": 0,
-    "legacy_column_name_of_tuple_literal": 0,
-    "cast_keep_nullable": 0,
-    "cast_string_to_dynamic_use_inference": 0,
-    "allow_custom_error_code_in_throwif": 0,
-    # Rows as they are: without those that were deleted, from no cache and from no part of the replicas.
-    "apply_deleted_mask": 1,
-    "apply_patch_parts": 1,
-    "use_query_cache": 0,
-    "enable_parallel_replicas": 0,
-    # Over a Distributed table, all shards answer or nobody does. Which shard a block is on is never worked out, for it
+    # Rows as they are: without deleted ones, not from a cache, and all from one replica.
+    **_each(1, "apply_deleted_mask apply_patch_parts"),
+    **_each(0, "use_query_cache enable_parallel_replicas"),
+    # Over a Distributed table all shards answer, or the statement fails. The shard of a block is never computed: a block
     # stays where it is when shards are added.
-    "skip_unavailable_shards": 0,
-    "optimize_skip_unused_shards": 0,
-    "distributed_group_by_no_merge": 0,
+    **_each(0, "skip_unavailable_shards optimize_skip_unused_shards distributed_group_by_no_merge"),
     # JSON keys keep their dots (stored as %2E), or {"a.b": 1} would silently become {"a": {"b": 1}}.
     "json_type_escape_dots_in_keys": 1,
     # The text of a meta: the mirrors are computed at an INSERT and compared at every reconciliation.
-    "output_format_json_quote_64bit_integers": 0,
-    "output_format_json_quote_64bit_floats": 0,
-    "output_format_json_quote_decimals": 0,
-    "output_format_json_quote_denormals": 0,
-    "output_format_json_escape_forward_slashes": 1,
-    "output_format_json_named_tuples_as_objects": 1,
-    "output_format_json_skip_null_value_in_named_tuples": 0,
-    "output_format_json_map_as_array_of_tuples": 0,
+    **_each(0, "output_format_json_quote_64bit_integers output_format_json_quote_64bit_floats"),
+    **_each(0, "output_format_json_quote_decimals output_format_json_quote_denormals"),
+    **_each(0, "output_format_json_skip_null_value_in_named_tuples output_format_json_map_as_array_of_tuples"),
+    **_each(1, "output_format_json_escape_forward_slashes output_format_json_named_tuples_as_objects"),
     "output_format_decimal_trailing_zeros": 0,
     "date_time_output_format": "simple",
     "bool_true_representation": "true",
@@ -111,12 +70,12 @@ EVERYWHERE: dict[str, Value] = {
 
 READ_SETTINGS: dict[str, Value] = {
     **EVERYWHERE,
-    # Ours is the form of the answer too: JSON, and valid whatever bytes somebody else's entry holds.
+    # The answer is valid JSON, whatever bytes the entries of other writers hold.
     "output_format_json_validate_utf8": 1,
     "http_write_exception_in_output_format": 0,
 }
 
-# What an INSERT says beside `EVERYWHERE`, each because leaving it to the server's default changes or loses something.
+# For INSERTs, beside `EVERYWHERE`: the server's default would change or lose something.
 INSERT_SETTINGS: dict[str, Value] = {
     "async_insert": 0,  # on by default since 26.3: acknowledged before it is durable
     "insert_deduplicate": 1,
@@ -124,16 +83,14 @@ INSERT_SETTINGS: dict[str, Value] = {
     "deduplicate_blocks_in_dependent_materialized_views": 1,
     # A view that fails is answered as an error, so that the operator learns of it.
     "materialized_views_ignore_errors": 0,
-    # A profile may turn the token off for INSERT … SELECT, which ours is; and servers of early 2026 did so by themselves
-    # unless the SELECT was sorted (ClickHouse pull request 99206). Servers before that go by insert_deduplicate alone.
+    # A profile can turn the token off for INSERT … SELECT, which ours is. Servers of early 2026 did so unless the SELECT
+    # was sorted (ClickHouse pull request 99206). Older servers only read insert_deduplicate.
     "deduplicate_insert": "enable",
     "deduplicate_insert_select": "enable_even_for_bad_queries",
     "implicit_transaction": 0,
-    # Into a Distributed table: acknowledged when a shard has the block, not when it is queued on the way there. Any other
-    # table takes no notice of it.
+    # A Distributed table acknowledges when a shard has the block, not when the block is queued. Other tables ignore it.
     "distributed_foreground_insert": 1,
-    "insert_shard_id": 0,
-    "insert_distributed_one_random_shard": 0,
+    **_each(0, "insert_shard_id insert_distributed_one_random_shard"),
     # One block and one part: squash until the end, never split.
     "max_insert_block_size": 10_000_000,
     "max_insert_block_size_bytes": 0,
@@ -145,42 +102,28 @@ INSERT_SETTINGS: dict[str, Value] = {
     # row, 13 of 27 µs. Parsed by one thread: a block beside it is parsed at the same time, and CPU is 10 % less.
     "optimize_on_insert": 0,
     "input_format_parallel_parsing": 0,
-    "input_format_allow_errors_num": 0,
-    "input_format_allow_errors_ratio": 0,
-    "input_format_skip_unknown_fields": 1,
+    **_each(0, "input_format_allow_errors_num input_format_allow_errors_ratio input_format_json_empty_as_default"),
+    **_each(1, "input_format_skip_unknown_fields input_format_defaults_for_omitted_fields"),
     "input_format_null_as_default": 0,  # explained at `input` in audit_log_v1.sql
-    "input_format_defaults_for_omitted_fields": 1,
-    "input_format_json_empty_as_default": 0,
     # Strings stay strings and booleans booleans: by default "2024-01-01T10:00:00Z" inside a meta becomes
     # another text, [true, 1] becomes [1, 1] and [1, "a"] becomes ["1", "a"].
-    "input_format_try_infer_dates": 0,
-    "input_format_try_infer_datetimes": 0,
-    "input_format_try_infer_datetimes_only_datetime64": 0,
-    "input_format_try_infer_integers": 1,
-    "input_format_try_infer_exponent_floats": 0,
-    "input_format_try_infer_variants": 0,
-    "input_format_json_try_infer_numbers_from_strings": 0,
-    "input_format_json_try_infer_named_tuples_from_objects": 1,
-    "input_format_json_infer_incomplete_types_as_strings": 1,
-    "input_format_json_infer_array_of_dynamic_from_array_of_different_types": 1,
-    "input_format_json_read_bools_as_strings": 0,
-    "input_format_json_read_bools_as_numbers": 0,
-    "input_format_json_read_numbers_as_strings": 0,
-    "input_format_json_read_arrays_as_strings": 1,
-    "input_format_json_read_objects_as_strings": 1,
-    "input_format_json_named_tuples_as_objects": 1,
-    "input_format_json_ignore_unknown_keys_in_named_tuple": 1,
-    "input_format_json_defaults_for_missing_elements_in_named_tuple": 1,
-    "input_format_json_ignore_unnecessary_fields": 1,
+    **_each(0, "input_format_try_infer_dates input_format_try_infer_datetimes input_format_try_infer_variants"),
+    **_each(0, "input_format_try_infer_datetimes_only_datetime64 input_format_try_infer_exponent_floats"),
+    **_each(0, "input_format_json_try_infer_numbers_from_strings input_format_json_read_bools_as_strings"),
+    **_each(0, "input_format_json_read_bools_as_numbers input_format_json_read_numbers_as_strings"),
+    **_each(1, "input_format_try_infer_integers input_format_json_try_infer_named_tuples_from_objects"),
+    **_each(1, "input_format_json_infer_incomplete_types_as_strings input_format_json_read_arrays_as_strings"),
+    **_each(1, "input_format_json_infer_array_of_dynamic_from_array_of_different_types"),
+    **_each(1, "input_format_json_read_objects_as_strings input_format_json_named_tuples_as_objects"),
+    **_each(1, "input_format_json_ignore_unknown_keys_in_named_tuple input_format_json_ignore_unnecessary_fields"),
+    **_each(1, "input_format_json_defaults_for_missing_elements_in_named_tuple"),
     "input_format_json_max_depth": 1000,
     "precise_float_parsing": 1,  # off by default in 25.8: the last digit of a number may differ
     "date_time_input_format": "basic",
-    # "Description" is not description, for msgspec as for everybody else. Servers before 26.9 have no other mode.
+    # "Description" is not description, as in msgspec. Servers before 26.9 have no other mode.
     "input_format_column_name_matching_mode": "match_case",
-    # What cannot be kept is refused, loudly: the row becomes a dead letter with a reason.
-    "type_json_skip_duplicated_paths": 0,
-    "type_json_skip_invalid_typed_paths": 0,
-    "type_json_skip_null_typed_paths": 0,
+    # A value that cannot be stored as it is, is refused: the row becomes a dead letter with a reason.
+    **_each(0, "type_json_skip_duplicated_paths type_json_skip_invalid_typed_paths type_json_skip_null_typed_paths"),
     "input_format_json_throw_on_bad_escape_sequence": 1,
     # Allowed by default since 26.3: {"a": 1, "a": {"b": 2}} would be stored with both, a null after it with none. Servers
     # that do not know the setting refuse the first.
@@ -194,7 +137,7 @@ INSERT_SETTINGS: dict[str, Value] = {
     "materialize_skip_indexes_on_insert": 0,
 }
 
-# What decides how a table is created.
+# For CREATE statements.
 DDL_SETTINGS: dict[str, Value] = {
     "compatibility": "",
     "data_type_default_nullable": 0,
@@ -206,20 +149,20 @@ DDL_SETTINGS: dict[str, Value] = {
 # A SELECT that carries payloads as a parameter: not in the server's query log.
 CONTENT_SETTINGS: dict[str, Value] = {"log_queries": 0}
 
-# These change what a statement costs: where a profile has fixed another value, it stands.
-COST = frozenset(
-    """max_insert_threads optimize_on_insert input_format_parallel_parsing max_dynamic_subcolumns_in_json_type_parsing
-    materialize_skip_indexes_on_insert max_execution_time log_queries http_write_exception_in_output_format
-    insert_quorum_timeout""".split()  # noqa: SIM905 - a list of quoted words hides the words
-)
-# And these families decide how text is read and written. One that a profile has changed and that has no line above, in
-# whatever version, is set back to ClickHouse's own default.
+# These only change what a statement costs: a value that a profile has fixed is accepted.
+COST = {
+    *("max_insert_threads", "optimize_on_insert", "input_format_parallel_parsing", "max_execution_time", "log_queries"),
+    *("max_dynamic_subcolumns_in_json_type_parsing", "materialize_skip_indexes_on_insert", "insert_quorum_timeout"),
+    "http_write_exception_in_output_format",
+}
+# These families decide how text is read and written. A setting of theirs that is not listed above and that a profile has
+# changed is reset to ClickHouse's default.
 _FAMILIES = re.compile(
     r"(input_format_json_|input_format_try_|input_format_null|output_format_json_|type_json_|json_|cast_|variant_|dynamic_throw_|"
     r"analyzer_compatibility_|force_(?!remove)|date_time_)"
 )
 
-# What a server without the setting does differently; `doctor` says so.
+# What a server without the setting does instead; shown by `doctor`.
 STANDS_IN: dict[str, str] = {
     "deduplicate_insert": "insert_deduplicate alone turns the token on",
     "deduplicate_insert_select": "insert_deduplicate alone turns the token on",
@@ -232,8 +175,7 @@ STANDS_IN: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
+class Listed(NamedTuple):
     """A setting as the server lists it for our user; `least` and `most` are the bounds of a constraint."""
 
     value: str
@@ -243,11 +185,13 @@ class Listed:
     most: str | None
 
     def means(self, wanted: Value) -> bool:
-        """Whether it stands so already."""
-        return not self.changed if wanted == DEFAULT else same(self.value, wanted)
+        """Whether the server has this value already."""
+        if wanted == DEFAULT:
+            return not self.changed
+        return {"true": "1", "false": "0"}.get(self.value, self.value) == str(wanted)
 
     def refuses(self, wanted: Value) -> bool:
-        """Whether our user may not set it so."""
+        """Whether our user may not set this value."""
         if self.means(wanted):
             return False
         return self.fixed or _below(str(wanted), self.least) or _below(self.most, str(wanted))
@@ -260,25 +204,18 @@ def _below(left: str | None, right: str | None) -> bool:
         return False
 
 
-def same(listed: str, wanted: Value) -> bool:
-    """Whether the server's text of a value means this one."""
-    return {"true": "1", "false": "0"}.get(listed, listed) == str(wanted)
-
-
 def stated(wanted: Mapping[str, Value], listed: Mapping[str, Listed], *, strict: bool = True) -> str:
     """The SETTINGS clause with those of `wanted` that the server lists, and what its profile changed in our families.
 
-    What our user may not set is stated too, and refused by the server, unless `strict` is off.
+    With `strict`, settings that our user may not set are in the clause too, and the server refuses them.
     """
     parts = []
     for name, value in wanted.items():
         here = listed.get(name)
         if here is None or (here.fixed and here.means(value)):
             continue
-        if not strict and here.refuses(value):
-            continue
-        if name in COST and here.refuses(value):
-            if name != "max_execution_time" or here.fixed or here.most is None:
+        if here.refuses(value) and (not strict or name in COST):
+            if not strict or name != "max_execution_time" or here.fixed or here.most is None:
                 continue
             value = here.most  # an earlier end is as good
         parts.append(f"{name} = {literal(value)}")
@@ -291,17 +228,12 @@ def stated(wanted: Mapping[str, Value], listed: Mapping[str, Listed], *, strict:
 
 
 def refused(wanted: Mapping[str, Value], listed: Mapping[str, Listed]) -> dict[str, tuple[Value, str]]:
-    """Settings that mean something and that our user may not set as they must be: what is wanted, and what stands there."""
+    """Settings that our user may not set as our statements need them: the value we need, and the server's."""
     return {
         name: (value, here.value)
         for name, value in wanted.items()
         if name not in COST and (here := listed.get(name)) is not None and here.refuses(value)
     }
-
-
-def missing(wanted: Iterable[str], listed: Mapping[str, Listed]) -> dict[str, str]:
-    """Settings that this server does not know and whose absence shows, with what stands in for each."""
-    return {name: STANDS_IN[name] for name in wanted if name in STANDS_IN and name not in listed}
 
 
 def literal(value: Value) -> str:

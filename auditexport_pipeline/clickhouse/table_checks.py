@@ -1,6 +1,6 @@
 """The checks of the destination tables: that of `audit_log.v1`, those of further payload versions, and the view.
 
-Each table's DDL says what it must be. What is asked here decides whether an event is kept once, whole and for long enough.
+A table is compared with its DDL. The checks decide whether an event is kept once, whole and for long enough.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 
 from auditexport_pipeline.clickhouse import canary
-from auditexport_pipeline.clickhouse.audit_log import ttl_reader
 from auditexport_pipeline.clickhouse.catalogue import Catalogue, FoundColumn, Table, compared_type
 from auditexport_pipeline.clickhouse.engines import (
     DEDUPLICATION_WINDOW,
@@ -19,7 +18,7 @@ from auditexport_pipeline.clickhouse.engines import (
     Engine,
     family_of,
 )
-from auditexport_pipeline.clickhouse.ttl import Deletion, TableTtl, ttl_of
+from auditexport_pipeline.clickhouse.ttl import Deletion, TtlReader, ttl_of
 from auditexport_pipeline.core.findings import Check, Checking, Finding, warning
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
@@ -27,47 +26,48 @@ from auditexport_pipeline.core.versions import SORT_KEY, VERSIONS, PayloadVersio
 from auditexport_pipeline.roles import Role
 from auditexport_pipeline.sql import Column, columns_of, load
 
-# Fewer tokens than a run can have INSERTs on their way at once, several times over.
+# Several times the number of INSERTs that a run can have at work.
 SMALLEST_WINDOW = 100
-# For so long an INSERT that was given up can still arrive: the lease to its end, and the time it may take. A token that
-# is forgotten sooner does not hold the two apart.
+# An INSERT that was given up can still arrive for this long: to the end of the lease, and while it runs. ClickHouse must
+# remember its token until then.
 SHORTEST_WINDOW_S = 2 * Limits().inserts_s
-# Two replicas that both INSERTs and look-ups go to in the same order, as long as they live.
-_STICKY = ("in_order", "first_or_random")
+# With these, INSERTs and look-ups try two replicas in the same order.
+_SAME_ORDER = ("in_order", "first_or_random")
 _IN_A_QUORUM = "let AUDITEXPORT_CLICKHOUSE_URL end in ?insert_quorum=auto&select_sequential_consistency=1"
 # On a cluster, with ON CLUSTER.
 _NEW_VIEW = "CREATE OR REPLACE VIEW audit_logs AS " + load("clickhouse/schema.sql")["audit_logs"].partition(" AS\n")[2]
 
 
 def table_checks(db: Catalogue, *, fully: bool = True) -> Iterator[Check]:
-    """The checks of every destination table; without `fully` those of what a statement of somebody can change at any
-    moment: engine, keys, sharding, window, and by the canary event the columns where the table was altered.
+    """The checks of every destination table. Without `fully`, those of what one statement can change at any moment: engine,
+    keys, sharding, window, and, by the canary event, the columns of a table that was altered.
     """
     for version in VERSIONS.values():
-        first, of_version = version.table == TABLE, "" if version.table == TABLE else f" of {version.name}"
+        of_version = "" if version.table == TABLE else f" of {version.name}"
+        about = f"ClickHouse table {version.table}{of_version}"
         named = db.tables.get(version.table)
         if named is None:
-            yield Check(f"ClickHouse table {version.table}{of_version}", _absent(db, version))
+            yield Check(about, _absent(db, version))
             continue
         if named.under is not None:
-            yield Check(f"ClickHouse table {version.table}{of_version}", _distributed(db, named))
-        about = f"ClickHouse table {named.under.table if named.under else version.table}{of_version}"
-        held = db.held(named)
-        yield Check(about, _table(db, version, named, held, fully))
-        if not first or held is None:
+            yield Check(about, _distributed(db, named))
+            about = f"ClickHouse table {named.under.table}{of_version}"
+        local = db.local(named)
+        yield Check(about, _table(db, version, named, local, fully))
+        if version.table != TABLE or local is None:
             continue
         if db.role is Role.EXPORTER:
-            yield Check("ClickHouse canary event", canary.canary(db, held, again=fully))
-        if fully and (db.client.replica_settings or held.replicated):
-            yield Check("ClickHouse replicas", _replicas(db, held))
+            yield Check("ClickHouse canary event", canary.canary(db, local, again=fully))
+        if fully and (db.client.replica_settings or local.replicated):
+            yield Check("ClickHouse replicas", _replicas(db, local))
         if fully:
-            yield Check("ClickHouse retention", _retention(db, held))
+            yield Check("ClickHouse retention", _retention(db, local))
     if fully and TABLE in db.tables and (db.role is Role.READER or VIEW in db.tables):
         yield Check("ClickHouse view audit_logs", _view(db.tables.get(VIEW)))
 
 
 def _init(table: Table) -> str:
-    """The `auditexport init` that creates a table on what this one stands on."""
+    """The `auditexport init` that creates a table on the same engine."""
     family = family_of(table.engine)
     if under := table.under:
         return f"`auditexport init --engine distributed --cluster {under.cluster or 'NAME'}`"
@@ -80,18 +80,14 @@ def _absent(db: Catalogue, version: PayloadVersion) -> Checking:
     if db.role is Role.OWNER:
         return "not there; `auditexport init` creates it"
     if version.table == TABLE:
-        yield Finding(
-            what=f"ClickHouse table {TABLE} does not exist or is not readable",
-            breaks="nothing can be exported",
-            fix="run `auditexport init`",
-        )
+        of_version, breaks, fix = "", "nothing can be exported", "run `auditexport init`"
     else:
-        yield Finding(
-            what=f"ClickHouse table {version.table} of payload version {version.name} does not exist or is not readable",
-            breaks="rows of that version cannot be exported, and looking for blocks fails for every version",
-            fix=f"run {_init(db.tables[TABLE]) if TABLE in db.tables else '`auditexport init`'}, or uninstall the package that "
-            "registers the version",
-        )
+        of_version = f" of payload version {version.name}"
+        breaks = "rows of that version cannot be exported, and looking for blocks fails for every version"
+        init = _init(db.tables[TABLE]) if TABLE in db.tables else "`auditexport init`"
+        fix = f"run {init}, or uninstall the package that registers the version"
+    what = f"ClickHouse table {version.table}{of_version} does not exist or is not readable"
+    yield Finding(what=what, breaks=breaks, fix=fix)
     return "not there"
 
 
@@ -104,7 +100,7 @@ def _distributed(db: Catalogue, table: Table) -> Checking:
     if under.cluster:
         rows = db.rows_if_granted("cluster", cluster=under.cluster)
         if rows is None:
-            over += ", not asked: GRANT SELECT ON system.clusters is missing"
+            over += ", not read: GRANT SELECT ON system.clusters is missing"
         else:
             ((shards, replicas, internally),) = rows
     if under.sharding_key != "inserted_at" and shards != 1 and (under.sharding_key or shards > 1):
@@ -120,75 +116,76 @@ def _distributed(db: Catalogue, table: Table) -> Checking:
             breaks="each INSERT is sent to every replica by itself, and one that fails leaves them different",
             fix=f"in remote_servers, internal_replication = true for each shard of {under.cluster}",
         )
-    elif replicas > 1 and settings.get("load_balancing") not in _STICKY and "insert_quorum" not in settings:
+    elif replicas > 1 and settings.get("load_balancing") not in _SAME_ORDER and "insert_quorum" not in settings:
         yield Finding(
-            what=f"cluster {under.cluster} has shards of {replicas} replicas, and which one is asked is left to chance",
-            breaks="a look-up that asks a replica which has not fetched the block yet finds nothing: what is exported counts as "
-            "missing, and rows can be given back that are stored",
+            what=f"cluster {under.cluster} has shards of {replicas} replicas, and a look-up asks any of them",
+            breaks="a replica that has not fetched the block yet finds nothing: exported entries count as missing, and rows can "
+            "be released that are stored",
             fix="put ?load_balancing=in_order at the end of AUDITEXPORT_CLICKHOUSE_URL",
         )
     return f"Distributed over {over}, by {under.sharding_key or 'no sharding key'}"
 
 
-def _table(db: Catalogue, version: PayloadVersion, named: Table, held: Table | None, fully: bool) -> Checking:
-    """Copies of an event collapse, a block stays whole, a replayed one is known again, and with `fully` the columns and the
-    retention are those that are declared. `named` is the table of the contract's name, `held` the one with the rows.
+def _table(db: Catalogue, version: PayloadVersion, named: Table, local: Table | None, fully: bool) -> Checking:
+    """Copies of an event collapse, a block stays whole, and a replayed block is recognised. With `fully`, columns and
+    retention are as declared. `named` is the table of the contract's name, `local` the one with the rows.
     """
-    ours = db.tables.get(TABLE, named)
+    first = db.tables.get(TABLE, named)
     copied = ", ".join(f"`{column}`" for column in version.columns)
 
-    def anew(name: str) -> str:
+    def again(name: str) -> str:
         return (
-            f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then {_init(ours)}; then "
+            f"create it anew while no drain runs: RENAME TABLE {name} TO {name}_old; then {_init(first)}; then "
             f"INSERT INTO {name} ({copied}) SELECT {copied} FROM {name}_old"
         )
 
-    if family_of(named.engine) != family_of(ours.engine):
+    if family_of(named.engine) != family_of(first.engine):
         yield Finding(
-            what=f"{named.name} is a {named.engine}, and {ours.name} a {ours.engine}",
-            breaks="it is not on every server that is asked, where drains of all versions then fail, and its entries are lost with "
-            "the one that has it",
-            fix=anew(named.name),
+            what=f"{named.name} is a {named.engine}, and {first.name} a {first.engine}",
+            breaks="it is not on every server, and drains of all versions fail on those without it; its entries are lost with its "
+            "server",
+            fix=again(named.name),
         )
-    if held is None:
+    if local is None:
         return "not on this server; run doctor on a server of each shard"
-    name, partition = held.name, columns_in(held.partition_key)
-    if not held.engine.endswith("ReplacingMergeTree"):
+    name, partition = local.name, columns_in(local.partition_key)
+    if not local.engine.endswith("ReplacingMergeTree"):
+        breaks = "copies of one event would stay for ever"
+        yield Finding(what=f"{name} is a {local.engine}", breaks=breaks, fix=again(name))
+    if partition - {"inserted_at"} or local.sorting_key.replace(" ", "") != ",".join(SORT_KEY):
         yield Finding(
-            what=f"{name} is a {held.engine}", breaks="copies of one event would stay for ever", fix=anew(name)
-        )
-    if partition - {"inserted_at"} or held.sorting_key.replace(" ", "") != ",".join(SORT_KEY):
-        yield Finding(
-            what=f"{name} is partitioned by {held.partition_key or 'nothing'} and sorted by {held.sorting_key}",
+            what=f"{name} is partitioned by {local.partition_key or 'nothing'} and sorted by {local.sorting_key}",
             breaks="copies of one event do not collapse, or one INSERT becomes several parts",
-            fix=anew(name),
+            fix=again(name),
         )
     elif not partition:
         yield warning(
             what=f"{name} is not partitioned by month of inserted_at",
             breaks="looking for a block reads far more, and retention cannot drop a month at once",
-            fix=anew(name),
+            fix=again(name),
         )
-    yield from _window(db, held)
+    yield from _window(db, local)
     if fully:
-        yield from _columns(version, name, db.columns(held), anew(name))
-        if ours is not named and (ours_held := db.held(ours)) is not None:
-            yield from _same_retention(name, ttl_of(held.engine_full), ttl_of(ours_held.engine_full))
-    return f"{held.engine}, by {held.partition_key or 'no partition'}"
+        yield from _columns(version, name, db.columns(local), again(name))
+        if first is not named and (first_local := db.local(first)) is not None:
+            yield from _same_retention(local, first_local)
+    return f"{local.engine}, by {local.partition_key or 'no partition'}"
 
 
 def _window(db: Catalogue, table: Table) -> Iterator[Finding]:
-    """ClickHouse remembers a token for as long as a replay of its INSERT can come."""
-    # Replicated and Shared tables have a window by default; a plain one has none unless it says so.
+    """ClickHouse remembers a token for as long as its INSERT can be replayed."""
+    # Replicated and Shared tables have a window by default; a plain one has none unless it is declared.
     defaults: dict[str, int] = {}
     if table.replicated:
-        defaults = {"replicated_deduplication_window": DEDUPLICATION_WINDOW}
-        defaults["replicated_deduplication_window_seconds"] = DEDUPLICATION_WINDOW_S
-        defaults |= {name: int(value) for name, value in db.rows_if_granted("table_defaults") or ()}
+        defaults = {
+            "replicated_deduplication_window": DEDUPLICATION_WINDOW,
+            "replicated_deduplication_window_seconds": DEDUPLICATION_WINDOW_S,
+            **{name: int(value) for name, value in db.rows_if_granted("table_defaults") or ()},
+        }
 
     def remembered(setting: str) -> int:
-        said = re.search(rf"\b{setting} = (\d+)", table.engine_full)
-        return int(said[1]) if said else defaults.get(setting, 0)
+        declared = re.search(rf"\b{setting} = (\d+)", table.engine_full)
+        return int(declared[1]) if declared else defaults.get(setting, 0)
 
     twice = "an INSERT that is replayed while its first attempt still runs is stored twice"
     setting = f"{'' if table.replicated else 'non_'}replicated_deduplication_window"
@@ -209,19 +206,18 @@ def _window(db: Catalogue, table: Table) -> Iterator[Finding]:
 
 
 def _declared(version: PayloadVersion) -> dict[str, Column]:
-    """What the version sends, and what its DDL computes of it: by column, with a declaration fit for an ALTER TABLE."""
-    written = columns_of(version.pieces["ddl"])
+    """The columns that a version sends, and those that its DDL computes, with declarations fit for an ALTER TABLE."""
+    declared = columns_of(version.pieces["ddl"])
     sent = {
-        name: Column(name=name, type=kind, declaration=f"`{name}` {kind}", nullable=False)
+        name: declared.get(name) or Column(name=name, type=kind, declaration=f"`{name}` {kind}", nullable=False)
         for name, kind in version.columns.items()
     }
-    computed = {name: column for name, column in written.items() if "MATERIALIZED" in column.declaration}
-    return {**sent, **{name: written[name] for name in sent if name in written}, **computed}
+    return sent | {name: column for name, column in declared.items() if "MATERIALIZED" in column.declaration}
 
 
-def _columns(version: PayloadVersion, table: str, found: dict[str, FoundColumn], anew: str) -> Iterator[Finding]:
+def _columns(version: PayloadVersion, table: str, found: dict[str, FoundColumn], again: str) -> Iterator[Finding]:
     """The table has the columns of its version, of their types; those that are sent can be given, the others are computed."""
-    declared, wanted = _declared(version), "should be" if version.table == TABLE else f"{version.name} sends"
+    declared, right = _declared(version), "should be" if version.table == TABLE else f"{version.name} sends"
     if lacking := [column for name, column in declared.items() if name not in found]:
         yield Finding(
             what=f"{table} lacks {', '.join(column.name for column in lacking)}",
@@ -239,41 +235,40 @@ def _columns(version: PayloadVersion, table: str, found: dict[str, FoundColumn],
             if re.match(r"(LowCardinality\()?Nullable", kind) and column.declaration.endswith(column.type):
                 modify += f" DEFAULT defaultValueOfTypeName('{column.type}')"
             yield Finding(
-                what=f"{table}.{name} is {kind} and {wanted} {column.type}",
+                what=f"{table}.{name} is {kind} and {right} {column.type}",
                 breaks="what is stored differs from what was sent, or INSERTs fail",
-                fix=anew if name in (*SORT_KEY, "inserted_at") else modify,
+                fix=again if name in (*SORT_KEY, "inserted_at") else modify,
             )
         elif computed != (default in ("MATERIALIZED", "ALIAS")):
             yield Finding(
                 what=f"{table}.{name} is {default.lower() or 'a plain column'}",
-                breaks="searches in the metas find nothing" if computed else "INSERTs fail, for it cannot be given",
+                breaks="searches in the metas find nothing" if computed else "INSERTs fail, for they give it a value",
                 fix=modify if computed else f"ALTER TABLE {table} MODIFY COLUMN {name} REMOVE {default}",
                 fatal=not computed,
             )
 
 
-def _same_retention(table: str, ttl: TableTtl, first: TableTtl) -> Iterator[Finding]:
-    def kept(ttl: TableTtl) -> str:
-        return f"until {', '.join(map(str, ttl.deletions))}" if ttl.deletions else "for ever"
-
-    if ttl.deletions != first.deletions:
+def _same_retention(table: Table, first: Table) -> Iterator[Finding]:
+    ttl, first_ttl = (ttl_of(one.engine_full).deletions for one in (table, first))
+    if ttl != first_ttl:
+        ends, first_ends = (f"until {', '.join(map(str, one))}" if one else "for ever" for one in (ttl, first_ttl))
         yield warning(
-            what=f"{table} keeps entries {kept(ttl)} and the first version's table {kept(first)}",
+            what=f"{table.name} keeps entries {ends} and the first version's table {first_ends}",
             breaks="one retention cannot be right for both: the ledger keeps a batch as long as the longer one needs it",
-            fix=f"give {table} the same TTL",
+            fix=f"give {table.name} the same TTL",
         )
 
 
 def _replicas(db: Catalogue, table: Table) -> Checking:
-    """A block that is acknowledged outlives a replica, and look-ups see it wherever they arrive."""
+    """An acknowledged block survives the loss of a replica, and look-ups on any replica see it."""
     settings, shared = db.client.replica_settings, table.engine.startswith("Shared")
     quorum, sequential = settings.get("insert_quorum"), settings.get("select_sequential_consistency") == "1"
     if quorum and (not sequential or settings["insert_quorum_parallel"] == "1"):
         yield Finding(
             what="AUDITEXPORT_CLICKHOUSE_URL asks for insert_quorum "
             + ("in parallel" if sequential else "without select_sequential_consistency=1"),
-            breaks="a look-up sees a block that has no quorum yet and that ClickHouse takes back when it gets none: its rows would "
-            "be marked and be nowhere",
+            breaks="a look-up sees a block without a quorum, which ClickHouse removes if it gets none: its rows would be marked and "
+            "lost",
             fix=_IN_A_QUORUM,
         )
     if not table.engine.startswith("Replicated"):
@@ -286,18 +281,18 @@ def _replicas(db: Catalogue, table: Table) -> Checking:
         return table.engine
     rows = db.rows_if_granted("replicas", database=table.database, table=table.name)
     if not rows:
-        return "not asked: GRANT SELECT ON system.replicas is missing"
+        return "not read: GRANT SELECT ON system.replicas is missing"
     read_only, total, active = (int(value) for value in rows[0])
     if read_only:
         yield warning(
             what=f"this replica of {table.name} is read-only",
             breaks="it takes no INSERT until its session with Keeper is back; drains fail until then and continue by themselves",
-            fix=f"SELECT zookeeper_exception FROM system.replicas WHERE table = '{table.name}' says why",
+            fix=f"SELECT zookeeper_exception FROM system.replicas WHERE table = '{table.name}' shows the reason",
         )
     if total > 1 and not quorum:
         yield warning(
             what=f"{table.name} has {total} replicas, and one of them acknowledges an INSERT alone",
-            breaks="what it acknowledged last is lost with it, until a reconciliation repairs it; behind a balancer, look-ups miss "
+            breaks="if it is lost, so are its last blocks, until a reconciliation repairs that; behind a balancer, look-ups miss "
             "blocks that other replicas have",
             fix=_IN_A_QUORUM,
         )
@@ -311,50 +306,45 @@ def _retention(db: Catalogue, table: Table) -> Checking:
     if ttl.unreadable:
         yield _unknown(table, ttl.text, ttl.unreadable, fix)
         return ttl.text
-    for deletion in ttl.deletions:
-        finding = _wrong_deletion(db, table, deletion, fix)
-        if finding is not None:
-            yield finding
-            break
+    yield from [finding for deletion in ttl.deletions if (finding := _wrong_deletion(db, table, deletion, fix))][:1]
     return ", ".join(map(str, ttl.deletions)) or "entries stay for ever"
 
 
 def _wrong_deletion(db: Catalogue, table: Table, deletion: Deletion, fix: str) -> Finding | None:
     named = set(re.findall(r"\w+", deletion.at)) & columns_of(VERSIONS["audit_log.v1"].pieces["ddl"]).keys()
-    kept_ms = ttl_reader(db.client).kept_by(deletion.at)
-    days = kept_ms / DAY_MS if kept_ms is not None else None
     if not named or ("inserted_at" not in named and not deletion.where):
         return Finding(
             what=f"the TTL of {table.name} counts from {', '.join(sorted(named)) or 'no column of ours'}: {deletion}",
-            breaks="an old event that is exported today is dropped as soon as it arrives",
+            breaks="an old event that is exported today is dropped on arrival",
             fix=fix,
         )
+    kept_ms = TtlReader(db.client).kept_by(deletion.at)
+    days = kept_ms / DAY_MS if kept_ms is not None else None
     if days is not None and days <= db.retention_days:
         return Finding(
             what=f"the TTL of {table.name} is {days:g} days and exported rows stay {db.retention_days} days in the outbox",
-            breaks="a requeued entry keeps its inserted_at, so one older than the TTL is dropped as soon as it arrives"
+            breaks="a requeued entry keeps its inserted_at, so one older than the TTL is dropped on arrival"
             + (", and an entry can be gone before its batch is verified" if days <= 1 else ""),
             fix=fix,
             fatal=db.role is Role.OPERATOR or days <= 1,
         )
     if deletion.where:
         return _unknown(table, str(deletion), "it deletes some rows and not others", fix)
-    return (
-        _unknown(table, str(deletion), "it cannot be evaluated from inserted_at alone", fix) if days is None else None
-    )
+    if days is None:
+        return _unknown(table, str(deletion), "it cannot be evaluated from inserted_at alone", fix)
+    return None
 
 
 def _unknown(table: Table, text: str, why: str, fix: str) -> Finding:
     return warning(
         what=f"whether an entry of {table.name} is past its TTL cannot always be told: {why}: {text}",
         breaks="such an entry that is gone is reported as missing, and the sweep keeps its row",
-        fix=f"{fix}; or say how long it keeps an entry: `auditexport sweep --ttl-days DAYS`",
+        fix=f"{fix}; or name the days that it keeps an entry: `auditexport sweep --ttl-days DAYS`",
     )
 
 
 def _view(view: Table | None) -> Checking:
-    """Readers see each event once, whatever their profile says."""
-    once = r"\bdo_not_merge_across_partitions_select_final\s*=\s*(0|false)\b"
+    """Readers see each event once, whatever their profile sets."""
     if view is None:
         yield warning(
             what="ClickHouse view audit_logs does not exist or is not readable",
@@ -369,7 +359,7 @@ def _view(view: Table | None) -> Checking:
             fix="DROP VIEW audit_logs, then `auditexport init`",
         )
         return "without FINAL"
-    if not re.search(once, view.created_by):
+    if not re.search(r"\bdo_not_merge_across_partitions_select_final\s*=\s*(0|false)\b", view.created_by):
         yield warning(
             what="ClickHouse view audit_logs leaves do_not_merge_across_partitions_select_final to its reader's profile",
             breaks="where that is 1, an event that has copies under two months is shown twice, for good: they never merge",

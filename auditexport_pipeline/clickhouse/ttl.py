@@ -1,36 +1,37 @@
-"""ClickHouse: what a table's TTL clause says about deleting rows, read from the server's own words.
+"""ClickHouse: which rows a table's TTL clause deletes.
 
-What belongs here: telling the parts of the clause apart, and the SQL that lets ClickHouse evaluate them. What does not: who
-asks (`clickhouse.audit_log`, `clickhouse.table_checks`), and what follows from an answer (`core.excuses`).
+What belongs here: splitting the clause into its parts, and the SQL that lets ClickHouse evaluate them. What does not: what
+follows from an answer (`core.excuses`).
 
-A clause is never computed here: months, time zones, overflows and other columns are ClickHouse's business. What cannot be
-evaluated is unknown, which is neither past nor not past.
+A clause is never computed here: ClickHouse knows its months, time zones, overflows and other columns. The answer for what
+ClickHouse cannot evaluate is None: unknown.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from auditexport_pipeline.clickhouse.connection import Connection, ServerError
+from auditexport_pipeline.clickhouse.engines import under_of
 from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.sql import load
 
 _SQL = load("clickhouse/ttl.sql")
-# Slots or keys of one question: their ids fit the 128 KB of a form's field, in which they travel.
-_AT_ONCE = 100
-_SLOTS_AT_ONCE = 2_000
-# Engines Remote and RemoteSecure are Distributed ones that name addresses in the cluster's place.
-_UNDER = re.compile(r"(?:Distributed|Remote|RemoteSecure)\('[^']*', '(?P<database>[^']*)', '(?P<table>[^']*)'")
-_TTL_PART = re.compile(r" TTL (?P<what>.+?)(?= SETTINGS | COMMENT |$)", re.DOTALL)
+# Entries in one statement: the ids of so many fit into the 128 KB of a form's field, in which they travel.
+_KEYS_AT_ONCE = 100
+_STAMPS_AT_ONCE = 2_000
+_TTL = re.compile(r" TTL (.+?)(?= SETTINGS | COMMENT |$)", re.DOTALL)
 _MOVES_OR_RECOMPRESSES = re.compile(r" (?:TO (?:DISK|VOLUME)|RECOMPRESS)\b")
-_GROUPS = re.compile(r" GROUP BY ")
 _CONDITION = re.compile(r" (?:DELETE )?WHERE ")
 _DELETES = re.compile(r" DELETE\s*$")
-# Codes that say that an expression cannot be evaluated over the columns that are given: an unknown column or function, a
-# type, a number or a date that it does not take.
-CANNOT_EVALUATE = frozenset({36, 42, 43, 44, 46, 47, 53, 70, 386, 456})
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`(?:[^`\\]|\\.)*`""", re.DOTALL)
+_BRACKETED = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
+# ClickHouse cannot evaluate an expression over the columns that are given: an unknown column or function, or a type, a number
+# or a date that it does not take.
+_CANNOT_EVALUATE = {36, 42, 43, 44, 46, 47, 53, 70, 386, 456}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableTtl:
-    """What a table's TTL clause deletes. `text` is the clause; `unreadable` says why it cannot be told what it deletes."""
+    """What a table's TTL clause deletes. `unreadable` says why that is not known."""
 
     text: str = ""
     deletions: tuple[Deletion, ...] = ()
@@ -54,155 +55,122 @@ class TableTtl:
 
 
 def ttl_of(engine_full: str) -> TableTtl:
-    """The TTL of a MergeTree table, from `system.tables.engine_full`, where ClickHouse has written it anew."""
-    found = _TTL_PART.search(_masked(engine_full))
+    """The TTL of a MergeTree table, from `system.tables.engine_full`, as ClickHouse formats it."""
+    found = _TTL.search(_masked(engine_full))
     if found is None:
         return TableTtl()
-    text = engine_full[slice(*found.span("what"))].strip()
+    text = engine_full[slice(*found.span(1))].strip()
     masked = _masked(text)
-    if _GROUPS.search(masked):  # its keys and assignments are comma-separated lists too
+    if " GROUP BY " in masked:  # its keys and assignments are comma-separated lists too
         return TableTtl(text=text, unreadable="it aggregates rows (GROUP BY), and entries disappear in others")
     deletions = []
-    for first, last in _parts(masked):
-        part, hidden = text[first:last], masked[first:last]
-        if _MOVES_OR_RECOMPRESSES.search(hidden):
+    for part in re.finditer("[^,]+", masked):
+        if _MOVES_OR_RECOMPRESSES.search(part[0]):
             continue
-        condition = _CONDITION.search(hidden)
-        at = part[: condition.start()] if condition else part[: len(_DELETES.sub("", hidden))]
-        deletions.append(Deletion(at=at.strip(), where=part[condition.end() :].strip() if condition else ""))
+        whole = text[slice(*part.span())]
+        condition = _CONDITION.search(part[0])
+        at = whole[: condition.start()] if condition else whole[: len(_DELETES.sub("", part[0]))]
+        deletions.append(Deletion(at=at.strip(), where=whole[condition.end() :].strip() if condition else ""))
     return TableTtl(text=text, deletions=tuple(deletions))
 
 
 def _masked(text: str) -> str:
-    """The text, as long as it was, with everything inside quotes and brackets blotted out: what is left are keywords."""
-    shown = []
-    quote, depth, escaped = "", 0, False
-    for letter in text:
-        inside = bool(quote) or depth > 0
-        if quote:
-            if escaped:
-                escaped = False
-            elif letter == "\\":
-                escaped = True
-            elif letter == quote:
-                quote = ""
-        elif letter in "'\"`":
-            quote, inside = letter, True
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-            inside = True
-        shown.append("·" if inside or depth else letter)
-    return "".join(shown)
+    """The text with everything in quotes and brackets masked: only keywords and top-level commas remain. As long as before."""
+    text = _QUOTED.sub(_mask, text)
+    while (masked := _BRACKETED.sub(_mask, text)) != text:
+        text = masked
+    return text
 
 
-def _parts(masked: str) -> list[tuple[int, int]]:
-    cuts = [index for index, letter in enumerate(masked) if letter == ","]
-    return list(zip([0, *(cut + 1 for cut in cuts)], [*cuts, len(masked)], strict=True))
-
-
-Ask = Callable[[str, Mapping[str, Any]], Sequence[Sequence[Any]]]
-"""Sends a statement with parameters and returns its rows; raises `CannotEvaluate` for the codes above."""
-
-
-class CannotEvaluate(Exception):
-    """ClickHouse cannot evaluate an expression over the columns that it was given."""
+def _mask(found: re.Match[str]) -> str:
+    return "·" * len(found[0])
 
 
 class TtlReader:
     """The TTL of the tables on one server, evaluated by that server."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def ttl(self, table: str) -> TableTtl:
-        """Under a Distributed table, the TTL of the table beneath it, where this server has that one."""
-        database = ""
+        """Of a Distributed table, the TTL of its local table, where this server has that one."""
+        database = engine = ""
         for _ in range(2):
-            found = self._ask(_SQL["table"], {"database": database, "table": table})
+            found = self._evaluated(_SQL["table"], {"database": database, "table": table})
             if not found:
                 return TableTtl(text=f"of {table}", unreadable=f"{table} is not on this server")
             engine, engine_full = map(str, found[0])
             if "MergeTree" in engine:
                 return ttl_of(engine_full)
-            under = _UNDER.match(engine_full)
-            if engine != "Distributed" or under is None:
+            under = under_of(engine_full, database)
+            if under is None:
                 break
-            database, table = under["database"], under["table"]
-        return TableTtl(text=f"of {table}", unreadable=f"{table} is a {engine}, whose TTL is not its own")
+            database, table = under.database, under.table
+        return TableTtl(text=f"of {table}", unreadable=f"{table} is a {engine}, which has no TTL of its own")
 
-    def past_slots(self, table: str, slots: Sequence[int], *, ahead_s: int = 0) -> list[bool | None]:
+    def past(self, table: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
         """Whether ClickHouse's merges may delete entries with these `inserted_at`s (`ahead_s` from now); None: unknown."""
-        found: list[bool | None] = []
         ttl = self.ttl(table)
-        for start in range(0, len(slots), _SLOTS_AT_ONCE):
-            some = list(slots[start : start + _SLOTS_AT_ONCE])
-            found.extend(self._past(ttl, "of_slots", {"slots": some, "ahead_s": ahead_s}, len(some)))
-        return found
+        past: dict[int, bool | None] = {}
+        for start in range(0, len(inserted_at_ms), _STAMPS_AT_ONCE):
+            some = list(inserted_at_ms[start : start + _STAMPS_AT_ONCE])
+            found = self._past(ttl, "over_stamps", {"stamps": some, "ahead_s": ahead_s}, len(some))
+            past |= zip(some, found, strict=True)
+        return past
 
-    def past_keys(self, table: str, inserted_at_ms: int, keys: Sequence[Key]) -> list[bool | None]:
-        """As `past_slots`, of entries of one slot whose sort keys are known."""
-        found: list[bool | None] = []
+    def past_of(self, table: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
+        """As `past`, of entries with one `inserted_at` whose sort keys are known."""
         ttl = self.ttl(table)
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            values = {
-                "workspaces": [key[0] for key in some],
-                "buckets": [key[1] for key in some],
-                "times": [key[2] for key in some],
-                "events": [key[3] for key in some],
-                "inserted_at": inserted_at_ms,
-                "ahead_s": 0,
-            }
-            found.extend(self._past(ttl, "of_keys", values, len(some)))
-        return found
+        past: dict[Key, bool | None] = {}
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            some = keys[start : start + _KEYS_AT_ONCE]
+            columns = zip(("workspaces", "buckets", "times", "events"), map(list, zip(*some, strict=True)), strict=True)
+            values = {**dict(columns), "inserted_at": inserted_at_ms, "ahead_s": 0}
+            past |= zip(some, self._past(ttl, "over_keys", values, len(some)), strict=True)
+        return past
 
     def kept_ms(self, table: str) -> int | None:
         """The longest that an entry is kept after its `inserted_at`; None: for ever, or unknown."""
         ttl = self.ttl(table)
         whole = [deletion.at for deletion in ttl.deletions if not deletion.where]
-        if ttl.unreadable or not whole:
-            return None
-        return self.kept_by(whole[0])
+        return self.kept_by(whole[0]) if whole else None
 
     def kept_by(self, at: str) -> int | None:
         """The same, by one expression; None when it cannot be evaluated from `inserted_at` alone."""
-        try:
-            ((kept_ms,),) = self._ask(_SQL["kept"].replace("$at", at), {})
-        except CannotEvaluate:
-            return None
-        return int(kept_ms)
+        found = self._evaluated(_SQL["kept"].replace("$at", at), {})
+        return int(found[0][0]) if found else None
 
     def _past(self, ttl: TableTtl, name: str, values: Mapping[str, Any], count: int) -> list[bool | None]:
         if ttl.unreadable:
             return [None] * count
-        past: list[bool | None] = [False] * count
+        deleted = []
         for deletion in ttl.deletions:
-            reached = self._evaluated(name, "$at", deletion.at, values, count)
+            conditions = [f"({deletion.at}) <= now() + toIntervalSecond({{ahead_s:Int64}})"]
             if deletion.where:
-                true = self._evaluated(f"{name}_where", "$where", deletion.where, values, count)
-                reached = [_both(one, other) for one, other in zip(reached, true, strict=True)]
-            past = [_either(one, other) for one, other in zip(past, reached, strict=True)]
-        return past
+                conditions.append(f"({deletion.where}) != 0")
+            met = []
+            for condition in conditions:
+                rows = self._evaluated(_SQL[name].replace("$condition", condition), values)
+                met.append([bool(met) for _, met in sorted(rows)] if rows else [None] * count)
+            deleted.append([_all(one) for one in zip(*met, strict=True)])
+        return [_any(one) for one in zip(*deleted, strict=True)] if deleted else [False] * count
 
-    def _evaluated(
-        self, name: str, place: str, expression: str, values: Mapping[str, Any], count: int
-    ) -> list[bool | None]:
-        try:
-            rows = self._ask(_SQL[name].replace(place, expression), values)
-        except CannotEvaluate:
-            return [None] * count
-        return [bool(row[1]) for row in sorted(rows, key=lambda row: int(row[0]))]
-
-
-def _both(one: bool | None, other: bool | None) -> bool | None:
-    if one is False or other is False:
-        return False
-    return None if one is None or other is None else True
+    def _evaluated(self, statement: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]] | None:
+        """The rows; None where ClickHouse cannot evaluate an expression over the columns that are given."""
+        with self._connection.translated("reading a table's TTL"):
+            try:
+                return self._connection.query(statement, values, {"session_timezone": ""})
+            except ServerError as error:
+                if error.code in _CANNOT_EVALUATE:
+                    return None
+                raise
 
 
-def _either(one: bool | None, other: bool | None) -> bool | None:
-    if one or other:
-        return True
-    return None if one is None or other is None else False
+def _all(values: Sequence[bool | None]) -> bool | None:
+    """SQL's AND: False if one is false, unknown if one is unknown."""
+    return False if False in values else None if None in values else True
+
+
+def _any(values: Sequence[bool | None]) -> bool | None:
+    """SQL's OR: True if one is true, unknown if one is unknown."""
+    return True if True in values else None if None in values else False

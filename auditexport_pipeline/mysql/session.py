@@ -1,8 +1,8 @@
-"""What a session of ours states to MySQL, so that nothing that matters is inherited.
+"""The session variables that we set in MySQL, so that nothing that matters is inherited.
 
-A server's globals, its `init_connect`, a user's defaults and a proxy all set session variables. Every session variable
-of MariaDB 10.11, MariaDB 11.8 and MySQL 9 was looked at once. Those that can change what a statement of ours reads,
-writes, waits for or is refused are in `STATED`, each with what another value breaks. The others are left alone:
+A server's globals, its `init_connect`, a user's defaults and a proxy all set session variables. The list was compared with
+every session variable of MariaDB 10.11, MariaDB 11.8 and MySQL 9. Those that can change what a statement of ours reads,
+writes, waits for or is refused are in `STATED`, each with what another value breaks. The others are not set:
 
     variables                                              why they do not matter here
     *_buffer_size, *_prealloc_size, tmp_table_size, …      speed and memory only; a limit that is reached is an error
@@ -15,27 +15,26 @@ writes, waits for or is refused are in `STATED`, each with what another value br
     log_*, long_query_time, profiling, sql_log_off         logging
     low_priority_updates, myisam_*, aria_*, deadlock_*     other engines
     session_track_*, resultset_metadata                    only for clients that ask for it
-    sql_log_bin, skip_replication, binlog_*, wsrep_on,     need a privilege, so nobody inherits them by accident;
+    sql_log_bin, skip_replication, binlog_*, wsrep_on,     need a privilege, so they are not inherited by accident;
       rbr_exec_mode, pseudo_*                              the preflight reads those that lose marks on replicas
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-# We are never worth waiting for: a lock that the application holds longer is tried again by the next attempt.
+# The application never waits for us: where it holds a lock for longer, the next attempt tries again.
 LOCK_WAIT_S = 5
-# The same, while this chunk's other rows are locked by us and the application may want one.
+# The same for marks: meanwhile we lock the chunk's other rows, which the application may need.
 MARK_LOCK_WAIT_S = 1
-# A statement that gives no sign of life this long is given up: the longest of ours, a claim, takes seconds.
+# A statement without an answer for this long has failed: the longest of ours, a claim, takes seconds.
 READ_TIMEOUT_S = 120
 _NO_LIMIT = str(2**64 - 1)
 
 # Every value is what the servers default to, unless the reason says otherwise.
 _ROWS = "SELECTs end early without an error: rows are claimed twice, or not at all"
-_ENDS = "statements or idle transactions are ended by the server, and no run gets through"
+_ENDS = "the server ends statements or idle transactions, and every run fails"
 _WAITS = "a lock that the application holds stops the whole drain (a metadata lock by default for a day or a year)"
 _TRANSACTION = "transactions do not begin and end where the program says"
 _TEXT = "the text of statements and values means something else"
@@ -43,8 +42,7 @@ _STALE = "decisions rest on stale rows"
 _PLANS = "long lists of pks become scans of the whole outbox"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stated:
+class Stated(NamedTuple):
     """One variable: the value as SQL, what the server then shows (None where it cannot be compared), and why."""
 
     value: str
@@ -52,14 +50,14 @@ class Stated:
     breaks: str
 
 
-def _said(breaks: str, **values: str) -> dict[str, Stated]:
-    return {name: Stated(value=value, shown=value.strip("'"), breaks=breaks) for name, value in values.items()}
+def _all(breaks: str, **values: str) -> dict[str, Stated]:
+    return {name: Stated(value, value.strip("'"), breaks) for name, value in values.items()}
 
 
 STATED: dict[str, Stated] = {
-    **_said(_TEXT, sql_mode="'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"),
-    **_said(_ROWS, sql_select_limit=_NO_LIMIT, max_join_size=_NO_LIMIT, sql_big_selects="ON", sql_safe_updates="OFF"),
-    **_said(
+    **_all(_TEXT, sql_mode="'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"),
+    **_all(_ROWS, sql_select_limit=_NO_LIMIT, max_join_size=_NO_LIMIT, sql_big_selects="ON", sql_safe_updates="OFF"),
+    **_all(
         _TRANSACTION,
         autocommit="OFF",
         completion_type="'NO_CHAIN'",
@@ -69,10 +67,8 @@ STATED: dict[str, Stated] = {
         tx_read_only="OFF",
     ),
     # On by default since MariaDB 11.6.2: a row that changed since the transaction's first read is then error 1020.
-    **_said(
-        "what the application changes meanwhile refuses our locks with error 1020", innodb_snapshot_isolation="OFF"
-    ),
-    **_said(
+    **_all("our locks are refused with error 1020 if the application changes rows", innodb_snapshot_isolation="OFF"),
+    **_all(
         _ENDS,
         max_statement_time="0",
         max_execution_time="0",
@@ -83,9 +79,9 @@ STATED: dict[str, Stated] = {
         net_read_timeout=str(READ_TIMEOUT_S),
         net_write_timeout=str(READ_TIMEOUT_S),
     ),
-    **_said(_WAITS, innodb_lock_wait_timeout=str(LOCK_WAIT_S), lock_wait_timeout=str(LOCK_WAIT_S)),
+    **_all(_WAITS, innodb_lock_wait_timeout=str(LOCK_WAIT_S), lock_wait_timeout=str(LOCK_WAIT_S)),
     # A cluster's members answer from what they have applied; waiting for it costs nothing elsewhere.
-    **_said(
+    **_all(
         _STALE,
         wsrep_sync_wait="7",
         wsrep_dirty_reads="OFF",
@@ -94,12 +90,16 @@ STATED: dict[str, Stated] = {
         use_secondary_engine="'OFF'",
         system_versioning_asof="DEFAULT",
     ),
-    **_said("an INSERT of ours is kept though its row is invalid", foreign_key_checks="ON", unique_checks="ON"),
-    **_said("an INSERT of ours is kept though its row is invalid", check_constraint_checks="ON"),
+    **_all(
+        "an INSERT of ours is kept though its row is invalid",
+        foreign_key_checks="ON",
+        unique_checks="ON",
+        check_constraint_checks="ON",
+    ),
     # In a time zone with summer time, NOW() as a number goes back an hour in autumn.
-    **_said("leases, stamps and lags are off by hours", time_zone="'+00:00'"),
-    "timestamp": Stated(value="DEFAULT", shown=None, breaks="NOW() stands still, and no lease ever ends"),
-    **_said(
+    **_all("leases, stamps and lags are off by hours", time_zone="'+00:00'"),
+    "timestamp": Stated("DEFAULT", None, "NOW() stands still, and no lease ever ends"),
+    **_all(
         "numbers, order or groups of an answer differ",
         sql_auto_is_null="OFF",
         div_precision_increment="4",
@@ -109,8 +109,8 @@ STATED: dict[str, Stated] = {
         lc_messages="'en_US'",
         big_tables="OFF",
     ),
-    # MySQL and MariaDB stop looking at an index for a list whose ranges need more than this; 0 is no bound. Not the default.
-    **_said(
+    # For a list whose ranges need more memory than this, MySQL and MariaDB use no index. 0, no limit, is not the default.
+    **_all(
         _PLANS,
         range_optimizer_max_mem_size="0",
         optimizer_max_sel_arg_weight="0",
@@ -118,72 +118,65 @@ STATED: dict[str, Stated] = {
         in_predicate_conversion_threshold="1000",
         optimizer_use_condition_selectivity="4",
     ),
-    # `default` would be the server's. These are the flags that all three servers have on.
+    # `default` would be the server's. These flags are on by default in all three servers.
     "optimizer_switch": Stated(
-        value="'index_merge=on,index_condition_pushdown=on,derived_merge=on,materialization=on,semijoin=on,"
-        "firstmatch=on,loosescan=on'",
-        shown=None,
-        breaks=_PLANS,
+        "'index_merge=on,index_condition_pushdown=on,derived_merge=on,materialization=on,semijoin=on,firstmatch=on,"
+        "loosescan=on'",
+        None,
+        _PLANS,
     ),
 }
 
-# Before anything is read: with these inherited, even the question below ends early. Each family reads its own comment.
+# Sent before anything is read: under inherited values, even `_READ` could end early. Each family reads its own comment.
 _FIRST = (
     f"SET SESSION sql_select_limit = {_NO_LIMIT}, sql_safe_updates = OFF, max_join_size = {_NO_LIMIT}, sql_big_selects = ON "
     "/*M! , max_statement_time = 0 */ /*!80000 , max_execution_time = 0 */"
 )
-_ASK = "SHOW SESSION VARIABLES"
-_UNKNOWN, _UNSETTABLE = 1193, {1193, 1227, 1228, 1229, 1231, 1232, 1238, 1290}
+_READ = "SHOW SESSION VARIABLES"
+# The variable is unknown, or this user may not set it, or not to this value.
+_REFUSED = {1193, 1227, 1228, 1229, 1231, 1232, 1238, 1290}
 
 
 class Session:
-    """The one SET statement of a server's connections, learnt from its first one: only what that server has and allows.
+    """The one SET statement for a server's connections. The first connection learns it: what the server has and allows.
 
-    What a user may not set stays out, and the preflight says so where its value is another.
+    The preflight reports the variables that a user may not set, where their values differ.
     """
 
-    def __init__(self, extra: Mapping[str, str]) -> None:
-        self._wanted = {name: stated.value for name, stated in STATED.items()} | dict(extra)
-        self._required = set(extra)
+    def __init__(self, required: Mapping[str, str]) -> None:
+        self._values = {name: stated.value for name, stated in STATED.items()} | dict(required)
+        self._required = set(required)
         self._statement = ""
 
     def state(self, connection: Any) -> None:
-        """Says it on a new connection of the driver. Raises the driver's errors."""
-        if self._statement:
-            try:
-                connection.query(self._statement)
-                return
-            except connection.Error as error:
-                # Behind a failover or a balancer stands another version: learn again.
-                if error.args[0] not in _UNSETTABLE:
-                    raise
-        self._statement = self._learn(connection)
+        """Sets the variables on a new connection of the driver. Raises the driver's errors."""
+        # After a failover or behind a balancer, another version may refuse the statement: learn it again.
+        if not self._statement or not self._accepted(connection, self._statement):
+            self._statement = self._learn(connection)
 
     def _learn(self, connection: Any) -> str:
         connection.query(_FIRST)
         with connection.cursor() as cursor:
-            cursor.execute(_ASK)
-            there = {str(row[0]).lower() for row in cursor.fetchall()}
-        wanted = {name: value for name, value in self._wanted.items() if name in there or name in self._required}
-        try:
-            connection.query(_set(wanted))
-        except connection.Error as error:
-            if error.args[0] not in _UNSETTABLE:
-                raise
-            wanted = self._allowed(connection, wanted)
-        return _set(wanted)
+            cursor.execute(_READ)
+            known = {str(row[0]).lower() for row in cursor.fetchall()} | self._required
+        values = {name: value for name, value in self._values.items() if name in known}
+        if not self._accepted(connection, _set(values)):
+            # One at a time. What the URL asks for must be set.
+            for name in list(values):
+                if name in self._required:
+                    connection.query(_set({name: values[name]}))
+                elif not self._accepted(connection, _set({name: values[name]})):
+                    del values[name]
+        return _set(values)
 
-    def _allowed(self, connection: Any, wanted: Mapping[str, str]) -> dict[str, str]:
-        """Says one at a time, for a server that refuses some. What the URL asks for has to be said."""
-        allowed = {}
-        for name, value in wanted.items():
-            try:
-                connection.query(_set({name: value}))
-                allowed[name] = value
-            except connection.Error as error:
-                if error.args[0] not in _UNSETTABLE or name in self._required:
-                    raise
-        return allowed
+    def _accepted(self, connection: Any, statement: str) -> bool:
+        try:
+            connection.query(statement)
+        except connection.Error as error:
+            if error.args[0] not in _REFUSED:
+                raise
+            return False
+        return True
 
 
 def _set(values: Mapping[str, str]) -> str:
@@ -191,7 +184,7 @@ def _set(values: Mapping[str, str]) -> str:
 
 
 def deviations(variables: Mapping[str, str]) -> list[tuple[str, str, Stated]]:
-    """What a session of ours has otherwise than it was stated: name, value found, and what was stated."""
+    """The variables of a session of ours that differ from `STATED`: name, value found, and what was stated."""
     return [
         (name, variables[name], stated)
         for name, stated in STATED.items()

@@ -202,7 +202,7 @@ def _servers(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> dict[str, str]:
         version, database = connection.execute(SQL["server"]).one()
     family = "MariaDB" if "mariadb" in version.lower() else "MySQL"
     number = version.removeprefix("5.5.5-").split("-")[0]  # MariaDB calls itself 5.5.5 to old clients
-    ((clickhouse, clickhouse_database),) = log.rows("asking for the version", _PIECES["server"]).result_rows
+    ((clickhouse, clickhouse_database),) = log.rows("asking for the version", _PIECES["server"])
     return {
         "Outbox": f"{family} {number}, database {database}",
         "Audit log": f"ClickHouse {clickhouse}, database {clickhouse_database}",
@@ -295,7 +295,7 @@ def entries_by_hour(log: ClickHouseAuditLog, window: Window, grid: Grid) -> Coun
         found = log.rows(
             "counting entries by hour", _by_hour(version), parameters, {"max_execution_time": LOOK_UP_TIMEOUT_S}
         )
-        counts.update({int(number): int(entries) for number, entries in found.result_rows})
+        counts.update({int(number): int(entries) for number, entries in found})
     return counts
 
 

@@ -47,9 +47,9 @@ NAMED = {"SQL", "OUTBOX_SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
 ALLOWED = {
     ("preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
     ("mysql/session.py", "_FIRST"): "a constant of the module",
-    ("mysql/session.py", "_ASK"): "a constant of the module",
+    ("mysql/session.py", "_READ"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
-    ("mysql/session.py", "self._statement"): "what `_set` made",
+    ("mysql/session.py", "statement"): "what `_set` made",
     ("mysql/database.py", "statement"): "what `rows` was given, which is looked at where it is called",
     ("mysql/statements.py", "statement.replace('$batch_columns', BATCH_COLUMNS)"): "a `.sql` file, and a constant",
     ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
@@ -68,7 +68,7 @@ ALLOWED = {
     (
         "clickhouse/audit_log.py",
         "_request(…)",
-    ): "`_bound` writes integers into it, through int(); the payloads are data",
+    ): "`_post` writes integers into it, through int(); the payloads are data",
     ("clickhouse/audit_log.py", "_sql('contents', version).replace('{payloads:String}', whole)"): (
         "numbered parameters, as many as there are portions"
     ),
@@ -76,6 +76,7 @@ ALLOWED = {
         "clickhouse/canary.py",
         "statement",
     ): "audit_log.sql with the types and expressions of our table's columns, as ClickHouse has them",
+    ("clickhouse/ttl.py", "statement"): "ttl.sql with parts of the table's TTL clause, as ClickHouse has it",
     ("mysql/backlog.py", "count"): "one of two statements of status.sql, by whether there are dead letters",
     ("mysql/blockers.py", "f'SET SESSION innodb_lock_wait_timeout = {WAIT_S}, lock_wait_timeout = {WAIT_S}'"): (
         "a constant of the module"
