@@ -1,4 +1,4 @@
-"""Which hosts are this machine: nothing that is said to them travels."""
+"""Which hosts are this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_local(host: str | None) -> bool:
-    """Whether a host, as a URL names it, is this machine's loopback, so that nothing travels."""
+    """Whether a URL's host is this machine's loopback, so that nothing travels over a network."""
     try:
         return not host or host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,11 +1,11 @@
-"""Processes that drain: the name that one gives itself in the ledger, and whether such a process is dead.
+"""Processes that drain: a process's name in the ledger, and whether such a process is dead.
 
-What belongs here: the name's form, and asking this machine's kernel. What does not: Dagster's runs, and what is done with the
-batches of a dead process (`core.claiming`).
+What belongs here: the form of the name, and reading this machine's /proc. What does not: Dagster's runs, and what is done
+with the batches of a dead process (`core.claiming`).
 
 The name is `host:pid:boot-start`. `boot` stands for this boot and pid namespace of the machine, `start` for the process's
-start: neither a pid that is given again, nor another container of the same host name is taken for the process. Where
-the kernel does not tell (no /proc), nobody is called dead, and the lease decides.
+start: a process with the same pid later, or in another container of the same host name, has another name. Without /proc,
+no process is called dead, and the lease decides.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def this_process() -> str:
 
 
 def dead(names: Iterable[str]) -> set[str]:
-    """Those of these names that were processes of this machine, in this boot, and are no more."""
+    """Those of these names that were processes of this machine, in this boot, and have ended."""
     return {name for name in names if lives(name) is False}
 
 
 def lives(name: str) -> bool | None:
-    """Whether the process of this name lives; None for one of another machine, of another boot, or of no such name."""
+    """Whether the process of this name lives; None for one of another machine or boot, or a name of another form."""
     host, _, rest = name.rpartition(":")
     host, _, pid = host.rpartition(":")
     boot, _, start = rest.partition("-")
@@ -48,7 +48,7 @@ def _host() -> str:
 
 
 def _boot() -> str:
-    """What stands for this boot and pid namespace, in six letters; empty where nobody tells."""
+    """Six letters for this boot and pid namespace; empty without /proc."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -58,7 +58,7 @@ def _boot() -> str:
 
 
 def _hidden(pid: int) -> bool:
-    """Whether there is such a process of another user, and /proc does not show it (hidepid)."""
+    """Whether /proc does not show the process of another user (hidepid)."""
     if os.path.exists(f"/proc/{pid}"):
         return False
     try:
@@ -66,7 +66,7 @@ def _hidden(pid: int) -> bool:
     except PermissionError:
         return True
     except (ProcessLookupError, OverflowError):
-        return False
+        pass
     return False
 
 

@@ -1,20 +1,20 @@
-"""The grants that each role needs, as data, and which of them MySQL's SHOW GRANTS gives a user.
+"""The grants that each role needs, and which of them a user lacks by MySQL's SHOW GRANTS.
 
-The tests compare the README's table with this one. `mysql.checks` and `clickhouse.checks` ask the servers.
+The tests compare the README's table with this one. `mysql.checks` and `clickhouse.checks` compare the servers with it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from auditexport_pipeline.core.versions import VERSIONS
 
 
 class Role(str, Enum):
-    """A user of its own for each of these can do its work and no more."""
+    """A user with the grants of one role can do its work and nothing else."""
 
     EXPORTER = "exporter"
     OPERATOR = "operator"
@@ -55,8 +55,8 @@ MYSQL_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.OWNER: {OUTBOX: ("SELECT",), LEDGER: _CREATE, DEAD_LETTERS: _CREATE, ACTIONS: _CREATE, ERASURES: _CREATE},
 }
 
-# Under the wildcard: input(), null() and format() are table functions that touch nothing, and ClickHouse guards them with
-# CREATE TEMPORARY TABLE. The exporter writes by the first two; a comparison lets ClickHouse parse payloads by the third.
+# input(), null() and format() are table functions that read no table, and ClickHouse asks for CREATE TEMPORARY TABLE. The
+# exporter writes by the first two; a comparison lets ClickHouse parse payloads by the third.
 _FUNCTIONS = {"*.*": ("CREATE TEMPORARY TABLE",)}
 CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), **_FUNCTIONS},
@@ -69,15 +69,12 @@ CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
 
 def clickhouse_grants(role: Role) -> dict[str, tuple[str, ...]]:
     """What a role needs in ClickHouse: on the table of every payload version what it needs on the first one's."""
-    first, *others = VERSIONS.values()
-    needed = dict(CLICKHOUSE_GRANTS[role])
-    needed.update({version.table: needed[first.table] for version in others})
-    return needed
+    needed = CLICKHOUSE_GRANTS[role]
+    return needed | {version.table: needed["audit_logs_raw_v1"] for version in VERSIONS.values()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Granted:
-    privileges: frozenset[str]
+class _Granted(NamedTuple):
+    privileges: set[str]
     database: str
     table: str
     revoked: bool
@@ -91,7 +88,7 @@ _PRIVILEGE = re.compile(r"(?P<name>[A-Z][A-Z ]*[A-Z])(?: \((?P<columns>[^)]*)\))
 
 
 class MySQLGrants:
-    """What SHOW GRANTS says: grants of the user and of its active roles, on tables, databases and everything."""
+    """The grants of the user and of its active roles, on tables, databases and everything, from SHOW GRANTS."""
 
     def __init__(self, lines: Iterable[str], *, wildcards: bool) -> None:
         self._wildcards = wildcards
@@ -103,25 +100,18 @@ class MySQLGrants:
         for privilege in _PRIVILEGE.finditer(found["privileges"]):
             columns = re.findall(r"`?(\w+)`?", privilege["columns"] or "")
             privileges.update([f"{privilege['name']} ({column})" for column in columns] or [privilege["name"]])
-        return _Granted(
-            privileges=frozenset(privileges),
-            database=found["database"].strip("`").replace("``", "`"),
-            table=found["table"].strip("`").replace("``", "`"),
-            revoked=found["verb"] == "REVOKE",
-        )
+        database, table = (found[name].strip("`").replace("``", "`") for name in ("database", "table"))
+        return _Granted(privileges, database, table, revoked=found["verb"] == "REVOKE")
 
     def lacking(self, database: str, table: str, needed: Iterable[str]) -> list[str]:
         """Which of these privileges the user does not have on this table."""
-        held: set[str] = set()
+        has: set[str] = set()
         for granted in self._granted:
-            if granted.table in ("*", table) and self._names(granted.database, database):
-                if granted.revoked:
-                    held -= granted.privileges
-                else:
-                    held |= granted.privileges
-        if held & {"ALL PRIVILEGES", "ALL"}:
+            if granted.table in ("*", table) and self._matches(granted.database, database):
+                has = has - granted.privileges if granted.revoked else has | granted.privileges
+        if has & {"ALL PRIVILEGES", "ALL"}:
             return []
-        return [name for name in needed if name not in held and name.split(" (")[0] not in held]
+        return [name for name in needed if name not in has and name.split(" (")[0] not in has]
 
     def beyond_this_database(self) -> list[str]:
         """Privileges that reach every database: more than any role here needs."""
@@ -129,7 +119,7 @@ class MySQLGrants:
             {name for granted in self._granted if granted.database == "*" for name in granted.privileges - {"USAGE"}}
         )
 
-    def _names(self, pattern: str, database: str) -> bool:
+    def _matches(self, pattern: str, database: str) -> bool:
         if pattern in ("*", database):
             return True
         if not self._wildcards:
