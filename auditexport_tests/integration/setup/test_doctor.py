@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,12 +10,13 @@ import pytest
 from auditexport_pipeline import preflight
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.clickhouse.checks import clickhouse_version
-from auditexport_pipeline.core.errors import InvalidConfig, SetupIncomplete
+from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.findings import all_findings
 from auditexport_pipeline.mysql.checks import server_version
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.faults import LEDGER, OUTBOX, but_for_the_engine, globally
+from auditexport_tests.support.prompts import Prompt, prompt_in, urls
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
@@ -41,7 +39,7 @@ def test_versions_are_read_as_the_servers_write_them(text: str, known: tuple[str
 
 
 def test_a_server_that_does_not_answer_is_a_finding_beside_the_others(stack: Stack) -> None:
-    """At night two things are broken at once, and one at a time is the slowest way to learn it."""
+    """Two faults at once must not be found one after the other."""
     no_mysql = MySQLOutbox("mysql+pymysql://root:hunter2@127.0.0.1:1/app")
     no_clickhouse = ClickHouseAuditLog("http://default:hunter2@127.0.0.1:1/default")
     for outbox, log, variable, other in (
@@ -57,7 +55,7 @@ def test_a_server_that_does_not_answer_is_a_finding_beside_the_others(stack: Sta
 
 
 def test_a_connection_that_leaves_this_machine_unverified_is_a_warning(stack: Stack) -> None:
-    """It has to be asked for in so many words, and nobody else is told unless somebody says so."""
+    """Plain text must be asked for, and doctor reports it."""
     # 0.0.0.0 reaches this machine and is no loopback address by name.
     mysql = MySQLOutbox(stack.mysql_url.replace("127.0.0.1", "0.0.0.0") + "?ssl_disabled=true")
     log = ClickHouseAuditLog(stack.clickhouse_url.replace("127.0.0.1", "0.0.0.0"))
@@ -68,17 +66,8 @@ def test_a_connection_that_leaves_this_machine_unverified_is_a_warning(stack: St
     mysql.disconnect()
 
 
-def test_a_url_that_asks_for_tls_and_names_no_authority_is_refused() -> None:
-    """A client's certificate alone turns verification off in PyMySQL, which nobody expects of more security."""
-    with pytest.raises(InvalidConfig, match="no ssl_ca"):
-        MySQLOutbox("mysql+pymysql://u:hunter2@db/app?ssl_cert=/a.pem&ssl_key=/b.pem")
-    with pytest.raises(InvalidConfig) as refused:
-        MySQLOutbox("postgresql://u:hunter2@db/app")
-    assert "hunter2" not in str(refused.value)
-
-
 def test_a_clock_of_this_host_that_is_off_is_a_warning(stack: Stack) -> None:
-    """Nothing that is exported depends on it; logs that do not line up cost an hour of a bad night."""
+    """The export does not depend on it, but logs with other times mislead an operator."""
     results = preflight.examine(stack.outbox, stack.log, host_ms=lambda: time.time() * 1000 - 600_000)
     (found,) = but_for_the_engine(all_findings(results))
     assert "this host's clock is 600 s behind" in found.what
@@ -88,8 +77,8 @@ def test_a_clock_of_this_host_that_is_off_is_a_warning(stack: Stack) -> None:
 # ── when a run checks ────────────────────────────────────────────────────────────────────────────
 
 
-def test_clean_checks_are_cached_and_hide_nothing_deadly(stack: Stack) -> None:
-    """A run an instant after a failover must not claim because the one before it found all in order."""
+def test_cached_checks_hide_no_failover(stack: Stack) -> None:
+    """A run right after a failover must not claim because the run before it found no fault."""
     preflight.forget()
     preflight.refuse_unless_ready(stack.outbox, stack.log)
     stack.sql(f"ALTER TABLE {LEDGER} DROP COLUMN digest")
@@ -104,7 +93,7 @@ def test_clean_checks_are_cached_and_hide_nothing_deadly(stack: Stack) -> None:
     "statement", ["ALTER TABLE {} MODIFY SETTING non_replicated_deduplication_window = 0", "DROP TABLE {}"]
 )
 def test_while_checks_are_cached_a_table_that_turns_bad_is_seen(stack: Stack, statement: str) -> None:
-    """The window and the table itself decide over duplicates, and asking costs one small query."""
+    """Without window or table there would be duplicates, and the check is one small query."""
     preflight.forget()
     preflight.refuse_unless_ready(stack.outbox, stack.log)
     stack.log.client().command(statement.format("audit_logs_raw_v1"))
@@ -115,42 +104,31 @@ def test_while_checks_are_cached_a_table_that_turns_bad_is_seen(stack: Stack, st
 # ── the CLI ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _doctor(stack: Stack, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    urls = {"AUDITEXPORT_MYSQL_URL": stack.mysql_url, "AUDITEXPORT_CLICKHOUSE_URL": stack.clickhouse_url}
-    return subprocess.run(
-        [sys.executable, "-m", "auditexport_pipeline.cli", "doctor", *arguments],
-        env={**os.environ, "COLUMNS": "200", **urls, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
+    return prompt_in({**urls(stack), "COLUMNS": "200"}, monkeypatch)
 
 
-def test_doctor_shows_what_is_right_what_is_wrong_and_the_fix(stack: Stack) -> None:
-    """Its exit status stands in deployment scripts, and its fixes are copied by tired people."""
-    well = _doctor(stack)
-    assert well.returncode == 0, well.stdout + well.stderr
-    assert "ok" in well.stdout
-    assert "MySQL version" in well.stdout
-    assert "nothing fatal" in well.stdout
+def test_doctor_shows_what_is_right_what_is_wrong_and_the_fix(stack: Stack, prompt: Prompt) -> None:
+    """Deployment scripts read its exit status, and operators copy its fixes."""
+    output = prompt("doctor").output
+    for text in ("ok", "MySQL version", "nothing fatal"):
+        assert text in output
     stack.sql(f"ALTER TABLE {OUTBOX} DROP INDEX drainer_pending_idx")
-    ill = _doctor(stack)
-    assert ill.returncode == 1
-    assert f"fix:    ALTER TABLE {OUTBOX} ADD INDEX drainer_pending_idx (deleted_at, version, pk)" in ill.stdout
-    told = json.loads(_doctor(stack, "--json").stdout)
-    assert told["fatal"] == 1
-    assert [found["fatal"] for look in told["looks"] for found in look["findings"] if "2^53" not in found["what"]] == [
-        True
-    ]
+    fix = f"fix:    ALTER TABLE {OUTBOX} ADD INDEX drainer_pending_idx (deleted_at, version, pk)"
+    assert fix in prompt("doctor", status=1).output
+    report = json.loads(prompt("doctor", "--json", status=1).output)
+    assert report["fatal"] == 1
+    found = [found for check in report["looks"] for found in check["findings"] if "2^53" not in found["what"]]
+    assert [one["fatal"] for one in found] == [True]
 
 
-def test_doctor_says_what_is_wrong_with_a_call(stack: Stack) -> None:
+def test_doctor_says_what_is_wrong_with_a_call(stack: Stack, prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script must be able to tell a bad setup from a bad call."""
-    assert _doctor(stack, "--role", "king").returncode == 2
-    missing = _doctor(stack, AUDITEXPORT_MYSQL_URL="")
-    assert missing.returncode == 2
-    assert "AUDITEXPORT_MYSQL_URL is not set" in missing.stderr
-    wrong = _doctor(stack, AUDITEXPORT_MYSQL_URL=stack.mysql_url.replace("root", "nobody:hunter2", 1))
-    assert wrong.returncode == 1
-    assert "1045" in wrong.stdout
-    assert "hunter2" not in wrong.stdout + wrong.stderr
+    prompt("doctor", "--role", "king", status=2)
+    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", "")
+    assert "AUDITEXPORT_MYSQL_URL is not set" in prompt("doctor", status=2).output
+    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", stack.mysql_url.replace("root", "nobody:hunter2", 1))
+    output = prompt("doctor", status=1).output
+    assert "1045" in output
+    assert "hunter2" not in output
