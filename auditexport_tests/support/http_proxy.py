@@ -7,6 +7,7 @@ happens to bytes on a wire (`chaos.proxy`).
 from __future__ import annotations
 
 import http.client
+import ssl
 import threading
 import uuid
 from collections.abc import Callable
@@ -45,6 +46,10 @@ class Answer:
     body: bytes = PAGE
 
 
+class NoAnswer(Exception):
+    """A habit raises this to close the connection without an answer."""
+
+
 Forward = Callable[[Request], Answer]
 Habit = Callable[[Request, Forward], Answer]
 
@@ -75,9 +80,12 @@ def without_headers(request: Request, forward: Forward) -> Answer:
 
 
 class HttpProxy:
-    """Forwards to the port of a ClickHouse by `habit`, which may be changed at any time. A context manager."""
+    """Forwards to the port of a ClickHouse by `habit`, which may be changed at any time. A context manager.
 
-    def __init__(self, url: str, habit: Habit = pass_on) -> None:
+    With `tls` it speaks TLS to its clients; `requests` then has those whose handshake succeeded.
+    """
+
+    def __init__(self, url: str, habit: Habit = pass_on, *, tls: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(url)
         assert parts.port is not None
         self.habit = habit
@@ -90,7 +98,11 @@ class HttpProxy:
             def do_POST(self) -> None:
                 request = Request(target=self.path, headers=dict(self.headers.items()), statement=self._body())
                 proxy.requests.append(request)
-                answer = proxy.habit(request, forward)
+                try:
+                    answer = proxy.habit(request, forward)
+                except NoAnswer:
+                    self.close_connection = True
+                    return
                 self.send_response_only(answer.status)
                 for name, value in answer.headers.items():
                     if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
@@ -98,6 +110,8 @@ class HttpProxy:
                 self.send_header("Content-Length", str(len(answer.body)))
                 self.end_headers()
                 self.wfile.write(answer.body)
+
+            do_GET = do_POST  # noqa: N815 - the name is the protocol's
 
             def _body(self) -> bytes:
                 if self.headers.get("Transfer-Encoding", "") != "chunked":
@@ -128,6 +142,8 @@ class HttpProxy:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self.port = int(self._server.server_address[1])
         self.url = url.replace(f":{parts.port}", f":{self.port}", 1)

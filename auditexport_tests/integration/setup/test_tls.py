@@ -1,18 +1,14 @@
-"""TLS to both databases: verified whenever it is asked for, and refused in one line that says what to change.
+"""TLS to both databases: verified by default, and refused in one line that says what to change.
 
-Real certificates of a real authority; a MySQL server of its own that takes nothing but TLS, and a proxy that ends
-TLS in front of the ClickHouse that all tests share.
+Certificates and authority are real; MySQL is a server that takes only TLS, and a proxy ends TLS in front of the ClickHouse
+that all tests share.
 """
 
 from __future__ import annotations
 
-import select
-import socket
-import socketserver
 import ssl
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +27,7 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.support.certificates import Authority, Certificate
 from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.http_proxy import HttpProxy
 
 # 0.0.0.0 reaches this machine and is no loopback address by name: a host beyond it, as far as we can tell.
 HERE = ("127.0.0.1", "localhost", "0.0.0.0")
@@ -38,7 +35,7 @@ HERE = ("127.0.0.1", "localhost", "0.0.0.0")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificates:
-    """What the servers show and the clients trust."""
+    """Those of the servers and of a client, and the authorities."""
 
     ours: Path
     others: Path
@@ -64,7 +61,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 class TLSServer:
-    """A MySQL-family server that shows a certificate and logs who got as far as sending a name."""
+    """A MySQL-family server with a certificate, and a log of the user names that it received."""
 
     def __init__(self, directory: Path, shown: Path, ours: Path) -> None:
         self._shown = shown
@@ -78,7 +75,7 @@ class TLSServer:
         )
 
     @staticmethod
-    def put(shown: Path, certificate: Certificate) -> None:
+    def install(shown: Path, certificate: Certificate) -> None:
         (shown / "shown.crt").write_bytes(certificate.cert.read_bytes())
         (shown / "shown.key").write_bytes(certificate.key.read_bytes())
 
@@ -92,20 +89,20 @@ class TLSServer:
             self._reload(back)
 
     def _reload(self, certificate: Certificate) -> None:
-        self.put(self._shown, certificate)
+        self.install(self._shown, certificate)
         engine = sa.create_engine(self.server.url)
         with engine.connect() as connection:
             connection.exec_driver_sql("FLUSH SSL" if self.server.family == "mariadb" else "ALTER INSTANCE RELOAD TLS")
         engine.dispose()
 
-    def has_heard_of(self, name: str) -> bool:
+    def received(self, name: str) -> bool:
         return name in self._log.read_text(errors="replace")
 
 
 @pytest.fixture(scope="module")
 def tls_server(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) -> Iterator[TLSServer]:
     directory = tmp_path_factory.mktemp("tls")
-    TLSServer.put(directory, certificates.server)
+    TLSServer.install(directory, certificates.server)
     server = TLSServer(directory, directory, certificates.ours)
     with server.server:
         yield server
@@ -113,7 +110,7 @@ def tls_server(tmp_path_factory: pytest.TempPathFactory, certificates: Certifica
 
 @pytest.fixture(scope="module")
 def tls_stack(tls_server: TLSServer, clickhouse_server: str) -> Iterator[Stack]:
-    """Both databases, MySQL's on the server that takes nothing but TLS."""
+    """Both databases, MySQL's on the server that takes only TLS."""
     with fresh_stack(tls_server.server.url, clickhouse_server) as fresh:
         yield fresh
 
@@ -148,19 +145,18 @@ def _transport(results: list[CheckResult], server: str) -> tuple[str, tuple[Find
 def test_a_drain_runs_to_its_end_over_verified_tls(
     tls_stack: Stack, connect: Connect, certificates: Certificates, clickhouse_server: str
 ) -> None:
-    """The whole way of an event, with both connections as production has them."""
+    """With both connections as in production."""
     generator.seed_outbox(tls_stack.mysql_url, seed=7, events=200)
     outbox = connect("0.0.0.0", ssl_ca=certificates.ours)
     with outbox.transaction("asking for the cipher") as connection:
         assert connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Ssl_cipher'").one()[1]
-    with TLSProxy(clickhouse_server, certificates.server) as proxy:
-        log = proxy.log(tls_stack, "0.0.0.0", ca_cert=certificates.ours)
+    with tls_proxy(clickhouse_server, certificates.server) as proxy:
+        log = through(proxy, tls_stack, "0.0.0.0", ca_cert=certificates.ours)
         results = preflight.examine(outbox, log)
         assert all_findings(results) == []
         assert "certificate and name verified" in _transport(results, "MySQL")[0]
         assert "certificate and name verified" in _transport(results, "ClickHouse")[0]
         drain(outbox, log, Limits(), owner="tls")
-        log.client().close_connections()
     assert tls_stack.counts() == (200, 200)
     assert tls_stack.pending() == 0
 
@@ -169,7 +165,7 @@ def test_a_drain_runs_to_its_end_over_verified_tls(
 def test_mysqls_certificate_is_refused_before_anything_is_sent(
     tls_stack: Stack, tls_server: TLSServer, connect: Connect, certificates: Certificates, wrong: str
 ) -> None:
-    """Whoever answers in the server's place gets neither the user nor its password, and the operator one line."""
+    """A false server gets neither the user nor its password, and the operator one line."""
     user = f"refused_{wrong}"
     shown = certificates.elsewhere if wrong == "name" else certificates.server
     with tls_server.showing(shown, back=certificates.server):
@@ -181,13 +177,13 @@ def test_mysqls_certificate_is_refused_before_anything_is_sent(
     assert "\n" not in str(refused.value)
     assert found.fatal
     assert "ssl_ca" in found.what
-    assert not tls_server.has_heard_of(user)
+    assert not tls_server.received(user)
 
 
-def test_a_user_that_must_show_a_certificate_is_let_in_only_with_it(
+def test_a_user_with_a_required_certificate_connects_only_with_it(
     tls_stack: Stack, connect: Connect, certificates: Certificates
 ) -> None:
-    """Mutual TLS: the options for the client's side reach the driver."""
+    """Mutual TLS: the client's options reach the driver."""
     tls_stack.sql("CREATE USER 'certified'@'127.0.0.1' REQUIRE X509")
     tls_stack.sql(f"GRANT ALL PRIVILEGES ON `{sa.make_url(tls_stack.mysql_url).database}`.* TO 'certified'@'127.0.0.1'")
     shown = {"ssl_cert": certificates.client.cert, "ssl_key": certificates.client.key}
@@ -201,7 +197,7 @@ def test_a_user_that_must_show_a_certificate_is_let_in_only_with_it(
 def test_an_unverified_connection_beyond_this_machine_is_a_warning(
     tls_stack: Stack, connect: Connect, certificates: Certificates
 ) -> None:
-    """Each of them works, and lets whoever sits between read events; doctor says so."""
+    """Each of them works, and a proxy in between could read events."""
     tls_stack.sql("SET GLOBAL require_secure_transport = OFF")
     try:
         for options, seen, fix in (
@@ -224,7 +220,7 @@ def test_an_unverified_connection_beyond_this_machine_is_a_warning(
 def test_a_url_without_tls_options_verifies_by_this_machines_authorities(
     tls_stack: Stack, connect: Connect, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver by itself would take any certificate; whoever wants that has to say it."""
+    """The driver's default takes any certificate."""
     with pytest.raises(SetupIncomplete, match="certificate was refused"):
         preflight.refuse_unless_ready(connect("0.0.0.0"), tls_stack.log)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ours))
@@ -236,7 +232,7 @@ def test_a_url_without_tls_options_verifies_by_this_machines_authorities(
 
 
 def test_a_server_that_wants_tls_says_so_in_one_line(tls_stack: Stack, connect: Connect) -> None:
-    """No rerun fixes it, so it must not read as a server that is down."""
+    """A rerun does not help, so it must not read like a server that is down."""
     with pytest.raises(SetupIncomplete, match="AUDITEXPORT_MYSQL_URL"):
         preflight.refuse_unless_ready(connect(ssl_disabled="true"), tls_stack.log)
 
@@ -244,7 +240,7 @@ def test_a_server_that_wants_tls_says_so_in_one_line(tls_stack: Stack, connect: 
 def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
     tmp_path: Path, stack: Stack, certificates: Certificates
 ) -> None:
-    """Falling back to plain text is what an attacker would arrange; no rerun fixes it either."""
+    """An attacker could make a client fall back to plain text; a rerun does not help either."""
     server = LocalMySQL(tmp_path / "plain", options=("--skip-ssl",))
     if server.family == "mysql":
         server = LocalMySQL(tmp_path / "plain", options=("--tls-version=",))
@@ -272,7 +268,7 @@ def test_a_server_without_tls_is_refused_when_tls_is_asked_for(
     ],
 )
 def test_an_option_that_would_quietly_turn_verification_off_is_refused(options: str, named: str) -> None:
-    """PyMySQL drops the ssl_ca beside ssl_verify_cert and takes ssl_disabled=false for true: seen, both."""
+    """PyMySQL ignores ssl_ca beside ssl_verify_cert, and takes ssl_disabled=false for true."""
     with pytest.raises(InvalidConfig, match=named) as refused:
         MySQLOutbox(f"mysql+pymysql://u:hunter2@db/app?{options}")
     assert "hunter2" not in str(refused.value)
@@ -280,7 +276,7 @@ def test_an_option_that_would_quietly_turn_verification_off_is_refused(options: 
 
 @pytest.mark.parametrize("content", [None, "not a certificate"])
 def test_an_authority_file_that_is_none_is_named(tls_stack: Stack, tmp_path: Path, content: str | None) -> None:
-    """A wrong path in a deployment is found by its name in the message, not by a traceback."""
+    """The message names the file of a wrong path, instead of a traceback."""
     path = tmp_path / "authority.pem"
     if content is not None:
         path.write_text(content)
@@ -294,102 +290,38 @@ def test_an_authority_file_that_is_none_is_named(tls_stack: Stack, tmp_path: Pat
 # ── ClickHouse ───────────────────────────────────────────────────────────────────────────────────
 
 
-class TLSProxy:
-    """Ends TLS before a ClickHouse and counts the connections whose handshake the client completed.
+def tls_proxy(url: str, certificate: Certificate, *, clients_of: Path | None = None) -> HttpProxy:
+    """Ends TLS before a ClickHouse; with `clients_of`, only for clients with a certificate of that authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.cert, certificate.key)
+    if clients_of is not None:
+        context.load_verify_locations(clients_of)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return HttpProxy(url, tls=context)
 
-    A thread for each connection, which all end with the proxy.
-    """
 
-    def __init__(self, server_url: str, shown: Certificate, *, clients_of: Path | None = None) -> None:
-        self._behind = urlsplit(server_url)
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(shown.cert, shown.key)
-        if clients_of is not None:
-            self._context.load_verify_locations(clients_of)
-            self._context.verify_mode = ssl.CERT_REQUIRED
-        self.connections = 0
-        self.received = bytearray()
-        self._open: set[socket.socket] = set()
-
-        class Server(socketserver.ThreadingTCPServer):
-            def get_request(server) -> tuple[ssl.SSLSocket, object]:  # noqa: N805
-                # In the accepting thread: once that has ended, every connection is known.
-                accepted, address = super().get_request()
-                client = self._context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
-                self._open.add(client)
-                return client, address
-
-        class Connection(socketserver.BaseRequestHandler):
-            def handle(connection) -> None:  # noqa: N805
-                # A handshake that a client breaks off is what is being tested, not an error.
-                with suppress(OSError):
-                    self._serve(connection.request)
-
-        self._server = Server(("127.0.0.1", 0), Connection)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-
-    def log(self, stack: Stack, host: str = "127.0.0.1", **options: object) -> ClickHouseAuditLog:
-        """The stack's ClickHouse database, through this proxy."""
-        parts = urlsplit(stack.clickhouse_url)
-        login = parts.netloc.rpartition("@")[0] or "default"
-        query = "&".join(f"{name}={value}" for name, value in options.items())
-        port = self._server.server_address[1]
-        return ClickHouseAuditLog(f"https://{login}@{host}:{port}{parts.path}?{query}")
-
-    def __enter__(self) -> TLSProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        for one in list(self._open):
-            with suppress(OSError):
-                socket.socket.shutdown(one, socket.SHUT_RDWR)
-        self._server.server_close()  # waits for every connection's thread
-
-    def _serve(self, client: ssl.SSLSocket) -> None:
-        try:
-            client.do_handshake()
-            self.connections += 1
-            with self._connection_behind() as behind:
-                self._forward(client, behind)
-        finally:
-            self._open.discard(client)
-            client.close()
-
-    def _connection_behind(self) -> socket.socket:
-        assert self._behind.hostname is not None
-        plain = socket.create_connection((self._behind.hostname, self._behind.port or 0))
-        if self._behind.scheme != "https":
-            return plain
-        return ssl.create_default_context().wrap_socket(plain, server_hostname=self._behind.hostname)
-
-    def _forward(self, client: ssl.SSLSocket, behind: socket.socket) -> None:
-        while True:
-            for source in [client] if client.pending() else select.select([client, behind], [], [])[0]:
-                data = source.recv(65536)
-                if not data:
-                    return
-                if source is client:
-                    self.received += data
-                (behind if source is client else client).sendall(data)
+def through(proxy: HttpProxy, stack: Stack, host: str = "127.0.0.1", **options: object) -> ClickHouseAuditLog:
+    """The stack's ClickHouse database, through this proxy."""
+    parts = urlsplit(stack.clickhouse_url)
+    login = parts.netloc.rpartition("@")[0] or "default"
+    query = "&".join(f"{name}={value}" for name, value in options.items())
+    return ClickHouseAuditLog(f"https://{login}@{host}:{proxy.port}{parts.path}?{query}")
 
 
 @pytest.mark.parametrize("wrong", ["no authority", "authority", "name"])
 def test_clickhouses_certificate_is_refused_before_anything_is_sent(
     stack: Stack, clickhouse_server: str, certificates: Certificates, wrong: str
 ) -> None:
-    """Verified by default: https:// without another word trusts the machine's authorities and nobody else."""
+    """Verified by default: https:// without options trusts only the machine's authorities."""
     shown = certificates.elsewhere if wrong == "name" else certificates.server
     trusted = {"no authority": None, "authority": certificates.others, "name": certificates.ours}[wrong]
     stack.put(("ws_1", "evt_1", "{}"))
-    with TLSProxy(clickhouse_server, shown) as proxy:
-        log = proxy.log(stack, **({"ca_cert": trusted} if trusted else {}))
+    with tls_proxy(clickhouse_server, shown) as proxy:
+        log = through(proxy, stack, **({"ca_cert": trusted} if trusted else {}))
         with pytest.raises(SetupIncomplete, match="ca_cert") as refused:
             preflight.refuse_unless_ready(stack.outbox, log)
         (found,) = preflight.check(stack.outbox, log)
-        assert proxy.connections == 0
+        assert proxy.requests == []
     assert "certificate was refused" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert found.fatal
@@ -401,32 +333,30 @@ def test_clickhouses_certificate_is_refused_before_anything_is_sent(
 def test_verification_that_is_turned_off_is_a_warning(
     stack: Stack, clickhouse_server: str, certificates: Certificates
 ) -> None:
-    """It is how somebody gets a trial going, and how it then stays."""
-    with TLSProxy(clickhouse_server, certificates.elsewhere) as proxy:
-        log = proxy.log(stack, "0.0.0.0", verify="false")
+    """A trial that begins so often stays so."""
+    with tls_proxy(clickhouse_server, certificates.elsewhere) as proxy:
+        log = through(proxy, stack, "0.0.0.0", verify="false")
         (found,) = preflight.check(stack.outbox, log)
         assert "certificate not verified" in found.what
         assert "verify=false" in found.fix
         assert not found.fatal
-        log.client().close_connections()
 
 
 def test_a_clients_certificate_and_the_password_both_reach_clickhouse(
     stack: Stack, clickhouse_server: str, certificates: Certificates
 ) -> None:
-    """Beside a certificate the driver drops the password, unless told that both are meant."""
-    with TLSProxy(clickhouse_server, certificates.server, clients_of=certificates.ours) as proxy:
+    """Beside a certificate the driver sends no password by default."""
+    with tls_proxy(clickhouse_server, certificates.server, clients_of=certificates.ours) as proxy:
         shown = {"client_cert": certificates.client.cert, "client_cert_key": certificates.client.key}
-        log = proxy.log(stack, ca_cert=certificates.ours, **shown)
+        log = through(proxy, stack, ca_cert=certificates.ours, **shown)
         assert preflight.check(stack.outbox, log) == []
-        assert proxy.connections > 0
-        assert b"X-ClickHouse-SSL-Certificate-Auth: on" in proxy.received
-        log.client().close_connections()
-        proxy.received.clear()
+        assert {request.headers.get("X-ClickHouse-SSL-Certificate-Auth") for request in proxy.requests} == {"on"}
+        proxy.requests.clear()
         both = ClickHouseAuditLog(log.url.replace("default@", "default:hunter2@"))
         (found,) = preflight.check(stack.outbox, both)
         assert "516" in found.what
-        assert b"Authorization: Basic" in proxy.received
-        assert b"X-ClickHouse-SSL-Certificate-Auth" not in proxy.received
-        (found,) = preflight.check(stack.outbox, proxy.log(stack, ca_cert=certificates.ours))
+        for request in proxy.requests:
+            assert request.headers["Authorization"].startswith("Basic")
+            assert "X-ClickHouse-SSL-Certificate-Auth" not in request.headers
+        (found,) = preflight.check(stack.outbox, through(proxy, stack, ca_cert=certificates.ours))
         assert found.fatal
