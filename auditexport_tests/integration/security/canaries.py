@@ -1,7 +1,7 @@
-"""Canaries, and looking for them: in files, databases, process lists, whatever bytes can be had.
+"""Canaries, and the search for them in files, databases and process lists.
 
-What belongs here: how a secret may look in other clothes, what a place is, and a count of what was read, so
-that "no hits" can be told from "nothing searched". What does not: which canary is planted where.
+What belongs here: the encodings of a canary, and a count of what was read, so that "no hits" differs from "nothing
+searched". What does not: which canary is planted where.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def new_canary() -> str:
     return "cnry" + secrets.token_hex(8)
 
 
-def disguises(canary: str) -> dict[str, bytes]:
-    """The forms in which a canary can turn up; base64 has three, by what stands before it."""
+def encodings(canary: str) -> dict[str, bytes]:
+    """The forms in which a canary can appear; base64 has three, by the bytes before it."""
     plain = canary.encode()
     found = {"plain": plain, "hex": plain.hex().encode(), "UTF-16": canary.encode("utf-16-le")}
     for before in range(3):
@@ -49,11 +49,11 @@ class Place:
 
 
 class Search:
-    """Looks for canaries (name → text) and keeps the tally by place. Thread-safe."""
+    """Searches for canaries (name → text) and counts by place. Thread-safe."""
 
     def __init__(self, canaries: dict[str, str]) -> None:
         self._names = {
-            form: f"{name} ({how})" for name, text in canaries.items() for how, form in disguises(text).items()
+            form: f"{name} ({how})" for name, text in canaries.items() for how, form in encodings(text).items()
         }
         self._any = re.compile(b"|".join(map(re.escape, self._names)))
         self._lock = threading.Lock()
@@ -64,12 +64,12 @@ class Search:
         hits: set[str] = set()
         for value in values:
             for data in (value, *_decompressed(value)):
-                hits.update(f"{item}: {self._names[found]}" for found in self._any.findall(data))
+                hits.update(f"{item}: {self._names[form]}" for form in self._any.findall(data))
         with self._lock:
-            told = self.places.setdefault(place, Place())
-            told.items += 1
-            told.bytes += sum(map(len, values))
-            told.hits |= hits
+            found = self.places.setdefault(place, Place())
+            found.items += 1
+            found.bytes += sum(map(len, values))
+            found.hits |= hits
 
     def look_at_files(self, place: str, *directories: Path) -> None:
         """Every file below, as bytes; of SQLite's also every value, because a page's end may cut one in two."""
@@ -91,14 +91,14 @@ class Search:
         return self.places[place].hits if place in self.places else set()
 
     def all_hits(self) -> list[str]:
-        return sorted(f"{place}: {hit}" for place, told in self.places.items() for hit in told.hits)
+        return sorted(f"{place}: {hit}" for place, found in self.places.items() for hit in found.hits)
 
     def table(self) -> str:
         """One line a place, for people."""
         width = max(map(len, self.places))
         lines = [f"{'place':<{width}}  {'items':>7}  {'bytes':>12}  hits"]
-        for place, told in sorted(self.places.items()):
-            lines.append(f"{place:<{width}}  {told.items:>7,}  {told.bytes:>12,}  {len(told.hits)}")
+        for place, found in sorted(self.places.items()):
+            lines.append(f"{place:<{width}}  {found.items:>7,}  {found.bytes:>12,}  {len(found.hits)}")
         return "\n".join(lines)
 
 
@@ -107,7 +107,7 @@ def as_bytes(row: Iterable[object]) -> list[bytes]:
 
 
 def _decompressed(data: bytes) -> list[bytes]:
-    """What zlib or gzip make of it; Dagster keeps its snapshots so."""
+    """Decompressed by zlib or gzip: Dagster compresses its snapshots."""
     if data[:1] != b"\x78" and data[:2] != b"\x1f\x8b":
         return []
     with suppress(zlib.error):
@@ -116,10 +116,10 @@ def _decompressed(data: bytes) -> list[bytes]:
 
 
 class Watch:
-    """Looks, for as long as it is entered, at what is there only while a process runs: command lines of all
-    processes on this machine, temporary files, and files that a watched process holds open without a name.
+    """Searches, until it is left, what exists only while a process runs: command lines of all processes on this machine,
+    temporary files, and files without a name that a watched process has open.
 
-    Every look is a sample; `look()` takes one at a moment of the caller's choice.
+    Each search is a sample; `look()` takes one at a moment of the caller's choice.
     """
 
     EVERY_S = 0.15
@@ -180,7 +180,7 @@ class Watch:
                     self._once("files without a name, during", target, link.read_bytes())
 
     def _once(self, place: str, item: str, data: bytes) -> None:
-        """Nothing is read twice as long as it stays the same."""
+        """Searches unchanged data once."""
         key = (place, item, data)
         if data and key not in self._seen:
             self._seen.add(key)

@@ -1,11 +1,10 @@
-"""A process that does what people and daemons do, step by step, with the real programs.
+"""A process that runs the real programs step by step: `python -m auditexport_tests.integration.security.program`.
 
-What belongs here: running `dagster` and `auditexport` as their own main functions, with short waits between
-retries, and two saboteurs. What does not: what is expected of it. Steps come as JSON on standard input, because
-their environment holds secrets: `python -m auditexport_tests.integration.security.program`.
+It calls the main functions of `dagster` and `auditexport`, with short waits between retries. Steps come as JSON on standard
+input, because their environment has secrets.
 
-`defect` raises what it was given, with the payloads in its text; `leak` is the negative control: it puts
-payloads and a password everywhere where none may be.
+Two faults: `defect` raises an error with the payloads in its text; `leak` is the negative control: it writes payloads and a
+password everywhere where none may be.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One place to run the exporter in: directories of its own, a user with a password, canaries in events and secrets.
+"""A place to run the exporter in: its own directories, a user with a password, canaries in events and secrets.
 
-What belongs here: planting, running `program` as a process under watch, and where to look afterwards. What does
-not: what is run, and what must not be found.
+What belongs here: planting canaries, running `program` under watch, and the places to search afterwards. What does not:
+what is run, and what must not be found.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ OURS = (
     "clickhouse_outbox_erasure",
 )
 WITHIN_S = 240.0
-# Around every canary: quotes, a line's end and letters beyond ASCII, as in real events.
+# Around every canary: quotes, a line break and letters beyond ASCII, as in real events.
 ODD = '"\n\\ ünï %s {x} '
 REFUSED = "refused: "
 
 
 @dataclass(kw_only=True)
 class Site:
-    """Built by the `site` fixture. `secret` and `event` are the canaries, by where they are planted."""
+    """`secrets` and `events` are the canaries, by the place in which they are planted."""
 
     directory: Path
     stack: Stack
@@ -62,7 +62,7 @@ class Site:
         return f"{self.secrets[name]}@/:%#?+"
 
     def admit(self, user: str, secret: str) -> None:
-        """Creates a user that may do what the README grants the exporter, and look."""
+        """Creates a user with the grants of exporter and reader."""
         database = self.stack.outbox.engine.url.database
         with closing(self._root()) as root, root.cursor() as cursor:
             cursor.execute(f"CREATE USER '{user}'@'127.0.0.1' IDENTIFIED BY %s", (self.password(secret),))
@@ -81,12 +81,12 @@ class Site:
     def _root(self) -> Any:
         connection = pymysql.connect(host="127.0.0.1", port=self.servers.mysql.port, user="root", autocommit=True)
         with connection.cursor() as cursor:
-            # What is said here is the administrator's, and does not belong into the log of what the exporter says.
+            # The administrator's statements do not belong into the log of the exporter's.
             cursor.execute("SET SESSION sql_log_off = 1")
         return connection
 
-    def put(self, prefix: str, count: int) -> int:
-        """Good rows, rows that no event can be made of, and rows that ClickHouse refuses; all with canaries.
+    def insert(self, prefix: str, count: int) -> int:
+        """Good rows, rows that cannot be decoded, and rows that ClickHouse refuses; all with canaries.
 
         Returns how many there are of a known version.
         """
@@ -124,7 +124,7 @@ class Site:
         ]
         self.stack.put(*rows)
         invalid = 0
-        if self.servers.mysql.family == "mariadb":  # MySQL's JSON type takes no such text from anybody
+        if self.servers.mysql.family == "mariadb":  # MySQL's JSON type takes no such text
             with self.stack.outbox.engine.begin() as connection:
                 connection.exec_driver_sql("SET SESSION check_constraint_checks = 0")
                 connection.exec_driver_sql(
@@ -155,10 +155,6 @@ class Site:
     def database(self) -> str:
         return self.stack.clickhouse_url.rpartition("/")[2]
 
-    @property
-    def clickhouse_port(self) -> int:
-        return int(self.servers.clickhouse.url.rsplit(":", 1)[1].split("/")[0])
-
     def environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if not name.startswith("AUDITEXPORT_")}
         return {
@@ -173,9 +169,9 @@ class Site:
     def run(
         self, name: str, steps: list[dict[str, object]], watch: Watch, until: Callable[[], object] | None = None
     ) -> dict[str, str]:
-        """Runs the steps in one process and returns what each came to.
+        """Runs the steps in one process and returns the result of each, by name.
 
-        With `until`, the process is killed (SIGKILL) when that returns, which is called once it has begun.
+        With `until`, which is called after the start, the process is killed (SIGKILL) when it returns.
         """
         output = self.directory / "output" / name
         with output.open("wb") as out, Path(f"{output}.err").open("wb") as err:
@@ -213,7 +209,7 @@ class Site:
             cursor.execute(f"SET GLOBAL general_log = {int(on)}")
 
     def look_everywhere(self) -> Search:
-        """Everything that is still there after the processes have ended."""
+        """Searches everything that remains after the processes have ended."""
         search = self.search
         search.look_at_files("DAGSTER_HOME", self.directory / "dagster_home")
         search.look_at_files("temporary files, after", self.directory / "tmp")

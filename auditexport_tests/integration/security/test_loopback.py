@@ -1,7 +1,4 @@
-"""Who may connect: what the local stack starts listens on this machine's loopback and nowhere else.
-
-What belongs here: the sockets of the processes, as the kernel tells them. What does not: how the servers start.
-"""
+"""The servers of the local stack listen on this machine's loopback only, by the sockets that the kernel lists."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def listening(pid: int) -> set[tuple[str, int]]:
     process = psutil.Process(pid)
     found = set()
     for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # one that ended while we looked listens no more
+        with suppress(psutil.NoSuchProcess):  # one that has just ended does not listen
             for connection in one.net_connections(kind="tcp"):
                 if connection.status == psutil.CONN_LISTEN:
                     found.add((str(connection.laddr.ip), int(connection.laddr.port)))
@@ -36,15 +33,15 @@ def reachable_from_elsewhere(sockets: set[tuple[str, int]]) -> set[tuple[str, in
 
 
 def test_both_servers_listen_on_loopback_only(servers: Servers) -> None:
-    """They let anybody in without a password, so nobody may come from outside; MySQL's X plugin included."""
+    """They need no password, so no other machine may reach them; nor MySQL's X plugin."""
     clickhouse_port = int(servers.clickhouse.url.rsplit(":", 1)[1].split("/")[0])
     assert listening(servers.mysql.pid) == {("127.0.0.1", servers.mysql.port)}
     assert listening(servers.clickhouse.pid) == {("127.0.0.1", clickhouse_port)}
 
 
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
-def test_the_look_at_sockets_can_fail(family: socket.AddressFamily, address: str) -> None:
-    """The negative control: a socket that all the world can reach is seen, over both protocols."""
+def test_a_socket_that_others_can_reach_is_found(family: socket.AddressFamily, address: str) -> None:
+    """The negative control, over both protocols."""
     with socket.socket(family, socket.SOCK_STREAM) as everywhere:
         try:
             everywhere.bind((address, 0))
@@ -56,7 +53,7 @@ def test_the_look_at_sockets_can_fail(family: socket.AddressFamily, address: str
 
 
 def test_the_page_of_make_dev_is_started_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page launches runs and asks for no password."""
+    """The Dagster UI launches runs and asks for no password."""
     started: list[list[str]] = []
 
     class NoStack:

@@ -1,7 +1,6 @@
-"""SQL is never built from data: what is handed to a driver is a statement of ours, in every module that has one.
+"""SQL is never built from data: every module passes statements of ours to a driver.
 
-What belongs here: reading the code for it, and hostile values that go through every verb. What does not: the
-statements themselves.
+What belongs here: reading the code for that, and hostile values that go through every verb.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import json
 from collections.abc import Callable
 
 import pytest
-from click.testing import CliRunner
 
-from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import event
 from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.prompts import prompt_in, urls
 from auditexport_tests.unit.test_architecture import PACKAGE
 
 # All but the local stack, which has servers of its own.
@@ -25,34 +23,24 @@ MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PA
 # The methods and functions by which SQL reaches a driver, and the keywords that they take it under.
 SINKS = {
     *("text", "prepared", "exec_driver_sql", "execute", "executemany", "scalar", "scalars"),
-    *(
-        "command",
-        "query",
-        "raw_query",
-        "raw_insert",
-        "raw_stream",
-        "query_df",
-        "query_np",
-        "query_arrow",
-        "insert",
-        "rows",
-    ),
+    *("command", "query", "raw_query", "raw_insert", "raw_stream", "query_df", "query_np", "query_arrow"),
+    *("insert", "rows"),
 }
 # Those that take it second, after what it is for.
 SECOND = {"rows"}
 SQL_KEYWORDS = {"statement", "query", "cmd", "insert_block", "text"}
 # Statements by name, as `sql.load` reads them from a file beside the store.
 NAMED = {"SQL", "OUTBOX_SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
-# Everything else that may be handed over, each with the reason why no data is in it.
+# Everything else that may be passed, each with the reason why no data is in it.
 ALLOWED = {
     ("preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
     ("mysql/session.py", "_FIRST"): "a constant of the module",
     ("mysql/session.py", "_READ"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
     ("mysql/session.py", "statement"): "what `_set` made",
-    ("mysql/database.py", "statement"): "what `rows` was given, which is looked at where it is called",
+    ("mysql/database.py", "statement"): "what `rows` was given, which is checked where it is called",
     ("mysql/statements.py", "statement.replace('$batch_columns', BATCH_COLUMNS)"): "a `.sql` file, and a constant",
-    ("mysql/statements.py", "statement"): "what `prepared` was given, which is looked at where it is called",
+    ("mysql/statements.py", "statement"): "what `prepared` was given, which is checked where it is called",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
     ("mysql/dead_letters.py", "statement"): "what `_about` made: pieces of dead_letters.sql",
@@ -63,7 +51,7 @@ ALLOWED = {
     ): "pieces of dead_letters.sql, chosen by which conditions are given",
     ("mysql/dead_letters.py", "_about(…)"): "what `_about` made: pieces of dead_letters.sql",
     ("clickhouse/audit_log.py", "statement"): (
-        "audit_log.sql by name, with the pieces of a registered version; or what `rows` was given, which is looked at where it is called"
+        "audit_log.sql by name, with the pieces of a registered version; or what `rows` was given, which is checked where it is called"
     ),
     (
         "clickhouse/audit_log.py",
@@ -91,8 +79,8 @@ ALLOWED = {
 }
 
 
-def handed_over(source: str) -> list[str]:
-    """Every expression that is handed to a driver as SQL and is not a literal or a named statement."""
+def passed(source: str) -> list[str]:
+    """Every expression that is passed to a driver as SQL and is not a literal or a named statement."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -113,7 +101,7 @@ def _is_ours(expression: ast.expr) -> bool:
     if isinstance(expression, ast.Constant):
         return True
     if isinstance(expression, ast.Call) and getattr(expression.func, "id", "") == "text":
-        return True  # what is handed to text() is looked at by itself
+        return True  # the argument of text() is checked by itself
     return (
         isinstance(expression, ast.Subscript)
         and isinstance(expression.value, ast.Name)
@@ -128,9 +116,9 @@ def _shown(expression: ast.expr) -> str:
     return ast.unparse(expression)
 
 
-def test_what_is_handed_to_a_driver_is_a_statement_of_ours() -> None:
-    """One statement that is put together from a value is one that a tenant's name can rewrite."""
-    found = {(str(path.relative_to(PACKAGE)), shown) for path in MODULES for shown in handed_over(path.read_text())}
+def test_what_is_passed_to_a_driver_is_a_statement_of_ours() -> None:
+    """A tenant's name could rewrite a statement that is built from values."""
+    found = {(str(path.relative_to(PACKAGE)), shown) for path in MODULES for shown in passed(path.read_text())}
     assert found - set(ALLOWED) == set(), "neither a named statement nor on the list"
     assert set(ALLOWED) - found == set(), "on the list and not in the code any more"
 
@@ -148,10 +136,10 @@ def test_what_is_handed_to_a_driver_is_a_statement_of_ours() -> None:
         "text(SQL['a'] + name)",
     ],
 )
-def test_the_look_at_statements_can_fail(source: str) -> None:
-    """The negative control: each way to build a statement from a value is seen."""
-    assert handed_over(source)
-    assert not handed_over("connection.execute(SQL['mark'], {'name': name}); client.query('SELECT 1')")
+def test_a_statement_that_is_built_from_a_value_is_found(source: str) -> None:
+    """The negative control: each way to build a statement from a value is found."""
+    assert passed(source)
+    assert not passed("connection.execute(SQL['mark'], {'name': name}); client.query('SELECT 1')")
 
 
 # ── and no value is taken for a statement ────────────────────────────────────────────────────────
@@ -172,24 +160,14 @@ HOSTILE = (
 
 
 @pytest.fixture
-def prompt(own_stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The prompt, pointed at the test's databases: what it prints; asserts the exit status."""
-    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", own_stack.mysql_url)
-    monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", own_stack.clickhouse_url)
-
-    monkeypatch.setenv("COLUMNS", "400")  # a value is not broken over lines
-
-    def run(*words: str, status: int = 0) -> str:
-        done = CliRunner().invoke(main, list(words), catch_exceptions=False)
-        assert done.exit_code == status, done.output
-        return done.output
-
-    return run
+def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The output of a command; a value is not broken over lines."""
+    run = prompt_in({**urls(stack), "COLUMNS": "400"}, monkeypatch)
+    return lambda *words: run(*words).output
 
 
-def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(own_stack: Stack, prompt: Callable[..., str]) -> None:
-    """Workspaces name themselves, and whoever may write an event chooses its id."""
-    stack = own_stack
+def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(stack: Stack, prompt: Callable[..., str]) -> None:
+    """Workspaces choose their names, and applications choose the ids of events."""
     good = [event(f"{text[:40]}e", workspace_id=text, description=text) for text in HOSTILE]
     bad = [event(f"{text[:40]}b", workspace_id=text, time=text) for text in HOSTILE]
     pks = stack.put(*good, *bad)
