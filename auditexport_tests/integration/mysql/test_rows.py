@@ -41,7 +41,7 @@ def answers(stack: Stack, statement: str) -> list[Any]:
         with connection.cursor() as cursor:
             cursor.execute(statement)
             found.append((cursor.fetchall(), cursor.rowcount, cursor.description))
-            cursor.execute("SELECT 'the connection is in step'")
+            cursor.execute("SELECT 'the connection is in sync'")
             found[-1] = (*found[-1], cursor.fetchall())
         connection.close()
     return found
@@ -69,7 +69,7 @@ def test_rows_are_those_that_the_driver_reads(stack: Stack, statement: str) -> N
     assert ours == drivers
 
 
-def test_an_error_among_the_rows_is_the_servers_and_leaves_the_connection_in_step(stack: Stack) -> None:
+def test_an_error_among_the_rows_leaves_the_connection_in_sync(stack: Stack) -> None:
     """A statement that was killed half-way has sent rows: they must not pass for the whole answer."""
     stack.put(*events(1))
     connection = opened(stack, RowsConnection)
@@ -90,8 +90,8 @@ def test_an_error_among_the_rows_is_the_servers_and_leaves_the_connection_in_ste
         connection.close()
 
 
-def test_a_server_that_is_gone_among_the_rows_is_an_outbox_that_is_unavailable(stack: Stack) -> None:
-    """Half an answer is none; the error is one that a rerun mends."""
+def test_a_connection_lost_among_the_rows_is_an_unavailable_outbox(stack: Stack) -> None:
+    """Half an answer is none, and a rerun can succeed."""
     numbers = ", ".join(f"(SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3) AS t{n}" for n in range(7))
 
     def read() -> None:
@@ -104,8 +104,8 @@ def test_a_server_that_is_gone_among_the_rows_is_an_outbox_that_is_unavailable(s
         read()
 
 
-def test_an_applications_own_check_stays_in_force_while_rows_are_marked(stack: Stack) -> None:
-    """MariaDB's CHECK of unchanged JSON is left out of an UPDATE; what the application says of `deleted_at` is not."""
+def test_an_applications_own_check_applies_to_marks(stack: Stack) -> None:
+    """Marks skip MariaDB's CHECK of unchanged JSON, but not the application's CHECK of `deleted_at`."""
     stack.put(*events(2))
     stack.sql(
         "ALTER TABLE clickhouse_outbox ADD CONSTRAINT late CHECK (deleted_at IS NULL OR deleted_at > 4102444800000)"
@@ -140,8 +140,8 @@ def _binlog(stack: Stack) -> int:
     return sum(int(row[1]) for row in stack.sql("SHOW BINARY LOGS"))
 
 
-def test_a_user_that_may_not_choose_the_image_is_told_so(stack: Stack) -> None:
-    """It is a grant that few have; the run says which before it claims anything."""
+def test_the_missing_grant_for_the_row_image_is_named(stack: Stack) -> None:
+    """Few users have it; the run names it before it claims anything."""
     stack.sql("CREATE USER 'plain'@'127.0.0.1' IDENTIFIED BY 'pw'")
     try:
         server = make_url(stack.outbox.url).set(username="plain", password="pw")
