@@ -28,7 +28,9 @@ _USERS = """
 
 
 class OwnClickHouse:
-    """`extra` and `profile` are XML; `grants` are GRANT statements without a user; `policy` is XML of the user's databases."""
+    """`extra` and `profile` are XML; `grants` are GRANT statements without a user; `policy` is XML of the user's
+    databases.
+    """
 
     def __init__(self, mysql_server: str, directory: Path, extra: str = "") -> None:
         self._mysql_server = mysql_server

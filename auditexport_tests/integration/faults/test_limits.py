@@ -41,7 +41,9 @@ def insert(stack: Stack, *, rows: int, row_bytes: int, large: dict[int, int] | N
 
 @contextmanager
 def proxied(stack: Stack, most_bytes: int = 10**9, *, settings: str = "") -> Iterator[ClickHouseAuditLog]:
-    """ClickHouse behind a proxy that takes requests of this size at most, and adds settings to INSERTs as a profile could."""
+    """ClickHouse behind a proxy that takes requests of this size at most, and adds settings to INSERTs as a profile
+    could.
+    """
 
     def limited(request: Request, forward: Forward) -> Answer:
         if len(request.statement) > most_bytes:

@@ -1,7 +1,7 @@
-"""Requeues of what a lingering run exported: one `inserted_at`, and so one INSERT, for each of its small drains.
+"""Requeues after a lingering run: one `inserted_at`, and so one INSERT, for each of its small drains.
 
-What belongs here: batches of thousands of blocks and look-ups of thousands of keys. What does not: what a requeue is
-(`integration.maintenance.test_requeue`).
+What belongs here: batches of thousands of blocks and look-ups of thousands of keys. Other requeues are in
+`integration.maintenance.test_requeue`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.faults.test_identity import event, lose
+from auditexport_tests.support.builders import insert, small_event
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.prompts import urls
 
@@ -38,13 +39,10 @@ def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
 
 
 def spread(stack: Stack, rows: int) -> tuple[dict[str, object], list[Block]]:
-    """Exports rows, gives each entry an `inserted_at` of its own, and returns the batch's ledger row and its blocks then."""
-    with stack.outbox.engine.begin() as connection:
-        statement = (
-            "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-            "VALUES ('audit_log.v1', %s, %s, %s, 1)"
-        )
-        connection.exec_driver_sql(statement, [event(f"evt_{number}", number) for number in range(rows)])
+    """Exports rows, gives each entry an `inserted_at` of its own, and returns the batch's ledger row and the new
+    blocks.
+    """
+    insert(stack, [event(f"evt_{number}", number) for number in range(rows)])
     drain(stack.outbox, stack.log, LIMITS, owner="one")
     (batch,) = stack.sql("SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 1")
     (block,), _ = blocks_from_text(str(batch.manifest))
@@ -103,7 +101,7 @@ def requeued(stack: Stack, prompt: Prompt, drains: int) -> None:
 def test_what_a_lingering_run_exported_can_be_requeued(
     stack: Stack, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All its slots in one batch ended in a deadline that the last INSERTs could not meet."""
+    """In one batch, the last INSERTs could not meet the deadline."""
     monkeypatch.setattr(claiming, "MOST_BLOCKS", 16, raising=False)
     monkeypatch.setattr(export, "BLOCKS_AT_ONCE", 5, raising=False)
     requeued(stack, prompt, 40)
@@ -118,7 +116,7 @@ def test_what_a_lingering_run_exported_can_be_requeued(
 
 @pytest.mark.slow
 def test_a_batch_of_thousands_of_blocks_is_finished(stack: Stack, prompt: Prompt) -> None:
-    """The release before left such ones sealed; no look-up of theirs fitted into one field of a form."""
+    """An earlier release left such batches sealed; their look-up does not fit into one field of a form."""
     batch, blocks = spread(stack, 9_500)
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
     left = {"state": "sealed", "attempts": 1, "owner": "dead", "exported_at_ms": None, "verified_at_ms": None}
@@ -131,14 +129,9 @@ def test_a_batch_of_thousands_of_blocks_is_finished(stack: Stack, prompt: Prompt
 
 
 def test_losses_with_long_buckets_are_reported(stack: Stack, prompt: Prompt) -> None:
-    """The look-up of 1,500 keys was too long for one field of a form."""
-    rows = []
-    for number in range(1_500):
-        workspace_id, event_id, payload = event(f"evt_{number}", number)
-        rows.append((workspace_id, event_id, json.dumps(json.loads(payload) | {"bucket": "b" * 200})))
-    workspace_id, event_id, payload = event("large", 1)
-    rows.append((workspace_id, event_id, json.dumps(json.loads(payload) | {"bucket": "ł" * 150_000})))
-    stack.put(*rows)
+    """The look-up of 1,500 keys is too long for one field of a form."""
+    rows = [small_event(f"evt_{number}", time=number, bucket="b" * 200) for number in range(1_500)]
+    insert(stack, [*rows, small_event("large", bucket="ł" * 150_000)])
     drain(stack.outbox, stack.log, LIMITS, owner="one")
     stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
     found = prompt("reconcile", "--json")
@@ -147,7 +140,7 @@ def test_losses_with_long_buckets_are_reported(stack: Stack, prompt: Prompt) -> 
 
 
 def test_a_discrepant_requeue_is_verified_once_nothing_differs(stack: Stack, prompt: Prompt) -> None:
-    """Its rows would be held back from every sweep, and the alert would stand for ever."""
+    """Else no sweep would take its rows, and the alert would never end."""
     pks = stack.put(*(event(f"evt_{number}", number) for number in range(4)))
     drain(stack.outbox, stack.log, LIMITS, owner="one")
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN (:a, :b)", a=pks[0], b=pks[1])

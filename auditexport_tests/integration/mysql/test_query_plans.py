@@ -1,7 +1,7 @@
 """Query plans: no statement reads more as the tables grow.
 
-What belongs here: EXPLAIN of the statements in the `.sql` files, on tables of which nearly everything is history. What does
-not: how long they take (`benchmarks`).
+What belongs here: EXPLAIN of the statements in the `.sql` files, on tables of which nearly everything is history. What
+does not: how long they take (`benchmarks`).
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def _decompressed(data: bytes) -> list[bytes]:
 
 
 class Watch:
-    """Searches, until it is left, what exists only while a process runs: command lines of all processes on this machine,
-    temporary files, and files without a name that a watched process has open.
+    """Searches, until it is left, what exists only while a process runs: command lines of all processes on this
+    machine, temporary files, and files without a name that a watched process has open.
 
     Each search is a sample; `look()` takes one at a moment of the caller's choice.
     """

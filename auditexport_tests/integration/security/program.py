@@ -1,10 +1,10 @@
 """A process that runs the real programs step by step: `python -m auditexport_tests.integration.security.program`.
 
-It calls the main functions of `dagster` and `auditexport`, with short waits between retries. Steps come as JSON on standard
-input, because their environment has secrets.
+It calls the main functions of `dagster` and `auditexport`, with short waits between retries. Steps come as JSON on
+standard input, because their environment has secrets.
 
-Two faults: `defect` raises an error with the payloads in its text; `leak` is the negative control: it writes payloads and a
-password everywhere where none may be.
+Two faults: `defect` raises an error with the payloads in its text; `leak` is the negative control: it writes payloads
+and a password everywhere where none may be.
 """
 
 from __future__ import annotations

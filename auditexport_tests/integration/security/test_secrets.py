@@ -1,7 +1,7 @@
 """No payload and no secret in logs, metadata, errors, Dagster's storage, temporary files or process lists.
 
-What belongs here: real processes through success, failure and crash, and a search of everything that they left. What does
-not: how to search (`canaries`).
+What belongs here: real processes through success, failure and crash, and a search of everything that they left. What
+does not: how to search (`canaries`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Engines beyond one server: what `init` creates, which settings a URL gives, and what doctor finds.
 
-The embedded ClickHouse has a Keeper in memory, which takes a replicated table and keeps it read-only; and engine `Remote`,
-which is Distributed over addresses, here over itself. It has neither ON CLUSTER nor SharedMergeTree: of those, only the
-statements are tested.
+The embedded ClickHouse has a Keeper in memory, which takes a replicated table and keeps it read-only; and engine
+`Remote`, which is Distributed over addresses, here over itself. It has neither ON CLUSTER nor SharedMergeTree: of
+those, only the statements are tested.
 """
 
 from __future__ import annotations

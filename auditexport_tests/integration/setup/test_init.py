@@ -8,7 +8,9 @@ from auditexport_tests.conftest import Stack
 
 
 def test_init_creates_what_is_missing_and_keeps_the_ledgers_counters(stack: Stack) -> None:
-    """It runs at every deployment. The outbox is the application's: created by accident, it would hide a wrong database."""
+    """It runs at every deployment. The outbox is the application's: created by accident, it would hide a wrong
+    database.
+    """
     stack.sql("UPDATE clickhouse_outbox_batch SET epoch = 7, inserted_at_ms = 99 WHERE batch_id = 0")
     assert setup.create(stack.outbox, stack.log, with_outbox=True) == []
     (head,) = stack.sql("SELECT epoch, inserted_at_ms FROM clickhouse_outbox_batch WHERE batch_id = 0")

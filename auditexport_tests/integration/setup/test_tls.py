@@ -1,7 +1,7 @@
 """TLS to both databases: verified by default, and refused in one line that says what to change.
 
-Certificates and authority are real; MySQL is a server that takes only TLS, and a proxy ends TLS in front of the ClickHouse
-that all tests share.
+Certificates and authority are real; MySQL is a server that takes only TLS, and a proxy ends TLS in front of the
+ClickHouse that all tests share.
 """
 
 from __future__ import annotations
