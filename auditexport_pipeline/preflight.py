@@ -1,7 +1,7 @@
 """The preflight: before anything is claimed, it checks all that can keep a setup from exporting exactly once.
 
-This module decides when checks run, and has those of the clocks and of the ledger's records. The checks of each database
-are in its `checks` and `table_checks`. Nothing is created or changed.
+This module decides when checks run, and has those of the clocks and of the ledger's records. The checks of each
+database are in its `checks` and `table_checks`. Nothing is created or changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from auditexport_pipeline.sql import load
 
 _MYSQL = load("mysql/checks.sql")
 _CLICKHOUSE = load("clickhouse/checks.sql")
-# Full checks without a fatal finding are cached for so long. Every run checks what a failover, a restart or one statement
-# can change at any moment: read-only, binlog_format, engine, window, the ledger's head.
+# Full checks without a fatal finding are cached for so long. Every run checks what a failover, a restart or one
+# statement can change at any moment: read-only, binlog_format, engine, window, the ledger's head.
 CLEAN_FOR_S = 300.0
 # Clocks with NTP agree to milliseconds.
 SKEW_MS = 60_000
@@ -79,8 +79,8 @@ def check(
 def refuse_unless_ready(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> None:
     """Raises `SetupIncomplete` with every fatal finding; called before anything is claimed.
 
-    A database that does not answer raises its own error, which a rerun can fix. After checks without a fatal finding, this
-    process only checks what can change at any moment, for the next `CLEAN_FOR_S` seconds.
+    A database that does not answer raises its own error, which a rerun can fix. After checks without a fatal finding,
+    this process only checks what can change at any moment, for the next `CLEAN_FOR_S` seconds.
     """
     key = (os.getpid(), outbox.url, log.url)
     clean = time.monotonic() < _clean_until_s.get(key, 0.0)

@@ -1,11 +1,11 @@
 """Processes that drain: a process's name in the ledger, and whether such a process is dead.
 
-What belongs here: the form of the name, and reading this machine's /proc. What does not: Dagster's runs, and what is done
-with the batches of a dead process (`core.claiming`).
+What belongs here: the form of the name, and reading this machine's /proc. What does not: Dagster's runs, and what is
+done with the batches of a dead process (`core.claiming`).
 
-The name is `host:pid:boot-start`. `boot` stands for this boot and pid namespace of the machine, `start` for the process's
-start: a process with the same pid later, or in another container of the same host name, has another name. Without /proc,
-no process is called dead, and the lease decides.
+The name is `host:pid:boot-start`. `boot` stands for this boot and pid namespace of the machine, `start` for the
+process's start: a process with the same pid later, or in another container of the same host name, has another name.
+Without /proc, no process is called dead, and the lease decides.
 """
 
 from __future__ import annotations

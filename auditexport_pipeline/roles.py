@@ -55,8 +55,8 @@ MYSQL_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.OWNER: {OUTBOX: ("SELECT",), LEDGER: _CREATE, DEAD_LETTERS: _CREATE, ACTIONS: _CREATE, ERASURES: _CREATE},
 }
 
-# input(), null() and format() are table functions that read no table, and ClickHouse asks for CREATE TEMPORARY TABLE. The
-# exporter writes by the first two; a comparison lets ClickHouse parse payloads by the third.
+# input(), null() and format() are table functions that read no table, and ClickHouse asks for CREATE TEMPORARY TABLE.
+# The exporter writes by the first two; a comparison lets ClickHouse parse payloads by the third.
 _FUNCTIONS = {"*.*": ("CREATE TEMPORARY TABLE",)}
 CLICKHOUSE_GRANTS: dict[Role, dict[str, tuple[str, ...]]] = {
     Role.EXPORTER: {"audit_logs_raw_v1": ("SELECT", "INSERT"), **_FUNCTIONS},

@@ -1,4 +1,4 @@
-"""Creates the tables that are missing, for `auditexport init`. A table that exists is never altered: `preflight` checks it."""
+"""Creates missing tables, for `auditexport init`. An existing table is never altered: `preflight` checks it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def create(
     """Creates what does not exist yet and returns the names created; changes nothing that exists.
 
     Durable effect: our four tables in MySQL (`clickhouse_outbox_batch`, `_dead_letter`, `_action`, `_erasure`),
-    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such as
-    `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them, on every
-    server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud if
-    `audit_logs_raw_v1` is there already: raises `InvalidConfig` when a table has to be created beside one on replicas or
-    shards, whose layout is not known here.
+    with `with_outbox` also the application's `clickhouse_outbox`; in ClickHouse the table of each payload version, such
+    as `audit_logs_raw_v1`, and the view `audit_logs`; where `layout` is distributed, tables named `…_local` under them,
+    on every server of its cluster. Without a layout, on one server (`cluster`: on each of its servers), or in the Cloud
+    if `audit_logs_raw_v1` is there already: raises `InvalidConfig` when a table has to be created beside one on
+    replicas or shards, whose layout is not known here.
     """
     created = []
     with outbox.transaction("looking for tables") as connection:

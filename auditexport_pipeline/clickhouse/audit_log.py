@@ -1,8 +1,8 @@
 """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`, behind `core.ports.AuditLog`.
 
 What belongs here: building a version's SQL, and what a refusal means. What does not: the statements (`audit_log.sql`),
-their settings (`settings`), requests and answers (`connection`), creating and checking tables (`schema`), and any decision
-about what to send.
+their settings (`settings`), requests and answers (`connection`), creating and checking tables (`schema`), and any
+decision about what to send.
 
 A payload is sent as the text that the outbox holds; ClickHouse parses it, into the types of the version's `input`.
 """
@@ -214,11 +214,12 @@ class ClickHouseAuditLog:
 
         Durable effect: `block.rows` rows and one part in the version's table, or nothing; after a `Refusal` either can
         be the case. Raises `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
-        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a limit.
+        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a
+        limit.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
-        # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a requeue may
-        # add none: it is proven by content.
+        # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a
+        # requeue may add none: it is proven by content.
         counted = batch.is_requeue(block) and not self.connection.headers_arrive
         before = self._rows_at(block) if counted else None
         sent = [*payloads] if counted and batch.attempts > 1 else []
@@ -389,8 +390,8 @@ class ClickHouseAuditLog:
         return dict(counts)
 
     def surplus(self, from_ms: int, to_ms: int) -> tuple[int, int, int]:
-        """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those that repeat an event, and those that
-        repeat it under the same `inserted_at`. Merges remove the repetitions.
+        """Counted without FINAL, of [from_ms, to_ms) by `inserted_at`: entries, those that repeat an event, and those
+        that repeat it under the same `inserted_at`. Merges remove the repetitions.
         """
         found = [[int(count or 0) for count in row] for row in self._in_window("surplus", from_ms, to_ms)]
         entries, copies, same_slot = map(sum, zip(*found, strict=True))

@@ -1,8 +1,8 @@
-"""The canary event: made-up events go through the parser, the SELECT and the column types of an INSERT, not into a table.
+"""The canary event: made-up events go through the parser, the SELECT and the column types of an INSERT.
 
-The result is compared with the events, so a settings profile, a server version or a column that drops or rounds values is
-found before a row is marked. The statement is a SELECT over `format()`: it needs no session, so it works through a proxy
-that balances requests, and no view sees it.
+Nothing is written. The result is compared with the events, so a settings profile, a server version or a column that
+drops or rounds values is found before a row is marked. The statement is a SELECT over `format()`: it needs no session,
+so it works through a proxy that balances requests, and no view sees it.
 """
 
 from __future__ import annotations
@@ -29,36 +29,16 @@ _MIRRORS = {"meta_text": "meta", "targets_meta_text": "targets.meta"}
 _TYPED_PATHS = 8
 _TYPED_VALUES: tuple[object, ...] = (5, -5, 1.5, 2**53 + 1, 2**63, "text", "2024-01-02", True)
 
-_META: dict[str, object] = {
-    "text": 'a "quoted"\n\\ Zoë \U0001f600 \u2028',
-    "": "an empty key",
-    "Case": 1,
-    "case": 2,
-    "dotted.key": {"a.b": 1},
-    "dotted": {"key": 2},
-    "true": True,
-    "false": False,
-    "zero": 0,
-    "empty": "",
-    "int64": [2**53, -(2**53)],
-    "largest": 2**63 - 1,
-    "smallest": -(2**63),
-    "unsigned": 2**64 - 1,
-    "float": 0.1,
-    "tiny": 5e-324,
-    "huge": -1.7976931348623157e308,
-    "date": "2024-01-02",
-    "time": "2024-01-02T10:00:00Z",
-    "seconds": "2024-01-02 10:00:00.123456789",
-    "number": "0012",
-    "mixed": [1, "a", True, None, 1.5, {"x": [1, "y"]}],
-    "booleans": [True, 1, False],
-    "nested": [[1], [2, 3], []],
-    "objects": [{"a": 1}, {"b": "2024-01-02"}, {}],
-    "dates": ["2024-01-02", "x"],
-    "none": [None, "a"],
-    "deep": {"a": {"b": {"c": {"d": {"e": [{"f": {"g": "end"}}]}}}}},
-}
+_META: dict[str, object] = json.loads(r"""{
+  "text": "a \"quoted\"\n\\ Zoë \ud83d\ude00 \u2028", "": "an empty key", "Case": 1, "case": 2,
+  "dotted.key": {"a.b": 1}, "dotted": {"key": 2}, "true": true, "false": false, "zero": 0, "empty": "",
+  "int64": [9007199254740992, -9007199254740992], "largest": 9223372036854775807, "smallest": -9223372036854775808,
+  "unsigned": 18446744073709551615, "float": 0.1, "tiny": 5e-324, "huge": -1.7976931348623157e308,
+  "date": "2024-01-02", "time": "2024-01-02T10:00:00Z", "seconds": "2024-01-02 10:00:00.123456789", "number": "0012",
+  "mixed": [1, "a", true, null, 1.5, {"x": [1, "y"]}], "booleans": [true, 1, false], "nested": [[1], [2, 3], []],
+  "objects": [{"a": 1}, {"b": "2024-01-02"}, {}], "dates": ["2024-01-02", "x"], "none": [null, "a"],
+  "deep": {"a": {"b": {"c": {"d": {"e": [{"f": {"g": "end"}}]}}}}}
+}""")
 # A float, and in the next row an integer that a float cannot hold, at the same path.
 _FLOAT_FIRST: tuple[dict[str, float], ...] = ({"n": 1.5}, {"n": 2**53 + 1})
 
@@ -69,8 +49,8 @@ Columns = Mapping[str, FoundColumn]
 
 
 def canary(db: Catalogue, table: Table, *, again: bool) -> Checking:
-    """A canary event comes out of the table's columns unchanged. Without `again`, nothing is sent if this process has checked
-    the same table definition without a fatal finding.
+    """A canary event comes out of the table's columns unchanged. Without `again`, nothing is sent if this process has
+    checked the same table definition without a fatal finding.
     """
     key = (os.getpid(), db.url, table.created_by)
     if key in _clean and not again:

@@ -104,8 +104,8 @@ class Catalogue:
 
 
 def compared_type(kind: str, version: PayloadVersion) -> str:
-    """A type without the parts that do not change values. The canary event tests the parameters of the JSON types of the
-    first version instead.
+    """A type without the parts that do not change values. The canary event tests the parameters of the JSON types of
+    the first version instead.
     """
     if version is next(iter(VERSIONS.values())) and "JSON(" in kind:
         kind = kind.split("JSON(", 1)[0] + "JSON" + (")" if kind.startswith("Array(") else "")

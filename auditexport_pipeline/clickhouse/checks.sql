@@ -33,8 +33,8 @@ FROM system.clusters WHERE cluster = {cluster:String}
 SELECT getSetting('log_comment') AS comment
 
 -- name: filters
--- The plan of reading a table, for which SELECT is enough: a row policy on our user is a step of it. A table without parts
--- has an empty plan.
+-- The plan of reading a table, for which SELECT is enough: a row policy on our user is a step of it. A table without
+-- parts has an empty plan.
 SELECT countIf(explain ILIKE '%filter%') AS filters
 FROM (EXPLAIN actions = 1 SELECT event_id FROM audit_logs_raw_v1)
 

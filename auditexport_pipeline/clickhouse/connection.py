@@ -1,10 +1,10 @@
-"""Requests to ClickHouse over HTTP, and their outcome: acknowledged, refused, not answered, or answered by something else.
+"""Requests to ClickHouse over HTTP, and their outcome: acknowledged, refused, no answer, or another server's answer.
 
 What belongs here: the URL, the HTTP request, and the proof that an answer is ClickHouse's. What does not: statements
 (`audit_log.sql`), their settings (`settings.py`), and what to do about a refusal.
 
-An INSERT is acknowledged by a 200 with ClickHouse's own headers, no error code and an empty body. A read is answered by one
-whole JSON document whose first column has the random name of this request: no cache and no page can know it.
+An INSERT is acknowledged by a 200 with ClickHouse's own headers, no error code and an empty body. A read is answered by
+one whole JSON document whose first column has the random name of this request: no cache and no page can know it.
 Redirects are never followed, and this module never sends an INSERT twice.
 """
 
@@ -50,7 +50,7 @@ ANSWER_GRACE_S = 15
 LOOK_UP_TIMEOUT_S = 60
 # Options of the URL: files, with the driver's names.
 TLS_FILES = ("ca_cert", "client_cert", "client_cert_key")
-# And settings for replicas with their allowed values; every statement carries them. docs/clickhouse.md says which to choose.
+# And settings for replicas with their allowed values; every statement has them. How to choose: docs/clickhouse.md.
 REPLICA_SETTINGS = {
     "insert_quorum": r"auto|[2-9]|[1-9]\d",
     "insert_quorum_parallel": r"[01]",
@@ -155,10 +155,11 @@ _decode = msgspec.json.Decoder(_Document).decode
 def connection_arguments(url: str) -> dict[str, Any]:
     """The arguments of `clickhouse_connect.get_client`, from `http[s]://user:password@host:port/database`.
 
-    Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates are verified
-    by default. A client's certificate replaces the password; if both are given, both are sent. `REPLICA_SETTINGS` go
-    along with every statement. Raises `InvalidConfig` for anything else. The message repeats nothing of the URL: in a
-    password that is not percent-encoded, any part can look like a port, a database or an option.
+    Query parameters `ca_cert`, `client_cert`, `client_cert_key` and `verify=false` set up TLS; certificates are
+    verified by default. A client's certificate replaces the password; if both are given, both are sent.
+    `REPLICA_SETTINGS` go along with every statement. Raises `InvalidConfig` for anything else. The message repeats
+    nothing of the URL: in a password that is not percent-encoded, any part can look like a port, a database or an
+    option.
     """
     try:
         parts = urlsplit(url)
@@ -317,7 +318,8 @@ class Connection:
     ) -> list[tuple[Any, ...]]:
         """The rows of a SELECT, proven to be ClickHouse's answer to this very request. Integers are exact.
 
-        `settings` are stated beside `READ_SETTINGS`. The statement begins with SELECT and has no SETTINGS and no FORMAT.
+        `settings` are stated beside `READ_SETTINGS`. The statement begins with SELECT and has no SETTINGS and no
+        FORMAT.
         """
         from clickhouse_connect.driver.binding import bind_query
 
@@ -408,7 +410,8 @@ class Connection:
     def translated(self, what: str, *, sending: bool = False) -> Iterator[None]:
         """The one place where ClickHouse's and HTTP's errors become this project's.
 
-        With `sending`, an error may leave the rows of an INSERT stored, unless ClickHouse refused it or nothing was sent.
+        With `sending`, an error may leave the rows of an INSERT stored, unless ClickHouse refused it or nothing was
+        sent.
         """
         place = f"ClickHouse at {self.where}"
         try:
@@ -560,5 +563,5 @@ def _from_another(error: NotClickHouse, what: str, place: str) -> AuditExportErr
         )
     permanent = error.what == _NATIVE_PORT or 300 <= status < 400 or status in _PERMANENT
     kind = WrongAddress if permanent else ForeignAnswer
-    begin = f"the answer to {what} in the place of {place} is not ClickHouse's (HTTP {status}, {error.what})"
+    begin = f"the answer to {what} from {place} is not ClickHouse's (HTTP {status}, {error.what})"
     return kind(f"{begin}: {meaning}", status)

@@ -27,8 +27,8 @@ VIEW = "audit_logs"
 DEDUPLICATION_WINDOW = 10_000
 # How long a replicated table remembers them: a week, the default before 25.10 made it an hour. A lease may last a day.
 DEDUPLICATION_WINDOW_S = 604_800
-# {shard} and {replica} are macros of each server's configuration. ClickHouse's own default path has {uuid}, which is refused
-# outside ON CLUSTER and Replicated databases, and differs between replicas.
+# {shard} and {replica} are macros of each server's configuration. ClickHouse's own default path has {uuid}, which is
+# refused outside ON CLUSTER and Replicated databases, and differs between replicas.
 KEEPER_PATH = "/clickhouse/tables/{shard}/{database}/{table}"
 REPLICA = "{replica}"
 _NAME = re.compile(r"[\w.{}-]+", re.ASCII)
@@ -53,7 +53,7 @@ def family_of(engine: str) -> Engine:
 
 
 class Under(NamedTuple):
-    """What a Distributed table lies over: a cluster (empty for addresses) and a table there; and what chooses the shard."""
+    """What a Distributed table lies over: a cluster (empty for addresses) and a table there; and its sharding key."""
 
     cluster: str
     database: str

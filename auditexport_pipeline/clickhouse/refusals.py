@@ -29,13 +29,13 @@ FENCE_CODE = 395
 
 _NAME = r"(?:`(?:[^`\\]|\\.)+`|[\w$-]+)"
 _QUALIFIED = rf"({_NAME}(?:\.{_NAME})?)"
-# ClickHouse appends one for each view that the rows pass, the innermost first, at the very end of the text: the text before
-# can quote a payload, which may have the same words.
+# ClickHouse appends one for each view that the rows pass, the innermost first, at the very end of the text: the text
+# before can quote a payload, which may have the same words.
 _VIEWS = re.compile(
     rf"((?:: while pushing to view {_QUALIFIED})+)\. \([A-Z0-9_]+\)(?: \(version [\w. ()+-]*\))?(?: \(for url \S+\))?\s*$"
 )
 _VIEW = re.compile(rf": while pushing to view {_QUALIFIED}")
-# A view whose target is gone is found before anything is written; ClickHouse gives the inserted table for the view here.
+# A missing target of a view is found before anything is written; ClickHouse then names the inserted table as the view.
 _TARGET_GONE = re.compile(r"^Target table '([^']+)' of view '")
 _CONSTRAINT = re.compile(rf"^Constraint ({_NAME}) for table ")
 # An error in a default expression names the expression; the column is named only where a value is converted.

@@ -1,9 +1,9 @@
 -- What is created beside the tables of the payload versions (such as audit_log_v1.sql).
 
 -- name: distributed
--- Over the tables of the shards. The sharding key is inserted_at, which is the same for all rows of a block and for no other
--- block: a block goes whole to one shard, as one part under one token. A replay goes to the same shard, and so does a
--- requeue, whose copies can collapse only there.
+-- Over the tables of the shards. The sharding key is inserted_at, which is the same for all rows of a block and for no
+-- other block: a block goes whole to one shard, as one part under one token. A replay goes to the same shard, and so
+-- does a requeue, whose copies can collapse only there.
 CREATE TABLE IF NOT EXISTS $table$on_cluster AS $local
 ENGINE = Distributed('$cluster', '$database', '$local', inserted_at)
 

@@ -22,8 +22,8 @@ def _each(value: Value, names: str) -> dict[str, Value]:
     return dict.fromkeys(names.split(), value)
 
 
-# For every statement of ours. `compatibility` comes first: it restores the defaults that an older value changed. It does
-# not change settings that a profile names; therefore the others follow.
+# For every statement of ours. `compatibility` comes first: it restores the defaults that an older value changed. It
+# does not change settings that a profile names; therefore the others follow.
 EVERYWHERE: dict[str, Value] = {
     "compatibility": "",
     # Each adds a clause, a filter or an end to statements that have none.
@@ -52,8 +52,8 @@ EVERYWHERE: dict[str, Value] = {
     # Rows as they are: without deleted ones, not from a cache, and all from one replica.
     **_each(1, "apply_deleted_mask apply_patch_parts"),
     **_each(0, "use_query_cache enable_parallel_replicas"),
-    # Over a Distributed table all shards answer, or the statement fails. The shard of a block is never computed: a block
-    # stays where it is when shards are added.
+    # Over a Distributed table all shards answer, or the statement fails. The shard of a block is never computed: a
+    # block stays where it is when shards are added.
     **_each(0, "skip_unavailable_shards optimize_skip_unused_shards distributed_group_by_no_merge"),
     # JSON keys keep their dots (stored as %2E), or {"a.b": 1} would silently become {"a": {"b": 1}}.
     "json_type_escape_dots_in_keys": 1,
@@ -83,8 +83,8 @@ INSERT_SETTINGS: dict[str, Value] = {
     "deduplicate_blocks_in_dependent_materialized_views": 1,
     # A view that fails is answered as an error, so that the operator learns of it.
     "materialized_views_ignore_errors": 0,
-    # A profile can turn the token off for INSERT … SELECT, which ours is. Servers of early 2026 did so unless the SELECT
-    # was sorted (ClickHouse pull request 99206). Older servers only read insert_deduplicate.
+    # A profile can turn the token off for INSERT … SELECT, which ours is. Servers of early 2026 did so unless the
+    # SELECT was sorted (ClickHouse pull request 99206). Older servers only read insert_deduplicate.
     "deduplicate_insert": "enable",
     "deduplicate_insert_select": "enable_even_for_bad_queries",
     "implicit_transaction": 0,
@@ -125,8 +125,8 @@ INSERT_SETTINGS: dict[str, Value] = {
     # A value that cannot be stored as it is, is refused: the row becomes a dead letter with a reason.
     **_each(0, "type_json_skip_duplicated_paths type_json_skip_invalid_typed_paths type_json_skip_null_typed_paths"),
     "input_format_json_throw_on_bad_escape_sequence": 1,
-    # Allowed by default since 26.3: {"a": 1, "a": {"b": 2}} would be stored with both, a null after it with none. Servers
-    # that do not know the setting refuse the first.
+    # Allowed by default since 26.3: {"a": 1, "a": {"b": 2}} would be stored with both, a null after it with none.
+    # Servers that do not know the setting refuse the first.
     "type_json_allow_duplicated_key_with_literal_and_nested_object": 0,
     # Each path of a JSON column beyond it shares one subcolumn, with the same meaning. A wide part opens some
     # ten files a path: 10,000 rows of 3,000 distinct keys in three metas ran into a limit of 20,000 files at
@@ -155,8 +155,8 @@ COST = {
     *("max_dynamic_subcolumns_in_json_type_parsing", "materialize_skip_indexes_on_insert", "insert_quorum_timeout"),
     "http_write_exception_in_output_format",
 }
-# These families decide how text is read and written. A setting of theirs that is not listed above and that a profile has
-# changed is reset to ClickHouse's default.
+# These families decide how text is read and written. A setting of theirs that is not listed above and that a profile
+# has changed is reset to ClickHouse's default.
 _FAMILIES = re.compile(
     r"(input_format_json_|input_format_try_|input_format_null|output_format_json_|type_json_|json_|cast_|variant_|dynamic_throw_|"
     r"analyzer_compatibility_|force_(?!remove)|date_time_)"

@@ -28,8 +28,8 @@ from auditexport_pipeline.sql import Column, columns_of, load
 
 # Several times the number of INSERTs that a run can have at work.
 SMALLEST_WINDOW = 100
-# An INSERT that was given up can still arrive for this long: to the end of the lease, and while it runs. ClickHouse must
-# remember its token until then.
+# An INSERT that was given up can still arrive for this long: to the end of the lease, and while it runs. ClickHouse
+# must remember its token until then.
 SHORTEST_WINDOW_S = 2 * Limits().inserts_s
 # With these, INSERTs and look-ups try two replicas in the same order.
 _SAME_ORDER = ("in_order", "first_or_random")
@@ -39,8 +39,8 @@ _NEW_VIEW = "CREATE OR REPLACE VIEW audit_logs AS " + load("clickhouse/schema.sq
 
 
 def table_checks(db: Catalogue, *, fully: bool = True) -> Iterator[Check]:
-    """The checks of every destination table. Without `fully`, those of what one statement can change at any moment: engine,
-    keys, sharding, window, and, by the canary event, the columns of a table that was altered.
+    """The checks of every destination table. Without `fully`, those of what one statement can change at any moment:
+    engine, keys, sharding, window, and, by the canary event, the columns of a table that was altered.
     """
     for version in VERSIONS.values():
         of_version = "" if version.table == TABLE else f" of {version.name}"
@@ -216,7 +216,9 @@ def _declared(version: PayloadVersion) -> dict[str, Column]:
 
 
 def _columns(version: PayloadVersion, table: str, found: dict[str, FoundColumn], again: str) -> Iterator[Finding]:
-    """The table has the columns of its version, of their types; those that are sent can be given, the others are computed."""
+    """The table has the columns of its version, of their types; those that are sent can be given, the others are
+    computed.
+    """
     declared, right = _declared(version), "should be" if version.table == TABLE else f"{version.name} sends"
     if lacking := [column for name, column in declared.items() if name not in found]:
         yield Finding(

@@ -1,10 +1,10 @@
 """ClickHouse: which rows a table's TTL clause deletes.
 
-What belongs here: splitting the clause into its parts, and the SQL that lets ClickHouse evaluate them. What does not: what
-follows from an answer (`core.excuses`).
+What belongs here: splitting the clause into its parts, and the SQL that lets ClickHouse evaluate them. What does not:
+what follows from an answer (`core.excuses`).
 
-A clause is never computed here: ClickHouse knows its months, time zones, overflows and other columns. The answer for what
-ClickHouse cannot evaluate is None: unknown.
+A clause is never computed here: ClickHouse knows its months, time zones, overflows and other columns. The answer for
+what ClickHouse cannot evaluate is None: unknown.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CONDITION = re.compile(r" (?:DELETE )?WHERE ")
 _DELETES = re.compile(r" DELETE\s*$")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`(?:[^`\\]|\\.)*`""", re.DOTALL)
 _BRACKETED = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
-# ClickHouse cannot evaluate an expression over the columns that are given: an unknown column or function, or a type, a number
-# or a date that it does not take.
+# ClickHouse cannot evaluate an expression over the columns that are given: an unknown column or function, or a type, a
+# number or a date that it does not take.
 _CANNOT_EVALUATE = {36, 42, 43, 44, 46, 47, 53, 70, 386, 456}
 
 
@@ -75,7 +75,9 @@ def ttl_of(engine_full: str) -> TableTtl:
 
 
 def _masked(text: str) -> str:
-    """The text with everything in quotes and brackets masked: only keywords and top-level commas remain. As long as before."""
+    """The text with everything in quotes and brackets masked: only keywords and top-level commas remain. As long as
+    before.
+    """
     text = _QUOTED.sub(_mask, text)
     while (masked := _BRACKETED.sub(_mask, text)) != text:
         text = masked

@@ -1,6 +1,7 @@
-"""What MySQL says of itself, of our user and of the tables, and what `schema.sql` declares.
+"""What MySQL's catalogue says about the server, our user and our tables, for the checks; and what `schema.sql`
+declares.
 
-The only reader of MySQL's catalogue. A statement is sent when a check first asks for its answer, and once.
+Each statement is sent at most once, when a check needs it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Catalogue:
 
     @cached_property
     def pending_rows_are_readable(self) -> bool:
-        """Whether pending rows can be sampled by their index: what is missing for it is a finding of its own."""
+        """Whether pending rows can be sampled by their index. Other checks report what is missing for that."""
         ((name, declared),) = keys_of(DDL[OUTBOX]).items()
         index = self.indexes.get((OUTBOX, name))
         sound = index is not None and index.usable and index.columns == declared

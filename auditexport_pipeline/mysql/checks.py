@@ -1,6 +1,7 @@
-"""The checks of MySQL: version, transport, settings, packets and grants. The tables have `mysql.table_checks`.
+"""The checks of MySQL: version, transport, settings, packets and grants. Those of the tables are in
+`mysql.table_checks`.
 
-`preflight` decides when they are carried out. Each only reads, through `mysql.catalogue`.
+`preflight` runs them. Each only reads, through `mysql.catalogue`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def mysql_checks(db: Catalogue) -> Iterator[Check]:
 
 
 def mysql_checks_of_every_run(db: Catalogue) -> Iterator[Check]:
-    """What a failover or one statement of somebody can change at any moment: two cheap questions."""
+    """What a failover or one statement can change at any moment, by two cheap reads."""
     yield Check("MySQL settings", _settings(db))
     yield Check("ledger's head", ledger_head(db))
 
@@ -55,7 +56,7 @@ def _version(db: Catalogue) -> Checking:
     if version < oldest:
         yield Finding(
             what=f"the server is {family} {db.server.version}",
-            breaks="this program uses statements that it does not have, and was never tried there",
+            breaks="it lacks statements of this program, which was not tested with it",
             fix=f"upgrade it to {family} {oldest[0]}.{oldest[1]} or later",
         )
     return f"{family} {db.server.version}"
@@ -69,20 +70,17 @@ def _transport(db: Catalogue) -> Checking:
     verified = named and ("ssl_ca" in url.query or "ssl_capath" in url.query or bool(default_tls(db.url)))
     seen = f"TLS, {cipher}, certificate {'and name' if verified else 'not'} verified" if cipher else "no TLS"
     if not is_local(url.host) and not (cipher and verified):
+        authority = "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true"
         yield warning(
             what=f"the connection to {url.host} has {seen}",
-            breaks="anyone on the way can read events and the password"
-            + (", by answering as the server" if cipher else ""),
-            fix="in AUDITEXPORT_MYSQL_URL, "
-            + (
-                "say ssl_ca=/path/of/the/authority.pem, not ssl_disabled=true" if named else "remove ssl_check_hostname"
-            ),
+            breaks=f"anyone on the way can read events and the password{', by answering as the server' if cipher else ''}",
+            fix=f"in AUDITEXPORT_MYSQL_URL, {authority if named else 'remove ssl_check_hostname'}",
         )
     return seen
 
 
 def _settings(db: Catalogue) -> Checking:
-    """Our session has the variables that it asked for, and the server takes and logs its writes."""
+    """Our session has the variables that it has set, and the server takes and logs its writes."""
 
     def on(name: str, otherwise: str = "OFF") -> bool:
         return db.variables.get(name, otherwise) not in ("OFF", "0")
@@ -92,7 +90,7 @@ def _settings(db: Catalogue) -> Checking:
     logged, binlog_format = on("log_bin"), db.variables.get("binlog_format", "ROW")
     if isolation != "READ-COMMITTED":
         yield Finding(
-            what=f"our session runs at {isolation}, though it asked for READ COMMITTED",
+            what=f"our session runs at {isolation}, though it has set READ COMMITTED",
             breaks="marking takes gap locks, and the application waits to insert",
             fix="let the proxy in front of MySQL keep session settings (in ProxySQL: no multiplexing for this user)",
         )
@@ -106,7 +104,7 @@ def _settings(db: Catalogue) -> Checking:
     for name, found, stated in deviations(db.variables):
         if "_isolation" not in name:
             yield Finding(
-                what=f"our session has {name} = {found or 'nothing'}, though it asked for {stated.value}",
+                what=f"our session has {name} = {found or 'nothing'}, though it has set {stated.value}",
                 breaks=stated.breaks,
                 fix=f"let the user of AUDITEXPORT_MYSQL_URL set {name} for its session, or SET GLOBAL {name} = {stated.value}; "
                 "a proxy in front of MySQL has to keep session settings",
@@ -119,19 +117,19 @@ def _settings(db: Catalogue) -> Checking:
         )
     closed = [name for name in ("super_read_only", "read_only", "innodb_read_only") if on(name)]
     if writes and closed:
-        # innodb_read_only alone cannot be set; turning read_only off turns super_read_only off with it.
-        cannot_set = "innodb_read_only" in closed
+        # innodb_read_only cannot be set at runtime; turning read_only off turns super_read_only off with it.
+        restart = "innodb_read_only" in closed
         yield Finding(
             what=f"MySQL is read-only ({', '.join(closed)})",
             breaks="this is a replica, or a primary that was closed for writing: nothing can be claimed or marked",
             fix="let AUDITEXPORT_MYSQL_URL name the primary; if this is it"
-            + (", start it without innodb_read_only" if cannot_set else ": SET GLOBAL read_only = OFF"),
+            + (", start it without innodb_read_only" if restart else ": SET GLOBAL read_only = OFF"),
         )
     return f"{isolation}, binary log {binlog_format if logged else 'off'}{', read-only' if closed else ''}"
 
 
 def _one_server(db: Catalogue) -> Checking:
-    """One server answers all statements of a transaction. Outside of one, a proxy may ask any server."""
+    """One server answers all statements of a transaction. Outside of one, a proxy may use any server."""
 
     def answering(statement: str) -> str:
         return str(db.rows(statement)[0][0])
@@ -140,7 +138,7 @@ def _one_server(db: Catalogue) -> Checking:
     if inside != writer:
         yield Finding(
             what=f"within a transaction, {inside} answers reads and {writer} takes locks: a proxy splits them",
-            breaks="decisions rest on what a replica has not received yet",
+            breaks="decisions rest on rows that a replica may not have yet",
             fix="let the proxy keep a transaction on one server (in ProxySQL: transaction_persistent = 1 for this user), or let "
             "AUDITEXPORT_MYSQL_URL name the primary itself",
         )
@@ -149,21 +147,17 @@ def _one_server(db: Catalogue) -> Checking:
     outside = answering("identity")
     db.connection.exec_driver_sql("COMMIT")
     db.connection.exec_driver_sql("BEGIN")
-    others = (
-        ""
-        if outside == inside
-        else f"; outside of a transaction {outside} answers, where this program asks for nothing"
-    )
-    return f"all of a transaction from {inside}{others}"
+    others = f"; outside of a transaction, where this program reads nothing, from {outside}"
+    return f"all of a transaction from {inside}{others if outside != inside else ''}"
 
 
 def _packets(db: Catalogue) -> Checking:
-    """The largest statement of ours fits into a packet, and so does the largest of the oldest pending payloads."""
+    """A packet takes our largest statement, and the largest of the oldest pending payloads."""
     packet = int(db.variables.get("max_allowed_packet", PACKET_BYTES))
     if packet < PACKET_BYTES:
         yield warning(
             what=f"max_allowed_packet is {packet:,} bytes",
-            breaks="sealing a large batch of scattered pks is one statement of up to 16 MB, and a larger payload reads as nothing",
+            breaks="sealing a large batch of scattered pks is one statement of up to 16 MB, and a larger payload reads as empty",
             fix=f"SET GLOBAL max_allowed_packet = {PACKET_BYTES}",
         )
     if db.role is not Role.EXPORTER or not db.pending_rows_are_readable:
@@ -173,7 +167,7 @@ def _packets(db: Catalogue) -> Checking:
     if oldest.empty_ones or largest + 1024 > packet:  # a row travels with its other columns
         yield Finding(
             what=f"a pending payload is larger than max_allowed_packet, {packet:,} bytes",
-            breaks="it cannot be read: its batch would stop, or set it aside for a reason that is not its own",
+            breaks="it cannot be read: its batch would stop, or make it a dead letter with a wrong reason",
             fix=f"SET GLOBAL max_allowed_packet = {max(4 * PACKET_BYTES, 1 << (largest + 1024).bit_length())}",
         )
     return f"max_allowed_packet {packet:,}, largest of the oldest pending payloads {largest:,} bytes"
@@ -184,9 +178,9 @@ def _created_at(db: Catalogue) -> Checking:
     if not oldest.odd_rows:
         return "the oldest pending rows have epoch milliseconds"
     yield warning(
-        what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is no epoch milliseconds, the first with pk "
-        f"{oldest.odd_pk}",
-        breaks="their age is unknown: the lag is taken from other rows, or from the last claim",
+        what=f"{oldest.odd_rows} of the oldest pending rows have a created_at that is not in epoch milliseconds, the first with "
+        f"pk {oldest.odd_pk}",
+        breaks="their age is unknown: the lag comes from other rows, or from the last claim",
         fix="let the application write created_at in milliseconds since 1970, from a synchronized clock",
     )
     return f"{oldest.odd_rows} are not"

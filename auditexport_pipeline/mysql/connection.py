@@ -1,6 +1,7 @@
 """The connection to MySQL: its URL and its engines.
 
-What does not belong here: session variables (`mysql.session`), errors (`mysql.errors`), and transactions (`mysql.database`).
+What does not belong here: session variables (`mysql.session`), errors (`mysql.errors`), and transactions
+(`mysql.database`).
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ LONGEST_TIMEOUT_S = 3600
 # Our own option: which images of changed rows our sessions leave in the binary log.
 ROW_IMAGE = "binlog_row_image"
 _ROW_IMAGES = ("FULL", "MINIMAL", "NOBLOB")
-# The TLS options of a URL. PyMySQL has more, and none of them is safe: with ssl_verify_cert or ssl_verify_identity it ignores
-# ssl_ca and does not check the host name.
+# The TLS options of a URL. PyMySQL has more, and none of them is safe: with ssl_verify_cert or ssl_verify_identity it
+# ignores ssl_ca and does not check the host name.
 _TLS_OPTIONS = {"ssl_ca", "ssl_capath", "ssl_cert", "ssl_key", "ssl_cipher", "ssl_check_hostname", "ssl_disabled"}
-# The driver's other options would undo what a session states (init_command, sql_mode, autocommit), or end in a traceback.
+# The driver's other options would undo what a session states (init_command, sql_mode, autocommit), or end in a
+# traceback.
 _TIMEOUTS = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S, "write_timeout": READ_TIMEOUT_S}
 _OPTIONS = {"unix_socket", "program_name", "bind_address", "charset", ROW_IMAGE, *_TIMEOUTS}
 CHARSET, COLLATION = "utf8mb4", "utf8mb4_bin"
@@ -46,11 +48,12 @@ def checked(url: str) -> str:
 
     Without TLS options, a connection to another machine uses TLS, and certificate and name are verified by the
     authorities that this machine trusts (`default_tls`). `ssl_ca` (or `ssl_capath`) names another authority;
-    `ssl_disabled=true` sends plain text. A client's certificate alone would turn verification off, so it is refused, and so
-    is any option that would quietly do the same.
+    `ssl_disabled=true` sends plain text. A client's certificate alone would turn verification off, so it is refused,
+    and so is any option that would quietly do the same.
 
-    `binlog_row_image=MINIMAL` is set for our sessions, and needs BINLOG ADMIN (MariaDB) or SESSION_VARIABLES_ADMIN: marks
-    are then logged as key and `deleted_at`, not twice with the payload. Do not use it where something reads full images.
+    `binlog_row_image=MINIMAL` is set for our sessions, and needs BINLOG ADMIN (MariaDB) or SESSION_VARIABLES_ADMIN:
+    marks are then logged as key and `deleted_at`, not twice with the payload. Do not use it where something reads full
+    images.
     """
     for fault in _faults(url):
         raise InvalidConfig(f"AUDITEXPORT_MYSQL_URL {fault}")
@@ -127,8 +130,8 @@ def default_tls(url: str) -> dict[str, ssl.SSLContext]:
     return {"ssl": ssl.create_default_context()} if silent and travels else {}
 
 
-# The pool logs a traceback when an idle connection was killed: the next use takes another one. A connection that is lost in
-# a transaction is an error of ours.
+# The pool logs a traceback when an idle connection was killed: the next use takes another one. A connection that is
+# lost in a transaction is an error of ours.
 _POOL = "auditexport"
 logging.getLogger(f"sqlalchemy.pool.impl.QueuePool.{_POOL}").setLevel(logging.CRITICAL)
 

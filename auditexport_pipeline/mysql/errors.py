@@ -1,8 +1,8 @@
 """The one place where MySQL's and SQLAlchemy's errors become this project's.
 
-A server's error is permanent unless it is in `_PASSES`, which was chosen from the lists of MariaDB and MySQL. The message
-has the server's words, so that its reader knows what to fix, without what they quote: a value in quotes can be a piece of
-a payload.
+A server's error is permanent unless it is in `_PASSES`, which was chosen from the lists of MariaDB and MySQL. The
+message has the server's words, so that its reader knows what to fix, without what they quote: a value in quotes can be
+a piece of a payload.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, Ou
 
 # A row's lock, or a table's.
 LOCK_WAIT_TIMEOUT = 1205
-# These end by themselves: locks, deadlocks (Galera's at COMMIT too), shutdowns and failovers, killed statements, connections
-# that are used up or lost, memory and disks that are full for a while.
+# These end by themselves: locks, deadlocks (Galera's at COMMIT too), shutdowns and failovers, killed statements,
+# connections that are used up or lost, memory and disks that are full for a while.
 _PASSES = {
     *(1020, LOCK_WAIT_TIMEOUT, 1213, 1412, 1613, 1614, 1615, 3058, 3100, 3101, 3134, 3572),
     *(1042, 1043, 1047, 1053, 1077, 1078, 1079, 1152, 1180, 1181, 1184, 1317, 1927, 3032, 3168, 3169, 4031),

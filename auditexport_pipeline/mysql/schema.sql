@@ -1,4 +1,4 @@
--- Our tables in MySQL, and the application's outbox as our tests and the demo create it.
+-- Our tables in MySQL, and the application's outbox for tests and the demo.
 
 -- name: ledger
 CREATE TABLE IF NOT EXISTS clickhouse_outbox_batch (

@@ -1,8 +1,8 @@
 """The session variables that we set in MySQL, so that nothing that matters is inherited.
 
-A server's globals, its `init_connect`, a user's defaults and a proxy all set session variables. The list was compared with
-every session variable of MariaDB 10.11, MariaDB 11.8 and MySQL 9. Those that can change what a statement of ours reads,
-writes, waits for or is refused are in `STATED`, each with what another value breaks. The others are not set:
+A server's globals, its `init_connect`, a user's defaults and a proxy all set session variables. The list was compared
+with every session variable of MariaDB 10.11, MariaDB 11.8 and MySQL 9. Those that can change what a statement of ours
+reads, writes, waits for or is refused are in `STATED`, each with what another value breaks. The others are not set:
 
     variables                                              why they do not matter here
     *_buffer_size, *_prealloc_size, tmp_table_size, …      speed and memory only; a limit that is reached is an error
@@ -109,7 +109,8 @@ STATED: dict[str, Stated] = {
         lc_messages="'en_US'",
         big_tables="OFF",
     ),
-    # For a list whose ranges need more memory than this, MySQL and MariaDB use no index. 0, no limit, is not the default.
+    # For a list whose ranges need more memory than this, MySQL and MariaDB use no index. 0, no limit, is not the
+    # default.
     **_all(
         _PLANS,
         range_optimizer_max_mem_size="0",

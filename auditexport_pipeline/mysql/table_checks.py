@@ -1,6 +1,7 @@
-"""The checks of the tables in MySQL: how each differs from `schema.sql`, what that breaks, and the statement that fixes it.
+"""The checks of the tables in MySQL: the differences from `schema.sql`, what they break, and the statements that fix
+them.
 
-Nothing is altered here, and nothing but the ledger's row 0 and its last pk is read of a table.
+Nothing is altered, and only the ledger's row 0 and its last pk are read from a table.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from auditexport_pipeline.mysql.catalogue import DDL, Catalogue, FoundColumn
 from auditexport_pipeline.roles import LEDGER, MYSQL_GRANTS, OUTBOX, Role
 from auditexport_pipeline.sql import Column, columns_of, keys_of
 
-# In a trigger's body: what can undo or refuse a mark.
+# Words of a trigger that can undo or refuse a mark.
 _REFUSING = re.compile(r"\b(?:deleted_at|SIGNAL|RESIGNAL)\b", re.IGNORECASE)
-# A clock that is this far ahead was wrong, not merely late.
+# A clock that is this far ahead was wrong.
 AHEAD_MS = 3_600_000
 # ClickHouse's DateTime ends in 2106, and a TTL counted from beyond it is in the past.
 LAST_STAMP_MS = 4_284_000_000_000
@@ -74,12 +75,12 @@ def _table(db: Catalogue, table: str) -> Checking:
 
 
 def _column(table: str, column: Column, found: FoundColumn) -> Iterator[Finding]:
-    """The column keeps every value of its declared type, and compares texts letter by letter."""
+    """The column takes every value of its declared type, and compares texts exactly."""
     ours = table != OUTBOX
     # The primary key exists: the statement must not add a second one.
     modify = f"ALTER TABLE {table} MODIFY COLUMN {column.declaration.removesuffix(' PRIMARY KEY')}"
     convert = f"ALTER TABLE {table} CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-    if not _holds(column.type.lower(), found.type):
+    if not _takes(column.type.lower(), found.type):
         yield Finding(
             what=f"{table}.{column.name} is {found.type} and should be {column.type.lower()}",
             breaks="values do not fit, or are read back changed",
@@ -105,14 +106,14 @@ def _column(table: str, column: Column, found: FoundColumn) -> Iterator[Finding]
     elif not (found.collation or "").endswith(("_bin", "_as_cs")):
         yield warning(
             what=f"{table}.{column.name} compares by {found.collation}",
-            breaks="ids and versions that differ in case or accents count as one: an operator's filter would take in another "
+            breaks="ids and versions that differ in case or accents count as one: an operator's filter would also take another "
             "tenant's rows",
             fix=convert,
         )
 
 
-def _holds(declared: str, found: str) -> bool:
-    """Whether a column of type `found` keeps every value of the declared type as it is."""
+def _takes(declared: str, found: str) -> bool:
+    """Whether a column of type `found` stores every value of the declared type unchanged."""
     if declared == "json":
         return found in ("json", "longtext")
     want, have = re.split(r"[( ]", declared)[0], re.split(r"[( ]", found)[0]
@@ -126,11 +127,11 @@ def _holds(declared: str, found: str) -> bool:
 
 
 def _index(db: Catalogue, table: str, name: str, columns: str) -> Iterator[Finding]:
-    """The index is there, with its columns in order, and the optimizer may use it. Statements force the outbox's."""
+    """The index is there, with its columns in order, and the optimizer may use it. Statements name the outbox's."""
     forced = table == OUTBOX
     breaks = "a drain slows down as the table grows"
     if forced:
-        breaks = "every statement names it: claims and probes would fail, and without it read the whole table"
+        breaks = "every statement names it: claims and probes would fail"
     found, shown = db.indexes.get((table, name)), columns.replace(",", ", ")
     if found is None or found.columns != columns:
         yield Finding(
@@ -154,8 +155,8 @@ def _triggers(db: Catalogue) -> Checking:
     if suspect := [name for name, statement in triggers.items() if _REFUSING.search(statement)]:
         yield warning(
             what=f"the trigger {', '.join(suspect)} on clickhouse_outbox names deleted_at or signals",
-            breaks="if it undoes or refuses the mark of an exported row, its batch stays open and each drain ends with it; the "
-            "rows are in ClickHouse and are not sent again",
+            breaks="if it undoes or refuses the mark of an exported row, the batch stays open and each drain fails at it; its rows "
+            "are in ClickHouse and are not sent again",
             fix="change it so that it ignores an UPDATE that sets only deleted_at",
         )
     return ", ".join(triggers) or "none that this user sees"
@@ -175,15 +176,16 @@ def ledger_head(db: Catalogue) -> Checking:
     ahead_ms, stamped_ms = head.inserted_at_ms - head.now_ms, head.stamped_ms or 0
     if ahead_ms > AHEAD_MS:
         too_late = head.inserted_at_ms > LAST_STAMP_MS
+        wait = (
+            "batches have such stamps already, so wait until it has passed them: with a lower value, the ledger would give a stamp "
+            "twice"
+        )
+        lower = f"no batch has such a stamp, so: UPDATE {LEDGER} SET inserted_at_ms = {max(head.now_ms, stamped_ms)} WHERE batch_id = 0"
         yield Finding(
             what=f"the ledger's last inserted_at is {ahead_ms / 3_600_000:,.0f} hours ahead of MySQL's clock",
-            breaks="every new entry is stamped after it: retention and months are counted from there"
+            breaks="every new entry has a later stamp: retention and months are counted from there"
             + (", and beyond the year 2105 ClickHouse drops entries on arrival" if too_late else ""),
-            fix="set MySQL's clock right; batches carry such stamps already, so wait until it has passed them: lowered, the "
-            "ledger would hand out a stamp twice"
-            if stamped_ms - head.now_ms > AHEAD_MS
-            else f"set MySQL's clock right; no batch carries such a stamp, so: UPDATE {LEDGER} SET inserted_at_ms = "
-            f"{max(head.now_ms, stamped_ms)} WHERE batch_id = 0",
+            fix=f"set MySQL's clock right; {wait if stamped_ms - head.now_ms > AHEAD_MS else lower}",
             fatal=too_late,
         )
     return f"last inserted_at {head.inserted_at_ms}"
@@ -200,8 +202,8 @@ def _pks(db: Catalogue) -> Checking:
         yield warning(
             what=f"{OUTBOX}'s pks repeat: the next one is {next_pk:,}, and batches of the ledger had pks up to {last_pk:,} (a "
             "TRUNCATE, a new table, AUTO_INCREMENT set back, or a restore)",
-            breaks="new events are exported, each after a look-up for an earlier copy; what ClickHouse has lost of "
-            "earlier batches cannot be exported again from here",
-            fix=f"nothing has to be done; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} avoids these look-ups",
+            breaks="new events are exported, each after a look-up for an earlier copy; entries of earlier batches that ClickHouse has "
+            "lost cannot be exported again from here",
+            fix=f"no fix is needed; ALTER TABLE {OUTBOX} AUTO_INCREMENT = {last_pk + 1} avoids these look-ups",
         )
     return f"the next is {next_pk:,}, the ledger's last {last_pk:,}"
