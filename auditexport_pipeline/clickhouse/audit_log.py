@@ -214,8 +214,7 @@ class ClickHouseAuditLog:
 
         Durable effect: `block.rows` rows and one part in the version's table, or nothing; after a `Refusal` either can
         be the case. Raises `InsertOutcomeUnknown` when no answer came, `LeaseLost` when ClickHouse's clock is past the
-        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that speaks of neither rows nor a view nor a
-        limit.
+        deadline, `AuditLogUnavailable` or `SetupIncomplete` for an error that is not about rows, a view or a limit.
         """
         what = f"the INSERT of batch {batch.batch_id}, block {block.number} ({block.rows:,} rows)"
         # Where a proxy drops ClickHouse's headers, a requeue is proven by the entries that it adds. A replay of a

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
 CONNECT_TIMEOUT_S = 10
-# The socket waits this much longer than ClickHouse may work: ClickHouse's own time-out error says more than ours.
+# The socket waits this much longer than ClickHouse may work: ClickHouse's own time-out error explains more than ours.
 ANSWER_GRACE_S = 15
 LOOK_UP_TIMEOUT_S = 60
 # Options of the URL: files, with the driver's names.
@@ -364,7 +364,7 @@ class Connection:
             found = _decode(answer)
         except msgspec.DecodeError as error:
             half = "half an answer" if answer[:1] == b"{" else "something else"
-            late = _error_in(answer) or NotClickHouse(200, f"a 200 with {half} where rows were asked for")
+            late = _error_in(answer) or NotClickHouse(200, f"a 200 with {half} in the place of rows")
             raise late from error
         if found.exception is not None:
             raise _error_in(found.exception.encode()) or ServerError(0, found.exception)

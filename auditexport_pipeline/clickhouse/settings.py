@@ -184,17 +184,17 @@ class Listed(NamedTuple):
     least: str | None
     most: str | None
 
-    def means(self, wanted: Value) -> bool:
+    def means(self, value: Value) -> bool:
         """Whether the server has this value already."""
-        if wanted == DEFAULT:
+        if value == DEFAULT:
             return not self.changed
-        return {"true": "1", "false": "0"}.get(self.value, self.value) == str(wanted)
+        return {"true": "1", "false": "0"}.get(self.value, self.value) == str(value)
 
-    def refuses(self, wanted: Value) -> bool:
+    def refuses(self, value: Value) -> bool:
         """Whether our user may not set this value."""
-        if self.means(wanted):
+        if self.means(value):
             return False
-        return self.fixed or _below(str(wanted), self.least) or _below(self.most, str(wanted))
+        return self.fixed or _below(str(value), self.least) or _below(self.most, str(value))
 
 
 def _below(left: str | None, right: str | None) -> bool:
@@ -204,13 +204,13 @@ def _below(left: str | None, right: str | None) -> bool:
         return False
 
 
-def stated(wanted: Mapping[str, Value], listed: Mapping[str, Listed], *, strict: bool = True) -> str:
-    """The SETTINGS clause with those of `wanted` that the server lists, and what its profile changed in our families.
+def stated(settings: Mapping[str, Value], listed: Mapping[str, Listed], *, strict: bool = True) -> str:
+    """The SETTINGS clause with those of `settings` that the server lists, and what its profile changed in our families.
 
     With `strict`, settings that our user may not set are in the clause too, and the server refuses them.
     """
     parts = []
-    for name, value in wanted.items():
+    for name, value in settings.items():
         here = listed.get(name)
         if here is None or (here.fixed and here.means(value)):
             continue
@@ -222,16 +222,16 @@ def stated(wanted: Mapping[str, Value], listed: Mapping[str, Listed], *, strict:
     parts += [
         f"{name} = DEFAULT"
         for name, here in listed.items()
-        if here.changed and not here.fixed and name not in wanted and _FAMILIES.match(name)
+        if here.changed and not here.fixed and name not in settings and _FAMILIES.match(name)
     ]
     return "SETTINGS " + ", ".join(parts) if parts else ""
 
 
-def refused(wanted: Mapping[str, Value], listed: Mapping[str, Listed]) -> dict[str, tuple[Value, str]]:
+def refused(settings: Mapping[str, Value], listed: Mapping[str, Listed]) -> dict[str, tuple[Value, str]]:
     """Settings that our user may not set as our statements need them: the value we need, and the server's."""
     return {
         name: (value, here.value)
-        for name, value in wanted.items()
+        for name, value in settings.items()
         if name not in COST and (here := listed.get(name)) is not None and here.refuses(value)
     }
 

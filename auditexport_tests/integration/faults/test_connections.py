@@ -1,4 +1,4 @@
-"""Where a drain goes is what its definitions say: no launch changes a connection, and none is kept in Dagster's storage."""
+"""A drain uses the connections of its definitions: no launch changes one, and Dagster's storage has none."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def accepts(job: dg.JobDefinition, run_config: dict[str, Any]) -> bool:
 def test_a_launch_cannot_send_the_events_to_another_clickhouse(
     exporter: Exporter, stack: Stack, elsewhere: Stack
 ) -> None:
-    """The rows would be marked here, in a green run, and the events be somewhere else."""
+    """Else rows would be marked here, in a green run, and the events be in the other one."""
     stack.put(*events(3))
-    sent = {"resources": {"clickhouse": {"config": {"url": elsewhere.clickhouse_url}}}}
+    launch = {"resources": {"clickhouse": {"config": {"url": elsewhere.clickhouse_url}}}}
     with suppress(dg.DagsterInvalidConfigError):
         build_defs().resolve_job_def("audit_log_export").execute_in_process(
-            instance=exporter.instance, run_config={**launchpad({}), **sent}
+            instance=exporter.instance, run_config={**launchpad({}), **launch}
         )
     assert elsewhere.counts() == (0, 0)
     assert stack.pending() == 3
@@ -57,7 +57,7 @@ def test_a_launch_cannot_send_the_events_to_another_clickhouse(
 @pytest.mark.parametrize("name", ["", "eu"])
 @pytest.mark.usefixtures("home")
 def test_no_job_takes_a_connection_from_its_launch(name: str) -> None:
-    """Also not a job of upkeep, the page's Materialize, or an outbox in somebody else's code location."""
+    """Nor do jobs of maintenance, the UI's Materialize, and an outbox in a host's code location."""
     prefix = f"{name}_" if name else ""
     defs = build_audit_export_defs(name)
     taking = [
@@ -78,8 +78,8 @@ def test_no_job_takes_a_connection_from_its_launch(name: str) -> None:
 
 @pytest.mark.usefixtures("home")
 def test_a_password_in_the_definitions_is_in_no_snapshot_of_a_job() -> None:
-    """Dagster stores one of each job with every run, for whoever may read its storage."""
-    url = f"mysql+pymysql://somebody:{PASSWORD}@127.0.0.1:1/somewhere"
+    """Dagster stores one of each job with every run, and many people may read its storage."""
+    url = f"mysql+pymysql://user:{PASSWORD}@127.0.0.1:1/somewhere"
     showing = [
         job.name
         for job in jobs(build_audit_export_defs(mysql_url=url))

@@ -182,8 +182,8 @@ def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(stack: Stack, pr
 
     # Requeued and exported again, copies are looked for entry by entry.
     for number, text in enumerate(HOSTILE, start=1):
-        asked = json.loads(prompt("requeue", "--workspace", text, "--why", text, "--dry-run", "--json"))
-        assert asked["rows"] == 1, text
+        preview = json.loads(prompt("requeue", "--workspace", text, "--why", text, "--dry-run", "--json"))
+        assert preview["rows"] == 1, text
         event_id = f"{text[:40]}e"
         done = json.loads(prompt("requeue", "--event-id", event_id, "--who", text, "--why", text, "--json"))
         assert done["rows"] == 1, text
@@ -197,12 +197,12 @@ def test_hostile_values_are_data_in_the_drain_and_at_the_prompt(stack: Stack, pr
         assert len(json.loads(prompt("erasures", "list", "--json"))["erasures"]) == number
     drain(stack.outbox, stack.log, Limits(), owner="'; --")
     prompt("reconcile")
-    told = [
+    outputs = [
         prompt("erasures", "list"),
         prompt("dead-letters", "list", "--state", "any"),
         *(prompt("dead-letters", "show", str(pk)) for pk in pks[len(good) :]),
     ]
-    assert all("[bold]x[/red] :smile:" in text for text in (*told[:2], told[-2]))
+    assert all("[bold]x[/red] :smile:" in text for text in (*outputs[:2], outputs[-2]))
     recorded = json.loads(prompt("erasures", "list", "--json"))["erasures"]
     assert [(one["workspace_id"], one["who"], one["why"]) for one in recorded] == [(t, t, t) for t in HOSTILE]
     assert stack.counts()[1] == len(HOSTILE)
