@@ -1,8 +1,4 @@
-"""MySQL: the record of what operators did, `clickhouse_outbox_action`.
-
-What belongs here: writing an action in the transaction of its effect, and listing them. What does not: the
-effects themselves.
-"""
+"""MySQL: the record of what operators did, `clickhouse_outbox_action`. The effects themselves do not belong here."""
 
 from __future__ import annotations
 
@@ -18,21 +14,18 @@ from auditexport_pipeline.mysql.statements import statements
 
 # The column is TEXT: 65,535 bytes.
 LONGEST_SELECTION = 60_000
-# Of a list that does not fit, so many entries are named.
+# Of a selection that does not fit, longer values are shortened.
+LONGEST_VALUE = 4_000
+# Entries of a longer list that are named, and characters of each: event ids have 48.
 NAMED_ENTRIES = 100
+NAMED_CHARACTERS = 64
 
 SQL = statements("mysql/actions.sql")
 
 
 def record(connection: Connection, verb: str, by: Actor, selection: Mapping[str, object], rows: int) -> int:
     """Writes one action and returns its id; call it in the transaction of what it records."""
-    values = {
-        "verb": verb,
-        "who": by.who,
-        "why": by.why,
-        "selection": _text_of(selection),
-        "rows": rows,
-    }
+    values = {"verb": verb, "who": by.who, "why": by.why, "selection": _text_of(selection), "rows": rows}
     return int(connection.execute(SQL["add"], values).lastrowid)
 
 
@@ -42,27 +35,25 @@ def count_rows(connection: Connection, action_id: int, rows: int) -> None:
 
 
 def _text_of(selection: Mapping[str, object]) -> str:
-    """The conditions as JSON, as much of them as the column holds: of a list that is too long its first entries, its length
-    and a digest of all of it, and of a long text its beginning.
+    """The conditions as JSON. If the column cannot hold all of it, a long list is its first entries and its length, and a long
+    text its beginning, both with a digest of the whole.
     """
     encoded = msgspec.json.encode(selection)
-    named = NAMED_ENTRIES
-    while len(encoded) > LONGEST_SELECTION:
-        kept: dict[str, object] = {}
-        for name, value in selection.items():
-            whole = msgspec.json.encode(value)
-            if len(whole) <= 64 * max(named, 1):
-                kept[name] = value
-                continue
-            if isinstance(value, (list, tuple)):
-                kept[name] = list(value[:named])
-                kept[f"{name}_count"] = len(value)
-            else:
-                kept[name] = str(value)[: 16 * named]
-            kept[f"{name}_sha256"] = hashlib.sha256(whole).hexdigest()
-        encoded = msgspec.json.encode(kept)
-        named //= 2
-    return encoded.decode()
+    if len(encoded) <= LONGEST_SELECTION:
+        return encoded.decode()
+    shortened: dict[str, object] = {}
+    for name, value in selection.items():
+        whole = msgspec.json.encode(value)
+        if len(whole) <= LONGEST_VALUE:
+            shortened[name] = value
+            continue
+        if isinstance(value, (list, tuple)):
+            shortened[name] = [str(entry)[:NAMED_CHARACTERS] for entry in value[:NAMED_ENTRIES]]
+            shortened[f"{name}_count"] = len(value)
+        else:
+            shortened[name] = str(value)[: LONGEST_VALUE // 4]
+        shortened[f"{name}_sha256"] = hashlib.sha256(whole).hexdigest()
+    return msgspec.json.encode(shortened).decode()
 
 
 def last(connection: Connection, count: int) -> list[Action]:

@@ -1,14 +1,13 @@
-"""MySQL for requeue, sweep and reconcile, behind `core.ports.Maintenance`.
+"""MySQL for requeue, sweep and reconcile, behind `core.ports.Maintenance`: the statements of `maintenance.sql`.
 
-What belongs here: reading batches and marks over a window, clearing and deleting rows in bounded chunks, and the
-record of who did it. What does not: the statements (`maintenance.sql`), the life of a batch (`mysql.outbox`), and
-any decision.
+What does not belong here: the life of a batch (`mysql.outbox`), and any decision.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
@@ -29,6 +28,8 @@ SQL = statements("mysql/maintenance.sql")
 SCAN_PKS = 20_000
 # Marks of another exporter that one statement reads: its batches have some thousand rows each.
 STAMPS_AT_ONCE = 20
+# Ranges in which the ledger or the outbox is searched for a set of pks.
+SPANS = 64
 
 
 class MySQLMaintenance:
@@ -37,40 +38,42 @@ class MySQLMaintenance:
     def __init__(self, outbox: MySQLOutbox) -> None:
         self.outbox = outbox
 
-    # ── the ledger ───────────────────────────────────────────────────────────────
+    def _rows(self, what: str, statement: str, **values: object) -> list[Row[Any]]:
+        return self.outbox.rows(what, SQL[statement], values)
+
+    # ── the ledger ───────────────────────────────────────────────────────────────────────────────
 
     def now_ms(self) -> int:
         return int(self.outbox.rows("asking for the time", OUTBOX_SQL["now_ms"])[0].now_ms)
 
     def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
         values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
-        return [_with_sweep(row) for row in self.outbox.rows("reading the ledger", SQL["inserted_between"], values)]
+        return [_with_sweep(row) for row in self._rows("reading the ledger", "inserted_between", **values)]
 
     def held(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
         found: dict[int, PkSet] = {}
         with self.outbox.transaction("reading the ledger") as connection:
-            for first_pk, last_pk in pks.spans(64):
+            for first_pk, last_pk in pks.spans(SPANS):
                 for row in connection.execute(SQL["held_between"], {"first_pk": first_pk, "last_pk": last_pk}):
-                    common = PkSet.parse(row.pks) & pks
-                    if common:
+                    if common := PkSet.parse(row.pks) & pks:
                         found[row.batch_id] = common
         return found
 
     def batch_with(self, inserted_at_ms: int) -> int | None:
         values = {"inserted_at_ms": inserted_at_ms, "in_manifest": f'%"at":{inserted_at_ms},%'}
-        found = self.outbox.rows("reading the ledger", SQL["batch_with"], values)
+        found = self._rows("reading the ledger", "batch_with", **values)
         return int(found[0].batch_id) if found else None
 
     def first_inserted_ms(self) -> int | None:
-        first_ms: int | None = self.outbox.rows("reading the ledger", SQL["first_inserted"])[0].first_ms
+        first_ms: int | None = self._rows("reading the ledger", "first_inserted")[0].first_ms
         return first_ms
 
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
         values = {
             "batch_id": batch.batch_id,
             "state": str(State.DISCREPANT if discrepancy else State.VERIFIED),
-            "error": f"in ClickHouse: {discrepancy}" if discrepancy else "",
+            "error": f"{IN_CLICKHOUSE}{discrepancy}" if discrepancy else "",
             "observed": observed_to_text(observed),
         }
         with self.outbox.transaction(f"recording the reconciliation of batch {batch.batch_id}") as connection:
@@ -87,46 +90,43 @@ class MySQLMaintenance:
             limits = {"first_ms": first_ms, "last_ms": last_ms}
             stamps = sorted(row.stamp_ms for row in connection.execute(SQL["outbox_stamps"], limits))
             ours = {row.stamp_ms for row in connection.execute(SQL["ledger_stamps"])} if stamps else set()
-        for run in _runs(stamps, ours):
-            values = {"first_ms": run[0], "last_ms": run[-1], **_of_versions(versions)}
-            marks = {row.pk: row.stamp_ms for row in self.outbox.rows("reading marks", SQL["marks_between"], values)}
-            if marks:
+        for group in _foreign_groups(stamps, ours):
+            values = {"first_ms": group[0], "last_ms": group[-1], **_of_versions(versions)}
+            if marks := {row.pk: row.stamp_ms for row in self._rows("reading marks", "marks_between", **values)}:
                 yield marks
 
     def count_stamped(self, stamp_ms: int) -> int:
-        return int(self.outbox.rows("counting marks", SQL["count_stamped"], {"stamp_ms": stamp_ms})[0].n)
+        return int(self._rows("counting marks", "count_stamped", stamp_ms=stamp_ms)[0].n)
 
     def stamped(self, stamp_ms: int, versions: Sequence[str]) -> PkSet:
-        values = {"stamp_ms": stamp_ms, **_of_versions(versions)}
-        return PkSet.of(row.pk for row in self.outbox.rows("reading marks", SQL["stamped"], values))
+        rows = self._rows("reading marks", "stamped", stamp_ms=stamp_ms, **_of_versions(versions))
+        return PkSet.of(row.pk for row in rows)
 
     def dead_among(self, pks: PkSet) -> PkSet:
-        """The rows that have a dead letter which was not retried, whoever has marked the rows since."""
-        with self.outbox.transaction("reading dead letters") as connection:
-            return PkSet.of(
-                row.pk
-                for chunk in pks.chunks(LIST_PKS)
-                for row in connection.execute(SQL["dead_among"], {"pks": list(chunk)})
-            )
+        """The rows that have a dead letter which was not retried, even if the rows have been marked since."""
+        chunks = (self._rows("reading dead letters", "dead_among", pks=list(chunk)) for chunk in pks.chunks(LIST_PKS))
+        return PkSet.of(row.pk for rows in chunks for row in rows)
 
-    def marked(self, wanted: RowFilter, within: PkSet | None) -> Iterator[PkSet]:
+    def marked(self, which: RowFilter, within: PkSet | None) -> Iterator[PkSet]:
         """The marked rows that a filter names, in portions by ascending pk; `within` limits the search.
 
         Source: `drainer_pending_idx` for a range of export time, else the primary key, some thousand rows a
         statement. No lock.
         """
-        if wanted.from_exported_ms is not None or wanted.to_exported_ms is not None:
-            limits = {"from_ms": wanted.from_exported_ms or 0, "to_ms": wanted.to_exported_ms or 2**63 - 1}
-            found = PkSet.of(row.pk for row in self.outbox.rows("reading marks", SQL["stamped_between"], limits))
+        if which.from_exported_ms is not None or which.to_exported_ms is not None:
+            limits = {"from_ms": which.from_exported_ms or 0, "to_ms": which.to_exported_ms or 2**63 - 1}
+            found = PkSet.of(row.pk for row in self._rows("reading marks", "stamped_between", **limits))
             within = found if within is None else within & found
-        for first_pk, last_pk in self._spans(wanted, within):
+        last = which.to_pk if which.to_pk is not None else 2**64 - 1
+        pks = PkSet(((which.from_pk or 0, last),))
+        for first_pk, last_pk in (pks if within is None else within & pks).spans(SPANS):
             while True:
                 with self.outbox.transaction("looking for rows") as connection:
                     first: int | None = connection.execute(SQL["next_pk"], {"pk": first_pk}).scalar()
                     if first is None or first > last_pk:
                         break
                     until = min(last_pk, first + SCAN_PKS - 1)
-                    values = {"first_pk": first, "last_pk": until, **_conditions(wanted)}
+                    values = {"first_pk": first, "last_pk": until, **_conditions(which)}
                     pks = PkSet.of(row.pk for row in connection.execute(SQL["marked_between"], values))
                 if within is not None:
                     pks &= within
@@ -134,27 +134,21 @@ class MySQLMaintenance:
                     yield pks
                 first_pk = until + 1
 
-    def _spans(self, wanted: RowFilter, within: PkSet | None) -> list[tuple[int, int]]:
-        if within is not None:
-            spans = within.spans(64) if within else []
-        else:
-            (ends,) = self.outbox.rows("looking for rows", SQL["outbox_ends"])
-            spans = [(ends.first_pk, ends.last_pk)] if ends.first_pk is not None else []
-        low = wanted.from_pk if wanted.from_pk is not None else 0
-        high = wanted.to_pk if wanted.to_pk is not None else 2**64 - 1
-        return [(max(first, low), min(last, high)) for first, last in spans if first <= high and last >= low]
-
     def by_workspace(self, pks: PkSet) -> dict[str, int]:
         """How many of these rows each workspace has in the outbox."""
-        counts: dict[str, int] = {}
-        for chunk in pks.chunks(SCAN_PKS):
-            with self.outbox.transaction("counting rows") as connection:
-                for statement, values in by_shape("workspaces", chunk):
-                    for row in connection.execute(SQL[statement], values):
-                        counts[row.workspace_id] = counts.get(row.workspace_id, 0) + row.n
+        counts: Counter[str] = Counter()
+        for statement, values in _chunks_by_shape("workspaces", pks):
+            counts.update({row.workspace_id: row.n for row in self._rows("counting rows", statement, **values)})
         return counts
 
-    # ── effects ──────────────────────────────────────────────────────────────────────────────────
+    def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
+        found: dict[int, tuple[int, int | None]] = {}
+        for chunk in pks.chunks(5_000):
+            rows = self._rows("reading rows", "times", pks=list(chunk))
+            found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
+        return found
+
+    # ── actions and their effects ────────────────────────────────────────────────────────────────
 
     def record_action(self, verb: str, by: Actor, selection: Mapping[str, object]) -> int:
         """Writes the record of an action, which counts the rows of all its effects; returns its id."""
@@ -162,41 +156,40 @@ class MySQLMaintenance:
             return actions.record(connection, verb, by, selection, 0)
 
     def actions(self, count: int) -> list[Action]:
-        with self.outbox.transaction("reading what was done") as connection:
+        with self.outbox.transaction("reading actions") as connection:
             return actions.last(connection, count)
+
+    def last_actions(self, verb: str, count: int) -> list[Action]:
+        with self.outbox.transaction("reading actions") as connection:
+            return actions.last_of_verb(connection, verb, count)
 
     def unmark(self, pks: PkSet, action_id: int) -> int:
         """Clears the marks of these rows and counts them in the action, in one transaction; returns how many."""
         with self.outbox.transaction("clearing marks") as connection:
-            rows = _effect(connection, "unmark", pks, {})
-            actions.count_rows(connection, action_id, rows)
-            return rows
+            return _effect(connection, action_id, "unmark", pks)
 
     def sweepable(self, before_ms: int, after_id: int, batches: int) -> list[Batch]:
         values = {"before_ms": before_ms, "after_id": after_id, "row_limit": batches}
-        return [_with_sweep(row) for row in self.outbox.rows("reading the ledger", SQL["sweepable"], values)]
+        return [_with_sweep(row) for row in self._rows("reading the ledger", "sweepable", **values)]
 
     def held_back(self, before_ms: int) -> int:
-        return int(self.outbox.rows("counting batches", SQL["held_back"], {"before_ms": before_ms})[0].n)
+        return int(self._rows("counting batches", "held_back", before_ms=before_ms)[0].n)
 
     def discrepant_due(self, before_ms: int) -> dict[int, str]:
-        found = self.outbox.rows("listing discrepant batches", SQL["discrepant_due"], {"before_ms": before_ms})
+        found = self._rows("listing discrepant batches", "discrepant_due", before_ms=before_ms)
         return {row.batch_id: row.last_error.removeprefix(IN_CLICKHOUSE) for row in found}
 
     def count_due(self, pks: PkSet, before_ms: int) -> int:
-        rows = 0
-        for chunk in pks.chunks(SCAN_PKS):
-            with self.outbox.transaction("counting rows") as connection:
-                for statement, values in by_shape("count_due", chunk):
-                    rows += connection.execute(SQL[statement], {**values, "before_ms": before_ms}).scalar_one()
-        return rows
+        return sum(
+            self._rows("counting rows", statement, **values, before_ms=before_ms)[0].n
+            for statement, values in _chunks_by_shape("count_due", pks)
+        )
 
     def delete(self, batch_id: int, pks: PkSet, before_ms: int, action_id: int) -> int:
         """Deletes those of these rows that were exported before, and counts them, in one transaction."""
         with self.outbox.transaction(f"sweeping rows of batch {batch_id}") as connection:
-            rows = _effect(connection, "delete", pks, {"before_ms": before_ms})
+            rows = _effect(connection, action_id, "delete", pks, before_ms=before_ms)
             connection.execute(SQL["count_swept"], {"batch_id": batch_id, "rows": rows})
-            actions.count_rows(connection, action_id, rows)
             return rows
 
     def record_swept(self, batch_id: int) -> None:
@@ -205,22 +198,21 @@ class MySQLMaintenance:
 
     def compact(self, before_ms: int, batches: int, by: Actor) -> int:
         """Compacts swept batches exported before, at most `batches`, and records it; returns how many."""
+        limits = {"before_ms": before_ms, "row_limit": batches}
         with self.outbox.transaction("compacting the ledger") as connection:
-            due = [
-                batch_of(row)
-                for row in connection.execute(SQL["compactable"], {"before_ms": before_ms, "row_limit": batches})
-            ]
+            due = [batch_of(row) for row in connection.execute(SQL["compactable"], limits)]
             for batch in due:
-                connection.execute(
-                    SQL["compact"], {"batch_id": batch.batch_id, "manifest": compacted_text(batch.blocks)}
-                )
+                values = {"batch_id": batch.batch_id, "manifest": compacted_text(batch.blocks)}
+                connection.execute(SQL["compact"], values)
             if due:
                 actions.record(connection, "compact", by, {"before_ms": before_ms}, len(due))
             return len(due)
 
     def close_letters(self) -> int:
-        """Closes dead letters whose rows are gone from the outbox or were marked by somebody."""
+        """Closes dead letters whose rows are gone from the outbox or were marked by another program or by hand."""
         return dead_letters.close_gone(self.outbox)
+
+    # ── erasures ─────────────────────────────────────────────────────────────────────────────────
 
     def add_erasures(self, by: Actor, erasures: Collection[Erasure]) -> int:
         """Records erasures, all or none, and returns the action's id."""
@@ -230,14 +222,7 @@ class MySQLMaintenance:
             selection = {"workspaces": workspaces[:20], "erasures": len(erasures), "newest_pk": newest_pk}
             action_id = actions.record(connection, "erasure", by, selection, len(erasures))
             for erasure in erasures:
-                values = {
-                    "action_id": action_id,
-                    "workspace_id": erasure.workspace_id,
-                    "event_id": erasure.event_id,
-                    "from_ms": erasure.from_ms,
-                    "to_ms": erasure.to_ms,
-                }
-                connection.execute(SQL["add_erasure"], values)
+                connection.execute(SQL["add_erasure"], {"action_id": action_id, **asdict(erasure)})
             return action_id
 
     def erasures(self) -> list[RecordedErasure]:
@@ -250,33 +235,25 @@ class MySQLMaintenance:
                 by=Actor(who=row.who, why=row.why),
                 newest_pk=_newest_pk(row.selection),
             )
-            for row in self.outbox.rows("reading erasures", SQL["erasures"])
+            for row in self._rows("reading erasures", "erasures")
         ]
 
-    def last_actions(self, verb: str, count: int) -> list[Action]:
-        with self.outbox.transaction("reading what was done") as connection:
-            return actions.last_of_verb(connection, verb, count)
 
-    def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
-        found: dict[int, tuple[int, int | None]] = {}
-        for chunk in pks.chunks(5_000):
-            rows = self.outbox.rows("reading rows", SQL["times"], {"pks": list(chunk)})
-            found.update((row.pk, (row.created_at, row.deleted_at)) for row in rows)
-        return found
-
-
-def _runs(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
+def _foreign_groups(stamps: Sequence[int], ours: Collection[int]) -> Iterator[list[int]]:
     """Groups the ascending marks of others: none of ours is between the marks of a group, and it has `STAMPS_AT_ONCE` at most."""
-    run: list[int] = []
+    group: list[int] = []
     for stamp in stamps:
-        if stamp in ours or len(run) == STAMPS_AT_ONCE:
-            if run:
-                yield run
-            run = []
+        if group and (stamp in ours or len(group) == STAMPS_AT_ONCE):
+            yield group
+            group = []
         if stamp not in ours:
-            run.append(stamp)
-    if run:
-        yield run
+            group.append(stamp)
+    if group:
+        yield group
+
+
+class _ErasureRecord(msgspec.Struct):
+    newest_pk: int = 0
 
 
 def _newest_pk(selection: str) -> int:
@@ -285,10 +262,6 @@ def _newest_pk(selection: str) -> int:
         return msgspec.json.decode(selection, type=_ErasureRecord).newest_pk
     except msgspec.DecodeError:
         return 0
-
-
-class _ErasureRecord(msgspec.Struct):
-    newest_pk: int = 0
 
 
 def _of_versions(versions: Sequence[str]) -> dict[str, object]:
@@ -300,17 +273,25 @@ def _with_sweep(row: Row[Any]) -> Batch:
     return replace(batch_of(row), swept=row.swept_at_ms is not None)
 
 
-def _effect(connection: Connection, kind: str, pks: PkSet, values: Mapping[str, object]) -> int:
-    return sum(
-        connection.execute(SQL[statement], {**where, **values}).rowcount for statement, where in by_shape(kind, pks)
-    )
+def _chunks_by_shape(kind: str, pks: PkSet) -> Iterator[tuple[str, dict[str, object]]]:
+    """The statements that cover these pks, `SCAN_PKS` rows each at most."""
+    for chunk in pks.chunks(SCAN_PKS):
+        yield from by_shape(kind, chunk)
 
 
-def _conditions(wanted: RowFilter) -> dict[str, object]:
+def _effect(connection: Connection, action_id: int, kind: str, pks: PkSet, **values: object) -> int:
+    """Changes these rows and counts them in the action."""
+    changes = (connection.execute(SQL[statement], {**where, **values}) for statement, where in by_shape(kind, pks))
+    rows = sum(change.rowcount for change in changes)
+    actions.count_rows(connection, action_id, rows)
+    return rows
+
+
+def _conditions(which: RowFilter) -> dict[str, object]:
     return {
-        "workspace_id": wanted.workspace_id,
-        "any_event": 0 if wanted.event_ids else 1,
-        "event_ids": [event_id.encode() for event_id in wanted.event_ids] or [b""],
-        "from_event_ms": wanted.from_event_ms,
-        "to_event_ms": wanted.to_event_ms,
+        "workspace_id": which.workspace_id,
+        "any_event": 0 if which.event_ids else 1,
+        "event_ids": [event_id.encode() for event_id in which.event_ids] or [b""],
+        "from_event_ms": which.from_event_ms,
+        "to_event_ms": which.to_event_ms,
     }

@@ -1,10 +1,11 @@
--- What operators and upkeep say to MySQL: requeue, sweep, reconcile, actions, erasures.
+-- MySQL for requeue, sweep and reconcile, and for erasures.
 -- READ COMMITTED on every connection: no gap is locked, and plain SELECTs lock nothing. Times are the server's.
+-- A statement that says $pks is two: `…_between` for a range of pks, `…_in` for a list (`mysql/statements.py`).
 
--- ── the ledger, looked back at ──────────────────────────────────────────────────────────────────
+-- ── the ledger over a window ────────────────────────────────────────────────────────────────────
 
 -- name: inserted_between
--- inserted_idx, by pages of batch_id; no lock. Requeues too, under the latest inserted_at they share.
+-- inserted_idx, by pages of batch_id; no lock. A batch, also a requeue, is listed by the latest inserted_at of its blocks.
 SELECT $batch_columns, swept_at_ms
 FROM clickhouse_outbox_batch
 WHERE inserted_at_ms >= :from_ms AND inserted_at_ms < :to_ms AND batch_id > :after_id
@@ -18,7 +19,7 @@ WHERE last_pk >= :first_pk AND first_pk <= :last_pk AND batch_id > 0
   AND state IN ('claimed', 'sealed', 'written', 'stopped', 'exported', 'verified', 'discrepant')
 
 -- name: batch_with
--- inserted_idx from there on; a block that was split can lie below the latest of its batch. Asked for unknown entries only.
+-- inserted_idx from this inserted_at on: another block of the batch can have a later one. For unknown entries only.
 SELECT batch_id FROM clickhouse_outbox_batch
 WHERE inserted_at_ms >= :inserted_at_ms AND manifest LIKE :in_manifest LIMIT 1
 
@@ -31,7 +32,7 @@ SELECT MIN(inserted_at_ms) AS first_ms FROM clickhouse_outbox_batch WHERE batch_
 SELECT DISTINCT exported_at_ms AS stamp_ms FROM clickhouse_outbox_batch WHERE exported_at_ms IS NOT NULL
 
 -- name: reconciled
--- Primary key. A closed batch only; what was seen is what the next comparison is held against.
+-- Primary key. A closed batch only; the next comparison starts from what was observed.
 UPDATE clickhouse_outbox_batch
 SET state = :state, last_error = :error, observed = :observed,
     verified_at_ms = COALESCE(verified_at_ms, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))
@@ -69,10 +70,7 @@ WHERE deleted_at >= :from_ms AND deleted_at < :to_ms ORDER BY pk
 -- Primary key, point by point; no lock.
 SELECT letter.pk FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
 JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
-  ON held.pk = letter.pk
-  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
-  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
-  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+  ON $row_of_letter
 WHERE letter.pk IN :pks AND letter.state != 'retried' ORDER BY letter.pk
 
 -- name: outbox_ends
@@ -84,8 +82,8 @@ SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk FROM clickhouse_outbox
 SELECT MIN(pk) AS pk FROM clickhouse_outbox WHERE pk >= :pk
 
 -- name: marked_between
--- Primary key range; no lock. A condition that is not asked for is a constant. Ids are compared by bytes: whatever a
--- collation calls equal, another tenant's rows are not meant.
+-- Primary key range; no lock. A condition that is not given is a constant. Ids compare by bytes: a collation may
+-- call another tenant's id equal.
 SELECT pk FROM clickhouse_outbox FORCE INDEX (PRIMARY)
 WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
   AND (:workspace_id IS NULL OR CAST(CONVERT(workspace_id USING utf8mb4) AS BINARY) = CAST(:workspace_id AS BINARY))
@@ -94,28 +92,18 @@ WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
   AND (:to_event_ms IS NULL OR CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED) < :to_event_ms)
 ORDER BY pk
 
--- name: workspaces_between
--- Primary key range; no lock.
-SELECT workspace_id, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
-WHERE pk BETWEEN :first_pk AND :last_pk GROUP BY workspace_id
+-- name: workspaces
+-- Primary key; no lock.
+SELECT workspace_id, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks GROUP BY workspace_id
 
--- name: workspaces_in
--- Primary key, point by point; no lock.
-SELECT workspace_id, COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks GROUP BY workspace_id
-
--- name: unmark_between
--- Primary key range. Locks exactly the rows it clears, for one short transaction.
-UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL
-WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at IS NOT NULL
-
--- name: unmark_in
--- Primary key, point by point; otherwise as unmark_between.
-UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE pk IN :pks AND deleted_at IS NOT NULL
+-- name: unmark
+-- Primary key. Locks exactly the rows that it clears, for one short transaction.
+UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE $pks AND deleted_at IS NOT NULL
 
 -- ── sweep ───────────────────────────────────────────────────────────────────────────────────────
 
 -- name: sweepable
--- sweep_idx; no lock. A batch is swept once all of its rows are gone; one that was begun is still here.
+-- sweep_idx; no lock. swept_at_ms is set once all rows of a batch are gone, so a sweep that was interrupted goes on here.
 SELECT $batch_columns, swept_at_ms
 FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state = 'verified' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms AND batch_id > :after_id
@@ -127,28 +115,19 @@ SELECT COUNT(*) AS n FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state IN ('exported', 'discrepant') AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
 
 -- name: discrepant_due
--- sweep_idx, then the primary key. Due by age, and known to be discrepant.
+-- sweep_idx, then the primary key. Due by age, and discrepant.
 SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (sweep_idx)
 WHERE state = 'discrepant' AND swept_at_ms IS NULL AND exported_at_ms <= :before_ms
 ORDER BY exported_at_ms LIMIT 100
 
--- name: count_due_between
--- Primary key range; no lock.
-SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY)
-WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at <= :before_ms
+-- name: count_due
+-- Primary key; no lock.
+SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks AND deleted_at <= :before_ms
 
--- name: count_due_in
--- Primary key, point by point; no lock.
-SELECT COUNT(*) AS n FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks AND deleted_at <= :before_ms
-
--- name: delete_between
--- Primary key range: a DELETE takes no index hint, so the mark is compared as an expression that no index has.
--- READ COMMITTED: locks the rows it deletes and no gap; a row that was requeued meanwhile is pending and stays.
-DELETE FROM clickhouse_outbox WHERE pk BETWEEN :first_pk AND :last_pk AND deleted_at + 0 <= :before_ms
-
--- name: delete_in
--- Primary key, point by point; otherwise as delete_between.
-DELETE FROM clickhouse_outbox WHERE pk IN :pks AND deleted_at + 0 <= :before_ms
+-- name: delete
+-- Primary key: a DELETE takes no index hint, so the mark is compared as an expression that no index has.
+-- READ COMMITTED: locks the rows that it deletes and no gap; a row that was requeued meanwhile is pending and stays.
+DELETE FROM clickhouse_outbox WHERE $pks AND deleted_at + 0 <= :before_ms
 
 -- name: count_swept
 -- Primary key; in the transaction of the DELETE.
@@ -166,7 +145,7 @@ FROM clickhouse_outbox_batch
 WHERE state = 'verified' AND swept_at_ms IS NOT NULL AND exported_at_ms <= :before_ms ORDER BY batch_id LIMIT :row_limit
 
 -- name: compact
--- Primary key. Ids, counts, times and digests stay; which pks they were goes.
+-- Primary key. Ids, counts, times and digests stay; the pks go.
 UPDATE clickhouse_outbox_batch SET state = 'compacted', pks = '', manifest = :manifest
 WHERE batch_id = :batch_id AND state = 'verified' AND swept_at_ms IS NOT NULL
 
@@ -181,7 +160,7 @@ INSERT INTO clickhouse_outbox_erasure (action_id, workspace_id, event_id, from_m
 VALUES (:action_id, :workspace_id, :event_id, :from_ms, :to_ms)
 
 -- name: erasures
--- Primary key; all of them: there is one for each request to forget.
+-- Primary key; all of them: there are as many as requests to erase.
 SELECT erasure.workspace_id, erasure.event_id, erasure.from_ms, erasure.to_ms, action.at_ms, action.who, action.why,
        action.selection
 FROM clickhouse_outbox_erasure AS erasure

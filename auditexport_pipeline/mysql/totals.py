@@ -13,14 +13,14 @@ SQL = statements("mysql/totals.sql")
 # Batches that one statement adds up, in a transaction of its own: a long snapshot would hold up the server's purge.
 PAGE_BATCHES = 10_000
 _NO_END = 2**63 - 1
-# The last verification is looked for among this many of the latest exports: more than a run has.
+# The last verification is searched among this many of the latest exports: more than a run has.
 LOOK_BACK_BATCHES = 1_000
 
 
 def read_totals(outbox: MySQLOutbox, known: Totals | None = None) -> tuple[Totals, Totals]:
     """(totals below the first open batch, totals of all closed batches).
 
-    The first can not change any more: pass it as `known`, and only later batches are read. Without `known` the whole
+    The first cannot change any more: pass it as `known`, and only later batches are read. Without `known` the whole
     ledger is read. Source: the ledger by its primary key. Raises `OutboxUnavailable` and `SetupIncomplete`.
     """
     with outbox.transaction("reading the totals") as connection:
