@@ -1,22 +1,20 @@
 """Dead letters for operators: their states, filters, and the results of a retry or a discard.
 
-What belongs here: the values between the CLI or Dagster and the store. What does not:
-why a row became a dead letter (`core.event`, `core.split`), SQL (`mysql.dead_letters`), and payloads, except
-the one in `LetterDetails`, on request.
+What does not belong here: why a row became a dead letter (`core.event`, `core.split`), and SQL (`mysql.held`).
 
     open ──retry──▶ retried ──its row fails again──▶ open
       │                 └──its row is exported──▶ stays retried: it is closed
       ├──discard──▶ discarded ──retry──▶ retried        an operator gave it up; a retry is still possible
-      └──sweep──▶ gone                                  its row was deleted, or marked by somebody
+      └──sweep──▶ gone                                  its row was deleted, or marked by another program
 
-Open and discarded letters hold their row: no batch takes it, and it stays in the outbox, unmarked. A row that parses and
+No batch takes the row of an open or discarded letter: it stays in the outbox, unmarked. A row that parses and
 that the ClickHouse table refuses is no dead letter, but has the state `held` here: when the table's definition changes, it
 becomes `retried`, and so pending (`mysql.held`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from auditexport_pipeline.core.actions import Action
@@ -28,7 +26,7 @@ PAGE_LETTERS = 50
 
 
 class LetterState(str, Enum):
-    """The state of a dead letter. Letters in a `HELD` state keep their row out of batches."""
+    """The state of a dead letter. No batch takes a row whose letter is in a `HELD` state."""
 
     OPEN = "open"
     DISCARDED = "discarded"
@@ -47,7 +45,7 @@ HELD = (LetterState.OPEN, LetterState.DISCARDED, LetterState.HELD)
 class DeadLetterFilter:
     """A filter for dead letters: all given conditions must hold. Raises `InvalidConfig` for nonsense."""
 
-    state: LetterState | None = LetterState.OPEN  # None: in whichever state
+    state: LetterState | None = LetterState.OPEN  # None: any state
     workspace_id: str | None = None
     reason: str | None = None
     version: str | None = None
@@ -59,7 +57,7 @@ class DeadLetterFilter:
             raise InvalidConfig(f"older_than_s is {self.older_than_s}; it must not be negative")
         for name in ("workspace_id", "reason", "version"):
             if getattr(self, name) == "":
-                raise InvalidConfig(f"{name} is empty; leave it out to mean every one")
+                raise InvalidConfig(f"{name} is empty; leave it out to select all")
 
     @property
     def everything(self) -> bool:
@@ -68,17 +66,11 @@ class DeadLetterFilter:
 
     @property
     def selection(self) -> dict[str, str | int]:
-        """The conditions that are given, as an action's record keeps them: ids and times."""
+        """The conditions that are given, for an action's record: ids and times."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
         }
-
-    def of_pks(self, pks: PkSet | None) -> DeadLetterFilter:
-        return replace(self, pks=pks)
-
-    def in_state(self, state: LetterState | None) -> DeadLetterFilter:
-        return replace(self, state=state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +104,7 @@ class RowState(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LetterDetails:
-    """One letter, its row and what was done with it; `payload` only when it was asked for and is still there."""
+    """One letter, its row and the last action on it; `payload` only on request, and while the row is there."""
 
     letter: Letter
     row: RowState

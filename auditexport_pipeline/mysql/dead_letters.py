@@ -1,13 +1,13 @@
 """MySQL: dead letters, added by a seal, and listed, shown, retried and discarded by operators.
 
-What belongs here: transactions around `dead_letters.sql`, in bounded chunks. What does not: why a row becomes a
-dead letter (`core`), who may act, and how anything is shown. Only `show` reads a payload, and only on
-request: nothing is logged, and an action keeps conditions and pks.
+What does not belong here: why a row becomes a dead letter (`core`), and who may act. Only `show` reads a payload, and only
+on request: nothing is logged, and an action's record has conditions and pks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from string import Template
 
 from sqlalchemy import Connection, Row, TextClause
@@ -31,10 +31,27 @@ from auditexport_pipeline.mysql import actions
 from auditexport_pipeline.mysql.database import Database
 from auditexport_pipeline.mysql.statements import SQL as OUTBOX_SQL
 from auditexport_pipeline.mysql.statements import prepared, statements
-from auditexport_pipeline.sql import load
 
 SQL = statements("mysql/dead_letters.sql")
-_PIECES = load("mysql/dead_letters.sql")  # of which a statement about some letters is put together
+# The conditions of a filter, narrowest first. The first one that is given chooses the index, all of which begin with the state.
+_CONDITIONS = {
+    "pks": ("PRIMARY", "letter.pk IN :pks"),
+    "reason": ("letter_reason_idx", "letter.reason = :reason"),
+    "workspace_id": (
+        "letter_workspace_idx",
+        "letter.workspace_id = :workspace_id AND CAST(letter.workspace_id AS BINARY) = CAST(:workspace_id AS BINARY)",
+    ),
+    "version": (
+        "letter_version_idx",
+        "letter.version = :version AND CAST(letter.version AS BINARY) = CAST(:version AS BINARY)",
+    ),
+    "state": ("letter_pk_idx", "letter.state = :state"),
+    "older_than_s": (
+        "PRIMARY",
+        "letter.created_at_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :older_than_s",
+    ),
+}
+LAST_PK = 2**64 - 1
 # Letters added or changed at a time. Their pks (twenty digits each at most) fit into an action's record (TEXT, 64 KB).
 CHUNK_LETTERS = 2_000
 # Workspaces that a count names; reasons and versions are few.
@@ -42,8 +59,6 @@ TOP_WORKSPACES = 10
 TOP_OTHERS = 1_000
 # Held rows that are read to say why.
 HELD_LOOKED_AT = 10_000
-# The first given condition of these chooses the index.
-_NARROWEST = ("pks", "reason", "workspace_id", "version", "state")
 
 
 def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> None:
@@ -70,13 +85,7 @@ def add(connection: Connection, claim: Claim, letters: Sequence[DeadLetter]) -> 
         )
 
 
-def held_by_detail(connection: Connection) -> dict[str, int]:
-    """Held rows by what refuses them, most frequent first."""
-    values = {"looked_at": HELD_LOOKED_AT, "row_limit": TOP_WORKSPACES}
-    return {row.detail: row.n for row in connection.execute(SQL["held_by_detail"], values)}
-
-
-# ── looking ──────────────────────────────────────────────────────────────────────────────────────
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def page(
@@ -91,12 +100,12 @@ def page(
 
     Source: one index of `clickhouse_outbox_dead_letter`, by the narrowest condition; no lock, no payload.
     """
-    edge = None if beyond_pk is None else ("below" if newest_first else "from")
-    direction = "DESC" if newest_first else "ASC"
-    from_pk = beyond_pk if beyond_pk is None or newest_first else beyond_pk + 1
-    values = {**_values(which), "edge_pk": from_pk, "row_limit": letters}
+    values = {**_values(which), "row_limit": letters}
+    if beyond_pk is not None:
+        values |= {"last_pk": beyond_pk - 1} if newest_first else {"first_pk": beyond_pk + 1}
+    statement = _statement("page", which, direction="DESC" if newest_first else "ASC")
     with outbox.transaction("listing dead letters") as connection:
-        return [_letter(row) for row in connection.execute(_about("page", which, edge, direction=direction), values)]
+        return [_letter(row) for row in connection.execute(statement, values)]
 
 
 def count(outbox: Database, which: DeadLetterFilter) -> LetterCounts:
@@ -108,7 +117,7 @@ def count(outbox: Database, which: DeadLetterFilter) -> LetterCounts:
     found: dict[str, dict[str, int]] = {}
     with outbox.transaction("counting dead letters") as connection:
         for column, most in (("reason", TOP_OTHERS), ("workspace_id", TOP_WORKSPACES), ("version", TOP_OTHERS)):
-            statement = _about("count", which, column=column)
+            statement = _statement("count", which, column=column)
             rows = connection.execute(statement, {**_values(which), "row_limit": most})
             found[column] = {row.name: row.n for row in rows}
     return LetterCounts(
@@ -127,12 +136,12 @@ def show(outbox: Database, pk: int, *, with_payload: bool = False) -> LetterDeta
             return None
         letter = _letter(row)
         action = actions.one(connection, letter.action_id) if letter.action_id is not None else None
-        wanted = with_payload and row.outbox_pk is not None
-        payload = connection.execute(SQL["payload"], {"pk": pk}).scalar() if wanted else None
+        exists = row.outbox_pk is not None
+        payload = connection.execute(SQL["payload"], {"pk": pk}).scalar() if with_payload and exists else None
     here = RowState.PENDING if row.deleted_at is None else RowState.EXPORTED
     return LetterDetails(
         letter=letter,
-        row=here if row.outbox_pk is not None else RowState.DELETED,
+        row=here if exists else RowState.DELETED,
         exported_at_ms=row.deleted_at,
         action=action,
         payload=bytes(payload) if payload is not None else None,
@@ -161,7 +170,7 @@ def discard(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: in
 
 
 def close_gone(outbox: Database) -> int:
-    """Closes letters whose row is no longer pending, because somebody deleted or marked it: they become `gone`.
+    """Closes letters whose row is no longer pending, because it was deleted or marked: they become `gone`.
 
     Durable effect: their state, one transaction a chunk. Returns how many. Its cost grows with the letters that hold
     a row: two look-ups by primary key each.
@@ -170,9 +179,7 @@ def close_gone(outbox: Database) -> int:
     for state in HELD:
         for pks in _chunks(outbox, DeadLetterFilter(state=state)):
             with outbox.transaction("looking for the rows of dead letters") as connection:
-                pending = connection.execute(SQL["pending"], {"pks": list(pks)}).scalars()
-                without_row = pks - PkSet.of(pending)
-                if without_row:
+                if without_row := pks - _pending(connection, pks):
                     gone += _set_gone(connection, _locked(connection, without_row, HELD))
     return gone
 
@@ -188,39 +195,42 @@ def _act(
 ) -> Acted:
     changed = gone = 0
     action_ids: list[int] = []
-    for state in allowed if which.state is None else (which.state,) if which.state in allowed else ():
-        for found in _chunks(outbox, which, state):
+    for state in [state for state in allowed if which.state in (None, state)]:
+        for found in _chunks(outbox, replace(which, state=state)):
             pks = next(found.chunks(at_most - changed), PkSet()) if at_most is not None else found
             if not pks:
-                return Acted(changed=changed, gone=gone, action_ids=tuple(action_ids))
+                break
             with outbox.transaction(f"recording the {verb} of dead letters") as connection:
                 locked = _locked(connection, pks, (state,))
-                if not locked:
-                    continue
-                pending = PkSet.of(connection.execute(SQL["pending"], {"pks": list(locked)}).scalars())
+                pending = _pending(connection, locked) if locked else locked
                 gone += _set_gone(connection, locked - pending)
                 if pending:
-                    action_id = actions.record(connection, verb, by, which.of_pks(pending).selection, len(pending))
-                    connection.execute(SQL["change"], {"pks": list(pending), "state": to.value, "action_id": action_id})
+                    selection = replace(which, pks=pending).selection
+                    action_ids.append(actions.record(connection, verb, by, selection, len(pending)))
+                    values = {"pks": list(pending), "state": to.value, "action_id": action_ids[-1]}
+                    connection.execute(SQL["change"], values)
                     changed += len(pending)
-                    action_ids.append(action_id)
     return Acted(changed=changed, gone=gone, action_ids=tuple(action_ids))
 
 
-def _chunks(outbox: Database, which: DeadLetterFilter, state: LetterState | None = None) -> Iterator[PkSet]:
+def _chunks(outbox: Database, which: DeadLetterFilter) -> Iterator[PkSet]:
     """The pks of the letters that the filter names, in chunks; each chunk is read when it is needed."""
-    from_pk = 0
-    given = list(which.pks.chunks(CHUNK_LETTERS)) if which.pks is not None else [None]
-    for part in given:
+    first_pk = 0
+    for named in [None] if which.pks is None else which.pks.chunks(CHUNK_LETTERS):
+        some = replace(which, pks=named)
         while True:
-            chosen = which.in_state(state or which.state).of_pks(part)
-            values = {**_values(chosen), "edge_pk": from_pk, "row_limit": CHUNK_LETTERS}
+            values = {**_values(some), "first_pk": first_pk, "row_limit": CHUNK_LETTERS}
             with outbox.transaction("finding dead letters") as connection:
-                pks = PkSet.of(connection.execute(_about("page_pks", chosen, "from"), values).scalars())
+                pks = PkSet.of(connection.execute(_statement("page_pks", some), values).scalars())
             if not pks:
                 break
             yield pks
-            from_pk = pks.last + 1
+            first_pk = pks.last + 1
+
+
+def _pending(connection: Connection, pks: PkSet) -> PkSet:
+    """Those of these letters whose rows are pending."""
+    return PkSet.of(connection.execute(SQL["pending"], {"pks": list(pks)}).scalars())
 
 
 def _locked(connection: Connection, pks: PkSet, states: Sequence[LetterState]) -> PkSet:
@@ -234,54 +244,37 @@ def _set_gone(connection: Connection, pks: PkSet) -> int:
     return len(pks)
 
 
-# ── putting a statement together ─────────────────────────────────────────────────────────────────
+# ── held rows ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _about(
-    name: str, which: DeadLetterFilter, edge: str | None = None, *, column: str = "", direction: str = ""
-) -> TextClause:
-    """A statement of this file with the index and the conditions for these letters: pieces of the file, never data."""
-    given = [condition for condition in (*_NARROWEST, "older_than_s") if getattr(which, condition) is not None]
-    narrowest = next((condition for condition in _NARROWEST if condition in given), "everything")
-    if which.state is None and narrowest != "pks":
-        narrowest = "everything"  # every other index begins with the state
+def held_by_detail(connection: Connection) -> dict[str, int]:
+    """Held rows by what refuses them, most frequent first."""
+    values = {"looked_at": HELD_LOOKED_AT, "row_limit": TOP_WORKSPACES}
+    return {row.detail: row.n for row in connection.execute(SQL["held_by_detail"], values)}
+
+
+# ── statements by a filter ───────────────────────────────────────────────────────────────────────
+
+
+def _statement(name: str, which: DeadLetterFilter, *, column: str = "", direction: str = "") -> TextClause:
+    """A statement of `dead_letters.sql` with the index and the conditions of this filter, which are ours and never data."""
+    given = [condition for condition in _CONDITIONS if getattr(which, condition) is not None]
+    narrowest = given[0] if given else ""
     if column and narrowest == "state":
         narrowest = column
-    conditions = [_PIECES[f"where.{condition}"] for condition in (*given, *([edge] if edge else ()))]
-    return prepared(
-        Template(_PIECES[name]).substitute(
-            source=_PIECES[f"source.{narrowest}"],
-            conditions=" AND ".join(conditions) or "TRUE",
-            column=column,
-            direction=direction,
-        )
-    )
+    index = _CONDITIONS[narrowest][0] if which.state or narrowest == "pks" else "PRIMARY"
+    conditions = " AND ".join(_CONDITIONS[condition][1] for condition in given) or "TRUE"
+    template = Template(SQL[name].text)
+    return prepared(template.substitute(index=index, conditions=conditions, column=column, direction=direction))
 
 
 def _values(which: DeadLetterFilter) -> dict[str, object]:
-    values: dict[str, object] = {
-        "state": which.state.value if which.state is not None else None,
-        "workspace_id": which.workspace_id,
-        "reason": which.reason,
-        "version": which.version,
-        "older_than_s": which.older_than_s,
-        "pks": list(which.pks) if which.pks is not None else None,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name in _CONDITIONS if (value := getattr(which, name)) is not None}
+    if which.pks is not None:
+        given["pks"] = list(which.pks)
+    return {**given, "state": which.state and which.state.value, "first_pk": 0, "last_pk": LAST_PK}
 
 
 def _letter(row: Row[tuple[object, ...]]) -> Letter:
-    return Letter(
-        pk=row.pk,
-        state=LetterState(row.state),
-        version=row.version,
-        workspace_id=row.workspace_id,
-        event_id=row.event_id,
-        reason=row.reason,
-        json_path=row.json_path,
-        detail=row.detail,
-        batch_id=row.batch_id,
-        created_at_ms=row.created_at_ms,
-        updated_at_ms=row.updated_at_ms,
-        action_id=row.action_id,
-    )
+    values = {column.name: getattr(row, column.name) for column in fields(Letter)}
+    return Letter(**{**values, "state": LetterState(row.state)})

@@ -1,7 +1,7 @@
--- Dead letters: adding them, and what operators ask of them and do to them.
+-- Dead letters: adding them, listing them, and what operators do with them.
 -- Every secondary index of the table begins with the state and ends, as all of InnoDB's do, with the pk: one state
 -- and one other column give pk order without sorting. Plain SELECTs lock nothing; times are the server's.
--- $source, $conditions, $column and $direction stand for pieces of this file and never for data (`mysql/dead_letters.py`).
+-- $index, $conditions, $column and $direction stand for names and for pieces of this file, never for data (`mysql/dead_letters.py`).
 
 -- name: add
 -- Primary key. A row whose retry failed again reopens its letter; another row of the same pk takes its place. Nothing but parameters between the parentheses:
@@ -17,78 +17,33 @@ ON DUPLICATE KEY UPDATE
   state = VALUES(state), reason = VALUES(reason), json_path = VALUES(json_path), detail = VALUES(detail),
   batch_id = VALUES(batch_id), updated_at_ms = VALUES(updated_at_ms)
 
--- ── which letters ───────────────────────────────────────────────────────────────────────────────
-
--- name: source.pks
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-
--- name: source.reason
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_reason_idx)
-
--- name: source.workspace_id
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_workspace_idx)
-
--- name: source.version
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_version_idx)
-
--- name: source.state
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (letter_pk_idx)
-
--- name: source.everything
-clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-
--- name: where.state
-letter.state = :state
-
--- name: where.workspace_id
-letter.workspace_id = :workspace_id AND CAST(letter.workspace_id AS BINARY) = CAST(:workspace_id AS BINARY)
-
--- name: where.reason
-letter.reason = :reason
-
--- name: where.version
-letter.version = :version AND CAST(letter.version AS BINARY) = CAST(:version AS BINARY)
-
--- name: where.older_than_s
-letter.created_at_ms <= CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000 * :older_than_s
-
--- name: where.pks
-letter.pk IN :pks
-
--- name: where.from
-letter.pk >= :edge_pk
-
--- name: where.below
-letter.pk < :edge_pk
-
--- ── looking ─────────────────────────────────────────────────────────────────────────────────────
+-- ── reading ─────────────────────────────────────────────────────────────────────────────────────
 
 -- name: page
--- The index of the narrowest condition, in its own order (see above), from the edge of the page before; no lock.
+-- The index of the narrowest condition, in its own order (see above), from the end of the page before; no lock.
 SELECT letter.pk, letter.state, letter.version, letter.workspace_id, letter.event_id, letter.reason, letter.json_path,
        letter.detail, letter.batch_id, letter.created_at_ms, letter.updated_at_ms, letter.action_id
-FROM $source WHERE $conditions ORDER BY letter.pk $direction LIMIT :row_limit
+FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX ($index)
+WHERE $conditions AND letter.pk BETWEEN :first_pk AND :last_pk ORDER BY letter.pk $direction LIMIT :row_limit
 
 -- name: page_pks
 -- As page; covered by the index when state and one other condition are given.
-SELECT letter.pk FROM $source WHERE $conditions ORDER BY letter.pk LIMIT :row_limit
+SELECT letter.pk FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX ($index)
+WHERE $conditions AND letter.pk BETWEEN :first_pk AND :last_pk ORDER BY letter.pk LIMIT :row_limit
 
 -- name: count
 -- As page; one pass over what the index gives, covering when it groups by its own column. No lock.
-SELECT letter.$column AS name, COUNT(*) AS n FROM $source WHERE $conditions
-GROUP BY letter.$column ORDER BY n DESC, name LIMIT :row_limit
+SELECT letter.$column AS name, COUNT(*) AS n FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX ($index)
+WHERE $conditions GROUP BY letter.$column ORDER BY n DESC, name LIMIT :row_limit
 
 -- name: one
 -- Primary keys; no lock.
 SELECT letter.pk, letter.state, letter.version, letter.workspace_id, letter.event_id, letter.reason, letter.json_path,
        letter.detail, letter.batch_id, letter.created_at_ms, letter.updated_at_ms, letter.action_id,
-       outbox.pk AS outbox_pk, outbox.deleted_at
+       held.pk AS outbox_pk, held.deleted_at
 FROM clickhouse_outbox_dead_letter AS letter
-LEFT JOIN clickhouse_outbox AS outbox
-  ON outbox.pk = letter.pk
-  AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
-  AND CAST(CONVERT(outbox.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
-  AND CAST(CONVERT(outbox.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+LEFT JOIN clickhouse_outbox AS held
+  ON $row_of_letter
 WHERE letter.pk = :pk
 
 -- name: payload
@@ -99,19 +54,16 @@ SELECT CAST(payload AS BINARY) AS payload FROM clickhouse_outbox WHERE pk = :pk
 
 -- name: lock
 -- Primary key, ascending; locks a chunk of letters until commit, so that two operators take turns. Not by an index
--- that holds the state: who changes a state holds the letter and wants its entry there, and the two would deadlock.
+-- that has the state: a transaction that changes a state holds the letter and waits for its index entry; the two would deadlock.
 SELECT pk FROM clickhouse_outbox_dead_letter FORCE INDEX (PRIMARY)
 WHERE pk IN :pks AND state IN :states ORDER BY pk FOR UPDATE
 
 -- name: pending
--- Primary keys, point by point; no lock on the outbox. A row that goes in between leaves a letter that says `retried`.
--- Another row of the same pk is not the letter's.
+-- Primary keys, point by point; no lock on the outbox. If the row is deleted meanwhile, its letter becomes `retried` all the same.
 SELECT letter.pk FROM clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
 JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
-  ON held.pk = letter.pk AND held.deleted_at IS NULL
-  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
-  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
-  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
+  ON $row_of_letter
+  AND held.deleted_at IS NULL
 WHERE letter.pk IN :pks ORDER BY letter.pk
 
 -- name: change

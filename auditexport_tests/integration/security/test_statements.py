@@ -42,13 +42,12 @@ ALLOWED = {
     ("mysql/statements.py", "statement"): "a `.sql` file with constants, or what `prepared` was given",
     ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
-    ("mysql/dead_letters.py", "statement"): "what `_about` made: pieces of dead_letters.sql",
+    ("mysql/dead_letters.py", "statement"): "what `_statement` made of dead_letters.sql",
     (
         "mysql/dead_letters.py",
-        "Template(_PIECES[name]).substitute(source=_PIECES[f'source.{narrowest}'], conditions=' AND '.join(conditions) or 'TRUE', "
-        "column=column, direction=direction)",
-    ): "pieces of dead_letters.sql, chosen by which conditions are given",
-    ("mysql/dead_letters.py", "_about(…)"): "what `_about` made: pieces of dead_letters.sql",
+        "template.substitute(index=index, conditions=conditions, column=column, direction=direction)",
+    ): "a statement of dead_letters.sql, with names and conditions from the table `_CONDITIONS`",
+    ("mysql/dead_letters.py", "_statement(…)"): "what `_statement` made of dead_letters.sql",
     ("clickhouse/audit_log.py", "statement"): (
         "audit_log.sql by name, with the pieces of a registered version; or what `rows` was given, which is checked where it is called"
     ),
