@@ -69,13 +69,13 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     all that is pending, 130 interrupted.
     """
     from auditexport_pipeline.core.drain import Drain
-    from auditexport_pipeline.mysql.held import release
+    from auditexport_pipeline.mysql.dead_letters import release_held
     from auditexport_pipeline.preflight import refuse_unless_ready
 
     settings = Limits(**{name: value for name, value in limits.items() if value != ()})
     mysql, clickhouse = outbox(), audit_log()
     refuse_unless_ready(mysql, clickhouse)
-    release(mysql, clickhouse.definition)
+    release_held(mysql, clickhouse.definition)
     owner = processes.this_process()
     began = time.monotonic()
     backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
@@ -95,7 +95,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
         if settings.linger_s and not once and not done.discrepant and not done.unmarked:
             work.stay(
                 lambda: time.monotonic() - began < settings.linger_s,
-                release=lambda: release(mysql, clickhouse.definition),
+                release=lambda: release_held(mysql, clickhouse.definition),
             )
         done.settle(mysql, owner)
     seconds = time.monotonic() - began

@@ -1,6 +1,6 @@
 """Dead letters for operators: their states, filters, and the results of a retry or a discard.
 
-What does not belong here: why a row became a dead letter (`core.event`, `core.split`), and SQL (`mysql.held`).
+What does not belong here: why a row became a dead letter (`core.event`, `core.split`), and SQL (`mysql.dead_letters`).
 
     open ──retry──▶ retried ──its row fails again──▶ open
       │                 └──its row is exported──▶ stays retried: it is closed
@@ -9,7 +9,7 @@ What does not belong here: why a row became a dead letter (`core.event`, `core.s
 
 No batch takes the row of an open or discarded letter: it stays in the outbox, unmarked. A row that parses and
 that the ClickHouse table refuses is no dead letter, but has the state `held` here: when the table's definition changes, it
-becomes `retried`, and so pending (`mysql.held`).
+becomes `retried`, and so pending (`mysql.dead_letters`).
 """
 
 from __future__ import annotations

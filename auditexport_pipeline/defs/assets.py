@@ -55,7 +55,7 @@ from auditexport_pipeline.defs.failures import dagster_errors
 from auditexport_pipeline.defs.names import Connected, Names
 from auditexport_pipeline.defs.report import batch_metadata, format_prefetch, run_metadata, timing_metadata
 from auditexport_pipeline.defs.runtime import left_s, time_for
-from auditexport_pipeline.mysql.held import release
+from auditexport_pipeline.mysql.dead_letters import release_held
 from auditexport_pipeline.preflight import refuse_unless_ready
 
 # The remaining backlog is counted up to here: cheap enough for every run.
@@ -156,7 +156,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         with dagster_errors(context, to.heartbeat):
             outbox = to.mysql.outbox()
             refuse_unless_ready(outbox, to.clickhouse.audit_log())
-            release(outbox, to.clickhouse.audit_log().definition)
+            release_held(outbox, to.clickhouse.audit_log().definition)
             names_there = claiming.open_owners(outbox)
             # A run that its instance takes for started may have been killed here, where nobody watched it.
             dead_owners = _finished(context.instance, names_there) | processes.dead(names_there)
@@ -396,7 +396,7 @@ def _stay(
         exported=exported,
         retried=False,  # Dagster retries this step
     )
-    return drain.stay(stays, max_rows=max_rows, release=lambda: release(outbox, log.definition)).verified
+    return drain.stay(stays, max_rows=max_rows, release=lambda: release_held(outbox, log.definition)).verified
 
 
 class _Log:

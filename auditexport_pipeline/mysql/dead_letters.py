@@ -6,7 +6,7 @@ on request: nothing is logged, and an action's record has conditions and pks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from string import Template
 
@@ -27,6 +27,7 @@ from auditexport_pipeline.core.dead_letters import (
 )
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import DeadLetter
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql import actions
 from auditexport_pipeline.mysql.database import Database
 from auditexport_pipeline.mysql.statements import SQL as OUTBOX_SQL
@@ -245,6 +246,23 @@ def _set_gone(connection: Connection, pks: PkSet) -> int:
 
 
 # ── held rows ────────────────────────────────────────────────────────────────────────────────────
+
+
+def release_held(outbox: Database, definition_of: Callable[[str], str]) -> int:
+    """Releases held rows whose table has another definition now; returns how many.
+
+    A run calls it before a plan, and a run that stays calls it now and then. `definition_of` returns the present definition of a
+    version's table; it is called only when rows are held. Durable effect: the rows' state, one statement a version; the next
+    claim takes them. Raises `OutboxUnavailable`, `AuditLogUnavailable`.
+    """
+    with outbox.transaction("looking for held rows") as connection:
+        versions = {row.version for row in connection.execute(SQL["held_versions"])}
+    released = 0
+    for version in sorted(versions & set(VERSIONS)):
+        values = {"version": version, "definition": definition_of(version)}
+        with outbox.transaction("releasing held rows") as connection:
+            released += connection.execute(SQL["release_held"], values).rowcount
+    return released
 
 
 def held_by_detail(connection: Connection) -> dict[str, int]:

@@ -12,7 +12,7 @@ from auditexport_pipeline.core import poison
 from auditexport_pipeline.core.batch import Batch, Block
 from auditexport_pipeline.core.ports import Refusal
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.mysql import held
+from auditexport_pipeline.mysql import dead_letters
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import Row, insert, run, small_event, stop_merges
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
@@ -207,7 +207,7 @@ def test_rows_given_back_in_a_requeue_keep_their_inserted_at(stack: Stack, few_p
     assert stack.pending() == 40
     assert 0 < set_aside(stack) < 40, "no row was given back"
     stack.clickhouse("ALTER TABLE audit_logs_raw_v1 DROP CONSTRAINT no_flood")
-    assert held.release(stack.outbox, stack.log.definition) > 0
+    assert dead_letters.release_held(stack.outbox, stack.log.definition) > 0
     run(stack, "three")
     assert stack.pending() == 0
     assert stack.clickhouse("SELECT DISTINCT inserted_at FROM audit_logs_raw_v1") == [(at_ms,)]
