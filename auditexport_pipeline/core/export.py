@@ -506,7 +506,7 @@ class _Marking:
         """
         ids = 0
         others: list[int] = []
-        for row, held in rows_held(self._outbox, self._log, self._batch.pks):
+        for row, _, held in rows_held(self._outbox, self._log, self._batch.pks):
             progress()
             if not held:
                 others.append(row.pk)

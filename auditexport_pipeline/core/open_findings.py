@@ -9,19 +9,19 @@ reading the last few records is enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from auditexport_pipeline.core.actions import Action
-from auditexport_pipeline.core.ports import Discrepancy
+from auditexport_pipeline.core.ports import KINDS, Discrepancy
 
 # Reconciliations that are read: two that end at the same time do not know of each other.
 RECORDS_READ = 50
 # Open findings that a record carries; of more, the two oldest are merged.
 CARRIED = 20
-_KINDS = ("missing", "duplicated", "unexpected", "altered")
+_TIMES = ("at_ms", "from_ms", "to_ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,47 +33,45 @@ class OpenFinding:
     to_ms: int
     found: Discrepancy
 
+    def __add__(self, other: OpenFinding) -> OpenFinding:
+        """Both findings as one, in a window that covers both."""
+        return OpenFinding(
+            at_ms=min(self.at_ms, other.at_ms),
+            from_ms=min(self.from_ms, other.from_ms),
+            to_ms=max(self.to_ms, other.to_ms),
+            found=self.found + other.found,
+        )
 
-def record_of(window: tuple[int, int], own: OpenFinding | None, still_open: Sequence[OpenFinding]) -> dict[str, int]:
+
+def record_of(from_ms: int, to_ms: int, own: OpenFinding | None, still_open: Iterable[OpenFinding]) -> dict[str, int]:
     """What a record keeps: the reconciliation's own finding, and open findings that its window does not cover."""
-    from_ms, to_ms = window
-    values = {"loose": 0, "carried": 0}
-    if own is not None:
-        values["loose"] = 1
-        values |= _flat("loose", own)
-    left = [rest for finding in still_open if (rest := _without(finding, from_ms, to_ms)) is not None]
+    left = _outside(still_open, from_ms, to_ms)
     while len(left) > CARRIED:
-        first, second, *others = left
-        left = [
-            OpenFinding(
-                at_ms=min(first.at_ms, second.at_ms),
-                from_ms=min(first.from_ms, second.from_ms),
-                to_ms=max(first.to_ms, second.to_ms),
-                found=first.found + second.found,
-            ),
-            *others,
-        ]
-    values["carried"] = len(left)
-    for number, finding in enumerate(left):
-        values |= _flat(f"carried_{number}", finding)
-    return values
+        left[:2] = [left[0] + left[1]]
+    findings = {"loose": own} if own is not None else {}
+    findings |= {f"carried_{number}": finding for number, finding in enumerate(left)}
+    record = {"loose": int(own is not None), "carried": len(left)}
+    for name, finding in findings.items():
+        record |= {f"{name}_{time}": getattr(finding, time) for time in _TIMES}
+        record |= {f"{name}_{kind}": count for kind, count in finding.found.counts.items()}
+    return record
 
 
 def open_findings(actions: Sequence[Action]) -> list[OpenFinding]:
     """The open findings, oldest first, after these actions of reconciliations, newest first."""
-    state: list[OpenFinding] = []
+    findings: list[OpenFinding] = []
     for number, action in enumerate(reversed(actions)):
         record = record_in(action)
         if number == 0:
-            state = [_finding(record, f"carried_{index}", action.at_ms) for index in range(record.get("carried", 0))]
-        from_ms, to_ms = record.get("from_ms", 0), record.get("to_ms", 0)
-        state = [rest for finding in state if (rest := _without(finding, from_ms, to_ms)) is not None]
-        if "loose" in record:
-            if record["loose"]:
-                state.append(replace(_finding(record, "loose", action.at_ms), at_ms=action.at_ms))
-        elif found := _discrepancy(record, ""):  # an earlier release says how much, and not where
-            state.append(OpenFinding(at_ms=action.at_ms, from_ms=from_ms, to_ms=to_ms, found=found))
-    return state
+            findings = [
+                _finding(record, f"carried_{index}_", action.at_ms) for index in range(record.get("carried", 0))
+            ]
+        findings = _outside(findings, record.get("from_ms", 0), record.get("to_ms", 0))
+        # The record of an earlier release says how much it found, and not where.
+        own = replace(_finding(record, "loose_" if "loose" in record else "", action.at_ms), at_ms=action.at_ms)
+        if own.found:
+            findings.append(own)
+    return findings
 
 
 def record_in(action: Action) -> dict[str, int]:
@@ -84,40 +82,23 @@ def record_in(action: Action) -> dict[str, int]:
         return {}
 
 
-def _without(finding: OpenFinding, from_ms: int, to_ms: int) -> OpenFinding | None:
-    """The finding with the rest of its window, when [from_ms, to_ms) has been checked again; None without a rest."""
-    if from_ms <= finding.from_ms and to_ms >= finding.to_ms:
-        return None
-    if from_ms <= finding.from_ms < to_ms:
-        return replace(finding, from_ms=to_ms)
-    if from_ms < finding.to_ms <= to_ms:
-        return replace(finding, to_ms=from_ms)
-    return finding
+def _outside(findings: Iterable[OpenFinding], from_ms: int, to_ms: int) -> list[OpenFinding]:
+    """The findings with what is left of their windows, when [from_ms, to_ms) has been checked again."""
+    left = []
+    for finding in findings:
+        if from_ms <= finding.from_ms < to_ms:
+            finding = replace(finding, from_ms=to_ms)
+        elif from_ms < finding.to_ms <= to_ms:
+            finding = replace(finding, to_ms=from_ms)
+        if finding.from_ms < finding.to_ms:
+            left.append(finding)
+    return left
 
 
-def _flat(name: str, finding: OpenFinding) -> dict[str, int]:
-    values = {f"{name}_{kind}": int(getattr(finding.found, kind)) for kind in _KINDS}
-    return {
-        f"{name}_at_ms": finding.at_ms,
-        f"{name}_from_ms": finding.from_ms,
-        f"{name}_to_ms": finding.to_ms,
-        **values,
-    }
-
-
-def _finding(record: dict[str, int], name: str, at_ms: int) -> OpenFinding:
+def _finding(record: dict[str, int], prefix: str, at_ms: int) -> OpenFinding:
     return OpenFinding(
-        at_ms=record.get(f"{name}_at_ms", at_ms),
-        from_ms=record.get(f"{name}_from_ms", 0),
-        to_ms=record.get(f"{name}_to_ms", 0),
-        found=_discrepancy(record, f"{name}_"),
-    )
-
-
-def _discrepancy(record: dict[str, int], prefix: str) -> Discrepancy:
-    return Discrepancy(
-        missing=record.get(f"{prefix}missing", 0),
-        duplicated=record.get(f"{prefix}duplicated", 0),
-        unexpected=record.get(f"{prefix}unexpected", 0),
-        altered=record.get(f"{prefix}altered", 0),
+        at_ms=record.get(f"{prefix}at_ms", at_ms),
+        from_ms=record.get(f"{prefix}from_ms", 0),
+        to_ms=record.get(f"{prefix}to_ms", 0),
+        found=Discrepancy(**{kind: record.get(f"{prefix}{kind}", 0) for kind in KINDS}, event_ids=()),
     )

@@ -186,6 +186,10 @@ class Refusal:
         return f"{self.name}, {self.meaning}" if self.meaning else f"code {self.code}, {self.name}"
 
 
+# The kinds of discrepancy, in the order of every report.
+KINDS = ("missing", "duplicated", "unexpected", "altered")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discrepancy:
     """The result of comparing a batch with ClickHouse, in entries."""
@@ -197,29 +201,23 @@ class Discrepancy:
     event_ids: tuple[str, ...] = field(default=())
 
     def __add__(self, other: Discrepancy) -> Discrepancy:
-        return Discrepancy(
-            missing=self.missing + other.missing,
-            duplicated=self.duplicated + other.duplicated,
-            unexpected=self.unexpected + other.unexpected,
-            altered=self.altered + other.altered,
-            event_ids=(self.event_ids + other.event_ids)[:NAMED_EVENTS],
-        )
+        counts = {kind: count + getattr(other, kind) for kind, count in self.counts.items()}
+        return Discrepancy(**counts, event_ids=(self.event_ids + other.event_ids)[:NAMED_EVENTS])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The entries of each kind."""
+        return {kind: getattr(self, kind) for kind in KINDS}
 
     @property
     def total(self) -> int:
-        return self.missing + self.duplicated + self.unexpected + self.altered
+        return sum(self.counts.values())
 
     def __bool__(self) -> bool:
         return bool(self.total)
 
     def __str__(self) -> str:
-        found = {
-            "missing": self.missing,
-            "duplicated": self.duplicated,
-            "unexpected": self.unexpected,
-            "altered": self.altered,
-        }
-        return ", ".join(f"{count} {what}" for what, count in found.items() if count) or "none"
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count) or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

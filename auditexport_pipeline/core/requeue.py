@@ -11,15 +11,15 @@ is safe: rows of an open batch are left alone, and a batch never takes a marked 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.batch import OPEN, Batch
-from auditexport_pipeline.core.compare import ROW_BYTES, compare, insert_groups_of, pks_still_of
+from auditexport_pipeline.core.compare import compare, insert_groups_of, pks_still_of
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses
-from auditexport_pipeline.core.foreign import is_time, look_for, successors
+from auditexport_pipeline.core.foreign import is_time, look_up, successors
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Maintenance, Outbox
 from auditexport_pipeline.core.units import DAY_MS
@@ -44,42 +44,46 @@ class Requeue:
     unknown_rows: int = 0  # left alone: their version is not installed, and no drain would export them
     action_id: int | None = None  # None in a dry run, and when there was nothing to do
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The rows by what happened to them, under the names of `--json` and of the job's metadata."""
+        return {
+            "rows": self.rows,
+            "no_batch_rows": self.no_batch,
+            "open_rows": self.open_rows,
+            "expired_rows": self.expired_rows,
+            "present_rows": self.present_rows,
+            "unknown_rows": self.unknown_rows,
+        }
+
 
 def requeue(
     outbox: Outbox,
     upkeep: Maintenance,
     log: AuditLog,
-    wanted: RowFilter,
+    which: RowFilter,
     by: Actor,
     *,
     missing_only: bool = False,
     dry_run: bool = False,
 ) -> Requeue:
-    """Clears the marks of the exported rows that `wanted` names, so that the next drain exports them again.
+    """Clears the marks of the exported rows that the filter names, so that the next drain exports them again.
 
     With `missing_only`, only of those that ClickHouse does not hold (nor has merged, expired or erased).
     Durable effect: one action, and per chunk of rows their cleared marks, counted in the action. Raises
     `InvalidConfig` when no condition is given.
     """
-    wanted.refuse_everything()
+    which.refuse_everything()
     within: PkSet | None = None
-    if wanted.batch_ids:
-        known = {batch.batch_id: batch for batch in outbox.batches(wanted.batch_ids)}
-        unknown = sorted(set(wanted.batch_ids) - set(known))
-        if unknown:
+    if which.batch_ids:
+        batches = outbox.batches(which.batch_ids)
+        if unknown := sorted(set(which.batch_ids) - {batch.batch_id for batch in batches}):
             raise InvalidConfig(f"batch_ids names {', '.join(map(str, unknown))}, which the ledger does not have")
-        within = PkSet.union(pks_still_of(outbox, batch) for batch in known.values())
-    found = PkSet.union(upkeep.marked(wanted, within))
+        within = PkSet.union(pks_still_of(outbox, batch) for batch in batches)
+    pks = PkSet.union(upkeep.marked(which, within))
+    selection = which.given | ({"missing_only": True} if missing_only else {})
     return clear(
-        outbox,
-        upkeep,
-        log,
-        found,
-        by,
-        verb="requeue",
-        selection=wanted.given | ({"missing_only": True} if missing_only else {}),
-        missing_only=missing_only,
-        dry_run=dry_run,
+        outbox, upkeep, log, pks, by, verb="requeue", selection=selection, missing_only=missing_only, dry_run=dry_run
     )
 
 
@@ -92,35 +96,33 @@ def clear(
     *,
     verb: str,
     selection: dict[str, object],
-    missing_only: bool,
-    dry_run: bool,
+    missing_only: bool = False,
+    dry_run: bool = False,
 ) -> Requeue:
     """Clears the marks of these rows, without rows that must stay; see `requeue`."""
-    held = upkeep.held(pks)
-    batches = {batch.batch_id: batch for batch in outbox.batches(sorted(held))}
-    open_pks = PkSet.union(held[batch_id] for batch_id, batch in batches.items() if batch.state in OPEN)
-    open_rows = len(open_pks)
-    pks -= open_pks
-    batches = {batch_id: batch for batch_id, batch in batches.items() if batch.state not in OPEN}
-    unknown = PkSet.union(batch.pks for batch in batches.values() if batch.version not in VERSIONS) & pks
-    pks -= unknown
-    batches = {batch_id: batch for batch_id, batch in batches.items() if batch.version in VERSIONS}
     excuses = Excuses(upkeep, log)
-    new = successors(upkeep, batches.values(), pks)
-    expired = (_expired(excuses, batches.values()) & pks) - new
+    by_batch = upkeep.held(pks)
+    holders = outbox.batches(sorted(by_batch))
+    batches = [batch for batch in holders if batch.state not in OPEN and batch.version in VERSIONS]
+    in_open = PkSet.union(by_batch[batch.batch_id] for batch in holders if batch.state in OPEN)
+    pks -= in_open
+    unknown = pks & PkSet.union(
+        batch.pks for batch in holders if batch.state not in OPEN and batch.version not in VERSIONS
+    )
+    pks -= unknown
+    new = successors(upkeep, batches, pks)
+    expired = (pks & _expired(excuses, batches)) - new
     pks -= expired
     present = PkSet()
     if missing_only:
-        present = pks - _missing(outbox, log, excuses, pks, new, batches.values())
+        present = pks - _missing(outbox, upkeep, log, excuses, pks, new, batches)
         pks -= present
-    by_batch: dict[int, int] = {}
-    new &= pks
     left = pks - new
-    for batch_id in sorted(batches, reverse=True):  # a row counts for the batch that exported it last
-        rows = len(left & batches[batch_id].pks)
-        if rows:
-            by_batch[batch_id] = rows
-            left -= batches[batch_id].pks
+    rows_by_batch: dict[int, int] = {}
+    for batch in sorted(batches, key=lambda batch: -batch.batch_id):  # a row counts for the batch that exported it last
+        if rows := len(left & batch.pks):
+            rows_by_batch[batch.batch_id] = rows
+            left -= batch.pks
     action_id = None
     if pks and not dry_run:
         action_id = upkeep.record_action(verb, by, selection)
@@ -128,9 +130,9 @@ def clear(
             upkeep.unmark(chunk, action_id)
     return Requeue(
         rows=len(pks),
-        by_batch=dict(sorted(by_batch.items())),
-        no_batch=len(left) + len(new),
-        open_rows=open_rows,
+        by_batch=dict(sorted(rows_by_batch.items())),
+        no_batch=len(pks) - sum(rows_by_batch.values()),
+        open_rows=len(in_open),
         expired_rows=len(expired),
         present_rows=len(present),
         unknown_rows=len(unknown),
@@ -138,41 +140,43 @@ def clear(
     )
 
 
-def _expired(excuses: Excuses, batches: Collection[Batch]) -> PkSet:
+def _expired(excuses: Excuses, batches: Sequence[Batch]) -> PkSet:
     """The rows whose entries the TTL would soon delete. Where that is unknown, rows are exported again."""
-    groups: defaultdict[str, set[int]] = defaultdict(set)
+    times: defaultdict[str, set[int]] = defaultdict(set)
     for batch in batches:
-        groups[batch.version].update(block.inserted_at_ms for block in batch.blocks)
-    past = {version: excuses.past_soon(version, sorted(of), LEAST_LEFT_MS) for version, of in groups.items()}
+        times[batch.version].update(block.inserted_at_ms for block in batch.blocks)
+    past = {version: excuses.past(version, sorted(of), ahead_ms=LEAST_LEFT_MS) for version, of in times.items()}
     # A pk's event in an earlier batch is not its event in the last one.
-    old = []
+    expired = []
     later = PkSet()
-    for batch in sorted(batches, key=lambda batch: batch.batch_id, reverse=True):
-        if any(past[batch.version][block.inserted_at_ms] for block in batch.blocks):
-            own = batch.pks - later
-            old += [block.pks & own for block in batch.blocks if past[batch.version][block.inserted_at_ms]]
+    for batch in sorted(batches, key=lambda batch: -batch.batch_id):
+        old = [block.pks for block in batch.blocks if past[batch.version][block.inserted_at_ms]]
+        if old:
+            expired.append(PkSet.union(old) & batch.pks - later)
         later |= batch.pks
-    return PkSet.union(old)
+    return PkSet.union(expired)
 
 
 def _missing(
-    outbox: Outbox, log: AuditLog, excuses: Excuses, pks: PkSet, new: PkSet, batches: Collection[Batch]
+    outbox: Outbox,
+    upkeep: Maintenance,
+    log: AuditLog,
+    excuses: Excuses,
+    pks: PkSet,
+    new: PkSet,
+    batches: Sequence[Batch],
 ) -> PkSet:
     """The rows whose entries ClickHouse lacks, found by comparing their insert groups; the `new` rows are in no group."""
     missing: set[int] = set()
-    groups = insert_groups_of([batch for batch in batches if batch.state not in OPEN])
+    groups = insert_groups_of(batches)
     for group in groups:
-        wanted = (group.pks & pks) - new
-        if wanted:
-            for found in compare(outbox, log, group, excuses=excuses).missing.values():
-                missing.update(pk for pk in found if pk in wanted)
+        if rows := (group.pks & pks) - new:
+            missing.update(pk for pk in compare(outbox, log, group, excuses=excuses).missing_pks if pk in rows)
     # The pks of batches too: a folded row went out as another row.
     known = PkSet.union([*(group.pks for group in groups), *(batch.pks for batch in batches)])
-    # Rows that no batch had: a mark that is no time excuses nothing.
-    others = {
-        row.pk: at_ms if (at_ms := row.exported_at_ms or 0) and is_time(at_ms, excuses.now_ms) else excuses.now_ms
-        for chunk in ((pks - known) | (new & pks)).chunks(CHUNK_ROWS)
-        for row in outbox.read(chunk, row_bytes=ROW_BYTES)
-    }
-    missing.update(look_for(outbox, log, excuses, others).missing)
+    # The other rows were in no batch. Their mark is the time of their export, except a mark that is no time.
+    times = upkeep.times((pks - known) | (new & pks))
+    now_ms = excuses.now_ms
+    marked_at = {pk: at_ms if at_ms and is_time(at_ms, now_ms) else now_ms for pk, (_, at_ms) in times.items()}
+    missing.update(look_up(outbox, log, excuses, marked_at).missing)
     return PkSet.of(sorted(missing))

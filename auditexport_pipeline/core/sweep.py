@@ -1,7 +1,4 @@
-"""Sweeping: deleting exported rows past retention, once ClickHouse is seen to hold them.
-
-What belongs here: which batches are due, the last check of ClickHouse before their rows are deleted, and the order in
-which things are recorded. What does not: the DELETE itself (`mysql.maintenance`), and schedules.
+"""Sweeping: deleting exported rows past retention, after a last check that ClickHouse holds them.
 
 A batch is due when it is verified and was exported longer ago than the retention. It is checked once more right before its
 rows are deleted, because the outbox has the last copy of what ClickHouse lost: each entry must be there, or be past the
@@ -13,12 +10,11 @@ exported it last: a requeued row stays until its newer batch is due.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
-from auditexport_pipeline.core.compare import compare, compare_at_rest, insert_group_at
+from auditexport_pipeline.core.compare import as_sealed, compare_block
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.excuses import Excuses, declare_ttl
 from auditexport_pipeline.core.pks import PkSet
@@ -28,8 +24,8 @@ from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
 BATCHES_AT_ONCE = 50
-# Workspaces whose counts the ledger keeps for a swept insert group, at most: some hundred bytes.
-WORKSPACES_KEPT = 32
+# The ledger has counts by workspace for a swept insert group of at most so many: some hundred bytes.
+MOST_WORKSPACES = 32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +45,19 @@ class Sweep:
     compacted: int = 0
     stopped_early: bool = False  # max_rows was reached
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Its numbers, under the names of `--json` and of the job's metadata."""
+        return {
+            "rows": self.rows,
+            "batches": self.batches,
+            "held_back_batches": self.held_back,
+            "discrepant_batches": len(self.discrepant),
+            "ttl_unknown_batches": len(self.ttl_unknown),
+            "dead_letters_closed": self.letters_closed,
+            "compacted_batches": self.compacted,
+        }
+
 
 def sweep(
     outbox: Outbox,
@@ -59,7 +68,6 @@ def sweep(
     *,
     ttl_days: float | None = None,
     dry_run: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
 ) -> Sweep:
     """Deletes the rows of due batches, chunk by chunk, oldest batch first; then compacts the ledger.
 
@@ -75,127 +83,123 @@ def sweep(
         declare_ttl(upkeep, log, by, ttl_days)
     excuses = Excuses(upkeep, log, ttl_days=ttl_days if dry_run else None)
     kept_ms = excuses.kept_ms()
-    now_ms = excuses.now_ms
     if kept_ms is not None and retention.ledger_days * DAY_MS < kept_ms:
         raise InvalidConfig(
             f"ledger_days is {retention.ledger_days} and ClickHouse keeps entries for {kept_ms // DAY_MS} days: the record "
             "of a batch must stay longer than its entries; raise ledger_days"
         )
-    before_ms = now_ms - int(retention.outbox_days * DAY_MS)
+    before_ms = excuses.now_ms - int(retention.outbox_days * DAY_MS)
     done = Sweep(held_back=upkeep.held_back(before_ms), standing=upkeep.discrepant_due(before_ms))
-    selection = {"before_ms": before_ms, "outbox_days": retention.outbox_days}
-    action_id: int | None = None
+    work = _Sweeping(outbox, upkeep, log, excuses, retention, by, before_ms, dry_run, done)
     after_id = 0
     while due := upkeep.sweepable(before_ms, after_id, BATCHES_AT_ONCE):
         for batch in due:
-            after_id = batch.batch_id
-            if batch.version not in VERSIONS:
-                done.held_back += 1
-                continue
-            found, ttl_unknown, observed = _last_check(outbox, log, batch, excuses)
-            pks = _last_exported_by(upkeep, batch)
-            if not found and not dry_run:
-                # Rows that are deleted now cannot explain anything later.
-                named = _with_workspaces(upkeep, batch, pks, observed)
-                if named or observed != batch.observed:
-                    upkeep.record_reconciled(batch, found, observed | named)
-            if found:
-                if ttl_unknown:
-                    done.ttl_unknown[batch.batch_id] = found
-                    continue
-                done.discrepant[batch.batch_id] = found
-                if not dry_run:
-                    upkeep.record_reconciled(batch, found, batch.observed)
-                continue
-            if dry_run:
-                rows = upkeep.count_due(pks, before_ms)
-            else:
-                rows = 0
-                for chunk in pks.chunks(retention.chunk_rows):
-                    if done.rows + rows >= retention.max_rows:
-                        done.stopped_early = True
-                        break
-                    if action_id is None:
-                        action_id = upkeep.record_action("sweep", by, selection)
-                    rows += upkeep.delete(batch.batch_id, chunk, before_ms, action_id)
-                    progress(done.rows + rows)
-                    if retention.pause_s:
-                        time.sleep(retention.pause_s)
-                else:
-                    upkeep.record_swept(batch.batch_id)
-            done.rows += rows
-            done.by_batch[batch.batch_id] = rows
+            work.sweep_batch(batch)
             if done.stopped_early:
                 return done
-            done.batches += 1
+        after_id = due[-1].batch_id
     if not dry_run:
         done.letters_closed = upkeep.close_letters()
-        done.compacted = _compact(upkeep, by, now_ms, kept_ms, retention)
+        if kept_ms is not None:  # else ClickHouse may still hold their entries
+            ledger_before_ms = excuses.now_ms - int(retention.ledger_days * DAY_MS)
+            while compacted := upkeep.compact(ledger_before_ms, BATCHES_AT_ONCE, by):
+                done.compacted += compacted
     return done
 
 
-def _last_check(
-    outbox: Outbox, log: AuditLog, batch: Batch, excuses: Excuses
-) -> tuple[Discrepancy, bool, dict[int, Holding]]:
-    """What ClickHouse no longer holds of a batch, right before its rows are deleted; whether an unknown TTL may explain all of
-    that; and the holdings with which later comparisons begin.
-    """
-    holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
-    found = Discrepancy()
-    ttl_unknown = 0
-    observed = dict(batch.observed)
-    for block in batch.blocks:
-        holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
-        as_sealed = (holding.rows, holding.fingerprint) == (block.rows, block.fingerprint)
-        baseline = batch.observed.get(block.inserted_at_ms)  # which a requeue does not have
-        if as_sealed and (baseline is None or baseline.content == holding.content):
-            continue
-        if excuses.past(batch.version, [block.inserted_at_ms])[block.inserted_at_ms]:
-            continue
-        if batch.is_requeue(block):
-            compared = compare(outbox, log, insert_group_at(outbox, batch, block), excuses=excuses)
+@dataclass(slots=True)
+class _Sweeping:
+    """One sweep at work: what it does with each batch that is due."""
+
+    outbox: Outbox
+    upkeep: Maintenance
+    log: AuditLog
+    excuses: Excuses
+    retention: Retention
+    by: Actor
+    before_ms: int
+    dry_run: bool
+    done: Sweep
+    action_id: int | None = None
+
+    def sweep_batch(self, batch: Batch) -> None:
+        if batch.version not in VERSIONS:
+            self.done.held_back += 1
+            return
+        found, ttl_unknown, observed = self._last_check(batch)
+        if found:
+            (self.done.ttl_unknown if ttl_unknown else self.done.discrepant)[batch.batch_id] = found
+            if not ttl_unknown and not self.dry_run:
+                self.upkeep.record_reconciled(batch, found, batch.observed)
+            return
+        pks = self._last_exported_by(batch)
+        if self.dry_run:
+            rows = self.upkeep.count_due(pks, self.before_ms)
         else:
-            compared = compare_at_rest(outbox, log, batch, block, excuses=excuses)
-            if not compared.discrepancy and not compared.unprovable:
-                observed[block.inserted_at_ms] = replace(holding, workspaces=baseline.workspaces if baseline else {})
-        found += compared.discrepancy
-        ttl_unknown += compared.ttl_unknown
-    return found, bool(ttl_unknown) and found.total == ttl_unknown, observed
+            # Rows that are deleted now cannot explain anything later.
+            counted = self._with_workspaces(batch, pks, observed)
+            if counted or observed != batch.observed:
+                self.upkeep.record_reconciled(batch, found, observed | counted)
+            rows = self._delete(batch, pks)
+        self.done.rows += rows
+        self.done.by_batch[batch.batch_id] = rows
+        self.done.batches += not self.done.stopped_early
 
+    def _delete(self, batch: Batch, pks: PkSet) -> int:
+        rows = 0
+        for chunk in pks.chunks(self.retention.chunk_rows):
+            if self.done.rows + rows >= self.retention.max_rows:
+                self.done.stopped_early = True
+                return rows
+            if self.action_id is None:
+                selection = {"before_ms": self.before_ms, "outbox_days": self.retention.outbox_days}
+                self.action_id = self.upkeep.record_action("sweep", self.by, selection)
+            rows += self.upkeep.delete(batch.batch_id, chunk, self.before_ms, self.action_id)
+            if self.retention.pause_s:
+                time.sleep(self.retention.pause_s)
+        self.upkeep.record_swept(batch.batch_id)
+        return rows
 
-def _with_workspaces(upkeep: Maintenance, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
-    """The holdings of insert groups whose rows are all still there, with counts by workspace where these are few."""
-    named = {}
-    for block in batch.blocks:
-        holding = observed.get(block.inserted_at_ms)
-        if holding is None or holding.workspaces or batch.is_requeue(block) or block.pks - own:
-            continue
-        counts = upkeep.by_workspace(block.pks)
-        if len(counts) <= WORKSPACES_KEPT and sum(counts.values()) == block.rows:
-            named[block.inserted_at_ms] = replace(holding, workspaces=counts)
-    return named
+    def _last_check(self, batch: Batch) -> tuple[Discrepancy, bool, dict[int, Holding]]:
+        """What ClickHouse no longer holds of a batch, right before its rows are deleted; whether an unknown TTL may explain all
+        of that; and the holdings with which later comparisons begin.
+        """
+        holdings = self.log.holdings([block.inserted_at_ms for block in batch.blocks])
+        found = Discrepancy()
+        ttl_unknown = 0
+        observed = dict(batch.observed)
+        for block in batch.blocks:
+            at_ms = block.inserted_at_ms
+            holding = holdings.get(at_ms, NO_ENTRIES)
+            if not as_sealed(batch, block, holding) and self.excuses.past(batch.version, [at_ms])[at_ms]:
+                continue
+            compared = compare_block(self.outbox, self.log, batch, block, holding, excuses=self.excuses)
+            if compared.settled and not batch.is_requeue(block):
+                before = batch.observed.get(at_ms)
+                observed[at_ms] = replace(holding, workspaces=before.workspaces if before else {})
+            found += compared.discrepancy
+            ttl_unknown += compared.ttl_unknown
+        return found, bool(ttl_unknown) and found.total == ttl_unknown, observed
 
+    def _with_workspaces(self, batch: Batch, own: PkSet, observed: dict[int, Holding]) -> dict[int, Holding]:
+        """The holdings of insert groups whose rows are all still there, with counts by workspace where these are few."""
+        counted = {}
+        for block in batch.first_blocks:
+            holding = observed.get(block.inserted_at_ms)
+            if holding is None or holding.workspaces or block.pks - own:
+                continue
+            counts = self.upkeep.by_workspace(block.pks)
+            if len(counts) <= MOST_WORKSPACES and sum(counts.values()) == block.rows:
+                counted[block.inserted_at_ms] = replace(holding, workspaces=counts)
+        return counted
 
-def _last_exported_by(upkeep: Maintenance, batch: Batch) -> PkSet:
-    """The rows of this batch that no later batch has exported again, or is about to export.
+    def _last_exported_by(self, batch: Batch) -> PkSet:
+        """The rows of this batch that no later batch has exported again, or is about to export.
 
-    If the batch marked all of its rows, rows with another mark are not its own: their pks began again.
-    """
-    pks = batch.pks
-    if not batch.counts.unmarked and batch.exported_at_ms is not None:
-        pks &= upkeep.stamped(batch.exported_at_ms, (batch.version,))
-    for other_id, common in upkeep.held(batch.pks).items():
-        if other_id > batch.batch_id:
-            pks -= common
-    return pks
-
-
-def _compact(upkeep: Maintenance, by: Actor, now_ms: int, kept_ms: int | None, retention: Retention) -> int:
-    """Compacts swept batches past the ledger's window, if ClickHouse's TTL has deleted their entries by then."""
-    if kept_ms is None:
-        return 0
-    before_ms = now_ms - int(retention.ledger_days * DAY_MS)
-    compacted = 0
-    while some := upkeep.compact(before_ms, BATCHES_AT_ONCE, by):
-        compacted += some
-    return compacted
+        If the batch marked all of its rows, rows with another mark are not its own: their pks began again.
+        """
+        pks = batch.pks
+        if not batch.counts.unmarked and batch.exported_at_ms is not None:
+            pks &= self.upkeep.stamped(batch.exported_at_ms, (batch.version,))
+        later = [common for batch_id, common in self.upkeep.held(batch.pks).items() if batch_id > batch.batch_id]
+        return pks - PkSet.union(later)

@@ -1,7 +1,6 @@
-"""Verifying: what ClickHouse holds of a batch, counted and fingerprinted against the ledger.
+"""Verifying: what ClickHouse holds of a batch, counted and fingerprinted, compared with the ledger right after an export.
 
-What belongs here: the check right after an export, and what it records. What does not: the comparison entry by
-entry (`core.compare`), and comparing both stores over a window of time (`core.reconcile`).
+The comparison entry by entry is `core.compare`; that of both stores over a window of time is `core.reconcile`.
 
 The fingerprint of an entry is the xxHash64 of its event_id, time, workspace_id, bucket, source, event,
 description, actor type, id and name, remote_ip, user_agent, correlation_id, and its targets' types, ids
@@ -15,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Block, Holding
-from auditexport_pipeline.core.compare import InsertGroup, compare, compare_at_rest
+from auditexport_pipeline.core.batch import NO_ENTRIES, Batch
+from auditexport_pipeline.core.compare import compare_block
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Outbox
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -35,7 +34,7 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
     Source: one grouped look-up by `inserted_at` in `audit_logs_raw_v1` for all blocks. Only where count or
     fingerprint differ, and for requeued batches, are rows read again. Durable effect: the ledger's
     `verified` or `discrepant`, and what ClickHouse held, with which reconciliation compares later. Batches of a
-    version that is not installed stay as they are: nobody can say what their entries should be.
+    version that is not installed stay as they are: their rows cannot be decoded.
     """
     batches = [batch for batch in batches if batch.version in VERSIONS]
     holdings = log.holdings([block.inserted_at_ms for batch in batches for block in batch.blocks])
@@ -45,30 +44,10 @@ def verify(outbox: Outbox, log: AuditLog, batches: Sequence[Batch]) -> dict[int,
         observed = {}
         for block in batch.blocks:
             holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
-            if not as_sealed(batch, block, holding):
-                if batch.is_requeue(block):
-                    group = InsertGroup(inserted_at_ms=block.inserted_at_ms, blocks=((batch, block),))
-                    wrong = compare(outbox, log, group).discrepancy
-                else:  # together with requeues that came before this verification
-                    wrong = compare_at_rest(outbox, log, batch, block).discrepancy
-                found += wrong
-                if wrong:
-                    continue
-            if not batch.is_requeue(block):  # a requeue looks at its own rows only, not at the whole group
+            wrong = compare_block(outbox, log, batch, block, holding).discrepancy
+            if not wrong and not batch.is_requeue(block):  # a requeue compares its own rows only, not the whole group
                 observed[block.inserted_at_ms] = holding
+            found += wrong
         outbox.record_verified(batch, found, observed)
         outcome[batch.batch_id] = found
     return outcome
-
-
-def as_sealed(batch: Batch, block: Block, holding: Holding) -> bool:
-    """Whether ClickHouse holds exactly a block's entries under its `inserted_at`.
-
-    A requeue of a whole block is there as often as it was sent: every entry has that many equal copies.
-    """
-    times = holding.rows // block.rows if batch.is_requeue(block) else 1
-    return (holding.rows, holding.fingerprint, holding.copies) == (
-        block.rows * times,
-        block.fingerprint * times % 2**64,
-        block.rows * (times - 1),
-    ) and times > 0
