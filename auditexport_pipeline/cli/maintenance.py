@@ -75,12 +75,7 @@ def requeue(missing_only: bool, dry_run: bool, who: str | None, why: str, as_jso
     if as_json:
         print_json(
             {
-                "rows": done.rows,
-                "no_batch_rows": done.no_batch,
-                "open_rows": done.open_rows,
-                "expired_rows": done.expired_rows,
-                "present_rows": done.present_rows,
-                "unknown_rows": done.unknown_rows,
+                **done.counts,
                 "by_batch": {str(batch_id): rows for batch_id, rows in done.by_batch.items()},
                 "action_id": done.action_id,
                 "dry_run": dry_run,
@@ -135,15 +130,9 @@ def sweep(ttl_days: float | None, dry_run: bool, who: str | None, as_json: bool,
     if as_json:
         print_json(
             {
-                "rows": done.rows,
-                "batches": done.batches,
-                "held_back_batches": done.held_back,
-                "discrepant_batches": len(done.discrepant),
+                **done.counts,
                 "discrepant": {str(batch_id): str(found) for batch_id, found in done.discrepant.items()},
-                "ttl_unknown_batches": len(done.ttl_unknown),
                 "ttl_unknown": {str(batch_id): str(found) for batch_id, found in done.ttl_unknown.items()},
-                "dead_letters_closed": done.letters_closed,
-                "compacted_batches": done.compacted,
                 "stopped_early": done.stopped_early,
             }
         )
@@ -239,21 +228,10 @@ def _report_values(report: Report) -> dict[str, object]:
     return {
         "from_ms": report.from_ms,
         "to_ms": report.to_ms,
-        "missing": report.found.missing,
-        "duplicated": report.found.duplicated,
-        "unexpected": report.found.unexpected,
-        "altered": report.found.altered,
-        "blocks": report.slots,
-        "blocks_compared_by_entry": report.slots_read,
-        "entries_expected": sum(line.entries for line in report.batches),
-        "entries_stored": sum(line.stored for line in report.batches),
+        **report.counts,
         "event_ids": list(report.found.event_ids),
         "explained": dict(report.explained),
-        "open_batches": report.open_batches,
-        "ttl_unknown": report.ttl_unknown,
         "batches_of_unknown_versions": dict(report.left_alone),
-        "marked_by_others": report.marked_by_others,
-        "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "unrecorded": report.unrecorded,
         "batches": [
             {

@@ -154,47 +154,23 @@ def requeue_metadata(done: Requeue) -> dict[str, dg.MetadataValue | int | float 
     table = ["| batch | rows |", "|---:|---:|"]
     table += [f"| {batch_id} | {rows:,} |" for batch_id, rows in list(done.by_batch.items())[:TABLE_ROWS]]
     return {
-        "rows": done.rows,
-        "no_batch_rows": done.no_batch,
-        "open_rows": done.open_rows,
-        "expired_rows": done.expired_rows,
-        "present_rows": done.present_rows,
-        "unknown_rows": done.unknown_rows,
+        **done.counts,
         "per_batch": dg.MetadataValue.md("\n".join(table)),
     }
 
 
 def sweep_metadata(done: Sweep) -> dict[str, dg.MetadataValue | int | float | str]:
     """In rows and batches."""
-    return {
-        "rows": done.rows,
-        "batches": done.batches,
-        "held_back_batches": done.held_back,
-        "discrepant_batches": len(done.discrepant),
-        "ttl_unknown_batches": len(done.ttl_unknown),
-        "dead_letters_closed": done.letters_closed,
-        "compacted_batches": done.compacted,
-    }
+    return {**done.counts}
 
 
 def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | float | str]:
     """In entries; the report itself is a table of what differs, by batch and by workspace and day."""
     return {
-        "missing": report.found.missing,
-        "duplicated": report.found.duplicated,
-        "unexpected": report.found.unexpected,
-        "altered": report.found.altered,
+        **report.counts,
         "batches": len(report.batches),
-        "blocks": report.slots,
-        "blocks_compared_by_entry": report.slots_read,
-        "entries_expected": sum(line.entries for line in report.batches),
-        "entries_stored": sum(line.stored for line in report.batches),
-        "open_batches": report.open_batches,
-        "ttl_unknown": report.ttl_unknown,
         "batches_of_unknown_versions": ", ".join(f"{version}: {n}" for version, n in report.left_alone.items())
         or "none",
-        "marked_by_others": report.marked_by_others,
-        "repaired_rows": report.repaired.rows if report.repaired and report.repaired.action_id else 0,
         "report": dg.MetadataValue.md(reconcile_table(report)),
     }
 
