@@ -1,7 +1,7 @@
 """A failover that loses commits: MySQL goes on from an earlier moment, and batch ids, epochs and pks recur.
 
-What belongs here: two runs that hold the same batch id and epoch. What does not: two owners of one batch in one history
-(`integration.export.test_exactly_once`), and restoring a backup on purpose (`integration.maintenance.test_restore`).
+A batch with two owners and no lost commit is in `integration.export.test_exactly_once`, a restored backup in
+`integration.maintenance.test_restore`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _facts(stack: Stack) -> dict[str, object]:
 def test_a_run_from_before_a_failover_changes_nothing_after_it(
     stack: Stack, paused: str, meanwhile: Callable[[Stack], Claim]
 ) -> None:
-    """Its rows are lost with their commit; written or marked under the new run's batch, they would take its events' place."""
+    """Its rows are lost with their commit; written or marked under the new run's batch, they would replace its events."""
     stack.put(*events(3, "kept"))
     drain(stack.outbox, stack.log, LIMITS, owner="old")
     back_up(stack)

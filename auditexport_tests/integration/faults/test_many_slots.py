@@ -21,9 +21,10 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.faults.test_identity import event, lose
+from auditexport_tests.integration.faults.test_identity import event
 from auditexport_tests.support.builders import insert, small_event
 from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.maintenance import lose_events
 from auditexport_tests.support.prompts import urls
 
 LIMITS = Limits()
@@ -146,7 +147,7 @@ def test_a_discrepant_requeue_is_verified_once_nothing_differs(stack: Stack, pro
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN (:a, :b)", a=pks[0], b=pks[1])
     drain(stack.outbox, stack.log, LIMITS, owner="two")
     stack.sql("UPDATE clickhouse_outbox_batch SET state = 'exported' WHERE batch_id = 2")
-    lose(stack, "evt_0")
+    lose_events(stack, "evt_0")
     drain(stack.outbox, stack.log, LIMITS, owner="three")
 
     def states() -> list[str]:

@@ -3,78 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
-from click.testing import CliRunner, Result
 
 from auditexport_pipeline import preflight
-from auditexport_pipeline.cli import main
-from auditexport_pipeline.core.actions import Actor, RowFilter
-from auditexport_pipeline.core.reconcile import Report, reconcile
-from auditexport_pipeline.core.requeue import requeue
-from auditexport_pipeline.core.settings import Limits, Retention
-from auditexport_pipeline.core.sweep import Sweep, sweep
-from auditexport_pipeline.core.units import DAY_MS
-from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import drain
+from auditexport_pipeline.core.reconcile import Report
+from auditexport_tests.conftest import Stack, fresh_stack
+from auditexport_tests.support.builders import run, small_event
+from auditexport_tests.support.maintenance import (
+    BY,
+    batch_states,
+    move_back,
+    outbox_rows,
+    reconciled,
+    requeued,
+    swept,
+)
+from auditexport_tests.support.prompts import Prompt, prompt_in, urls
 
 pytestmark = pytest.mark.clickhouse_sensitive
 
-BY = Actor(who="auditor", why="a test")
 ROWS = 6
 AT = "toDateTime(fromUnixTimestamp64Milli(inserted_at, 'UTC'))"
-Prompt = Callable[..., Result]
+UNKNOWN_TTL = f"{AT} + INTERVAL 7 DAY DELETE WHERE event != 'x'"
 
 
-def exported(stack: Stack, days_ago: int) -> None:
-    """Six events of 2023, exported and verified some days ago by the ledger's account."""
-    event = {"time": 1_700_000_000_000, "workspace_id": "ws_1", "event": "a.b"}
-    stack.put(*(("ws_1", f"evt_{n}", json.dumps({**event, "event_id": f"evt_{n}"})) for n in range(ROWS)))
-    drain(stack.outbox, stack.log, Limits(), owner="drain")
-    move(stack, days_ago)
-
-
-def move(stack: Stack, days: int) -> None:
-    """Moves the ledger's only batch into the past; ClickHouse's entries stay where they are."""
-    ((batch_id, manifest),) = stack.sql("SELECT batch_id, manifest FROM clickhouse_outbox_batch WHERE batch_id > 0")
-    blocks = json.loads(str(manifest))
-    for block in blocks:
-        block["at"] -= days * DAY_MS
-    stack.sql(
-        "UPDATE clickhouse_outbox_batch SET manifest = :manifest, observed = NULL, state = 'verified', "
-        "inserted_at_ms = inserted_at_ms - :ms WHERE batch_id = :id",
-        manifest=json.dumps(blocks, separators=(",", ":")),
-        ms=days * DAY_MS,
-        id=batch_id,
-    )
-
-
-def set_ttl(stack: Stack, ttl: str) -> None:
-    stack.log.client().command(
-        f"ALTER TABLE audit_logs_raw_v1 {f'MODIFY TTL {ttl}' if ttl else 'REMOVE TTL'}", settings={"alter_sync": 2}
-    )
-
-
-def empty_clickhouse(stack: Stack) -> None:
+def export_and_empty(stack: Stack) -> None:
+    """Six events of 2023, exported and verified; then ClickHouse loses them."""
+    stack.put(*(small_event(f"evt_{n}", time=1_700_000_000_000) for n in range(ROWS)))
+    run(stack)
     stack.clickhouse("TRUNCATE TABLE audit_logs_raw_v1")
 
 
-def look(stack: Stack) -> Report:
-    return reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62)
+@pytest.fixture
+def emptied(stack: Stack) -> Stack:
+    """Six events that were exported 20 days ago, and that ClickHouse lost."""
+    export_and_empty(stack)
+    move_back(stack, 20)
+    return stack
 
 
-def swept(stack: Stack) -> Sweep:
-    return sweep(stack.outbox, stack.upkeep, stack.log, Retention(outbox_days=0), BY)
+@pytest.fixture(scope="module")
+def shared(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
+    """As `emptied`, exported today, for tests that change nothing but the TTL and the ledger's times."""
+    with fresh_stack(mysql_server, clickhouse_server) as stack:
+        export_and_empty(stack)
+        yield stack
 
 
-def in_outbox(stack: Stack) -> int:
-    return int(str(stack.sql("SELECT COUNT(*) AS n FROM clickhouse_outbox")[0].n))
+def set_ttl(stack: Stack, ttl: str) -> None:
+    """Sets the table's TTL, or removes it."""
+    has_ttl = "TTL" in str(stack.clickhouse("SHOW CREATE TABLE audit_logs_raw_v1")[0][0])
+    if ttl or has_ttl:
+        stack.log.client().command(
+            f"ALTER TABLE audit_logs_raw_v1 {f'MODIFY TTL {ttl}' if ttl else 'REMOVE TTL'}", settings={"alter_sync": 2}
+        )
 
 
-def of(found: Report) -> tuple[int, int]:
-    """(missing, past the TTL)."""
-    return found.found.missing, found.explained.get("past the TTL", 0)
+def missing_and_expired(report: Report) -> tuple[int, int]:
+    return report.found.missing, report.explained["past the TTL"]
 
 
 LOST, PAST = (ROWS, 0), (0, ROWS)
@@ -103,110 +91,94 @@ LOST, PAST = (ROWS, 0), (0, ROWS)
         (f"{AT} + INTERVAL 7 DAY DELETE WHERE workspace_id = 'ws_1'", 20, PAST),
     ],
 )
-def test_a_ttl_means_what_clickhouse_makes_of_it(stack: Stack, ttl: str, days_ago: int, means: tuple[int, int]) -> None:
+def test_a_ttl_means_what_clickhouse_makes_of_it(
+    shared: Stack, ttl: str, days_ago: int, means: tuple[int, int]
+) -> None:
     """The sweep deletes the outbox's copies of what is past the TTL, so a TTL that is misread loses events."""
-    exported(stack, days_ago)
-    set_ttl(stack, ttl)
-    empty_clickhouse(stack)
-    seen = reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62, dry_run=True)
-    assert of(seen) == means
-    swept(stack)
-    assert in_outbox(stack) == (0 if means == PAST else ROWS)
-    assert look(stack).clean is (means == PAST)
+    set_ttl(shared, ttl)
+    move_back(shared, days_ago)
+    try:
+        assert missing_and_expired(reconciled(shared, dry_run=True)) == means
+        swept_rows = swept(shared, outbox_days=0, ledger_days=3_000, dry_run=True).rows
+        assert swept_rows == (ROWS if means == PAST else 0)
+    finally:
+        move_back(shared, -days_ago)
+    assert batch_states(shared) == ["verified"]
 
 
-def test_an_emptied_clickhouse_costs_no_outbox_row_before_the_ttl(stack: Stack) -> None:
+def test_an_emptied_clickhouse_costs_no_outbox_row_before_the_ttl(emptied: Stack) -> None:
     """The outbox has the last copy, and a repair brings all of it back."""
-    exported(stack, 20)
-    set_ttl(stack, f"{AT} + INTERVAL 90 DAY, {AT} + INTERVAL 7 DAY RECOMPRESS CODEC(ZSTD(9))")
-    empty_clickhouse(stack)
-    assert of(look(stack)) == LOST
-    assert swept(stack).rows == 0
-    assert in_outbox(stack) == ROWS
-    reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62, repair=BY)
-    drain(stack.outbox, stack.log, Limits(), owner="again")
-    assert stack.counts() == (ROWS, ROWS)
-    assert look(stack).clean
-    assert swept(stack).rows == ROWS
+    set_ttl(emptied, f"{AT} + INTERVAL 90 DAY, {AT} + INTERVAL 7 DAY RECOMPRESS CODEC(ZSTD(9))")
+    assert missing_and_expired(reconciled(emptied)) == LOST
+    assert swept(emptied, outbox_days=0).rows == 0
+    assert outbox_rows(emptied) == ROWS
+    reconciled(emptied, repair=BY)
+    run(emptied)
+    assert emptied.counts() == (ROWS, ROWS)
+    assert reconciled(emptied).clean
+    assert swept(emptied, outbox_days=0).rows == ROWS
 
 
 @pytest.fixture
-def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
-    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", stack.mysql_url)
-    monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", stack.clickhouse_url)
-    return lambda *words: CliRunner().invoke(main, list(words), catch_exceptions=False)
+def prompt(emptied: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
+    set_ttl(emptied, UNKNOWN_TTL)
+    return prompt_in(urls(emptied), monkeypatch)
 
 
-def test_where_the_ttl_is_unknown_rows_stay_until_an_operator_says_how_long(prompt: Prompt, stack: Stack) -> None:
-    """Whoever cannot tell a loss from retention asks a person, prints what to type, and keeps the answer on record."""
-    exported(stack, 20)
-    set_ttl(stack, f"{AT} + INTERVAL 7 DAY DELETE WHERE event != 'x'")
-    empty_clickhouse(stack)
-    kept = prompt("sweep", "--outbox-days", "0")
-    assert (in_outbox(stack), kept.exit_code) == (ROWS, 1)
-    assert "auditexport sweep --ttl-days DAYS" in kept.output
-    told = prompt("sweep", "--outbox-days", "0", "--ttl-days", "7", "--dry-run")
-    assert (told.exit_code, in_outbox(stack)) == (0, ROWS)
-    assert "would sweep 6 rows" in told.output
-    released = prompt("sweep", "--outbox-days", "0", "--ttl-days", "7", "--who", "ada")
-    assert (released.exit_code, in_outbox(stack)) == (0, 0)
-    declared = stack.sql("SELECT who, selection FROM clickhouse_outbox_action WHERE verb = 'ttl' ORDER BY action_id")
-    assert [row.who for row in declared] == ["ada"]
-    assert json.loads(str(declared[0].selection))["days"] == 7
-    assert look(stack).clean, "what was swept rightly is not missing afterwards"
+def test_where_the_ttl_is_unknown_rows_stay_until_it_is_declared(prompt: Prompt, emptied: Stack) -> None:
+    """A sweep that cannot tell a loss from retention asks an operator, prints what to type, and records the answer."""
+    left = prompt("sweep", "--outbox-days", "0", status=1)
+    assert outbox_rows(emptied) == ROWS
+    assert "auditexport sweep --ttl-days DAYS" in left.output
+    young = prompt("sweep", "--outbox-days", "0", "--ttl-days", "30", "--dry-run", status=1)
+    assert "ClickHouse no longer holds it (6 missing)" in young.output, "thirty days are not over after twenty"
+    announced = prompt("sweep", "--outbox-days", "0", "--ttl-days", "7", "--dry-run")
+    assert outbox_rows(emptied) == ROWS
+    assert "would sweep 6 rows" in announced.output
+    prompt("sweep", "--outbox-days", "0", "--ttl-days", "7", "--who", "ada")
+    assert outbox_rows(emptied) == 0
+    (declared,) = emptied.sql("SELECT who, selection FROM clickhouse_outbox_action WHERE verb = 'ttl'")
+    assert (declared.who, json.loads(str(declared.selection))["days"]) == ("ada", 7)
+    assert reconciled(emptied).clean, "what was swept rightly is not missing afterwards"
 
 
-def test_a_declaration_releases_nothing_that_is_younger(prompt: Prompt, stack: Stack) -> None:
-    """Thirty days are not over after twenty: then it is a loss, by name."""
-    exported(stack, 20)
-    set_ttl(stack, f"{AT} + INTERVAL 7 DAY DELETE WHERE event != 'x'")
-    empty_clickhouse(stack)
-    refused = prompt("sweep", "--outbox-days", "0", "--ttl-days", "30")
-    assert (refused.exit_code, in_outbox(stack)) == (1, ROWS)
-    assert "ClickHouse no longer holds it (6 missing)" in refused.output
-
-
-def test_a_declared_ttl_counts_until_the_clause_reads_otherwise(prompt: Prompt, stack: Stack) -> None:
-    """An answer belongs to the clause that it was given for, and reconciliation goes by it as well."""
-    exported(stack, 20)
-    set_ttl(stack, f"{AT} + INTERVAL 7 DAY DELETE WHERE event != 'x'")
-    empty_clickhouse(stack)
-    found = prompt("reconcile", "--days", "40", "--json")
-    assert (json.loads(found.output)["missing"], found.exit_code) == (ROWS, 1)
-    assert "auditexport sweep --ttl-days DAYS" in prompt("reconcile", "--days", "40").output
+def test_a_declared_ttl_is_valid_until_the_clause_changes(prompt: Prompt, emptied: Stack) -> None:
+    """An answer belongs to the clause that it was given for; reconciliation uses it too."""
+    found = prompt("reconcile", "--days", "40", "--json", status=1)
+    assert json.loads(found.output)["missing"] == ROWS
+    assert "auditexport sweep --ttl-days DAYS" in prompt("reconcile", "--days", "40", status=1).output
     prompt("sweep", "--outbox-days", "3000", "--ledger-days", "3000", "--ttl-days", "7")
-    set_ttl(stack, f"{AT} + INTERVAL 8 DAY DELETE WHERE event != 'x'")
-    assert of(look(stack)) == LOST
-    set_ttl(stack, f"{AT} + INTERVAL 7 DAY DELETE WHERE event != 'x'")
-    assert of(look(stack)) == PAST
+    set_ttl(emptied, f"{AT} + INTERVAL 8 DAY DELETE WHERE event != 'x'")
+    assert missing_and_expired(reconciled(emptied)) == LOST
+    set_ttl(emptied, UNKNOWN_TTL)
+    assert missing_and_expired(reconciled(emptied)) == PAST
 
 
-def test_a_requeue_goes_by_the_ttl_as_clickhouse_evaluates_it(stack: Stack) -> None:
-    """Rows past the TTL are left alone, because ClickHouse would drop them; rows that are not are exported."""
-    exported(stack, 20)
-    wanted = RowFilter(workspace_id="ws_1")
-    set_ttl(stack, f"{AT} + INTERVAL 3 WEEK")  # less than a day is left of it
-    assert requeue(stack.outbox, stack.upkeep, stack.log, wanted, BY, dry_run=True).expired_rows == ROWS
-    set_ttl(stack, f"{AT} + INTERVAL 5 WEEK, {AT} + INTERVAL 7 DAY RECOMPRESS CODEC(ZSTD(9))")
-    assert requeue(stack.outbox, stack.upkeep, stack.log, wanted, BY, dry_run=True).rows == ROWS
-    set_ttl(stack, f"{AT} + toIntervalHour(24)")
-    assert requeue(stack.outbox, stack.upkeep, stack.log, wanted, BY, dry_run=True).expired_rows == ROWS
+def test_a_requeue_leaves_rows_alone_that_the_ttl_would_soon_delete(emptied: Stack) -> None:
+    """A requeued entry keeps its inserted_at; ClickHouse would drop it before anybody reads it."""
+    for ttl, expired in (
+        (f"{AT} + INTERVAL 3 WEEK", ROWS),  # less than a day is left of it
+        (f"{AT} + INTERVAL 5 WEEK, {AT} + INTERVAL 7 DAY RECOMPRESS CODEC(ZSTD(9))", 0),
+        (f"{AT} + toIntervalHour(24)", ROWS),
+    ):
+        set_ttl(emptied, ttl)
+        found = requeued(emptied, workspace_id="ws_1", dry_run=True)
+        assert (found.expired_rows, found.rows) == (expired, ROWS - expired), ttl
 
 
-@pytest.mark.parametrize(
-    ("ttl", "says"),
-    [
+def test_doctor_reads_the_same_ttl(shared: Stack) -> None:
+    """What doctor shows is what the sweep uses."""
+    cases = (
         (f"{AT} + INTERVAL 90 DAY, {AT} + INTERVAL 7 DAY RECOMPRESS CODEC(ZSTD(9))", []),
         (f"{AT} + INTERVAL 6 MONTH", []),
         (f"{AT} + INTERVAL 3 DAY", ["3 days"]),
         (f"{AT} + INTERVAL 90 DAY DELETE WHERE event = 'x'", ["cannot always be told"]),
         (f"{AT} + INTERVAL 90 DAY GROUP BY workspace_id SET description = any(description)", ["cannot always be told"]),
-    ],
-)
-def test_doctor_reads_the_same_ttl(stack: Stack, ttl: str, says: list[str]) -> None:
-    """One reader of the clause: what doctor shows is what the sweep goes by."""
-    before = preflight.check(stack.outbox, stack.log)  # an old server has a finding of its own
-    set_ttl(stack, ttl)
-    found = [finding for finding in preflight.check(stack.outbox, stack.log) if finding not in before]
-    assert len(found) == len(says)
-    assert all(text in finding.what for text, finding in zip(says, found, strict=True))
+    )
+    set_ttl(shared, f"{AT} + INTERVAL 90 DAY")
+    before = preflight.check(shared.outbox, shared.log)  # an old server has a finding of its own
+    for ttl, says in cases:
+        set_ttl(shared, ttl)
+        found = [finding for finding in preflight.check(shared.outbox, shared.log) if finding not in before]
+        assert len(found) == len(says), ttl
+        assert all(text in finding.what for text, finding in zip(says, found, strict=True)), ttl

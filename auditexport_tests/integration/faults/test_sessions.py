@@ -1,6 +1,6 @@
 """MySQL sessions inherit nothing that matters: whatever the server's globals are, a drain does the same.
 
-What belongs here: session variables and what a URL may set. What does not: what an error of MySQL's means (`test_mysql_errors`).
+What an error of MySQL's means is in `test_mysql_errors`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
-from click.testing import CliRunner
 
-from auditexport_pipeline.cli import main
 from auditexport_pipeline.mysql.connection import engine_for
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.builders import events
-from auditexport_tests.support.prompts import urls
+from auditexport_tests.support.builders import events, everything_once
+from auditexport_tests.support.prompts import prompt_in, urls
 
 pytestmark = [pytest.mark.mysql_sensitive, pytest.mark.clickhouse_sensitive]
 
@@ -61,18 +60,18 @@ INHERITED = {
 
 @contextmanager
 def globally(stack: Stack, values: dict[str, str]) -> Iterator[None]:
-    """These global values of the server's for a while, and new connections of ours under them."""
-    # A connection that is there before: what is set must not strike the one that takes it back.
+    """Sets global variables of the server for a while, with new connections of ours under them."""
+    # This connection is older than the values, so that it can set them back.
     with sa.create_engine(stack.mysql_url, isolation_level="AUTOCOMMIT").connect() as admin:
         before = {}
         for variable in values:
-            kept = admin.exec_driver_sql(f"SELECT @@GLOBAL.{variable}").scalar_one()
-            before[variable] = str(kept) if isinstance(kept, (int, float)) or kept == "DEFAULT" else repr(str(kept))
+            value = admin.exec_driver_sql(f"SELECT @@GLOBAL.{variable}").scalar_one()
+            before[variable] = str(value) if isinstance(value, (int, float)) or value == "DEFAULT" else repr(str(value))
         try:
             for variable, value in values.items():
                 admin.exec_driver_sql(f"SET GLOBAL {variable} = {value}")
             stack.outbox.disconnect()
-            engine_for.cache_clear()  # a process that has not met this server yet
+            engine_for.cache_clear()  # as in a process that has not connected to this server yet
             yield
         finally:
             for variable, value in before.items():
@@ -86,7 +85,7 @@ def _variables(stack: Stack) -> dict[str, str]:
 
 
 def _session(stack: Stack, names: list[str]) -> dict[str, str]:
-    """What a new session of ours has; one by one and without a COMMIT, for each of them can stop a larger statement."""
+    """The values of a new session of ours; one by one and without a COMMIT, because each of them can stop a larger statement."""
     connection = stack.outbox.engine.raw_connection()
     values = {}
     try:
@@ -99,41 +98,23 @@ def _session(stack: Stack, names: list[str]) -> dict[str, str]:
     return values
 
 
-@pytest.mark.parametrize(
-    "variable",
-    [
-        "sql_select_limit",
-        "completion_type",
-        "read_only",
-        "statement_time",
-        "innodb_snapshot_isolation",
-        "max_join_size",
-    ],
-)
-def test_a_drain_is_the_same_whatever_the_server_sets(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    """A limit of rows let 2,000 rows vanish, and others let no run get through."""
+def test_a_drain_is_the_same_whatever_the_server_sets(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under an inherited limit of rows, rows would be lost; under the other values no run would end."""
+    names = ("sql_select_limit", "completion_type", "transaction_read_only", "tx_read_only", "max_statement_time")
+    names += ("max_execution_time", "innodb_snapshot_isolation", "max_join_size")
     there = _variables(stack)
-    names = {
-        "read_only": ("transaction_read_only", "tx_read_only"),
-        "statement_time": ("max_statement_time", "max_execution_time"),
-    }.get(variable, (variable,))
-    name = next((name for name in names if name in there), None)
     stack.put(*events(ROWS))
-    for key, value in urls(stack).items():
-        monkeypatch.setenv(key, value)
-    with globally(stack, {} if name is None else {name: INHERITED[name]}):
-        done = CliRunner().invoke(main, ["drain"])
-    assert (done.exit_code, stack.counts(), stack.pending()) == (0, (ROWS, ROWS), 0), done.output
+    with globally(stack, {name: INHERITED[name] for name in names if name in there}):
+        prompt_in(urls(stack), monkeypatch)("drain")
+    everything_once(stack, ROWS)
 
 
 def test_a_session_has_the_same_values_whatever_the_globals_are(stack: Stack) -> None:
-    """One variable that is inherited is one server on which a drain means something else."""
+    """With one inherited variable, a drain would do something else on some server."""
     there = _variables(stack)
     names = [name for name in INHERITED if name in there and name != "init_connect"]
     usual = _session(stack, names)
-    # RELEASE ends a session that inherits it at its first COMMIT: asked for last, and alone.
+    # RELEASE ends a session that inherits it at its first COMMIT, so it is set last and alone.
     last = "completion_type"
     with globally(stack, {name: INHERITED[name] for name in [*names, "init_connect"] if name != last}):
         assert _session(stack, names) == usual
@@ -141,15 +122,13 @@ def test_a_session_has_the_same_values_whatever_the_globals_are(stack: Stack) ->
         assert _session(stack, [last]) == {last: usual[last]}
 
 
-def test_a_clock_that_init_connect_stops_goes_on_for_us(stack: Stack) -> None:
+def test_a_clock_that_init_connect_stops_runs_in_our_sessions(stack: Stack) -> None:
     """`SET timestamp` freezes NOW(), and with it every lease."""
     name = stack.mysql_url.rsplit("/", 1)[1]
     with globally(stack, {"init_connect": INHERITED["init_connect"]}):
         stack.sql(f"CREATE USER '{name}'@'127.0.0.1' IDENTIFIED BY 'x'")
         stack.sql(f"GRANT ALL ON {name}.* TO '{name}'@'127.0.0.1'")
         try:
-            from auditexport_pipeline.mysql.outbox import MySQLOutbox
-
             plain = MySQLOutbox(f"mysql+pymysql://{name}:x@{stack.mysql_url.split('@', 1)[1]}")
             with plain.transaction("asking") as connection:
                 stopped = connection.exec_driver_sql("SELECT UNIX_TIMESTAMP(NOW()) <= 1000").scalar_one()
@@ -162,9 +141,11 @@ def test_a_clock_that_init_connect_stops_goes_on_for_us(stack: Stack) -> None:
 @pytest.mark.parametrize(
     "option", ["charset=latin1", "sql_mode=ANSI", "init_command=SET sql_select_limit=1", "autocommit=true"]
 )
-def test_a_url_cannot_change_what_a_session_states(stack: Stack, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    """`charset=latin1` passed doctor, and every payload beyond it became a dead letter."""
-    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", f"{stack.mysql_url}?{option}")
-    monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", stack.clickhouse_url)
-    done = CliRunner().invoke(main, ["doctor"])
-    assert (done.exit_code != 0, option.partition("=")[0] in done.output) == (True, True), done.output
+def test_a_url_cannot_change_what_a_session_states(
+    mysql_server: str, clickhouse_server: str, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """With `charset=latin1`, every payload with other characters would become a dead letter."""
+    given = {"MYSQL": f"{mysql_server}mysql?{option}", "CLICKHOUSE": f"{clickhouse_server}default"}
+    prompt = prompt_in({f"AUDITEXPORT_{server}_URL": url for server, url in given.items()}, monkeypatch)
+    done = prompt("doctor", status=2)
+    assert option.partition("=")[0] in done.output, done.output
