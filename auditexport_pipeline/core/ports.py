@@ -368,7 +368,7 @@ class Maintenance(Protocol):
         """Batches in any state whose latest `inserted_at` is in [from, to), by ascending id."""
         ...
 
-    def held(self, pks: PkSet) -> dict[int, PkSet]:
+    def pks_by_batch(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
         ...
 

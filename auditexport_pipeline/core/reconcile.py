@@ -346,7 +346,7 @@ class _Reconciliation:
 
     def _batches_of(self, pks: PkSet) -> tuple[dict[int, list[Batch]], PkSet]:
         """The closed batches that had these pks, by pk, and the pks that open batches have."""
-        by_batch = self.upkeep.held(pks)
+        by_batch = self.upkeep.pks_by_batch(pks)
         closed: defaultdict[int, list[Batch]] = defaultdict(list)
         in_open = PkSet()
         for batch in self.outbox.batches(by_batch):

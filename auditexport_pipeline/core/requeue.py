@@ -101,7 +101,7 @@ def clear(
 ) -> Requeue:
     """Clears the marks of these rows, without rows that must stay; see `requeue`."""
     excuses = Excuses(upkeep, log)
-    by_batch = upkeep.held(pks)
+    by_batch = upkeep.pks_by_batch(pks)
     holders = outbox.batches(sorted(by_batch))
     batches = [batch for batch in holders if batch.state not in OPEN and batch.version in VERSIONS]
     in_open = PkSet.union(by_batch[batch.batch_id] for batch in holders if batch.state in OPEN)

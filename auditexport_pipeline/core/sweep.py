@@ -201,5 +201,7 @@ class _Sweeping:
         pks = batch.pks
         if not batch.counts.unmarked and batch.exported_at_ms is not None:
             pks &= self.upkeep.stamped(batch.exported_at_ms, (batch.version,))
-        later = [common for batch_id, common in self.upkeep.held(batch.pks).items() if batch_id > batch.batch_id]
+        later = [
+            common for batch_id, common in self.upkeep.pks_by_batch(batch.pks).items() if batch_id > batch.batch_id
+        ]
         return pks - PkSet.union(later)

@@ -50,7 +50,7 @@ class MySQLMaintenance:
         values = {"from_ms": from_ms, "to_ms": to_ms, "after_id": after_id, "row_limit": batches}
         return [_with_sweep(row) for row in self._rows("reading the ledger", "inserted_between", **values)]
 
-    def held(self, pks: PkSet) -> dict[int, PkSet]:
+    def pks_by_batch(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
         found: dict[int, PkSet] = {}
         with self.outbox.transaction("reading the ledger") as connection:
