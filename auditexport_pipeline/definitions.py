@@ -1,8 +1,4 @@
-"""The composition root: everything Dagster sees, put together once.
-
-What belongs here: `defs` as our code location is loaded, and that it has an executor. What does not: any definition, how
-those of one outbox are put together (`defs.build`), and what an executor needs (`defs.executors`).
-"""
+"""Our code location: `defs`, as Dagster loads it. `defs.build` makes the definitions of one outbox."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import dagster as dg
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.executors import executor_of_environment
-from auditexport_pipeline.outboxes import Outboxes, OutboxSettings, read_outboxes
+from auditexport_pipeline.outboxes import Outboxes, OutboxSettings, check_environment, read_outboxes
 
 # Owners of the one outbox of the environment; a file of outboxes and a component name their own.
 OWNERS = ("team:data-platform",)
@@ -23,9 +19,9 @@ def build_defs(**arguments: Any) -> dg.Definitions:
     """Our code location: `build_audit_export_defs` for every outbox of AUDITEXPORT_OUTBOXES, or for the one outbox of the
     environment, with an executor.
 
-    AUDITEXPORT_EXECUTOR and AUDITEXPORT_OUTBOXES are read here, because Dagster wants executor and names with the
-    definitions. `arguments` are for the one outbox. Raises `InvalidConfig`, naming file, entry and key.
+    `arguments` are for the one outbox. Raises `InvalidConfig`, naming the variable, or file, entry and key.
     """
+    check_environment()
     executor = executor_of_environment()
     outboxes = read_outboxes()
     if outboxes is None:
@@ -39,8 +35,11 @@ def build_defs(**arguments: Any) -> dg.Definitions:
 def _defs_of(outboxes: Outboxes, entry: OutboxSettings) -> dg.Definitions:
     try:
         return defs_of(entry)
-    except (dg.DagsterError, dg.DagsterInvariantViolationError) as error:  # an owner, a tag or a group of no such form
-        raise InvalidConfig(f"{outboxes.path}: outbox {entry.name}: {error}") from None
+    except (
+        dg.DagsterError,
+        dg.DagsterInvariantViolationError,
+    ) as error:  # such as a wrong form of an owner, a tag or a group
+        raise InvalidConfig(f"{outboxes.path}: outbox {entry.name or '(no name)'}: {error}") from None
 
 
 defs = build_defs()

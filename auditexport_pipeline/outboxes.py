@@ -1,9 +1,8 @@
-"""Which outboxes there are: the settings of one, and the file that lists several.
+"""The settings of an outbox, and the file that lists outboxes.
 
-What belongs here: the attributes of an outbox, each described and checked, once for the file, the component and the
-prompt; reading AUDITEXPORT_OUTBOXES, and the variables that its entries name. What does not: definitions (`defs.build`)
-and stores (`cli.stores`). URLs are named by the environment variable that holds them: neither a file nor a definition
-holds a password.
+The file, the component and the CLI share these attributes. URLs are given by the name of the environment variable that holds
+them, so neither a file nor a definition holds a password. What does not belong here: definitions (`defs.build`) and stores
+(`cli.stores`).
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.settings import Limits, Targets, Thresholds
+from auditexport_pipeline.core.settings import Limits, Targets, Thresholds, refuse_moved_variables, unknown_variables
 
 OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
@@ -50,17 +50,20 @@ def check_queue(queue: str, what: str = "celery_queue") -> str:
     return queue
 
 
-def _in_pydantic(check: Callable[[Any], object], value: Any) -> Any:
-    """Pydantic adds the attribute's name to a `ValueError`, and to nothing else."""
-    try:
-        check(value)
-    except InvalidConfig as error:
-        raise ValueError(str(error)) from None
-    return value
+# The settings of an outbox that a model of `core.settings` or `core.alerts` checks.
+_CHECKS: Mapping[str, Callable[[Any], object]] = {
+    "drain": lambda given: Limits(**given),
+    "targets": Targets().with_values,
+    "alert_policy": Policy().with_values,
+    "sensor_rows": lambda rows: Thresholds(rows=rows),
+    "sensor_lag_s": lambda lag_s: Thresholds(lag_s=lag_s),
+    "name": check_name,
+    "celery_queue": check_queue,
+}
 
 
 class OutboxSettings(BaseModel):
-    """What can be said of one outbox, in a file of outboxes and as attributes of the component alike."""
+    """The settings of one outbox: the keys of an entry in a file of outboxes, and the attributes of the component."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -90,25 +93,21 @@ class OutboxSettings(BaseModel):
         Mapping[str, Any],
         Field(description="Settings of drains that the sensor and the schedule start, as in the launchpad."),
     ] = {}
-    sensor_rows: Annotated[int, Field(ge=1, description="The sensor starts a drain at this many pending rows.")] = (
-        Thresholds().rows
+    sensor_rows: Annotated[int, Field(description=str(Thresholds.model_fields["rows"].description))] = Thresholds().rows
+    sensor_lag_s: Annotated[float, Field(description=str(Thresholds.model_fields["lag_s"].description))] = (
+        Thresholds().lag_s
     )
-    sensor_lag_s: Annotated[
-        float,
-        Field(
-            gt=0,
-            allow_inf_nan=False,
-            description="The sensor starts a drain when the oldest pending row is this old, in seconds.",
-        ),
-    ] = Thresholds().lag_s
     targets: Annotated[
-        Mapping[str, float],
-        Field(description="What an operator is called for, such as lag_s; what is not given: AUDITEXPORT_TARGET_…"),
+        Mapping[str, float], Field(description="When asset checks, status and alerts report a problem, such as lag_s.")
     ] = {}
+    alert_policy: Annotated[
+        Mapping[str, float], Field(description="When alerts are sent and repeated, such as repeat_hours.")
+    ] = {}
+    page_url: Annotated[str, Field(description="Address of the Dagster UI, for links to runs in alerts.")] = ""
     celery_queue: Annotated[
         str,
         Field(
-            description="Queue of the drain's steps with AUDITEXPORT_EXECUTOR celery; empty: AUDITEXPORT_CELERY_QUEUE, which all share."
+            description="Celery queue of the drain's steps with AUDITEXPORT_EXECUTOR celery; empty: dagster, which all share."
         ),
     ] = ""
     group_name: Annotated[str, Field(description="Group of both assets.")] = GROUP
@@ -118,32 +117,21 @@ class OutboxSettings(BaseModel):
     ] = {}
     tags: Annotated[Mapping[str, str], Field(description="Tags of both assets.")] = {}
 
-    @field_validator("name")
+    @field_validator(*_CHECKS)
     @classmethod
-    def _check_name(cls, value: str) -> Any:
-        return _in_pydantic(check_name, value)
-
-    @field_validator("celery_queue")
-    @classmethod
-    def _check_queue(cls, value: str) -> Any:
-        return _in_pydantic(check_queue, value)
-
-    @field_validator("drain")
-    @classmethod
-    def _check_drain(cls, value: Mapping[str, Any]) -> Any:
-        return _in_pydantic(lambda given: Limits(**given), value)
-
-    @field_validator("targets")
-    @classmethod
-    def _check_targets(cls, value: Mapping[str, float]) -> Any:
-        return _in_pydantic(Targets().with_values, value)
+    def _check(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            _CHECKS[str(info.field_name)](value)
+        except InvalidConfig as error:
+            raise ValueError(str(error)) from None  # pydantic adds the attribute's name to a ValueError only
+        return value
 
     @field_validator("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
     @classmethod
     def _check_variable(cls, value: str) -> str:
         # The message leaves the value out: it may be a URL with a password.
         if value and not _ENVIRONMENT_NAME.fullmatch(value):
-            raise ValueError("this is no name of an environment variable; the URL itself belongs into the variable")
+            raise ValueError("this is not the name of an environment variable; put the URL into the variable")
         return value
 
     @property
@@ -176,7 +164,7 @@ class Outboxes:
         variable = getattr(entry, key)
         value = os.environ.get(variable, "")
         if not value:
-            raise InvalidConfig(f"{self.path}: outbox {entry.name}: {key}: {variable} is not set")
+            raise InvalidConfig(f"{self.path}: {_shown(entry)}: {key}: {variable} is not set")
         return value
 
     def check_variables(self) -> None:
@@ -200,6 +188,10 @@ class Outboxes:
                 self.url(entry, key)
 
 
+def _shown(entry: OutboxSettings) -> str:
+    return f"outbox {entry.name}" if entry.name else "the outbox"
+
+
 def _database(url: str) -> tuple[str, ...]:
     """Server and database of a URL, without user and protocol; of a text that is no URL, the text.
 
@@ -217,6 +209,16 @@ def _database(url: str) -> tuple[str, ...]:
     return ((parts.hostname or "").lower(), port, "", parts.path.strip("/") or "default")
 
 
+def check_environment() -> None:
+    """Raises `InvalidConfig` for a variable AUDITEXPORT_… that nothing reads, with its successor or the nearest known one."""
+    refuse_moved_variables(os.environ)
+    if unknown_variables(os.environ):
+        outboxes = read_outboxes()
+        named = {name for entry in outboxes.entries for name in entry.variables.values()} if outboxes else set()
+        if unknown := unknown_variables(os.environ, named):
+            raise InvalidConfig(unknown)
+
+
 def read_outboxes() -> Outboxes | None:
     """The file that AUDITEXPORT_OUTBOXES names; None when it is not set: then there is the one outbox of the environment.
 
@@ -229,13 +231,14 @@ def read_outboxes() -> Outboxes | None:
 def parse(path: Path) -> Outboxes:
     """The outboxes of this file; raises as `read_outboxes` does."""
     entries: list[OutboxSettings] = []
-    for number, given in enumerate(_entries(path), 1):
+    listed = _entries(path)
+    for number, given in enumerate(listed, 1):
         name = given.get("name") if isinstance(given, dict) else None
         which = f"{path}: outbox {name}" if isinstance(name, str) and name else f"{path}: entry {number}"
         if not isinstance(given, dict):
             raise InvalidConfig(f"{which} is no mapping of keys to values")
-        if not name:
-            raise InvalidConfig(f"{which}: name: every outbox of a file has one")
+        if not name and len(listed) > 1:
+            raise InvalidConfig(f"{which}: name: each of several outboxes needs one")
         try:
             entry = OutboxSettings(**given)
         except (ValidationError, TypeError) as error:

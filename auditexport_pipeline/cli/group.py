@@ -36,5 +36,8 @@ class _Group(click.Group):
 )
 def main(outbox_name: str | None) -> None:
     """Every audit event of a MySQL outbox in ClickHouse, exactly once."""
+    from auditexport_pipeline.outboxes import check_environment
+
+    check_environment()
     # The driver's warnings repeat our one line in other words, without what to do.
     logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())

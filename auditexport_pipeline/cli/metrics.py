@@ -68,7 +68,7 @@ def metrics(
 ) -> None:
     """Metrics in Prometheus' text format: printed once, kept in a file for the node exporter, or served.
 
-    Reads AUDITEXPORT_MYSQL_URL as a user that may only read, and AUDITEXPORT_TARGET_…; ClickHouse is not asked. An
+    Reads AUDITEXPORT_MYSQL_URL as a user that may only read; ClickHouse is not asked. An
     outbox of the file AUDITEXPORT_OUTBOXES has its name as the label outbox.
 
     Exit status: 0 MySQL answered, or the command was stopped; 1 MySQL did not answer, for at least one outbox (its

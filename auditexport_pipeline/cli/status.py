@@ -60,8 +60,7 @@ OUTBOXES_AT_ONCE = 16
 def status(watch_s: float | None, of_all: bool, report_path: Path | None, days: float, as_json: bool) -> None:
     """How the export stands: backlog, lag, rate, ETA, open batches, runs, dead letters, upkeep, and what to do.
 
-    Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. Targets: AUDITEXPORT_TARGET_LAG_S and
-    so on; operations.md lists them.
+    Reads MySQL only, and needs no more than SELECT; with --report ClickHouse as well. operations.md lists the targets.
 
     Exit status: 0 healthy, 1 something needs an operator, 2 the call or the setup is wrong, or MySQL is down. With --watch,
     of what was seen last; with --all, the worst of them.

@@ -62,10 +62,10 @@ class Chosen:
         return ClickHouseAuditLog(self._url("clickhouse_url_env", "AUDITEXPORT_CLICKHOUSE_URL"))
 
     def targets(self) -> Targets:
-        """Its own targets, over those of the environment."""
-        from auditexport_pipeline.mysql.status import targets
+        """Its own targets, over the defaults."""
+        from auditexport_pipeline.core.settings import Targets
 
-        return targets(self.entry.targets if self.entry is not None else None)
+        return Targets().with_values(self.entry.targets if self.entry is not None else {})
 
     def _url(self, key: str, variable: str) -> str:
         if self.outboxes is not None and self.entry is not None:

@@ -10,7 +10,7 @@ sentences are in `core.advice`; reading runs and numbers, and sending, in `defs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -32,10 +32,6 @@ from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.settings import Settings, Targets
 from auditexport_pipeline.core.status import Status, format_duration
 
-# The environment variable of a field of `Policy` is this and the field's name in capitals.
-POLICY_VARIABLES = "AUDITEXPORT_ALERT_"
-# Variables of the same beginning that say where notices go (`defs.resources`).
-NO_POLICY = ("AUDITEXPORT_ALERT_WEBHOOK_URL",)
 # Notices that wait for a webhook that does not answer; older ones are dropped and counted.
 UNSENT = 20
 # Causes of one alert that are notified one by one; further ones only repeat it.
@@ -49,15 +45,9 @@ RETRY_KNOWN_WITHIN_MS = 60_000
 
 
 class Policy(Settings):
-    """When alerts are sent; what is wrong is decided by `Targets`.
+    """When alerts are sent. `Targets` say what is wrong."""
 
-    From the environment: AUDITEXPORT_ALERT_REPEAT_HOURS, AUDITEXPORT_ALERT_REPEAT_WARNING_HOURS,
-    AUDITEXPORT_ALERT_NOT_SHRINKING_MINUTES, AUDITEXPORT_ALERT_UNREACHABLE_MINUTES, AUDITEXPORT_ALERT_RETRY_MINUTES.
-    """
-
-    a_setting: ClassVar[str] = "a setting of alerts"
-    prefix: ClassVar[str] = POLICY_VARIABLES
-    other_variables: ClassVar[Sequence[str]] = NO_POLICY
+    a_setting: ClassVar[str] = "a setting of alert_policy"
 
     repeat_hours: float = Field(
         default=6.0, ge=0.1, le=8_760, description="What still fails is repeated after this long."

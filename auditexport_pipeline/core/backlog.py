@@ -51,9 +51,6 @@ class Backlog:
         return f"{self.rows:,}+" if self.rows_at_least else f"{self.rows:,}"
 
 
-DEFAULT_THRESHOLDS = Thresholds()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
     """Drains that failed one after the other, up to now: how many, and how long ago the last one ended."""

@@ -1,14 +1,14 @@
 """Every setting once: default, unit, bounds and one sentence each.
 
-The launchpad (`defs.config`), the component and the file of outboxes (`outboxes`), the CLI's options (`cli.shared`) and the
-variables are made from these models. What does not belong here: connections (resources), and reading the environment, which is
-passed in.
+The launchpad (`defs.config`), the component and the file of outboxes (`outboxes`) and the CLI's options (`cli.shared`) are made
+from these models. `Variables` are the environment variables; the environment itself is passed in.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import (
@@ -17,7 +17,6 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -37,8 +36,6 @@ RETENTION_DAYS = 30
 START_WITHIN_S = 120
 # The shortest lease where the steps of a run are in several processes: between two of them nobody renews it.
 QUEUED_LEASE_S = 300
-# Kubernetes gives each pod such variables for each Service of its namespace, which may be called auditexport-celery.
-_OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|PORT)(_[A-Z0-9_]+)?$")
 
 
 class Settings(BaseModel):
@@ -50,38 +47,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     a_setting: ClassVar[str] = "a setting"  # how a message calls one of them
-    prefix: ClassVar[str] = ""  # a field's variable is this and the field's name in capitals
-    other_variables: ClassVar[Sequence[str]] = ()  # they begin with the prefix, and something else reads them
 
     @model_validator(mode="wrap")
     @classmethod
-    def _name_what_is_wrong(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+    def _name_what_is_wrong(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
-            raise InvalidConfig(_message(cls, error, cls.variables() if info.context else None)) from None
+            raise InvalidConfig(_message(cls, error)) from None
 
     @classmethod
-    def variables(cls) -> dict[str, str]:
-        """Field to environment variable."""
-        return {name: f"{cls.prefix}{name.upper()}" for name in cls.model_fields}
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """The settings that variables with the prefix name; an empty variable counts as not set.
-
-        Raises `InvalidConfig`, naming the variable.
-        """
-        fields = {variable: name for name, variable in cls.variables().items()}
-        given = {
-            fields.get(variable, variable): text
-            for variable, text in environment.items()
-            if variable.startswith(cls.prefix)
-            and variable not in cls.other_variables
-            and not _OF_A_SERVICE.search(variable)
-            and text
-        }
-        return cls.model_validate_strings(given, strict=False, context=cls.prefix)
+    def given_as(cls, field: str) -> str:
+        """The name under which a user gives this field."""
+        return field
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """These settings with some in their place; raises as the constructor does."""
@@ -105,24 +83,22 @@ def format_bounds(field: FieldInfo) -> str:
     return " ".join(parts)
 
 
-def _message(model: type[Settings], error: ValidationError, variables: Mapping[str, str] | None) -> str:
-    """One part for each thing that is wrong, under the name by which it was given: a field's, or its variable's."""
-    shown = variables or {name: name for name in model.model_fields}
-    said = []
+def _message(model: type[Settings], error: ValidationError) -> str:
+    """One part for each thing that is wrong, under the name by which it was given."""
+    parts = []
     for one in error.errors(include_url=False):
         name = str(one["loc"][0]) if one["loc"] else ""
         field = model.model_fields.get(name)
         if field is None:
-            others = sorted((*shown.values(), *(model.other_variables if variables else ())))
-            said.append(f"{name} is not {model.a_setting}; choose from {', '.join(others)}")
-        elif one["type"] == "value_error":  # a check of ours, which says it all
-            said.append(str(one["ctx"]["error"]))
+            parts.append(f"{name} is not {model.a_setting}; choose from {', '.join(sorted(model.model_fields))}")
+        elif one["type"] == "value_error":  # a check of ours, with a whole sentence
+            parts.append(str(one["ctx"]["error"]))
         elif bounds := format_bounds(field):
             kind = "an integer" if field.annotation is int else "a number"
-            said.append(f"{shown[name]} is {one['input']!r}; it must be {kind} {bounds}")
+            parts.append(f"{model.given_as(name)} is {one['input']!r}; it must be {kind} {bounds}")
         else:
-            said.append(f"{shown[name]}: {one['msg']}")
-    return "; ".join(said)
+            parts.append(f"{model.given_as(name)}: {one['msg']}")
+    return "; ".join(parts)
 
 
 class Limits(Settings):
@@ -230,17 +206,17 @@ class Thresholds(Settings):
     """What makes a run worth starting: this many rows, or the oldest this old, whichever comes first."""
 
     a_setting: ClassVar[str] = "a threshold of the sensor"
-    prefix: ClassVar[str] = "AUDITEXPORT_SENSOR_"
 
-    rows: int = Field(default=10_000, gt=0, description="Pending rows.")
-    lag_s: float = Field(default=60.0, gt=0, description="Age of the oldest pending row, in seconds.")
+    rows: int = Field(default=10_000, ge=1, description="The sensor starts a drain at this many pending rows.")
+    lag_s: float = Field(
+        default=60.0, gt=0, description="The sensor starts a drain when the oldest pending row is this old, in seconds."
+    )
 
 
 class Targets(Settings):
     """What an operator is called for."""
 
     a_setting: ClassVar[str] = "a target"
-    prefix: ClassVar[str] = "AUDITEXPORT_TARGET_"
 
     lag_s: float = Field(
         default=300.0, ge=1, le=604_800, description="The oldest pending row may be this old, in seconds."
@@ -299,3 +275,129 @@ class Retention(Settings):
                 "longer than its rows"
             )
         return self
+
+
+# ── environment variables ────────────────────────────────────────────────────────────────────────
+
+PREFIX = "AUDITEXPORT_"
+# The tests' own, with which a user starts them on other servers.
+_OF_TESTS = f"{PREFIX}TEST_"
+# Kubernetes gives each pod such variables for each Service of its namespace, which may be called auditexport-celery.
+_OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|PORT)(_[A-Z0-9_]+)?$")
+_KEY = "the key `{}` of the file that AUDITEXPORT_OUTBOXES names, or of the component"
+_RUN_LAUNCHER = "`{}` of run_launcher in dagster.yaml"
+# Variables that earlier versions read, without the prefix, and what takes their place. One that ends in _ begins a family.
+_SUCCESSORS = {
+    "DRAIN": _KEY.format("drain"),
+    "SENSOR_ROWS": _KEY.format("sensor_rows"),
+    "SENSOR_LAG_S": _KEY.format("sensor_lag_s"),
+    "TARGET_": _KEY.format("targets: {{{}: …}}"),
+    "ALERT_": _KEY.format("alert_policy: {{{}: …}}"),
+    "PAGE_URL": _KEY.format("page_url"),
+    "CELERY_QUEUE": _KEY.format("celery_queue"),
+    "CELERY_BROKER_URL": "Celery's own variable CELERY_BROKER_URL",
+    "CELERY_RESULT_URL": "Celery's own variable CELERY_RESULT_BACKEND",
+    "KUBERNETES_NAMESPACE": _RUN_LAUNCHER.format("job_namespace"),
+    "KUBERNETES_IMAGE": _RUN_LAUNCHER.format("job_image"),
+    "KUBERNETES_SERVICE_ACCOUNT": _RUN_LAUNCHER.format("service_account_name"),
+    "KUBERNETES_ENV_SECRETS": _RUN_LAUNCHER.format("env_secrets"),
+    "KUBERNETES_STORAGE_CLAIM": _RUN_LAUNCHER.format("volumes"),
+    "KUBERNETES_MAX_CONCURRENT": "`execution: {config: {max_concurrent: …}}` in a run's configuration",
+}
+
+
+class Variables(Settings):
+    """The environment variables: secrets, what differs between machines, and what Dagster needs with the definitions.
+
+    A field's variable is its name in capitals behind AUDITEXPORT_. An empty variable counts as not set.
+    """
+
+    a_setting: ClassVar[str] = "a variable"
+
+    mysql_url: str = Field(
+        default="",
+        repr=False,
+        title="`mysql+pymysql://user:password@host:port/database`",
+        description="The outbox's database.",
+    )
+    clickhouse_url: str = Field(
+        default="",
+        repr=False,
+        title="`http[s]://user:password@host:port/database`",
+        description="ClickHouse's HTTP interface; may end in [settings for replicas](clickhouse.md#which-one).",
+    )
+    heartbeat_url: str = Field(
+        default="", repr=False, title="URL", description="Gets `/start`, success and `/fail` of each drain."
+    )
+    alert_webhook_url: str = Field(default="", repr=False, title="URL", description="Gets [alerts](alerts.md).")
+    executor: str = Field(default="in_process", title="name", description="Where steps run: [executors](#executors).")
+    outboxes: str = Field(
+        default="", title="path", description="The file of outboxes, for the code server and the CLI."
+    )
+    outbox: str = Field(default="", title="name", description="The outbox of CLI commands, as `--outbox`.")
+    # Redis cannot see that a worker died. A step that takes longer runs twice at once, which is safe and a waste. The run and
+    # the workers need the same value, so it is no setting of a run. Celery's own default is an hour.
+    celery_visibility_timeout_s: int = Field(
+        default=900,
+        ge=1,
+        le=9_999_999,
+        title="seconds",
+        description="Redis gives a task to another worker after this time.",
+    )
+    mysqld: str = Field(default="", title="path", description="MySQL or MariaDB server that demo, dev and tests start.")
+    embedded_clickhouse_password: str = Field(
+        default="", repr=False, title="password", description="Set by demo, dev and tests for their own ClickHouse."
+    )
+
+    @classmethod
+    def given_as(cls, field: str) -> str:
+        return f"{PREFIX}{field.upper()}"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """The variables that are set. Raises `InvalidConfig`, naming the variable, for a value that is out of bounds."""
+        given = {name: environment.get(cls.given_as(name)) for name in cls.model_fields}
+        return cls.model_validate_strings({name: text for name, text in given.items() if text}, strict=False)
+
+
+def refuse_moved_variables(environment: Mapping[str, str]) -> None:
+    """Raises `InvalidConfig` for variables that earlier versions read, with what takes their place."""
+    moved = [
+        f"{variable} is not read any more; use {successor}"
+        for variable in _others(environment)
+        if (successor := _successor(variable.removeprefix(PREFIX)))
+    ]
+    if moved:
+        raise InvalidConfig("; ".join(moved))
+
+
+def unknown_variables(environment: Mapping[str, str], named: Collection[str] = ()) -> str:
+    """What is wrong with variables AUDITEXPORT_… that nothing reads, or an empty text. `named` are those that the file of
+    outboxes names.
+    """
+    known = [Variables.given_as(name) for name in Variables.model_fields]
+    parts = []
+    for variable in _others(environment):
+        if variable not in named:
+            nearest = difflib.get_close_matches(variable, [*known, *named], n=1, cutoff=0.0)[0]
+            parts.append(f"{variable} is not a variable of auditexport; the nearest is {nearest}")
+    return "; ".join(parts)
+
+
+def _others(environment: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that are set and are none of ours."""
+    known = {Variables.given_as(name) for name in Variables.model_fields}
+    return sorted(
+        variable
+        for variable, text in environment.items()
+        if text
+        and variable.startswith(PREFIX)
+        and not variable.startswith(_OF_TESTS)
+        and variable not in known
+        and not _OF_A_SERVICE.search(variable)
+    )
+
+
+def _successor(name: str) -> str | None:
+    family = next((prefix for prefix in _SUCCESSORS if prefix.endswith("_") and name.startswith(prefix)), "")
+    return _SUCCESSORS[family].format(name.removeprefix(family).lower()) if family else _SUCCESSORS.get(name)

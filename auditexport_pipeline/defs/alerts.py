@@ -11,10 +11,9 @@ docs/alerts.md has other ways to send: a resource of your own under the key `ale
 """
 
 import concurrent.futures
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import TypeVar
 
@@ -24,12 +23,11 @@ import msgspec
 from auditexport_pipeline.core.advice import Drains, Failure
 from auditexport_pipeline.core.alerts import AlertState, EndedRun, NumberAlerts, Policy, Retry, RunAlerts, Tick
 from auditexport_pipeline.core.errors import AuditExportError, BrokerUnavailable, OutboxUnavailable, TransientError
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB, failed_in_a_row
-from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
 from auditexport_pipeline.mysql.status import read_status
-from auditexport_pipeline.mysql.status import targets as targets_of
 
 RUNS_INTERVAL_S = 30
 NUMBERS_INTERVAL_S = 60
@@ -55,17 +53,13 @@ T = TypeVar("T")
 
 
 def alert_sensors(
-    names: Names, upkeep_jobs: Sequence[str], *, targets: Mapping[str, float] | None = None
+    names: Names, other_jobs: Sequence[str], targets: Targets, policy: Policy
 ) -> list[dg.SensorDefinition]:
-    """`run_alerts` and `number_alerts` of this outbox. `upkeep_jobs` are the names of its other jobs.
-
-    `targets` say what is wrong (AUDITEXPORT_TARGET_… for those that are not given); AUDITEXPORT_ALERT_… say when alerts are sent.
-    Both are read at every tick.
-    """
-    return [_run_alerts(names, [names.job, *upkeep_jobs]), _number_alerts(names, targets)]
+    """`run_alerts` and `number_alerts` of this outbox. `targets` say what is wrong, `policy` when alerts are sent."""
+    return [_run_alerts(names, [names.job, *other_jobs], policy), _number_alerts(names, targets, policy)]
 
 
-def _run_alerts(names: Names, jobs: Sequence[str]) -> dg.SensorDefinition:
+def _run_alerts(names: Names, jobs: Sequence[str], policy: Policy) -> dg.SensorDefinition:
     @dg.sensor(
         name=names.of("run_alerts"),
         minimum_interval_seconds=RUNS_INTERVAL_S,
@@ -80,7 +74,7 @@ def _run_alerts(names: Names, jobs: Sequence[str]) -> dg.SensorDefinition:
         if not to.is_set and not heartbeat.is_set:
             # Without a memory, what happens until a webhook is set is never sent.
             return _skip(HOW.format(or_else=", or AUDITEXPORT_HEARTBEAT_URL for /fail of dead drains"), cursor="")
-        tick = _tick(names)
+        tick = _tick(names, policy)
         memory = _decoded(context.cursor, RunAlerts) or RunAlerts(from_ms=tick.now_ms, looked_ms=tick.now_ms)
         for run in _ended_runs(context, names, jobs, memory, to):
             memory.observe(run, tick)
@@ -97,7 +91,7 @@ def _run_alerts(names: Names, jobs: Sequence[str]) -> dg.SensorDefinition:
     return run_alerts
 
 
-def _number_alerts(names: Names, targets: Mapping[str, float] | None) -> dg.SensorDefinition:
+def _number_alerts(names: Names, targets: Targets, policy: Policy) -> dg.SensorDefinition:
     @dg.sensor(
         name=names.of("number_alerts"),
         minimum_interval_seconds=NUMBERS_INTERVAL_S,
@@ -110,9 +104,7 @@ def _number_alerts(names: Names, targets: Mapping[str, float] | None) -> dg.Sens
         to: AlertsResource = getattr(context.resources, names.alerts)
         if not to.is_set:
             return _skip(HOW.format(or_else=""), cursor="")
-        tick = _tick(names)
-        with in_one_line():
-            limits = targets_of(targets)
+        tick = _tick(names, policy)
         memory = _decoded(context.cursor, NumberAlerts) or NumberAlerts()
         try:
             status = _within(READ_WITHIN_S, lambda: read_status(names.mysql_of(context).outbox()))
@@ -121,16 +113,14 @@ def _number_alerts(names: Names, targets: Mapping[str, float] | None) -> dg.Sens
             memory.observe_error(numbers, tick, permanent=not isinstance(error, TransientError))
         else:
             numbers = f"{status.backlog.shown_rows} pending rows, lag {status.backlog.lag_s:.0f} s"
-            memory.observe(status, limits, lambda: _drains(context, names), tick)
+            memory.observe(status, targets, lambda: _drains(context, names), tick)
         done = _send(memory.state, to)
         return _skip(f"{done}: {numbers}", cursor=msgspec.json.encode(memory).decode())
 
     return number_alerts
 
 
-def _tick(names: Names) -> Tick:
-    with in_one_line():
-        policy = Policy.from_environment(os.environ)
+def _tick(names: Names, policy: Policy) -> Tick:
     return Tick(policy=policy, outbox=names.name, drain_job=names.job, now_ms=int(time.time() * 1000))
 
 
@@ -212,7 +202,6 @@ def failure_text(context: dg.RunFailureSensorContext) -> str:
             subject=run.job_name,
             ended_ms=tick.now_ms,
             run_id=run.run_id,
-            link=AlertsResource().link(run.run_id),
             **msgspec.structs.asdict(failure_of(context.instance, run.run_id)),
         ),
         tick,

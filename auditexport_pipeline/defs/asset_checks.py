@@ -4,7 +4,7 @@ What belongs here: turning counts into a check's result. What does not: counting
 drain would have to wait for: the export job leaves checks out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import dagster as dg
@@ -13,12 +13,13 @@ from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import Severity, advice, needs_operator
 from auditexport_pipeline.core.dead_letters import DeadLetterFilter, LetterCounts
 from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import counts_table, reconcile_metadata
 from auditexport_pipeline.mysql import dead_letters
-from auditexport_pipeline.mysql.status import read_status, targets
+from auditexport_pipeline.mysql.status import read_status
 
 
 def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
@@ -54,7 +55,7 @@ _OF_STATUS = (
         name="lag_within_target",
         about=("lag", "created_at"),
         numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s", "odd_created_rows"),
-        description="The oldest pending row is younger than the target (AUDITEXPORT_TARGET_LAG_S, 300 s). A warning while a drain is "
+        description="The oldest pending row is younger than the target (`lag_s`, 300). A warning while a drain is "
         "at work on it, an error when none is; a warning too where created_at is no epoch milliseconds.",
     ),
     _OfStatus(
@@ -67,7 +68,7 @@ _OF_STATUS = (
         name="no_batch_open_too_long",
         about=("open_batches",),
         numbers=("open_batches", "oldest_open_batch_s"),
-        description="No batch holds its rows for longer than AUDITEXPORT_TARGET_BATCH_OPEN_MINUTES (15).",
+        description="No batch holds its rows for longer than its target (`batch_open_minutes`, 15).",
     ),
     _OfStatus(
         name="recent_batches_verified",
@@ -79,13 +80,13 @@ _OF_STATUS = (
         name="retention_keeping_up",
         about=("sweep",),
         numbers=("oldest_unswept_s",),
-        description="Exported rows leave the outbox when retention says so (AUDITEXPORT_TARGET_RETENTION_DAYS, 30): `sweep_schedule`.",
+        description="Exported rows leave the outbox when retention says so (`retention_days`, 30): `sweep_schedule`.",
     ),
     _OfStatus(
         name="reconciled_recently",
         about=("reconcile", "actions"),
         numbers=("reconciled_s_ago",),
-        description="Both stores were held against each other within AUDITEXPORT_TARGET_RECONCILE_HOURS (36), and agreed: "
+        description="Both stores were compared within the target (`reconcile_hours`, 36), and agreed: "
         "`reconcile_schedule`.",
     ),
 )
@@ -94,17 +95,17 @@ _OF_STATUS = (
 LIGHT = (*(check.name for check in _OF_STATUS), "no_dead_letters_standing")
 
 
-def asset_checks(names: Names, given: Mapping[str, float] | None = None) -> list[dg.AssetChecksDefinition]:
-    """All checks of this outbox's asset; `given` are targets of its own."""
+def asset_checks(names: Names, targets: Targets) -> list[dg.AssetChecksDefinition]:
+    """All checks of this outbox's asset."""
     return [
-        _of_status(names, given),
+        _of_status(names, targets),
         _no_duplicates_recently(names),
         _recent_exports_reconcile(names),
         _no_dead_letters_standing(names),
     ]
 
 
-def _of_status(names: Names, given: Mapping[str, float] | None) -> dg.AssetChecksDefinition:
+def _of_status(names: Names, targets: Targets) -> dg.AssetChecksDefinition:
     """Those of `_OF_STATUS`, by one look at MySQL for all that are asked for."""
 
     @dg.multi_asset_check(
@@ -116,7 +117,7 @@ def _of_status(names: Names, given: Mapping[str, float] | None) -> dg.AssetCheck
     def status_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         with in_one_line():
             status = read_status(names.mysql_of(context).outbox())
-            advised = advice(status, targets(given), names.name)
+            advised = advice(status, targets, names.name)
         asked_for = {key.name for key in context.selected_asset_check_keys}
         for check in _OF_STATUS:
             if check.name not in asked_for:

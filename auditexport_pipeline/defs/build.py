@@ -1,20 +1,23 @@
-"""One outbox's definitions, put together: what any code location merges into its own.
+"""The definitions of one outbox, put together, for any code location to merge into its own.
 
-What belongs here: `build_audit_export_defs`. What does not: any definition, and the executor, of which a code location
-has one (`definitions`).
+The executor does not belong here: a code location has one (`definitions`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
+from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.settings import Thresholds
+from auditexport_pipeline.core.settings import Targets, Thresholds, refuse_moved_variables
 from auditexport_pipeline.defs import alerts, asset_checks, catalog, jobs, schedules, sensors
 from auditexport_pipeline.defs.assets import export_asset
+from auditexport_pipeline.defs.config import drain_run_config
+from auditexport_pipeline.defs.executors import limits_here
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import (
     AlertsResource,
@@ -39,6 +42,8 @@ def build_audit_export_defs(
     drain: Mapping[str, Any] | None = None,
     sensor_thresholds: Thresholds | None = None,
     targets: Mapping[str, float] | None = None,
+    alert_policy: Mapping[str, float] | None = None,
+    page_url: str = "",
     celery_queue: str = "",
     group_name: str = catalog.GROUP,
     owners: Sequence[str] = (),
@@ -47,54 +52,59 @@ def build_audit_export_defs(
     executor: dg.ExecutorDefinition | None = None,
     **resources: Any,
 ) -> dg.Definitions:
-    """Everything that exports one outbox: assets, checks, jobs, sensor, schedules and resources.
+    """Everything that exports one outbox: assets, checks, jobs, sensors, schedules and resources.
 
-    Merge the result into your own `Definitions`, once for each outbox or shard. `name` begins every name but the
-    first one's and is the assets' prefix (`defs.names`); it raises `InvalidConfig` when Dagster would not take it.
+    Merge the result into your own `Definitions`, once for each outbox or shard. `name` begins every name and is the assets'
+    prefix (`defs.names`); without it, the names are the contract's.
 
-    The URLs are read when a run starts, from AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL, AUDITEXPORT_HEARTBEAT_URL
-    and AUDITEXPORT_ALERT_WEBHOOK_URL unless they are given; give `dg.EnvVar("…")` rather than a password. `drain` are the settings
-    of drains that nobody launches by hand (AUDITEXPORT_DRAIN otherwise), `sensor_thresholds` what makes one worth starting
-    (AUDITEXPORT_SENSOR_ROWS and _LAG_S otherwise), `targets` what an operator is called for (fields of `core.settings.Targets`;
-    AUDITEXPORT_TARGET_… for the others). `celery_queue` is where workers of Celery's find the drain's steps, if not where they find
-    everybody's. `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
-    `executor` is for whoever has no other: Definitions with two do not merge. `resources` replaces any of `mysql`,
-    `clickhouse`, `heartbeat`, `alerts`, `pipeline`, under those names. A launch cannot configure any of
-    them: connections are those of the definitions.
+    * URLs are read when a run starts. Those that are not given are in AUDITEXPORT_MYSQL_URL, AUDITEXPORT_CLICKHOUSE_URL,
+      AUDITEXPORT_HEARTBEAT_URL and AUDITEXPORT_ALERT_WEBHOOK_URL. Give `dg.EnvVar("…")` rather than a password.
+    * `drain` are the settings of drains that sensor and schedule launch, as in the launchpad; `sensor_thresholds` say when the
+      sensor launches one.
+    * `targets` say what is wrong (`core.settings.Targets`), `alert_policy` when alerts are sent (`core.alerts.Policy`), and
+      `page_url` is the Dagster UI's address, for links in alerts.
+    * `celery_queue` is a Celery queue for this outbox's steps.
+    * `owners`, `links` (text to URL), `tags` and `group_name` are the assets'.
+    * `executor` is for code locations that have no other: Definitions with two do not merge.
+    * `resources` replaces `mysql`, `clickhouse`, `heartbeat`, `alerts` or `pipeline`. A launch cannot configure them.
+
+    Raises `InvalidConfig`, naming what is wrong.
     """
+    refuse_moved_variables(os.environ)
     names = Names(name=name, celery_queue=celery_queue)
     given: dict[str, Any] = {
         "mysql": MySQLResource(url=mysql_url or dg.EnvVar("AUDITEXPORT_MYSQL_URL")),
         "clickhouse": ClickHouseResource(url=clickhouse_url or dg.EnvVar("AUDITEXPORT_CLICKHOUSE_URL")),
-        "heartbeat": HeartbeatResource(url=heartbeat_url) if heartbeat_url else HeartbeatResource(),
-        "alerts": AlertsResource(url=alert_webhook_url) if alert_webhook_url else AlertsResource(),
+        "heartbeat": HeartbeatResource(url=heartbeat_url or ""),
+        "alerts": AlertsResource(url=alert_webhook_url or "", page_url=page_url),
         "pipeline": pipeline,
     }
     if unknown := sorted(set(resources) - set(given)):
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
+    limits, run_config = limits_here(drain or {}), drain_run_config(names, drain or {})
+    thresholds = sensor_thresholds or Thresholds()
+    target, policy = Targets().with_values(targets or {}), Policy().with_values(alert_policy or {})
     about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
     export_job, checks_job = jobs.export_job(names), jobs.checks_job(names)
-    sweep_job, reconcile_job = jobs.sweep_job(names), jobs.reconcile_job(names, targets)
-    upkeep = [jobs.requeue_job(names), sweep_job, reconcile_job, jobs.retry_job(names)]
-    purge_job = jobs.purge_job(names, [names.job, checks_job.name, *(job.name for job in upkeep)])
+    sweep_job, reconcile_job = jobs.sweep_job(names), jobs.reconcile_job(names, target)
+    other_jobs = [checks_job, jobs.requeue_job(names), sweep_job, reconcile_job, jobs.retry_job(names)]
+    purge_job = jobs.purge_job(names, [names.job, *(job.name for job in other_jobs)])
+    other_jobs.append(purge_job)
     return dg.Definitions(
         assets=[
             catalog.outbox_spec(names, **about),
             export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
         ],
-        asset_checks=asset_checks.asset_checks(names, targets),
-        jobs=[export_job, checks_job, *upkeep, purge_job],
+        asset_checks=asset_checks.asset_checks(names, target),
+        jobs=[export_job, *other_jobs],
         sensors=[
-            sensors.backlog_sensor(names, export_job, drain, sensor_thresholds),
-            *alerts.alert_sensors(
-                names, [checks_job.name, *(job.name for job in upkeep), purge_job.name], targets=targets
-            ),
+            sensors.backlog_sensor(names, export_job, run_config, limits.versions, thresholds),
+            *alerts.alert_sensors(names, [job.name for job in other_jobs], target, policy),
         ],
         schedules=[
-            schedules.export_schedule(names, export_job, drain),
+            schedules.export_schedule(names, export_job, run_config),
             schedules.checks_schedule(names, checks_job),
-            *schedules.upkeep_schedules(names, sweep_job, reconcile_job),
-            schedules.purge_schedule(names, purge_job),
+            *schedules.daily_schedules(names, {"sweep": sweep_job, "reconcile": reconcile_job, "purge": purge_job}),
         ],
         resources={names.of(key): bound(resource) for key, resource in {**given, **resources}.items()},
         executor=executor,
@@ -112,6 +122,8 @@ def defs_of(outbox: OutboxSettings) -> dg.Definitions:
         drain=outbox.drain,
         sensor_thresholds=Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s),
         targets=outbox.targets,
+        alert_policy=outbox.alert_policy,
+        page_url=outbox.page_url,
         celery_queue=outbox.celery_queue,
         group_name=outbox.group_name,
         owners=outbox.owners,

@@ -1,42 +1,111 @@
-"""Celery's executor, with an end for runs that lost a task.
+"""Steps on Celery: the executor of the run, and the app of the workers, with the same settings.
 
-What belongs here: what becomes of a task that failed outside of its step: its worker's child was killed, the worker has
-other variables or other code than the run, or the broker does not answer. What does not: settings (`defs.executors`, which
-alone imports this, because it needs the extra), and steps that fail by themselves, of which Dagster's own events tell.
+This module needs the extra `celery`; `defs.executors` imports it when that executor is chosen.
 
-dagster-celery's loop keeps such an error to itself and waits for the steps that can no longer come, at full speed and
-without end (0.29.27, `core_celery_execution_loop`: `if stopping or step_errors: continue`). Here it is the step's failure:
-what depends on it is skipped, the run fails, and the next run continues. So does Kubernetes' executor. The loop, the submission of a
-task and the schema are imported from dagster-celery's modules, which do not call them public (0.29.27): the alternative is a copy.
+dagster-celery's loop keeps an error of a task that failed outside of its step (the worker's child was killed, or has other
+variables or other code than the run), and waits without end for steps that can no longer come (0.29.27,
+`core_celery_execution_loop`: `if stopping or step_errors: continue`). Here such an error is the step's failure: the steps that
+depend on it are skipped, the run fails, and the next run continues. Kubernetes' executor does the same. The loop, the submission of
+a task and the schema are not public in dagster-celery (0.29.27): the alternative is a copy.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
+from celery import Celery
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from dagster_celery import celery_executor as their_executor
 from dagster_celery.core_execution_loop import core_celery_execution_loop
-from dagster_celery.executor import CELERY_CONFIG, _submit_task
+from dagster_celery.executor import CELERY_CONFIG, CeleryExecutor, _submit_task
+from dagster_celery.make_app import make_app
+from dagster_celery.tasks import create_task
 from kombu.exceptions import OperationalError
 
 from auditexport_pipeline.core.errors import BrokerUnavailable
 from auditexport_pipeline.defs.dagster_internals import failure_of_step
-from auditexport_pipeline.defs.executors import BROKER_URL, RESULT_URL
+from auditexport_pipeline.defs.executors import (
+    BROKER_URL,
+    DEFAULT_BROKER_URL,
+    RESULT_BACKEND,
+    broker_url,
+    over_redis,
+    visibility_timeout_s,
+)
 
-# Those who speak to a broker, and raise errors of their own in the place of a socket's.
+# Clients of brokers, which raise errors of their own in place of a socket's.
 CLIENTS = ("amqp", "redis")
-# What Celery raises, as a RuntimeError, when Redis keeps its results and did not answer for some twenty seconds.
+# What Celery raises, as a RuntimeError, when Redis has its results and did not answer for some twenty seconds.
 LOST_RESULTS = "trying to reconnect to the Celery result"
+# How often a worker looks for tasks whose time is over; with kombu's own settings it is every 100 s.
+RESTORE_EVERY_S = 10
+
+
+def settings() -> dict[str, Any]:
+    """Celery's settings, the same for the run and for the workers."""
+    # dagster-celery's, to which Redis's are added. Without them the client would retry without end while a broker is down.
+    transport: dict[str, Any] = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
+    common: dict[str, Any] = {
+        "task_default_queue": "dagster",
+        # A task is done when its step is, not when a worker has it. Otherwise the step of a worker that dies is lost, and the run
+        # waits for it until run_monitoring ends the run.
+        "task_acks_late": True,
+        # A worker whose child was killed lives, and reports the task as failed. A step that needs too much memory must not go from
+        # one worker to the next without end.
+        "task_reject_on_worker_lost": False,
+        # One step at a time for each process: other steps wait in the queue, where other workers can take them.
+        "worker_prefetch_multiplier": 1,
+        # The broker gives the tasks of a worker that it lost to another. So the worker stops working on them.
+        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        "broker_connection_retry_on_startup": True,
+    }
+    if over_redis():
+        timeout_s = visibility_timeout_s()
+        redis = {"visibility_timeout": timeout_s}
+        transport |= redis | {
+            "unacked_restore_interval": min(RESTORE_EVERY_S, timeout_s),
+            "unacked_restore_throttle": 1,
+            "priority_steps": list(range(10)),
+        }
+        common |= {"result_backend_transport_options": redis, "visibility_timeout": timeout_s}
+    return {**common, "broker_transport_options": transport}
+
+
+def _url(variable: str, default: str) -> str | dict[str, str]:
+    """By its variable where that is set, so that no URL comes into Dagster's storage."""
+    return {"env": variable} if os.environ.get(variable) else default
+
+
+def executor() -> dg.ExecutorDefinition:
+    """Steps as tasks of Celery. Redis also has the results; RabbitMQ sends them as messages."""
+    results = _url(BROKER_URL, "") if over_redis() else "rpc://"
+    return _celery_executor.configured(
+        {
+            "broker": _url(BROKER_URL, DEFAULT_BROKER_URL),
+            "backend": {"env": RESULT_BACKEND} if os.environ.get(RESULT_BACKEND) else results,
+            "config_source": settings(),
+        },
+        name="celery",
+    )
+
+
+def app() -> Celery:
+    """Celery's app for the workers; `execute_plan` is registered on it."""
+    url = broker_url()
+    backend = os.environ.get(RESULT_BACKEND) or (url if over_redis() else "rpc://")
+    made = make_app(CeleryExecutor.for_cli(broker=url, backend=backend, config_source=settings()).app_args())
+    create_task(made)
+    return made
 
 
 @contextmanager
-def _told_of_the_broker() -> Iterator[None]:
-    """Raises `BrokerUnavailable`, without a URL, for what a broker or a keeper of results that is away makes Celery raise."""
+def _broker_errors() -> Iterator[None]:
+    """Raises `BrokerUnavailable`, without a URL, for what Celery raises when the broker or the results' store is away."""
     try:
         yield
     except Exception as error:
@@ -45,8 +114,8 @@ def _told_of_the_broker() -> Iterator[None]:
             raise
         kind = type(error.__cause__ or error).__name__
         raise BrokerUnavailable(
-            f"Celery's broker, which {BROKER_URL} names, or where {RESULT_URL} has the results, is not reachable ({kind}). "
-            "Nothing is lost: start it, or mend the variable, and run again"
+            f"Celery's broker ({BROKER_URL}), or the store of its results ({RESULT_BACKEND}), is not reachable ({kind}). "
+            "Nothing is lost: start it, or correct the variable, and run again"
         ) from None
 
 
@@ -58,7 +127,7 @@ class _Task:
         self._step_context = step_context
 
     def ready(self) -> bool:
-        with _told_of_the_broker():
+        with _broker_errors():
             return bool(self._result.ready())
 
     def revoke(self) -> None:
@@ -76,7 +145,7 @@ class _Task:
 
 
 def _submit(app: Any, plan_context: Any, step: Any, queue: str, priority: int, known_state: Any) -> _Task:
-    with _told_of_the_broker():
+    with _broker_errors():
         task = _submit_task(app, plan_context, step, queue, priority, known_state)
     return _Task(task, plan_context.for_step(step))
 
@@ -86,14 +155,11 @@ class _CeleryExecutor(dg.Executor):
 
     def __init__(self, theirs: Any) -> None:
         self._theirs = theirs
+        self.app_args = theirs.app_args  # for the loop
 
     @property
     def retries(self) -> Any:
         return self._theirs.retries
-
-    def app_args(self) -> Any:
-        """What the loop makes Celery's app of."""
-        return self._theirs.app_args()
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         events: Iterator[dg.DagsterEvent] = core_celery_execution_loop(
@@ -103,7 +169,6 @@ class _CeleryExecutor(dg.Executor):
 
 
 @dg.executor(name="celery", config_schema=CELERY_CONFIG, requirements=dg.multiple_process_executor_requirements())
-def celery_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
-    """dagster-celery's executor, as it is configured there, with the end that is missing there."""
+def _celery_executor(init_context: dg.InitExecutorContext) -> dg.Executor:
     create: Any = their_executor.executor_creation_fn
     return _CeleryExecutor(create(init_context))

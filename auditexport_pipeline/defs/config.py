@@ -1,19 +1,16 @@
-"""The launchpad: one `dg.Config` class for each form, and its values checked when a run is launched.
+"""Run configuration: one `dg.Config` class for each job, whose values are checked when a run is launched.
 
-What belongs here: a drain's settings as one flat form, spread over the ops; the forms of the other jobs; refusing a wrong value
-before a run starts. What does not: the settings that the CLI and the variables have as well, which are in `core.settings`.
+The settings that the CLI has too are in `core.settings`.
 """
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import dagster as dg
-import msgspec
 from pydantic import Field, model_validator
 
 from auditexport_pipeline.core.actions import Actor, RowFilter
@@ -101,31 +98,10 @@ def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def drain_limits(given: Mapping[str, Any] | None = None) -> Limits:
-    """What bounds the drains that nobody launches by hand; read and refused as `drain_settings` are."""
-    return limits_here(dict(given) if given is not None else _drain_of_environment())
-
-
-def drain_settings(names: Names, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The run configuration of drains that nobody launches by hand: what was given to the definitions, or else
-    AUDITEXPORT_DRAIN, the launchpad's form as JSON.
-
-    Read at every tick; raises `InvalidConfig`, naming the field, for what the launchpad would refuse.
-    """
-    settings = dict(given) if given is not None else _drain_of_environment()
+def drain_run_config(names: Names, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run configuration of drains that the sensor and the schedule launch. Raises `InvalidConfig`, naming the field."""
     limits_here(settings)
-    return {"ops": {names.node: {"config": settings}}} if settings else {}
-
-
-def _drain_of_environment() -> dict[str, Any]:
-    text = os.environ.get("AUDITEXPORT_DRAIN", "")
-    try:
-        return msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise InvalidConfig(
-            f"AUDITEXPORT_DRAIN is no JSON object of a drain's settings ({error}); write it as "
-            '{"linger_s": 900, "max_rows_per_second": 5000}'
-        ) from None
+    return {"ops": {names.node: {"config": dict(settings)}}} if settings else {}
 
 
 # ── the other jobs ───────────────────────────────────────────────────────────────────────────────

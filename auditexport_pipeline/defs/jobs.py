@@ -8,7 +8,7 @@ before they are given up.
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.retries import RETRIES
+from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
@@ -40,7 +41,6 @@ from auditexport_pipeline.defs.failures import dagster_errors, in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.mysql import dead_letters
-from auditexport_pipeline.mysql.status import targets
 from auditexport_pipeline.preflight import SKEW_MS
 
 # ── the asset: drains and checks ──────────────────────────────────────────────────────────────────────
@@ -200,8 +200,8 @@ def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:
     return "; ".join(found)
 
 
-def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None) -> dg.JobDefinition:
-    """`reconcile_audit_logs`; its page holds the numbers against these targets, over those of the environment."""
+def reconcile_job(names: Names, targets: Targets) -> dg.JobDefinition:
+    """`reconcile_audit_logs`. Its report compares the numbers with these targets."""
 
     @dg.op(
         out=dg.Out(dg.Nothing),
@@ -237,7 +237,7 @@ def reconcile_job(names: Names, given_targets: Mapping[str, float] | None = None
                     names.clickhouse_of(context).audit_log(),
                     report.from_ms,
                     report.to_ms,
-                    targets(given_targets),
+                    targets,
                 )
                 made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
                 page.write(path, page.of_reconciliation(report, figures, made_by))

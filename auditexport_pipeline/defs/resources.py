@@ -95,12 +95,8 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     Put another object with these three in its place, under the key `alerts`, to send them elsewhere.
     """
 
-    url: str = Field(
-        default="", description="The webhook; empty means AUDITEXPORT_ALERT_WEBHOOK_URL, or nobody is told."
-    )
-    page_url: str = Field(
-        default="", description="The Dagster UI, for links to runs; empty means AUDITEXPORT_PAGE_URL, or no links."
-    )
+    url: str = Field(default="", description="The webhook; empty means AUDITEXPORT_ALERT_WEBHOOK_URL, or no alerts.")
+    page_url: str = Field(default="", description="Address of the Dagster UI, for links to runs; empty means no links.")
 
     @property
     def is_set(self) -> bool:
@@ -109,8 +105,7 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def link(self, run_id: str) -> str:
         """The run in the Dagster UI; empty when its address is not known."""
-        page = (self.page_url or os.environ.get("AUDITEXPORT_PAGE_URL", "")).rstrip("/")
-        return f"{page}/runs/{run_id}" if page else ""
+        return f"{self.page_url.rstrip('/')}/runs/{run_id}" if self.page_url else ""
 
     def send(self, body: Mapping[str, object]) -> str:
         """Posts it; returns what went wrong, without the URL, or an empty text."""

@@ -9,9 +9,7 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.defs.asset_checks import LIGHT
-from auditexport_pipeline.defs.config import drain_settings
 from auditexport_pipeline.defs.drains import end_dead
-from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 
 # What a check of a day's entries costs grows with the day: the schedule of reconciliation looks at them as well.
@@ -19,7 +17,7 @@ CHECK_EVERY_MINUTES = 15
 READ_ENTRIES_EVERY_HOURS = 6
 
 
-def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> dg.ScheduleDefinition:
+def export_schedule(names: Names, job: Any, run_config: dict[str, Any]) -> dg.ScheduleDefinition:
     @dg.schedule(
         name=names.of("audit_log_export_schedule"),
         job=job,
@@ -28,8 +26,7 @@ def export_schedule(names: Names, job: Any, drain: Mapping[str, Any] | None) -> 
     )
     def audit_log_export_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
         end_dead(context.instance, names)  # or the run would wait in the queue behind one that never ends
-        with in_one_line():
-            return dg.RunRequest(run_config=drain_settings(names, drain))
+        return dg.RunRequest(run_config=run_config)
 
     return audit_log_export_schedule
 
@@ -53,23 +50,14 @@ def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
     return checks_schedule
 
 
-def upkeep_schedules(names: Names, sweep: Any, reconcile: Any) -> list[dg.ScheduleDefinition]:
-    """Once a day each, at night; off by default."""
+def daily_schedules(names: Names, jobs: Mapping[str, Any]) -> list[dg.ScheduleDefinition]:
+    """Of the jobs of these names: retention, reconciliation and old runs, once a day, at night. Off by default."""
+    daily = {
+        "sweep": ("30 3 * * *", "Retention, once a day."),
+        "reconcile": ("30 4 * * *", "The last seven days against ClickHouse, once a day."),
+        "purge": ("30 5 * * *", "Old runs, once a day."),
+    }
     return [
-        dg.ScheduleDefinition(
-            name=names.of("sweep_schedule"), job=sweep, cron_schedule="30 3 * * *", description="Retention, once a day."
-        ),
-        dg.ScheduleDefinition(
-            name=names.of("reconcile_schedule"),
-            job=reconcile,
-            cron_schedule="30 4 * * *",
-            description="The last seven days against ClickHouse, once a day.",
-        ),
+        dg.ScheduleDefinition(name=names.of(f"{name}_schedule"), job=jobs[name], cron_schedule=cron, description=what)
+        for name, (cron, what) in daily.items()
     ]
-
-
-def purge_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
-    """Once a day, at night; off by default."""
-    return dg.ScheduleDefinition(
-        name=names.of("purge_schedule"), job=job, cron_schedule="30 5 * * *", description="Old runs, once a day."
-    )

@@ -4,7 +4,6 @@ What belongs here: asking Dagster and the ledger, and handing the answer to `cor
 does not: the decision itself, or the counting. Each function makes a definition for the outbox of these `Names`.
 """
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +12,8 @@ import dagster as dg
 import msgspec
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Failures, Lease, decide
+from auditexport_pipeline.core.backlog import NO_FAILURES, Failures, Lease, decide
 from auditexport_pipeline.core.settings import Thresholds
-from auditexport_pipeline.defs.config import drain_limits, drain_settings
 from auditexport_pipeline.defs.drains import end_dead, failed_in_a_row, lease_end
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
@@ -76,30 +74,23 @@ def _worth_telling(seen: _Seen | None, numbers: Mapping[str, str]) -> bool:
 
 
 def backlog_sensor(
-    names: Names, job: Any, drain: Mapping[str, Any] | None, given: Thresholds | None
+    names: Names, job: Any, run_config: dict[str, Any], versions: Sequence[str], thresholds: Thresholds
 ) -> dg.SensorDefinition:
+    """`outbox_backlog_sensor`. `versions` are those that its drains export: other rows are no reason to start one."""
+
     @dg.sensor(
         name=names.of("outbox_backlog_sensor"),
         job=job,
         minimum_interval_seconds=SENSOR_INTERVAL_S,
         required_resource_keys={names.mysql},
-        description=(
-            f"Starts a drain at {given.rows:,} pending rows or {given.lag_s:g} s of lag"
-            if given
-            else f"Starts a drain at {DEFAULT_THRESHOLDS.rows:,} pending rows (AUDITEXPORT_SENSOR_ROWS) or {DEFAULT_THRESHOLDS.lag_s:g} s "
-            "of lag (AUDITEXPORT_SENSOR_LAG_S)"
-        )
-        + ", when none is running.",
+        description=f"Starts a drain at {thresholds.rows:,} pending rows or {thresholds.lag_s:g} s of lag, when none is running.",
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with in_one_line():
-            limits = given or Thresholds.from_environment(os.environ)
-            settings = drain_settings(names, drain)
-            versions = drain_limits(drain).versions  # rows that no drain takes are no reason to start one
-            backlog = names.mysql_of(context).outbox().backlog(versions, count_to=max(limits.rows, 1_000_000))
+            backlog = names.mysql_of(context).outbox().backlog(versions, count_to=max(thresholds.rows, 1_000_000))
         decision = decide(
             backlog,
-            limits,
+            thresholds,
             at_work=_at_work(context.instance, names, backlog.leases),
             failures=_failures(context.instance, names),
         )
@@ -108,7 +99,7 @@ def backlog_sensor(
         fresh = _worth_telling(_seen(context.cursor), steady)
         return dg.SensorResult(
             # No run_key: Dagster remembers one for ever, failed runs included.
-            run_requests=[dg.RunRequest(run_config=settings, tags={"auditexport/why": decision.reason[:250]})]
+            run_requests=[dg.RunRequest(run_config=run_config, tags={"auditexport/why": decision.reason[:250]})]
             if decision.launch
             else [],
             skip_reason=None if decision.launch else dg.SkipReason(decision.reason),

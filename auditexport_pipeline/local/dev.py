@@ -36,8 +36,9 @@ def run(directory: Path, *, port: int, events_per_s: float, automation: bool = T
             stack = running.enter_context(LocalStack(directory))
         port = port if is_free(port) else free_port()
         url = f"http://127.0.0.1:{port}"
-        sensor = {"AUDITEXPORT_SENSOR_ROWS": str(SENSOR_ROWS), "AUDITEXPORT_SENSOR_LAG_S": str(SENSOR_LAG_S)}
-        environment = {**sensor, **stack.environment()}
+        settings = directory / "outboxes.yaml"
+        settings.write_text(f"outboxes:\n  - sensor_rows: {SENSOR_ROWS}\n    sensor_lag_s: {SENSOR_LAG_S}\n")
+        environment = {"AUDITEXPORT_OUTBOXES": str(settings), **stack.environment()}
         dagster = start_dagster(stack, environment, port)
         running.callback(dagster.stop)
         running.callback(stop.set)
@@ -58,7 +59,7 @@ def run(directory: Path, *, port: int, events_per_s: float, automation: bool = T
             f"  ClickHouse    {stack.log.url}\n\n"
             f"  An application commits about {events_per_s:g} events a second; the sensor"
             f"{'' if automation else ', once you turn it on,'} starts a drain at "
-            f"{environment['AUDITEXPORT_SENSOR_ROWS']} rows or {environment['AUDITEXPORT_SENSOR_LAG_S']} s of lag.\n"
+            f"the thresholds of {environment['AUDITEXPORT_OUTBOXES']}.\n"
             "  Ctrl-C stops everything.\n"
         )
         while dagster.running:

@@ -1,13 +1,12 @@
 """MySQL: how the export stands, in statements whose cost does not grow with the tables.
 
-What belongs here: reading a `core.status.Status`, and the targets from the environment. What does not: what the
-numbers mean (`core.status`), and the backlog's probe, which the sensor asks as well (`mysql.backlog`).
+What belongs here: reading a `core.status.Status`. What does not: what the numbers mean (`core.status`), and the backlog's
+probe, which the sensor uses too (`mysql.backlog`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +18,6 @@ from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.claiming import CLEARED_OFTEN
 from auditexport_pipeline.core.errors import SetupIncomplete
 from auditexport_pipeline.core.open_findings import RECORDS_READ, open_findings
-from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import (
     RATE_WINDOW_S,
     VIEWS_WINDOW_S,
@@ -49,14 +47,6 @@ STANDING_BATCHES = 200
 VIEWS_LOOKED_AT = 20_000
 # Runs that are told of.
 LAST_RUNS = 5
-
-
-def targets(given: Mapping[str, float] | None = None) -> Targets:
-    """AUDITEXPORT_TARGET_…, read when they are asked for, under those that are `given` for one outbox.
-
-    Raises `InvalidConfig`, naming the variable.
-    """
-    return Targets.from_environment(os.environ).with_values(given or {})
 
 
 def read_status(

@@ -30,7 +30,6 @@ from auditexport_pipeline.mysql.marking import by_shape
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.statements import statements
 from auditexport_pipeline.mysql.status import read_status
-from auditexport_pipeline.mysql.status import targets as targets_of_environment
 from auditexport_pipeline.sql import load
 
 SQL = statements("report/outbox.sql")
@@ -152,10 +151,10 @@ def gather(
     """The numbers of the exports in [from_ms, to_ms), and of now. A user that may only read can ask.
 
     The window is cut to what there can be: from the first export, or the table's TTL, up to now. The advice compares with
-    `targets`, those of the environment unless given. Raises as the stores do.
+    `targets`, the defaults unless given. Raises as the stores do.
     """
     status = read_status(outbox)
-    found = advice(status, targets or targets_of_environment())
+    found = advice(status, targets or Targets())
     kept_ms = log.kept_ms()
     first_ms = MySQLMaintenance(outbox).first_inserted_ms()
     to_ms = min(to_ms, status.at_ms)

@@ -23,6 +23,7 @@ from auditexport_pipeline.local.generator import Generator
 from auditexport_pipeline.local.processes import free_port
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
+from auditexport_tests.support.builders import settings_file
 
 LOOK_EVERY_S = 0.05
 # The sensor and the first run are under way by then.
@@ -31,9 +32,8 @@ WARM_UP_S = 40.0
 DRAINED_WITHIN_S = 120.0
 MODES = {
     "a run for each tick": {},
-    "a run that stays": {"AUDITEXPORT_DRAIN": '{"linger_s": 3600}'},
+    "a run that stays": {"linger_s": 3600},
 }
-SENSOR = {"AUDITEXPORT_SENSOR_ROWS": "1", "AUDITEXPORT_SENSOR_LAG_S": "1"}
 NEW_ENTRIES = """
 SELECT inserted_at, groupArray(event_id) FROM audit_logs_raw_v1
 WHERE inserted_at > {floor:Int64} AND inserted_at NOT IN {seen:Array(Int64)} GROUP BY inserted_at
@@ -90,7 +90,8 @@ def _write(stack: LocalStack, per_s: float, seconds: float) -> dict[str, float]:
 def measure(mode: str, per_s: float, seconds: float) -> tuple[pd.Series, dict[str, float]]:
     """Seconds from commit to answer, one an event; and the median seconds of each part of a run."""
     with bench.benchmark_stack() as stack:
-        environment = {**stack.environment(), **SENSOR, **MODES[mode]}
+        settings = settings_file(stack.directory, sensor_rows=1, sensor_lag_s=1, drain=MODES[mode])
+        environment = {**stack.environment(), "AUDITEXPORT_OUTBOXES": settings}
         dagster = dev.start_dagster(stack, environment, free_port())
         reader = Reader(stack)
         try:

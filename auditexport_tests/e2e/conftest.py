@@ -23,6 +23,7 @@ from auditexport_pipeline.local.processes import free_port
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.e2e.install import find_browser
+from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +65,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
         environment["AUDITEXPORT_MYSQLD"] = os.environ["AUDITEXPORT_MYSQLD"]
     environment |= {
         "COLUMNS": "300",  # it prints the URLs we look for, each on one line
-        "AUDITEXPORT_SENSOR_ROWS": str(SENSOR_ROWS),
-        "AUDITEXPORT_SENSOR_LAG_S": "3600",
+        "AUDITEXPORT_OUTBOXES": settings_file(directory, sensor_rows=SENSOR_ROWS, sensor_lag_s=3600),
     }
     arguments = ["dev", "--directory", str(directory / "state"), "--port", str(port), "--events-per-s", "0"]
     log = directory / "dev.log"

@@ -70,13 +70,12 @@ class Cluster:
             "AUDITEXPORT_MYSQL_URL": self.stack.mysql_url,
             "AUDITEXPORT_CLICKHOUSE_URL": self.stack.clickhouse_url.replace(port[0], f":{self.proxy.port}/"),
             "AUDITEXPORT_EXECUTOR": "celery",
-            "AUDITEXPORT_CELERY_BROKER_URL": self.broker_url,
-            "AUDITEXPORT_CELERY_QUEUE": "exports",
+            "CELERY_BROKER_URL": self.broker_url,
             "AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S": str(VISIBILITY_TIMEOUT_S),
         }
 
     def start_worker(self, name: str) -> None:
-        words = ["worker", "start", "-A", "auditexport_pipeline.celery_worker", "-n", name, "-q", "exports"]
+        words = ["worker", "start", "-A", "auditexport_pipeline.celery_worker", "-n", name, "-q", "dagster"]
         self.workers[name] = Child(
             f"worker {name}",
             [str(Path(sys.executable).parent / "dagster-celery"), *words, "--", "--concurrency=1"],
@@ -297,7 +296,7 @@ def test_a_queue_is_worked_on_by_its_own_worker_alone_and_shared_ones_in_turn(br
             "PYTHONPATH": str(ROOT),
             "DAGSTER_HOME": str(tmp_path),
             "AUDITEXPORT_EXECUTOR": "celery",
-            "AUDITEXPORT_CELERY_BROKER_URL": broker_url,
+            "CELERY_BROKER_URL": broker_url,
         }
         program = [sys.executable, "-c", SEND.format(tasks=tasks)]
         told = subprocess.run(program, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout

@@ -24,6 +24,7 @@ from auditexport_pipeline.local.processes import Child, free_port
 from auditexport_tests.conftest import Stack
 from auditexport_tests.e2e.servers import UP_WITHIN_S, postgres
 from auditexport_tests.integration.dagster.conftest import events, everything_once
+from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.waiting import wait_until
 from auditexport_tests.unit.test_deploy import DEPLOY, started, unit, variables
 
@@ -48,8 +49,7 @@ class Deployment:
             "DAGSTER_POSTGRES_URL": self.storage_url,
             "AUDITEXPORT_MYSQL_URL": self.stack.mysql_url,
             "AUDITEXPORT_CLICKHOUSE_URL": self.stack.clickhouse_url,
-            "AUDITEXPORT_SENSOR_ROWS": "1",
-            "AUDITEXPORT_DRAIN": '{"batch_rows": 50}',
+            "AUDITEXPORT_OUTBOXES": settings_file(self.home, sensor_rows=1, drain={"batch_rows": 50}),
         }
         environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
         for path in unit(DEPLOY / "systemd" / f"auditexport-{name}.service")["EnvironmentFile"]:

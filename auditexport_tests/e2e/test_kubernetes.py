@@ -157,8 +157,6 @@ def kubernetes(stack: Stack, tmp_path: Path) -> Iterator[Kubernetes]:
     """The shipped run launcher, but for where the API server and DAGSTER_HOME are."""
     variables = {
         "AUDITEXPORT_EXECUTOR": "k8s",
-        "AUDITEXPORT_KUBERNETES_ENV_SECRETS": "more-secrets",
-        "AUDITEXPORT_KUBERNETES_MAX_CONCURRENT": "2",
         "AUDITEXPORT_MYSQL_URL": stack.mysql_url,
         "AUDITEXPORT_CLICKHOUSE_URL": stack.clickhouse_url,
     }
@@ -210,7 +208,7 @@ def test_each_step_is_a_job_that_does_it_with_its_own_command_and_variables(
         assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001, "fsGroup": 10001}
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         named = {source.get("secretRef", source.get("configMapRef"))["name"] for source in container["envFrom"]}
-        assert named == {"auditexport-databases", "auditexport-dagster", "auditexport-settings", "more-secrets"}
+        assert named == {"auditexport-databases", "auditexport-dagster", "auditexport-settings"}
         assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/var/lib/auditexport/storage"}
         assert job["spec"]["ttlSecondsAfterFinished"] == 86_400
         assert stack.mysql_url not in json.dumps(job)

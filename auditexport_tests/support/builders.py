@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from auditexport_pipeline.core.batch import Batch
@@ -13,6 +14,13 @@ from auditexport_tests.support.crashes import drain
 
 FIRST_EVENT_MS = 1_760_000_000_000
 Row = tuple[str, str, str]  # workspace_id, event_id, payload
+
+
+def settings_file(directory: Path, **settings: object) -> str:
+    """A file of one outbox with these settings, for AUDITEXPORT_OUTBOXES."""
+    path = directory / "outboxes.yaml"
+    path.write_text(json.dumps({"outboxes": [settings]}))  # YAML, as all JSON is
+    return str(path)
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────

@@ -17,10 +17,8 @@ import dagster as dg
 import auditexport_pipeline
 from auditexport_pipeline.cli import main
 from auditexport_pipeline.component import AuditExport
-from auditexport_pipeline.core.alerts import Policy
-from auditexport_pipeline.core.settings import Targets, Thresholds
+from auditexport_pipeline.core.settings import Variables
 from auditexport_pipeline.definitions import defs
-from auditexport_pipeline.defs.executors import CelerySettings, KubernetesSettings
 
 SOURCE = Path(auditexport_pipeline.__file__).parent
 _VARIABLE = re.compile(r"AUDITEXPORT_[A-Z][A-Z_]*[A-Z]")
@@ -43,11 +41,10 @@ def exports() -> Iterator[str]:
 
 
 def variables() -> Iterator[str]:
-    """Environment variables that the source names whole, the beginnings of families, and the variables of settings."""
+    """Environment variables that the source names, and those of the model."""
     for path in SOURCE.rglob("*.py"):
         yield from _VARIABLE.findall(path.read_text())
-    for settings in (CelerySettings, KubernetesSettings, Policy, Targets, Thresholds):
-        yield from settings.variables().values()
+    yield from map(Variables.given_as, Variables.model_fields)
 
 
 def commands(command: click.Command = main, path: str = "auditexport") -> Iterator[str]:

@@ -27,6 +27,7 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.monitoring.test_status import as_role  # noqa: F401
+from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.crashes import drain
 from auditexport_tests.support.prompts import Prompt, at_a_terminal, prompt_in, started
 from auditexport_tests.support.waiting import wait_until
@@ -103,17 +104,17 @@ def test_the_numbers_have_the_names_and_values_of_the_page(prompt: Prompt, stack
     assert {batch["owner"] for batch in told["open"]} == {"run-1"}
 
 
-def test_targets_of_the_environment_decide_and_a_wrong_one_is_refused(
-    prompt: Prompt, stack: Stack, monkeypatch: pytest.MonkeyPatch
+def test_the_targets_of_the_file_decide_and_a_wrong_one_is_refused(
+    prompt: Prompt, stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same installation is healthy for one team and late for another."""
     seed_outbox(stack.mysql_url, seed=4, events=10, writers=1)
     assert "target 5 min" in prompt("status", status=1).output
-    monkeypatch.setenv("AUDITEXPORT_TARGET_LAG_S", "600000")
+    monkeypatch.setenv("AUDITEXPORT_OUTBOXES", settings_file(tmp_path, targets={"lag_s": 600_000}))
     assert prompt("status").output.startswith("healthy")
-    monkeypatch.setenv("AUDITEXPORT_TARGET_LAG_S", "often")
+    settings_file(tmp_path, targets={"lag_s": "often"})
     refused = prompt("status", status=2).output
-    assert (refused.count("\n"), "AUDITEXPORT_TARGET_LAG_S" in refused) == (1, True)
+    assert (refused.count("\n"), "targets.lag_s" in refused) == (1, True)
 
 
 def test_a_reader_can_ask(

@@ -19,7 +19,7 @@ class Sensor:
 
     def __init__(self, exporter: Exporter, stack: Stack, name: str, definitions: dg.Definitions = defs) -> None:
         self._instance = exporter.instance
-        self._definitions = definitions
+        self.definitions = definitions
         self.name = name
         self.mysql_url = stack.mysql_url
         self.resources: dict[str, object] = {}  # in place of the usual ones
@@ -27,11 +27,11 @@ class Sensor:
 
     def tick(self) -> str:
         """One evaluation; what it says."""
-        sensor = self._definitions.resolve_sensor_def(self.name)
+        sensor = self.definitions.resolve_sensor_def(self.name)
         prefix = self.name.removesuffix("run_alerts").removesuffix("number_alerts")
         every = {
             "mysql": MySQLResource(url=self.mysql_url),
-            "alerts": AlertsResource(),
+            "alerts": AlertsResource(page_url="https://dagster.example.com/"),
             "heartbeat": HeartbeatResource(),
             **self.resources,
         }

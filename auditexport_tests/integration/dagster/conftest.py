@@ -149,7 +149,6 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def hook(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
     with webhook() as listening:
         monkeypatch.setenv("AUDITEXPORT_ALERT_WEBHOOK_URL", listening.url)
-        monkeypatch.setenv("AUDITEXPORT_PAGE_URL", "https://dagster.example.com/")
         yield listening
 
 

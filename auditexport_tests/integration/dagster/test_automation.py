@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from typing import Any
 
 import dagster as dg
 import pytest
 
 from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import sensors
+from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
 from auditexport_pipeline.defs.resources import MySQLResource
+from auditexport_pipeline.outboxes import OutboxSettings
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, event, events, everything_once, launchpad
 
 OUTBOX = dg.AssetKey("clickhouse_outbox")
-
-
-def evaluated(context: dg.SensorEvaluationContext) -> object:
-    """One evaluation. Calling the definition would pass resources by name, as it does to functions that ask for them so."""
-    return defs.resolve_sensor_def("outbox_backlog_sensor")._raw_fn(context)
+BACKLOG = defs.resolve_sensor_def("outbox_backlog_sensor")
 
 
 class Sensor:
     """The sensor as the daemon ticks it, its cursor carried from tick to tick."""
 
-    def __init__(self, exporter: Exporter, stack: Stack) -> None:
+    def __init__(self, exporter: Exporter, stack: Stack, **settings: object) -> None:
         self._instance = exporter.instance
-        self._mysql = MySQLResource(url=stack.mysql_url)
+        self._sensor = outbox_defs(**settings).resolve_sensor_def("outbox_backlog_sensor") if settings else BACKLOG
+        self.mysql = MySQLResource(url=stack.mysql_url)
         self.cursor: str | None = None
 
     def tick(self) -> dg.SensorResult:
         with dg.build_sensor_context(
-            instance=self._instance, cursor=self.cursor, resources={"mysql": self._mysql}
+            instance=self._instance, cursor=self.cursor, resources={"mysql": self.mysql}
         ) as context:
-            result = evaluated(context)
+            # Calling the definition would pass resources by name, as it does to functions with such parameters.
+            result = self._sensor._raw_fn(context)
         assert isinstance(result, dg.SensorResult)
         self.cursor = result.cursor
         return result
@@ -44,6 +46,11 @@ class Sensor:
 @pytest.fixture
 def sensor(exporter: Exporter, stack: Stack) -> Sensor:
     return Sensor(exporter, stack)
+
+
+def outbox_defs(**settings: Any) -> dg.Definitions:
+    """The definitions of the only outbox of a file with these settings."""
+    return defs_of(OutboxSettings(**settings))
 
 
 def requests(result: dg.SensorResult) -> list[dg.RunRequest]:
@@ -70,49 +77,26 @@ def age(stack: Stack, seconds: int) -> None:
 # ── thresholds ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_sensor_skips_below_both_thresholds_and_says_the_numbers(
-    sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rows", "age_s", "settings", "why"),
+    [
+        (3, 100, {"sensor_rows": 4, "sensor_lag_s": 3600}, ""),
+        (4, 0, {"sensor_rows": 4}, "backlog: 4 pending rows (a run starts at 4), lag "),
+        (1, 3500, {"sensor_lag_s": 3600}, ""),
+        (1, 3601, {"sensor_lag_s": 3600}, "lag: 1 pending rows (a run starts at 10,000)"),
+    ],
+)
+def test_the_sensor_launches_at_either_threshold(
+    exporter: Exporter, stack: Stack, rows: int, age_s: int, settings: dict[str, object], why: str
 ) -> None:
-    """A skipped tick is looked at when somebody wonders why nothing runs: it must hold the numbers."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "4")
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_LAG_S", "3600")
-    stack.put(*events(3))
-    age(stack, 100)
-    result = sensor.tick()
-    assert requests(result) == []
-    assert "3 pending rows (a run starts at 4)" in reason(result)
-    assert "(at 3600 s)" in reason(result)
-    assert any(f"lag {seconds} s" in reason(result) for seconds in range(100, 160))
-
-
-def test_the_sensor_launches_when_enough_rows_are_pending(
-    sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows are the threshold of a burst; the environment is read at the tick, not when the code was loaded."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "4")
-    stack.put(*events(3))
-    assert requests(sensor.tick()) == []
-    stack.put(event("evt_last"))
-    result = sensor.tick()
-    (request,) = requests(result)
-    assert request.run_key is None
-    assert result.skip_reason is None
-    assert reason(result).startswith("backlog: 4 pending rows (a run starts at 4), lag ")
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "5")
-    assert requests(sensor.tick()) == []
-
-
-def test_the_sensor_launches_when_the_oldest_row_is_old_enough(
-    sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lag is the threshold of a trickle: one event must not wait for ten thousand others."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_LAG_S", "3600")
-    stack.put(event("evt_1"))
-    assert requests(sensor.tick()) == []
-    age(stack, 3601)
-    result = sensor.tick()
-    assert len(requests(result)) == 1
-    assert reason(result).startswith("lag: 1 pending rows (a run starts at 10,000)")
+    """Rows are the threshold of a burst, lag that of a trickle. The reason of a tick has the numbers."""
+    stack.put(*events(rows))
+    age(stack, age_s)
+    result = Sensor(exporter, stack, **settings).tick()
+    assert [request.run_key for request in requests(result)] == [None] * bool(why)
+    assert f"{rows} pending rows (a run starts at {settings.get('sensor_rows', 10_000):,})" in reason(result)
+    assert f"(at {settings.get('sensor_lag_s', 60)} s)" in reason(result)
+    assert reason(result).startswith(why)
 
 
 def test_the_same_backlog_launches_again_after_a_run_that_did_nothing_about_it(sensor: Sensor, stack: Stack) -> None:
@@ -122,30 +106,11 @@ def test_the_same_backlog_launches_again_after_a_run_that_did_nothing_about_it(s
     assert [request.run_key for _ in range(2) for request in requests(sensor.tick())] == [None, None]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "values"),
-    [
-        ("AUDITEXPORT_SENSOR_ROWS", "an integer", ["0", "0.5", "-1", "many", "nan", "inf"]),
-        ("AUDITEXPORT_SENSOR_LAG_S", "a number", ["0", "-1", "many", "nan", "inf"]),
-    ],
-)
-def test_a_bad_threshold_fails_the_tick_by_the_name_of_its_variable(
-    sensor: Sensor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, values: list[str]
-) -> None:
-    """Falling back to a default would hide that the setting does nothing; half a row, rounded down, would launch at every tick."""
-    for value in values:
-        monkeypatch.setenv(name, value)
-        with pytest.raises(dg.Failure) as failure:
-            sensor.tick()
-        assert failure.value.description == f"{name} is '{value}'; it must be {kind} above 0"
-
-
-def test_a_tick_without_mysql_fails_with_one_line(exporter: Exporter) -> None:
-    """The tick's error is shown on the page, and the next tick tries again."""
-    mysql = MySQLResource(url="mysql+pymysql://nobody@127.0.0.1:1/none")
-    with dg.build_sensor_context(instance=exporter.instance, resources={"mysql": mysql}) as context:
-        with pytest.raises(dg.Failure) as failure:
-            evaluated(context)
+def test_a_tick_without_mysql_fails_with_one_line(sensor: Sensor) -> None:
+    """The Dagster UI shows the tick's error, and the next tick tries again."""
+    sensor.mysql = MySQLResource(url="mysql+pymysql://nobody@127.0.0.1:1/none")
+    with pytest.raises(dg.Failure) as failure:
+        sensor.tick()
     assert str(failure.value.description).startswith("MySQL failed while probing the backlog")
 
 
@@ -313,28 +278,17 @@ def test_the_schedule_requests_a_run_at_every_tick_also_of_an_empty_outbox(expor
     assert schedule().cron_schedule == "*/15 * * * *"
 
 
-@pytest.mark.parametrize("starter", ["sensor", "schedule"])
-def test_runs_that_nobody_launches_by_hand_have_the_settings_of_their_own_variable(
-    exporter: Exporter, sensor: Sensor, stack: Stack, monkeypatch: pytest.MonkeyPatch, starter: str
-) -> None:
-    """The launchpad is out of reach of a sensor: AUDITEXPORT_DRAIN is its form."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "1")
-    monkeypatch.setenv("AUDITEXPORT_DRAIN", '{"linger_s": 900, "max_rows_per_second": 5000}')
+def test_runs_of_sensor_and_schedule_have_the_settings_of_the_outbox(exporter: Exporter, stack: Stack) -> None:
+    """A sensor cannot use the launchpad: `drain` has its settings, and a wrong one keeps the code location from loading."""
     stack.put(*events(1))
-
-    def requested() -> object:
-        if starter == "sensor":
-            return sensor.tick()
-        with dg.build_schedule_context(instance=exporter.instance) as context:
-            return schedule().evaluate_tick(context)
-
-    (request,) = requested().run_requests  # type: ignore[attr-defined]
-    assert request.run_config == launchpad({"linger_s": 900, "max_rows_per_second": 5000})
-    for text, told in (('{"linger": 1}', "linger is not a setting"), ("[1]", "AUDITEXPORT_DRAIN is no JSON object")):
-        monkeypatch.setenv("AUDITEXPORT_DRAIN", text)
-        with pytest.raises(Exception) as refused:  # noqa: PT011 - Dagster wraps it
-            requested()
-        assert told in str(refused.value) + str(refused.value.__cause__)
+    settings: dict[str, Any] = {"sensor_rows": 1, "drain": {"linger_s": 900, "max_rows_per_second": 5000}}
+    (by_sensor,) = requests(Sensor(exporter, stack, **settings).tick())
+    with dg.build_schedule_context(instance=exporter.instance) as context:
+        tick = outbox_defs(**settings).resolve_schedule_def("audit_log_export_schedule").evaluate_tick(context)
+    (by_schedule,) = tick.run_requests or []
+    assert by_sensor.run_config == by_schedule.run_config == launchpad(settings["drain"])
+    with pytest.raises(InvalidConfig, match="linger is not a setting"):
+        build_audit_export_defs(drain={"linger": 1})
 
 
 # ── the schedule of the checks ───────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ import pytest
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
-from auditexport_pipeline.definitions import defs
+from auditexport_pipeline.definitions import build_audit_export_defs, defs
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ASSET, Exporter, event, events, text_of
 
@@ -25,10 +25,10 @@ CHECKS = {
 }
 
 
-def evaluate(exporter: Exporter) -> dict[str, dg.AssetCheckEvaluation]:
+def evaluate(exporter: Exporter, definitions: dg.Definitions = defs) -> dict[str, dg.AssetCheckEvaluation]:
     """Executes every check, as the page's button does; by name."""
     job = dg.define_asset_job("only_the_checks", selection=dg.AssetSelection.checks_for_assets(ASSET))
-    everything = dg.Definitions.merge(defs, dg.Definitions(jobs=[job]))
+    everything = dg.Definitions.merge(definitions, dg.Definitions(jobs=[job]))
     result = everything.resolve_job_def("only_the_checks").execute_in_process(instance=exporter.instance)
     return {each.check_name: each for each in result.get_asset_check_evaluations()}
 
@@ -50,7 +50,7 @@ def test_every_check_is_green_after_a_drain_and_carries_its_numbers(exporter: Ex
     assert found["lag_within_target"].description == "as it should be"
 
 
-def test_lag_is_an_error_when_nobody_drains(exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lag_is_an_error_when_nobody_drains(exporter: Exporter, stack: Stack) -> None:
     """An outbox that nobody empties is the trouble that no run can report."""
     stack.put(*events(3))
     stack.sql("UPDATE clickhouse_outbox SET created_at = created_at - 400000")
@@ -60,8 +60,7 @@ def test_lag_is_an_error_when_nobody_drains(exporter: Exporter, stack: Stack, mo
     assert "3 rows are pending" in str(told.description)
     assert "To do: auditexport drain" in str(told.description)
     assert float(str(text_of(told.metadata)["lag_s"])) >= 400
-    monkeypatch.setenv("AUDITEXPORT_TARGET_LAG_S", "100000")
-    assert failed(evaluate(exporter)) == {}
+    assert failed(evaluate(exporter, build_audit_export_defs(targets={"lag_s": 100_000}))) == {}
 
 
 def test_unknown_versions_and_dead_letters_are_warnings_of_their_own(exporter: Exporter, stack: Stack) -> None:

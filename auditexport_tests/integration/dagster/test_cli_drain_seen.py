@@ -13,14 +13,13 @@ from auditexport_tests.support.waiting import wait_until
 
 @pytest.fixture
 def sensor(exporter: Exporter, stack: Stack) -> Sensor:
-    return Sensor(exporter, stack)
+    return Sensor(exporter, stack, sensor_rows=1)
 
 
 def test_the_sensor_waits_for_a_drain_at_the_prompt_and_a_run_finishes_what_it_left(
-    sensor: Sensor, exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+    sensor: Sensor, exporter: Exporter, stack: Stack
 ) -> None:
     """Two launchers that do not know of each other would otherwise start a run into somebody's drain."""
-    monkeypatch.setenv("AUDITEXPORT_SENSOR_ROWS", "1")
     stack.put(*events(200))
     with started(stack, "drain", "--batch-rows", "50", "--max-rows-per-second", "50") as drain:
         wait_until(lambda: stack.pending() < 200, what="the first rows of the drain")

@@ -14,11 +14,9 @@ import pytest
 
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.definitions import build_defs
+from auditexport_pipeline.defs import celery_steps
 from auditexport_pipeline.defs.alerts import failure_of
 from auditexport_pipeline.defs.build import build_audit_export_defs, defs_of
-from auditexport_pipeline.defs.config import drain_settings
-from auditexport_pipeline.defs.executors import celery_app, celery_settings, kubernetes_settings
-from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.outboxes import OutboxSettings
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
@@ -31,7 +29,7 @@ SECRET = "redis://:not_for_any_eye@127.0.0.1:1/0"
 def _chosen(monkeypatch: pytest.MonkeyPatch, executor: str, **environment: str) -> dg.Definitions:
     monkeypatch.setenv("AUDITEXPORT_EXECUTOR", executor)
     for name, value in environment.items():
-        monkeypatch.setenv(f"AUDITEXPORT_{name}", value)
+        monkeypatch.setenv(name, value)
     return build_defs()
 
 
@@ -46,16 +44,16 @@ def test_every_job_has_the_executor_that_was_chosen(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_dagster_accepts_the_configuration_of_each_executor(monkeypatch: pytest.MonkeyPatch, executor: str) -> None:
     """A configuration that Dagster refuses would be found by the first run, and not by the one who set the variable."""
-    environment = {"CELERY_BROKER_URL": SECRET, "KUBERNETES_NAMESPACE": "audit", "KUBERNETES_STORAGE_CLAIM": "shared"}
-    defs = _chosen(monkeypatch, executor, **environment, MYSQL_URL="x", CLICKHOUSE_URL="x")
-    for name in ("audit_log_export", "__ASSET_JOB"):
-        dg.validate_run_config(defs.get_repository_def().get_job(name), {})
-    monkeypatch.setattr(
-        "auditexport_pipeline.defs.executors.kubernetes_settings", lambda: {"max_concurrent": "a few", "image": 1}
+    defs = _chosen(
+        monkeypatch, executor, CELERY_BROKER_URL=SECRET, AUDITEXPORT_MYSQL_URL="x", AUDITEXPORT_CLICKHOUSE_URL="x"
     )
-    if executor == "k8s":
-        with pytest.raises(dg.DagsterInvalidConfigError, match="max_concurrent"):
-            dg.validate_run_config(build_defs().resolve_job_def("audit_log_export"), {})
+    for name in ("audit_log_export", "__ASSET_JOB"):
+        job = defs.get_repository_def().get_job(name)
+        dg.validate_run_config(job, {})
+        if executor == "k8s":  # without a limit, a run would start as many pods as it has batches
+            dg.validate_run_config(job, {"execution": {"config": {"max_concurrent": 8}}})
+            with pytest.raises(dg.DagsterInvalidConfigError, match="max_concurrent"):
+                dg.validate_run_config(job, {"execution": {"config": {"max_concurrent": "a few"}}})
 
 
 @pytest.mark.parametrize(("executor", "module"), EXTRAS.items())
@@ -89,20 +87,11 @@ def test_an_extra_is_imported_only_when_it_is_chosen() -> None:
         assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("CELERY_QUEUE", "a queue"),
-        ("CELERY_VISIBILITY_TIMEOUT_S", "0"),
-        ("CELERY_VISIBILITY_TIMEOUT_S", "an hour"),
-    ],
-)
-def test_a_wrong_setting_of_celery_is_refused_by_the_name_of_its_variable(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
-    """A setting that is silently another one is found when a worker dies."""
-    with pytest.raises(InvalidConfig, match=f"AUDITEXPORT_{variable}"):
-        _chosen(monkeypatch, "celery", **{variable: value})
+@pytest.mark.parametrize("value", ["0", "an hour"])
+def test_a_wrong_visibility_timeout_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """An operator would notice a silent default only when a worker dies."""
+    with pytest.raises(InvalidConfig, match="AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S"):
+        _chosen(monkeypatch, "celery", AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S=value)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +108,11 @@ def test_a_broker_that_is_neither_redis_nor_rabbitmq_is_refused_without_its_url(
     monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     """Taken for RabbitMQ, it would have the wrong priorities, and a dead worker's task would never come back."""
-    with pytest.raises(InvalidConfig, match="AUDITEXPORT_CELERY_BROKER_URL must begin with redis, rediss") as refused:
+    with pytest.raises(InvalidConfig, match=r"^CELERY_BROKER_URL must begin with redis, rediss") as refused:
         _chosen(monkeypatch, "celery", CELERY_BROKER_URL=url)
     assert "not_for_any_eye" not in str(refused.value)
     with pytest.raises(InvalidConfig):
-        celery_app()
+        celery_steps.app()
 
 
 @pytest.mark.slow
@@ -139,7 +128,7 @@ def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
     answer = exporter.command(
         *("job", "execute", "-m", "auditexport_pipeline.definitions", "-j", "audit_log_export"),
         AUDITEXPORT_EXECUTOR="celery",
-        AUDITEXPORT_CELERY_BROKER_URL=broker_url,
+        CELERY_BROKER_URL=broker_url,
     )
     assert answer.returncode != 0
     assert "not_for_any_eye" not in answer.stdout + answer.stderr
@@ -148,8 +137,8 @@ def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
     failure = failure_of(exporter.instance, run.run_id)
     assert failure.error == "BrokerUnavailable"
     assert failure.line == (
-        "Celery's broker, which AUDITEXPORT_CELERY_BROKER_URL names, or where AUDITEXPORT_CELERY_RESULT_URL has the results, is not "
-        f"reachable ({kind}). Nothing is lost: start it, or mend the variable, and run again"
+        "Celery's broker (CELERY_BROKER_URL), or the store of its results (CELERY_RESULT_BACKEND), is not reachable "
+        f"({kind}). Nothing is lost: start it, or correct the variable, and run again"
     )
     assert not failure.reported  # so the run alerts send the heartbeat its /fail
     assert "not_for_any_eye" not in "".join(str(entry) for entry in exporter.instance.all_logs(run.run_id))
@@ -158,26 +147,17 @@ def test_a_broker_that_is_down_fails_the_run_with_one_line_of_ours(
     everything_once(stack, 1)
 
 
-def test_a_wrong_limit_of_kubernetes_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above; and without a limit, a run would start as many pods as it has batches."""
-    with pytest.raises(InvalidConfig, match="AUDITEXPORT_KUBERNETES_MAX_CONCURRENT is '-1'"):
-        _chosen(monkeypatch, "k8s", KUBERNETES_MAX_CONCURRENT="-1")
-    monkeypatch.setenv("AUDITEXPORT_KUBERNETES_MAX_CONCURRENT", "")
-    assert kubernetes_settings()["max_concurrent"] == 4
-
-
 def test_run_and_workers_agree_on_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that acknowledges early, or listens elsewhere, breaks the promise however the run is configured."""
-    monkeypatch.setenv("AUDITEXPORT_CELERY_BROKER_URL", SECRET)
-    monkeypatch.setenv("AUDITEXPORT_CELERY_QUEUE", "exports")
+    monkeypatch.setenv("CELERY_BROKER_URL", SECRET)
     monkeypatch.setenv("AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S", "77")
-    app = celery_app()
-    for name, value in celery_settings().items():
+    app = celery_steps.app()
+    for name, value in celery_steps.settings().items():
         assert app.conf[name] == value, name
     assert app.conf.task_acks_late is True
     assert app.conf.broker_transport_options["visibility_timeout"] == 77
     assert app.conf.broker_url == app.conf.result_backend == SECRET
-    assert [queue.name for queue in app.conf.task_queues] == ["exports"]
+    assert [queue.name for queue in app.conf.task_queues] == ["dagster"]
     assert app.tasks["execute_plan"].acks_late is True
 
 
@@ -193,10 +173,10 @@ def test_results_go_where_the_broker_can_keep_them(
     monkeypatch: pytest.MonkeyPatch, broker_url: str, backend: str
 ) -> None:
     """Results as messages are RabbitMQ's; Redis loses those whose reader was away for a moment."""
-    monkeypatch.setenv("AUDITEXPORT_CELERY_BROKER_URL", broker_url)
-    assert celery_app().conf.result_backend == backend
-    monkeypatch.setenv("AUDITEXPORT_CELERY_RESULT_URL", "redis://127.0.0.1:2/3")
-    assert celery_app().conf.result_backend == "redis://127.0.0.1:2/3"
+    monkeypatch.setenv("CELERY_BROKER_URL", broker_url)
+    assert celery_steps.app().conf.result_backend == backend
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://127.0.0.1:2/3")
+    assert celery_steps.app().conf.result_backend == "redis://127.0.0.1:2/3"
 
 
 @pytest.mark.parametrize(("broker_url", "first"), [("", max), (SECRET, min)])
@@ -246,25 +226,25 @@ def test_a_run_that_stays_for_longer_than_the_broker_leaves_a_task_with_its_work
     monkeypatch: pytest.MonkeyPatch, broker_url: str, most_s: int, told: str
 ) -> None:
     """The step that stays would be given to a second worker while the first is at it, and with RabbitMQ to a third."""
-    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=broker_url, MYSQL_URL="x", CLICKHOUSE_URL="x")
+    urls = {"AUDITEXPORT_MYSQL_URL": "x", "AUDITEXPORT_CLICKHOUSE_URL": "x"}
+    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=broker_url, **urls)
     for job in ("audit_log_export", "__ASSET_JOB"):
         launched = defs.get_repository_def().get_job(job)
         dg.validate_run_config(launched, launchpad({"linger_s": most_s}))
         with pytest.raises(dg.DagsterInvalidConfigError, match=told):
             dg.validate_run_config(launched, launchpad({"linger_s": most_s + 1}))
-    monkeypatch.setenv("AUDITEXPORT_DRAIN", f'{{"linger_s": {most_s + 1}}}')
     with pytest.raises(InvalidConfig, match=told):
-        drain_settings(Names())
+        build_audit_export_defs(drain={"linger_s": most_s + 1})
     monkeypatch.setenv("AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S", "901")
     if broker_url == SECRET:
-        assert drain_settings(Names())
+        build_audit_export_defs(drain={"linger_s": most_s + 1})
     monkeypatch.setenv("AUDITEXPORT_EXECUTOR", "in_process")
-    assert drain_settings(Names())
+    build_audit_export_defs(drain={"linger_s": most_s + 1})
 
 
 def test_the_definitions_hold_the_names_of_secrets_and_not_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dagster stores a snapshot of every job that runs, and shows it on its page."""
-    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=SECRET, CELERY_RESULT_URL=SECRET)
+    defs = _chosen(monkeypatch, "celery", CELERY_BROKER_URL=SECRET, CELERY_RESULT_BACKEND=SECRET)
     job = defs.resolve_job_def("audit_log_export")
     assert "not_for_any_eye" not in dg.serialize_value(job.get_job_snapshot())
-    assert "not_for_any_eye" not in repr(vars(job.executor_def)) + repr(celery_settings())
+    assert "not_for_any_eye" not in repr(vars(job.executor_def)) + repr(celery_steps.settings())

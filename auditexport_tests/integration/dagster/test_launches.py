@@ -26,6 +26,7 @@ from auditexport_pipeline.local.processes import free_port
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
+from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.prompts import urls
 from auditexport_tests.support.waiting import wait_until
 from auditexport_tests.support.webhook import Webhook, webhook
@@ -151,7 +152,7 @@ def dev(databases: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pyt
         "DAGSTER_HOME": str(home),
         "AUDITEXPORT_MYSQL_URL": databases.mysql_url,
         "AUDITEXPORT_CLICKHOUSE_URL": databases.clickhouse_url,
-        "AUDITEXPORT_SENSOR_ROWS": "1",
+        "AUDITEXPORT_OUTBOXES": settings_file(home.parent, sensor_rows=1),
         "AUDITEXPORT_ALERT_WEBHOOK_URL": hook.url,
     }
     # As the README says: else the limit begins with the second look at the queue, and a test could be the first.

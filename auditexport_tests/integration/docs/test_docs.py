@@ -16,15 +16,13 @@ from click.testing import CliRunner
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
 from auditexport_pipeline.core.alerts import Policy
-from auditexport_pipeline.core.settings import Limits, Targets, Thresholds
+from auditexport_pipeline.core.settings import Limits, Settings, Targets, Variables, format_bounds
 from auditexport_pipeline.definitions import defs
-from auditexport_pipeline.defs.executors import CelerySettings, KubernetesSettings
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import event, events
 from auditexport_tests.support.crashes import drain
 
 ROOT = Path(__file__).resolve().parents[3]
-SETTINGS = (CelerySettings, KubernetesSettings, Policy, Targets, Thresholds)
 PACKAGE = ROOT / "auditexport_pipeline"
 TESTS = ROOT / "auditexport_tests"
 DOCS = PACKAGE / "docs"
@@ -259,7 +257,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py", Path(__file__).with_name("test_surface.py")]
     used = {found for path in sources for found in name.findall(path.read_text())}
-    used |= {variable for settings in SETTINGS for variable in settings.variables().values()}
+    used |= set(map(Variables.given_as, Variables.model_fields))
     documented = {found for page in PAGES for found in name.findall(page.read_text())}
     assert {"AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_TEST_MYSQL_URL"} <= used
     assert used == documented
@@ -272,14 +270,22 @@ def test_every_setting_of_a_drain_is_in_the_table_of_knobs() -> None:
     assert named == set(Limits.model_fields)
 
 
-def test_the_table_of_targets_has_their_defaults() -> None:
-    """A number that an operator is called by is looked up there."""
-    text = (DOCS / "operations.md").read_text()
-    for name, variable in Targets.variables().items():
-        assert f"| `{variable}` | {Targets.model_fields[name].default:g} |" in text
-    text = (DOCS / "alerts.md").read_text()
-    for name, variable in Policy.variables().items():
-        assert f"| `{variable}` | {Policy.model_fields[name].default:g} |" in text
+def test_the_table_of_variables_is_the_model() -> None:
+    """Operators set a variable by its line: name, default, unit or form, bounds, and what it is for."""
+    text = (DOCS / "operations.md").read_text().split("\n## Settings\n")[1].split("\n### ")[0]
+    expected = []
+    for name, field in Variables.model_fields.items():
+        value = ", ".join(filter(None, (field.title, format_bounds(field))))
+        expected.append(f"| `{Variables.given_as(name)}` | {field.default} | {value} | {field.description} |")
+    assert re.findall(r"^\| `.*$", text, re.MULTILINE) == expected
+
+
+@pytest.mark.parametrize(("page", "settings"), [("operations.md", Targets), ("alerts.md", Policy)])
+def test_the_tables_of_targets_and_alerts_have_the_defaults(page: str, settings: type[Settings]) -> None:
+    """Operators look the numbers up there."""
+    text = (DOCS / page).read_text()
+    for name, field in settings.model_fields.items():
+        assert f"| `{name}` | {field.default:g} |" in text
 
 
 def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:

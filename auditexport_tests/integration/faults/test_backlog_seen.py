@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from auditexport_pipeline.core.backlog import DEFAULT_THRESHOLDS, NO_FAILURES, Backlog, decide
-from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
+from auditexport_pipeline.core.settings import Limits, Thresholds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events
@@ -59,7 +59,7 @@ def test_a_created_at_that_is_no_epoch_milliseconds_hides_no_lag(
     stack.sql(f"UPDATE clickhouse_outbox SET created_at = CASE pk WHEN {pks[-1]} THEN {hour_ago} ELSE {created_at} END")
     backlog = _backlog(stack)
     assert 3_600 <= backlog.lag_s < 7_200
-    assert decide(backlog, DEFAULT_THRESHOLDS, at_work=None, failures=NO_FAILURES).launch
+    assert decide(backlog, Thresholds(), at_work=None, failures=NO_FAILURES).launch
     prompt = prompt_in(urls(stack), monkeypatch)
     assert "created_at that is no epoch milliseconds" in prompt("doctor").output.replace("\n", " ")
     assert f"pk {pks[0]}" in prompt("status", status=1).output

@@ -30,6 +30,7 @@ from auditexport_tests.integration.security.conftest import Servers
 from auditexport_tests.integration.security.gate import Gate, Mode
 from auditexport_tests.integration.security.site import WITHIN_S, Site, new_site
 from auditexport_tests.integration.security.test_loopback import listening, reachable_from_elsewhere
+from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.waiting import wait_until
 
 MYSQL, CLICKHOUSE = "AUDITEXPORT_MYSQL_URL", "AUDITEXPORT_CLICKHOUSE_URL"
@@ -213,8 +214,8 @@ def test_nothing_is_found_around_a_run_that_the_daemon_launches(site: Site, hear
             env={
                 **site.environment(),
                 **Steps(site, heartbeat, passing).always,
-                "AUDITEXPORT_SENSOR_ROWS": "1",
                 "AUDITEXPORT_EXECUTOR": "multiprocess",
+                "AUDITEXPORT_OUTBOXES": settings_file(site.directory, sensor_rows=1),
             },
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -65,7 +65,8 @@ def prompt(file: Path, stack: Stack, other: Stack, monkeypatch: pytest.MonkeyPat
     ("wrong", "words"),
     [
         ("mysql_url: x", "outbox us: mysql_url: no such key; there are name, mysql_url_env"),
-        ("sensor_rows: 0", "outbox us: sensor_rows: "),
+        ("sensor_rows: 0", "outbox us: sensor_rows: rows is 0; it must be an integer from 1"),
+        ("sensor_lag_s: .inf", "outbox us: sensor_lag_s: lag_s is inf; it must be a number above 0"),
         ("sensor_rows: many", "outbox us: sensor_rows: "),
         ("drain: {batch_rows: 0}", "outbox us: drain: batch_rows is 0; it must be"),
         ("drain: {batch_row: 5}", "outbox us: drain: batch_row is not a setting of a drain"),
@@ -74,7 +75,8 @@ def prompt(file: Path, stack: Stack, other: Stack, monkeypatch: pytest.MonkeyPat
         ("celery_queue: a queue", "outbox us: celery_queue: celery_queue must be letters, digits"),
         ("name: EU", "outbox EU: name: the outbox's name is 'EU'"),
         ("name: eu", "outbox eu: name: there are two outboxes of this name"),
-        ("name: ''", "entry 2: name: every outbox of a file has one"),
+        ("name: ''", "entry 2: name: each of several outboxes needs one"),
+        ("alert_policy: {repeat_hours: 0}", "outbox us: alert_policy: repeat_hours is 0"),
         ("mysql_url_env: EU_MYSQL_URL", "outbox us: mysql_url_env: EU_MYSQL_URL is outbox eu's"),
         ("clickhouse_url_env: EU_CLICKHOUSE_URL", "outbox us: clickhouse_url_env: EU_CLICKHOUSE_URL is outbox eu's"),
     ],
@@ -109,7 +111,7 @@ def test_a_file_of_another_form_is_refused(file: Path, text: str, words: str) ->
 def test_a_url_in_the_place_of_a_variable_is_refused_and_not_repeated(file: Path) -> None:
     """It has a password, and messages go to logs."""
     file.write_text(TWO.replace("US_MYSQL_URL", "mysql+pymysql://u:s3cret@db/app"))
-    with pytest.raises(InvalidConfig, match="outbox us: mysql_url_env: this is no name of an env") as refused:
+    with pytest.raises(InvalidConfig, match="outbox us: mysql_url_env: this is not the name of an env") as refused:
         parse(file)
     assert "s3cret" not in str(refused.value)
 

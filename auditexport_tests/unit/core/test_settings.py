@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from auditexport_pipeline.cli import main
 from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.errors import InvalidConfig
-from auditexport_pipeline.core.settings import Limits, Retention, Settings, Targets, Thresholds, bounds_of
+from auditexport_pipeline.core.settings import Limits, Retention, Settings, Targets, Thresholds, Variables, bounds_of
+from auditexport_pipeline.definitions import build_defs
+from auditexport_pipeline.defs.build import build_audit_export_defs
+from auditexport_pipeline.outboxes import check_environment
+from auditexport_tests.support.builders import settings_file
 
 MODELS = (Limits, Policy, Retention, Targets, Thresholds)
 
@@ -50,12 +58,72 @@ def test_settings_are_not_changed_once_they_are_made() -> None:
         limits.with_values({"batch_rows": 0})
 
 
-def test_variables_are_read_by_their_prefix_and_refused_by_name() -> None:
-    """A variable with a typing error in its name is a setting that does nothing."""
-    given = {"AUDITEXPORT_SENSOR_ROWS": "5", "AUDITEXPORT_SENSOR_LAG_S": "", "PATH": "/bin"}
-    assert Thresholds.from_environment(given) == Thresholds(rows=5)
-    of_a_service = {"AUDITEXPORT_SENSOR_SERVICE_HOST": "10.0.0.1", "AUDITEXPORT_SENSOR_PORT_80_TCP_ADDR": "10.0.0.1"}
-    assert Thresholds.from_environment(given | of_a_service) == Thresholds(rows=5)
-    for name, text in (("ROWS", "5.5"), ("LAG_S", "nan"), ("LAG_S", "inf"), ("LAG_S", "soon"), ("LAG", "5")):
-        with pytest.raises(InvalidConfig, match=f"^AUDITEXPORT_SENSOR_{name} is "):
-            Thresholds.from_environment({f"AUDITEXPORT_SENSOR_{name}": text})
+def test_an_empty_variable_counts_as_not_set() -> None:
+    """An environment file keeps the line of a variable that has no value."""
+    given = {"AUDITEXPORT_EXECUTOR": "", "AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S": "77", "PATH": "/bin"}
+    assert Variables.from_environment(given) == Variables(celery_visibility_timeout_s=77)
+
+
+FILE = "of the file that AUDITEXPORT_OUTBOXES names, or of the component"
+
+
+@pytest.mark.parametrize(
+    ("variable", "successor"),
+    [
+        ("DRAIN", f"the key `drain` {FILE}"),
+        ("SENSOR_ROWS", f"the key `sensor_rows` {FILE}"),
+        ("SENSOR_LAG_S", f"the key `sensor_lag_s` {FILE}"),
+        *((f"TARGET_{name.upper()}", f"the key `targets: {{{name}: …}}` {FILE}") for name in Targets.model_fields),
+        *((f"ALERT_{name.upper()}", f"the key `alert_policy: {{{name}: …}}` {FILE}") for name in Policy.model_fields),
+        ("PAGE_URL", f"the key `page_url` {FILE}"),
+        ("CELERY_QUEUE", f"the key `celery_queue` {FILE}"),
+        ("CELERY_BROKER_URL", "Celery's own variable CELERY_BROKER_URL"),
+        ("CELERY_RESULT_URL", "Celery's own variable CELERY_RESULT_BACKEND"),
+        ("KUBERNETES_NAMESPACE", "`job_namespace` of run_launcher in dagster.yaml"),
+        ("KUBERNETES_IMAGE", "`job_image` of run_launcher in dagster.yaml"),
+        ("KUBERNETES_SERVICE_ACCOUNT", "`service_account_name` of run_launcher in dagster.yaml"),
+        ("KUBERNETES_ENV_SECRETS", "`env_secrets` of run_launcher in dagster.yaml"),
+        ("KUBERNETES_STORAGE_CLAIM", "`volumes` of run_launcher in dagster.yaml"),
+        ("KUBERNETES_MAX_CONCURRENT", "`execution: {config: {max_concurrent: …}}` in a run's configuration"),
+    ],
+)
+def test_a_variable_that_went_is_refused_with_its_successor(
+    monkeypatch: pytest.MonkeyPatch, variable: str, successor: str
+) -> None:
+    """A setting that silently does nothing is found on the wrong day. Dagster and the CLI refuse it when they start."""
+    monkeypatch.setenv(f"AUDITEXPORT_{variable}", "s3cret")
+    for start in (build_audit_export_defs, check_environment):
+        with pytest.raises(InvalidConfig) as refused:
+            start()
+        assert str(refused.value) == f"AUDITEXPORT_{variable} is not read any more; use {successor}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("AUDITEXPORT_MYSQL_ULR", "AUDITEXPORT_MYSQL_URL"),
+        ("AUDITEXPORT_HEARTBEAT", "AUDITEXPORT_HEARTBEAT_URL"),
+        ("AUDITEXPORT_EXECUTER", "AUDITEXPORT_EXECUTOR"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+) -> None:
+    """A typing error in the name of a variable would be a setting that does nothing."""
+    monkeypatch.setenv(variable, "s3cret")
+    message = f"{variable} is not a variable of auditexport; the nearest is {nearest}"
+    with pytest.raises(InvalidConfig, match=f"^{message}$"):
+        build_defs()
+    answer = CliRunner().invoke(main, ["status"])
+    assert (answer.exit_code, answer.stderr) == (2, f"auditexport: {message}\n")
+
+
+def test_variables_of_tests_services_and_the_file_are_no_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes sets variables for each Service, and a file of outboxes may name variables of any name."""
+    for name in ("TEST_MYSQL_URL", "CELERY_SERVICE_HOST", "PORT_80_TCP_ADDR", "EU_MYSQL_URL"):
+        monkeypatch.setenv(f"AUDITEXPORT_{name}", "x")
+    settings = settings_file(tmp_path, mysql_url_env="AUDITEXPORT_EU_MYSQL_URL")
+    monkeypatch.setenv("AUDITEXPORT_OUTBOXES", settings)
+    check_environment()
