@@ -1,6 +1,6 @@
 """How many rows fit into a run's time, so that it can verify what it exported before it is ended.
 
-What does not belong here: who ends a run (`defs.runtime`), and the clock.
+What does not belong here: who ends a run (`defs.drains`), and the clock.
 """
 
 from __future__ import annotations

@@ -1,19 +1,17 @@
 """Alert sensors: `run_alerts` follows runs, `number_alerts` follows the status. They send notices and launch nothing.
 
-`core.alerts` decides what to send; here runs and numbers are read, notices are sent, and the memory is kept in the cursor.
+`core.alerts` decides what to send, and its state is the sensors' cursor. Both sensors are on from the start, and skip until a
+webhook is set.
 
-`run_alerts` reads runs itself. A drain launched in the Dagster UI is a run of the implicit asset job: Dagster's own run
-status sensors would miss it when given jobs and take everybody's runs otherwise, and they lend nobody their cursor. Both
-sensors are on from the start, and skip until a webhook is set.
+`run_alerts` is no run status sensor of Dagster's. A drain launched in the Dagster UI is a run of the implicit asset job: a run
+status sensor misses it when given jobs, sees all runs of the instance otherwise, and has no cursor of ours.
 
 docs/alerts.md has other ways to send: a resource of your own under the key `alerts`, or Dagster's integrations with
 `failure_text` and `will_be_retried`.
 """
 
-import concurrent.futures
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import TypeVar
 
@@ -22,33 +20,27 @@ import msgspec
 
 from auditexport_pipeline.core.advice import Drains, Failure
 from auditexport_pipeline.core.alerts import AlertState, EndedRun, NumberAlerts, Policy, Retry, RunAlerts, Tick
-from auditexport_pipeline.core.errors import AuditExportError, BrokerUnavailable, OutboxUnavailable, TransientError
+from auditexport_pipeline.core.errors import AuditExportError, BrokerUnavailable, TransientError
 from auditexport_pipeline.core.settings import Targets
-from auditexport_pipeline.defs.drains import IMPLICIT_JOB, failed_in_a_row
+from auditexport_pipeline.defs.drains import AT_WORK, IMPLICIT_JOB, failed_in_a_row
 from auditexport_pipeline.defs.names import Names
-from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource
+from auditexport_pipeline.defs.resources import AlertsResource, HeartbeatResource, within
 from auditexport_pipeline.mysql.status import read_status
 
 RUNS_INTERVAL_S = 30
 NUMBERS_INTERVAL_S = 60
-# Runs that ended this long before the last tick are read again: another host's clock stamps them, and what Dagster says of a
-# retry comes after the end.
+# Runs that ended this long before the last tick are read again: another host's clock stamps them, and Dagster tags a run that it
+# will retry only after the end.
 OVERLAP_S = 180
 # Dagster ends a tick after 60 s; reading and sending together take less.
 READ_WITHIN_S = 20.0
 SEND_WITHIN_S = 25.0
 
-HOW = (
+NO_WEBHOOK = (
     "no alerts are sent: set AUDITEXPORT_ALERT_WEBHOOK_URL to an incoming webhook (Slack's, Mattermost's, or anything that takes "
     'a POST of {{"text": …}}) where this code location runs{or_else}, or turn this sensor off'
 )
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
-_AT_WORK = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 T = TypeVar("T")
 
 
@@ -64,29 +56,29 @@ def _run_alerts(names: Names, jobs: Sequence[str], policy: Policy) -> dg.SensorD
         name=names.of("run_alerts"),
         minimum_interval_seconds=RUNS_INTERVAL_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={names.alerts, names.heartbeat},
+        required_resource_keys=names.keys("alerts", "heartbeat"),
         description="Sends an alert for failed runs, once, and one for their recovery; not for runs that Dagster retries. Sends "
         "the heartbeat's /fail for drains that died. Launches nothing.",
     )
     def run_alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        to: AlertsResource = getattr(context.resources, names.alerts)
-        heartbeat: HeartbeatResource = getattr(context.resources, names.heartbeat)
+        to: AlertsResource = names.resource(context, "alerts")
+        heartbeat: HeartbeatResource = names.resource(context, "heartbeat")
         if not to.is_set and not heartbeat.is_set:
-            # Without a memory, what happens until a webhook is set is never sent.
-            return _skip(HOW.format(or_else=", or AUDITEXPORT_HEARTBEAT_URL for /fail of dead drains"), cursor="")
+            # Without a cursor, failures before a webhook is set are never sent.
+            return _skip(NO_WEBHOOK.format(or_else=", or AUDITEXPORT_HEARTBEAT_URL for /fail of dead drains"))
         tick = _tick(names, policy)
-        memory = _decoded(context.cursor, RunAlerts) or RunAlerts(from_ms=tick.now_ms, looked_ms=tick.now_ms)
-        for run in _ended_runs(context, names, jobs, memory, to):
-            memory.observe(run, tick)
-        memory.observe_missing_retries(tick)
-        memory.state.repeat(tick)
-        memory.looked_ms = tick.now_ms
-        if memory.fail_owed and heartbeat.is_set and heartbeat.fail():
-            memory.fail_owed = False
-        done = _send(memory.state, to)
-        if memory.waiting:
-            done += f"; Dagster will launch again: {len(memory.waiting)}"
-        return _skip(done, cursor=msgspec.json.encode(memory).decode())
+        cursor = _decoded(context.cursor, RunAlerts) or RunAlerts(from_ms=tick.now_ms, looked_ms=tick.now_ms)
+        for run in _ended_runs(context, names, jobs, cursor, to):
+            cursor.observe(run, tick)
+        cursor.observe_missing_retries(tick)
+        cursor.state.repeat(tick)
+        cursor.looked_ms = tick.now_ms
+        if cursor.fail_owed and heartbeat.is_set and heartbeat.fail():
+            cursor.fail_owed = False
+        done = _send(cursor.state, to)
+        if cursor.waiting:
+            done += f"; Dagster will launch again: {len(cursor.waiting)}"
+        return _skip(done, cursor)
 
     return run_alerts
 
@@ -96,26 +88,29 @@ def _number_alerts(names: Names, targets: Targets, policy: Policy) -> dg.SensorD
         name=names.of("number_alerts"),
         minimum_interval_seconds=NUMBERS_INTERVAL_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        required_resource_keys={names.alerts, names.mysql},
+        required_resource_keys=names.keys("alerts", "mysql"),
         description="Sends an alert when the numbers are wrong although no run failed: a backlog that does not shrink, batches "
         "open for long, unknown versions, dead letters, MySQL away; and when it is over. Launches nothing.",
     )
     def number_alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        to: AlertsResource = getattr(context.resources, names.alerts)
+        to: AlertsResource = names.resource(context, "alerts")
         if not to.is_set:
-            return _skip(HOW.format(or_else=""), cursor="")
+            return _skip(NO_WEBHOOK.format(or_else=""))
         tick = _tick(names, policy)
-        memory = _decoded(context.cursor, NumberAlerts) or NumberAlerts()
+        cursor = _decoded(context.cursor, NumberAlerts) or NumberAlerts()
         try:
-            status = _within(READ_WITHIN_S, lambda: read_status(names.mysql_of(context).outbox()))
+            status = within(READ_WITHIN_S, lambda: read_status(names.outbox(context)))
+        except TimeoutError:
+            numbers = f"MySQL did not answer within {READ_WITHIN_S:.0f} s; run again"
+            cursor.observe_error(numbers, tick, permanent=False)
         except AuditExportError as error:
             numbers = str(error)
-            memory.observe_error(numbers, tick, permanent=not isinstance(error, TransientError))
+            cursor.observe_error(numbers, tick, permanent=not isinstance(error, TransientError))
         else:
             numbers = f"{status.backlog.shown_rows} pending rows, lag {status.backlog.lag_s:.0f} s"
-            memory.observe(status, targets, lambda: _drains(context, names), tick)
-        done = _send(memory.state, to)
-        return _skip(f"{done}: {numbers}", cursor=msgspec.json.encode(memory).decode())
+            cursor.observe(status, targets, lambda: _drains(context, names), tick)
+        done = _send(cursor.state, to)
+        return _skip(f"{done}: {numbers}", cursor)
 
     return number_alerts
 
@@ -124,12 +119,14 @@ def _tick(names: Names, policy: Policy) -> Tick:
     return Tick(policy=policy, outbox=names.name, drain_job=names.job, now_ms=int(time.time() * 1000))
 
 
-def _skip(reason: str, *, cursor: str) -> dg.SensorResult:
-    return dg.SensorResult(skip_reason=dg.SkipReason(reason), cursor=cursor)
+def _skip(reason: str, cursor: RunAlerts | NumberAlerts | None = None) -> dg.SensorResult:
+    """A tick that sends alerts launches no run, so Dagster shows it as skipped; the reason says what was sent."""
+    text = msgspec.json.encode(cursor).decode() if cursor is not None else ""
+    return dg.SensorResult(skip_reason=dg.SkipReason(reason), cursor=text)
 
 
 def _decoded(cursor: str | None, kind: type[T]) -> T | None:
-    """The memory; None when there is none yet, or one that somebody set by hand in the Dagster UI."""
+    """The state; None when there is none yet, or one that was set by hand in the Dagster UI."""
     try:
         return msgspec.json.decode(cursor or "", type=kind)
     except msgspec.DecodeError:
@@ -137,7 +134,7 @@ def _decoded(cursor: str | None, kind: type[T]) -> T | None:
 
 
 def _send(state: AlertState, to: AlertsResource) -> str:
-    """Sends what is due, oldest first, until one cannot be sent: that one and the rest wait for the next tick."""
+    """Sends the notices, oldest first. If one cannot be sent, it and the others wait for the next tick."""
     if not to.is_set:
         state.unsent.clear()
         return f"alerts: {len(state.active)} active"
@@ -157,23 +154,6 @@ def _send(state: AlertState, to: AlertsResource) -> str:
     return f"alerts: {sent} sent{unsent}{dropped}, {len(state.active)} active"
 
 
-def _within(seconds: float, read: Callable[[], T]) -> T:
-    """The answer of `read`; raises `OutboxUnavailable` after a while, and leaves `read` to its thread."""
-    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(read())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="auditexport-status", daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except concurrent.futures.TimeoutError:
-        raise OutboxUnavailable(f"MySQL did not answer within {seconds:.0f} s; run again") from None
-
-
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -185,10 +165,10 @@ def will_be_retried(run: dg.DagsterRun) -> bool:
 def _retry(run: dg.DagsterRun) -> Retry:
     if run.tags.get("dagster/auto_retry_run_id"):
         return Retry.LAUNCHED
-    said = run.tags.get("dagster/will_retry")
-    if said is None:
+    will_retry = run.tags.get("dagster/will_retry")
+    if will_retry is None:
         return Retry.UNKNOWN
-    return Retry.WILL if said.lower() == "true" else Retry.NO
+    return Retry.WILL if will_retry.lower() == "true" else Retry.NO
 
 
 def failure_text(context: dg.RunFailureSensorContext) -> str:
@@ -196,8 +176,8 @@ def failure_text(context: dg.RunFailureSensorContext) -> str:
     run = context.dagster_run
     outbox = run.tags.get("auditexport/outbox", "default")
     tick = Tick(policy=Policy(), outbox="" if outbox == "default" else outbox, now_ms=int(time.time() * 1000))
-    memory = RunAlerts(from_ms=0, looked_ms=0)
-    memory.observe(
+    alerts = RunAlerts(from_ms=0, looked_ms=0)
+    alerts.observe(
         EndedRun(
             subject=run.job_name,
             ended_ms=tick.now_ms,
@@ -206,7 +186,7 @@ def failure_text(context: dg.RunFailureSensorContext) -> str:
         ),
         tick,
     )
-    return memory.state.unsent[0].text
+    return alerts.state.unsent[0].text
 
 
 def failure_of(instance: dg.DagsterInstance, run_id: str) -> Failure:
@@ -246,18 +226,18 @@ def _step_failure(event: dg.DagsterEvent) -> Failure:
 
 
 def _run_failure(event: dg.DagsterEvent) -> Failure:
-    data = event.event_specific_data  # absent where somebody marked the run failed
+    data = event.event_specific_data  # absent where a user marked the run failed
     error = getattr(data, "error", None)
     if error is not None and error.cls_name == BrokerUnavailable.__name__:  # ours, although no step raised it
         return Failure(error=error.cls_name, line=error.message.strip().partition(": ")[2], rerun_helps=True)
     reason = getattr(getattr(data, "failure_reason", None), "value", "run failure")
-    # Dagster's own words, as of a worker that ended; never an exception's text.
+    # Dagster's own line, such as of a worker that ended; never an exception's text.
     lines = (event.message or "").splitlines()
     return Failure(error=reason, line=lines[0] if lines else "the run failed")
 
 
 def _subject(names: Names, jobs: Sequence[str], run: dg.DagsterRun) -> str | None:
-    """What this run is a run of: one of `jobs`, however launched, or the asset's checks; None for other people's runs."""
+    """The job of this outbox that the run executes, also through the implicit asset job; None for a run that is not ours."""
     if run.job_name in jobs:
         return run.job_name
     if run.job_name == IMPLICIT_JOB:
@@ -270,9 +250,7 @@ def _subject(names: Names, jobs: Sequence[str], run: dg.DagsterRun) -> str | Non
 
 
 def _is_here(context: dg.SensorEvaluationContext, run: dg.DagsterRun) -> bool:
-    """Whether the run is of this code location: others may have jobs of the same names. A run of the CLI has no origin, and
-    counts as ours.
-    """
+    """Whether the run is of this code location: others may have jobs of the same names. A run without an origin counts as ours."""
     here, origin = context.code_location_origin, run.remote_job_origin
     if here is None or origin is None:
         return True
@@ -284,11 +262,11 @@ def _is_here(context: dg.SensorEvaluationContext, run: dg.DagsterRun) -> bool:
 
 
 def _ended_runs(
-    context: dg.SensorEvaluationContext, names: Names, jobs: Sequence[str], memory: RunAlerts, to: AlertsResource
+    context: dg.SensorEvaluationContext, names: Names, jobs: Sequence[str], cursor: RunAlerts, to: AlertsResource
 ) -> list[EndedRun]:
     """Runs of ours that ended since the last tick, in the order of their ends."""
-    # A clock that was set back must not leave out a time.
-    after = datetime.fromtimestamp(min(memory.looked_ms / 1000, time.time()) - OVERLAP_S, tz=timezone.utc)
+    # The clock may have been set back since the last tick.
+    after = datetime.fromtimestamp(min(cursor.looked_ms / 1000, time.time()) - OVERLAP_S, tz=timezone.utc)
     ended = []
     for job in (*jobs, IMPLICIT_JOB):
         for record in context.instance.get_run_records(
@@ -297,7 +275,7 @@ def _ended_runs(
             run = record.dagster_run
             ended_ms = int((record.end_time or record.update_timestamp.timestamp()) * 1000)
             subject = _subject(names, jobs, run)
-            if subject is None or not memory.is_new(run.run_id, ended_ms) or not _is_here(context, run):
+            if subject is None or not cursor.is_new(run.run_id, ended_ms) or not _is_here(context, run):
                 continue
             failed = run.status is dg.DagsterRunStatus.FAILURE
             failure = failure_of(context.instance, run.run_id) if failed else Failure()
@@ -326,7 +304,7 @@ def _drains(context: dg.SensorEvaluationContext, names: Names) -> Drains:
     )
     runs = [
         run
-        for run in instance.get_runs(dg.RunsFilter(statuses=[*_AT_WORK, dg.DagsterRunStatus.QUEUED]), limit=200)
+        for run in instance.get_runs(dg.RunsFilter(statuses=[*AT_WORK, dg.DagsterRunStatus.QUEUED]), limit=200)
         if _subject(names, [names.job], run) == names.job and _is_here(context, run)
     ]
     running = [run for run in runs if run.status is not dg.DagsterRunStatus.QUEUED]

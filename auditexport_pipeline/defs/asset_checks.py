@@ -1,7 +1,6 @@
-"""Asset checks on `audit_logs_raw_v1`: what a person should look at although every run was green.
+"""Asset checks on `audit_logs_raw_v1`: what needs a person although every run succeeded.
 
-What belongs here: turning counts into a check's result. What does not: counting (`mysql.status`), and anything that a
-drain would have to wait for: the export job leaves checks out.
+The export job leaves them out, so that no drain waits for them. `mysql.status` counts.
 """
 
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import dagster as dg
 
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import Severity, advice, needs_operator
-from auditexport_pipeline.core.dead_letters import DeadLetterFilter, LetterCounts
+from auditexport_pipeline.core.dead_letters import DeadLetterFilter
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.units import DAY_MS
@@ -22,27 +21,9 @@ from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.status import read_status
 
 
-def letters_standing(counts: LetterCounts, gone: int) -> dg.AssetCheckResult:
-    """The result for these open letters: ids and counts only."""
-    return dg.AssetCheckResult(
-        passed=counts.letters == 0,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"{counts.letters:,} dead letters wait for an operator: `auditexport dead-letters list`"
-        if counts.letters
-        else "no row waits for an operator",
-        metadata={
-            "dead_letters_standing": counts.letters,
-            "dead_letters_gone": gone,
-            "by_reason": dg.MetadataValue.md(counts_table("reason", counts.by_reason)),
-            "by_workspace": dg.MetadataValue.md(counts_table("workspace", counts.by_workspace)),
-            "by_version": dg.MetadataValue.md(counts_table("version", counts.by_version)),
-        },
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OfStatus:
-    """A check that passes while `core.advice` calls nobody about these things; `numbers` are those it shows."""
+class _StatusCheck:
+    """A check that fails when `core.advice` says that one of these things needs an operator. It shows these numbers."""
 
     name: str
     about: tuple[str, ...]
@@ -50,39 +31,39 @@ class _OfStatus:
     description: str
 
 
-_OF_STATUS = (
-    _OfStatus(
+_STATUS_CHECKS = (
+    _StatusCheck(
         name="lag_within_target",
         about=("lag", "created_at"),
         numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s", "odd_created_rows"),
         description="The oldest pending row is younger than the target (`lag_s`, 300). A warning while a drain is "
         "at work on it, an error when none is; a warning too where created_at is no epoch milliseconds.",
     ),
-    _OfStatus(
+    _StatusCheck(
         name="no_unknown_versions",
         about=("unknown_versions",),
         numbers=("unknown_rows", "unknown_versions"),
-        description="No pending row has a version that this release does not know: nothing takes such rows, and nothing loses them.",
+        description="No pending row has a version that this release does not know. Such rows stay in the outbox, untouched.",
     ),
-    _OfStatus(
+    _StatusCheck(
         name="no_batch_open_too_long",
         about=("open_batches",),
         numbers=("open_batches", "oldest_open_batch_s"),
         description="No batch holds its rows for longer than its target (`batch_open_minutes`, 15).",
     ),
-    _OfStatus(
+    _StatusCheck(
         name="recent_batches_verified",
         about=("unverified", "discrepant"),
         numbers=("unverified_batches", "discrepant_batches"),
         description="Every exported batch was read back from ClickHouse soon after, and ClickHouse holds what was sent.",
     ),
-    _OfStatus(
+    _StatusCheck(
         name="retention_keeping_up",
         about=("sweep",),
         numbers=("oldest_unswept_s",),
         description="Exported rows leave the outbox when retention says so (`retention_days`, 30): `sweep_schedule`.",
     ),
-    _OfStatus(
+    _StatusCheck(
         name="reconciled_recently",
         about=("reconcile", "actions"),
         numbers=("reconciled_s_ago",),
@@ -91,36 +72,38 @@ _OF_STATUS = (
     ),
 )
 
-# Those that ask MySQL alone, in milliseconds; the others read a day's entries in ClickHouse.
-LIGHT = (*(check.name for check in _OF_STATUS), "no_dead_letters_standing")
+# Checks that read MySQL only, in milliseconds; the others read a day's entries in ClickHouse.
+LIGHT = (*(check.name for check in _STATUS_CHECKS), "no_dead_letters_standing")
 
 
 def asset_checks(names: Names, targets: Targets) -> list[dg.AssetChecksDefinition]:
     """All checks of this outbox's asset."""
     return [
-        _of_status(names, targets),
+        _status_checks(names, targets),
         _no_duplicates_recently(names),
         _recent_exports_reconcile(names),
         _no_dead_letters_standing(names),
     ]
 
 
-def _of_status(names: Names, targets: Targets) -> dg.AssetChecksDefinition:
-    """Those of `_OF_STATUS`, by one look at MySQL for all that are asked for."""
+def _status_checks(names: Names, targets: Targets) -> dg.AssetChecksDefinition:
+    """All of `_STATUS_CHECKS` from one reading of the status."""
 
     @dg.multi_asset_check(
         name=names.of("status_checks"),
-        specs=[dg.AssetCheckSpec(check.name, asset=names.asset, description=check.description) for check in _OF_STATUS],
+        specs=[
+            dg.AssetCheckSpec(check.name, asset=names.asset, description=check.description) for check in _STATUS_CHECKS
+        ],
         can_subset=True,
-        required_resource_keys={names.mysql},
+        required_resource_keys=names.keys("mysql"),
     )
     def status_checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         with in_one_line():
-            status = read_status(names.mysql_of(context).outbox())
+            status = read_status(names.outbox(context))
             advised = advice(status, targets, names.name)
-        asked_for = {key.name for key in context.selected_asset_check_keys}
-        for check in _OF_STATUS:
-            if check.name not in asked_for:
+        selected = {key.name for key in context.selected_asset_check_keys}
+        for check in _STATUS_CHECKS:
+            if check.name not in selected:
                 continue
             found = [one for one in advised if one.about in check.about]
             severe = any(one.severity is Severity.ERROR for one in found)
@@ -138,19 +121,19 @@ def _of_status(names: Names, targets: Targets) -> dg.AssetChecksDefinition:
 def _no_duplicates_recently(names: Names) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=names.asset,
-        required_resource_keys=names.databases,
+        required_resource_keys=names.keys("mysql", "clickhouse"),
         description="Counted without FINAL, no event of the last 24 hours is in the table twice. A requeue, or an event that the "
         "outbox holds twice, puts a second entry there until ClickHouse merges; the view `audit_logs` shows one at all times.",
     )
     def no_duplicates_recently(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with in_one_line():
-            now_ms = names.mysql_of(context).upkeep().now_ms()
-            entries, copies, same_slot = names.clickhouse_of(context).audit_log().surplus(now_ms - DAY_MS, now_ms)
+            now_ms = names.maintenance(context).now_ms()
+            entries, copies, same_slot = names.audit_log(context).surplus(now_ms - DAY_MS, now_ms)
         return dg.AssetCheckResult(
             passed=copies == 0,
             severity=dg.AssetCheckSeverity.WARN,
             description=f"{copies:,} of {entries:,} entries repeat an event, {same_slot:,} of them under the same inserted_at. To do: "
-            "`auditexport reconcile` tells requeues and the outbox's own repetitions from the rest"
+            "`auditexport reconcile` tells requeues and repetitions in the outbox from the rest"
             if copies
             else "each event once",
             metadata={"entries": entries, "duplicated": copies, "duplicated_same_inserted_at": same_slot},
@@ -162,19 +145,18 @@ def _no_duplicates_recently(names: Names) -> dg.AssetChecksDefinition:
 def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=names.asset,
-        required_resource_keys=names.databases,
+        required_resource_keys=names.keys("mysql", "clickhouse"),
         description="The exports of the last 24 hours are in ClickHouse as they were sent: nothing missing, duplicated, "
         "unexpected or altered.",
     )
     def recent_exports_reconcile(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        mysql = names.mysql_of(context)
         with in_one_line():
-            upkeep = mysql.upkeep()
-            now_ms = upkeep.now_ms()
+            maintenance = names.maintenance(context)
+            now_ms = maintenance.now_ms()
             report = reconcile(
-                mysql.outbox(),
-                upkeep,
-                names.clickhouse_of(context).audit_log(),
+                names.outbox(context),
+                maintenance,
+                names.audit_log(context),
                 from_ms=now_ms - DAY_MS,
                 to_ms=now_ms,
                 by=Actor(who="check recent_exports_reconcile", why="the last 24 hours"),
@@ -190,14 +172,28 @@ def _recent_exports_reconcile(names: Names) -> dg.AssetChecksDefinition:
 def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=names.asset,
-        required_resource_keys={names.mysql},
-        description="No outbox row is set aside as an open dead letter. Discarded ones do not count; letters whose row "
-        "was deleted or marked by somebody are closed on the way.",
+        required_resource_keys=names.keys("mysql"),
+        description="No outbox row is an open dead letter. Discarded ones do not count. Dead letters whose row was deleted or "
+        "marked meanwhile are closed.",
     )
     def no_dead_letters_standing(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         with in_one_line():
-            outbox = names.mysql_of(context).outbox()
+            outbox = names.outbox(context)
             gone = dead_letters.close_gone(outbox)
-            return letters_standing(dead_letters.count(outbox, DeadLetterFilter()), gone)
+            counts = dead_letters.count(outbox, DeadLetterFilter())
+        return dg.AssetCheckResult(
+            passed=counts.letters == 0,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"{counts.letters:,} open dead letters: `auditexport dead-letters list`"
+            if counts.letters
+            else "no open dead letter",
+            metadata={
+                "dead_letters_standing": counts.letters,
+                "dead_letters_gone": gone,
+                "by_reason": dg.MetadataValue.md(counts_table("reason", counts.by_reason)),
+                "by_workspace": dg.MetadataValue.md(counts_table("workspace", counts.by_workspace)),
+                "by_version": dg.MetadataValue.md(counts_table("version", counts.by_version)),
+            },
+        )
 
     return no_dead_letters_standing

@@ -1,6 +1,4 @@
-"""The asset of one outbox: a graph of five ops. Each takes a claim, opens the stores and calls one verb of `core.export`.
-
-What belongs here: wiring, metadata and log lines. What does not: decisions, which are in `core`.
+"""The asset of one outbox: a graph of five ops. Each op calls one verb of `core.export` and reports what came of it.
 
     plan_batches ─▶ map( fetch_batch ─▶ write_clickhouse ─▶ mark_exported ) ─▶ finish_export
 
@@ -12,55 +10,51 @@ Three things about Dagster shape this graph:
   on the ops.
 * Steps run breadth-first: Dagster would fetch every batch before the first is written. So steps have a priority.
 
-In one process `core.pipeline` prefetches. While the step of one batch runs, threads fetch, write and mark the next batches, and the
-steps of those only take the results. So the time of a step in the Dagster UI is not the time of its work. Each step says in its log
+In one process `core.pipeline` prefetches: while the step of one batch runs, threads fetch, write and mark the next batches, and the
+steps of those only take the results. So the time of a step in the Dagster UI is not the time of its work. Each step reports in its log
 line and its output's metadata how long its verb took (`fetch_s`, `write_s`, `mark_s`), and how long before the step the verb had
 started (`…_ahead_s`; 0 when the step did the work).
 
-Ops of several outboxes in one code location have different names. Inside the asset the nodes have the names of the contract, so
-configuration and steps read the same for each outbox.
+Ops of several outboxes in one code location have different names, so functions make them. Inside the asset the nodes have the names
+of the contract: configuration and steps read the same for each outbox.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
 from auditexport_pipeline import processes
+from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.advice import Command
 from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
 from auditexport_pipeline.core.drain import Drain
-from auditexport_pipeline.core.errors import (
-    AuditExportError,
-    BatchUnmarked,
-    IncompleteRun,
-    LeaseLost,
-    VerificationFailed,
-)
+from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
 from auditexport_pipeline.core.outcome import Outcome, outcome_of
-from auditexport_pipeline.core.pipeline import VERBS
+from auditexport_pipeline.core.pipeline import VERBS, Pipeline
 from auditexport_pipeline.core.ports import Discrepancy, Moment
 from auditexport_pipeline.core.runtime import CLAIMING_SHARE, most_rows
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.defs.config import DrainConfig, drain_config
-from auditexport_pipeline.defs.drains import drain_in, say_alive
+from auditexport_pipeline.defs.drains import drain_in, finished_runs, left_s, refuse_if_ended, say_alive, time_for
 from auditexport_pipeline.defs.executors import limits_of, process_of, tags_of_step
 from auditexport_pipeline.defs.failures import dagster_errors
-from auditexport_pipeline.defs.names import Connected, Names
+from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import batch_metadata, format_prefetch, run_metadata, timing_metadata
-from auditexport_pipeline.defs.runtime import left_s, time_for
+from auditexport_pipeline.defs.resources import HeartbeatResource
 from auditexport_pipeline.mysql.dead_letters import release_held
+from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.preflight import refuse_unless_ready
 
 # The remaining backlog is counted up to here: cheap enough for every run.
 COUNT_BACKLOG_TO = 1_000_000
-# How often a run that stays sends a sign of life, and checks whether another run waits for it to leave.
+# How often a run that stays sends its heartbeat, and checks whether another run waits for it to leave.
 HEARTBEAT_EVERY_S = 60.0
 LOOK_FOR_OTHERS_EVERY_S = 2.0
 
@@ -80,7 +74,7 @@ def export_asset(names: Names, freshness: dg.FreshnessPolicy, **attributes: Any)
     @dg.graph_asset(
         key=names.asset,
         config=drain_config,
-        ins={"clickhouse_outbox": dg.AssetIn(key=names.outbox, dagster_type=dg.Nothing)},
+        ins={"clickhouse_outbox": dg.AssetIn(key=names.outbox_asset, dagster_type=dg.Nothing)},
         **attributes,
     )
     def audit_logs_raw_v1(clickhouse_outbox: Any) -> Any:
@@ -101,91 +95,99 @@ class Planned:
     since: Moment
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What a step works with."""
+
+    outbox: MySQLOutbox
+    audit_log: ClickHouseAuditLog
+    pipeline: Pipeline
+    heartbeat: HeartbeatResource
+    limits: Limits
+
+
+@contextmanager
+def _step(names: Names, context: dg.OpExecutionContext, config: DrainConfig) -> Iterator[_Step]:
+    """Opens the stores; an error of ours fails the step with one line, and sends the heartbeat's /fail."""
+    heartbeat = names.resource(context, "heartbeat")
+    with dagster_errors(context, heartbeat):
+        yield _Step(
+            outbox=names.outbox(context),
+            audit_log=names.audit_log(context),
+            pipeline=names.resource(context, "pipeline"),
+            heartbeat=heartbeat,
+            limits=limits_of(context, config),
+        )
+
+
+def _has_time(context: dg.OpExecutionContext, step: _Step, claim: Claim) -> bool:
+    """Whether this run can finish the batch before `max_runtime_seconds` ends it. What has begun is finished."""
+    return step.pipeline.has_begun(claim) or time_for(context, step.limits)(claim)
+
+
 def _owner(context: dg.OpExecutionContext) -> str:
     """The root run: a retry of a run inherits what the run it retries had claimed."""
     return context.run.root_run_id or context.run_id
 
 
-def _finished(instance: dg.DagsterInstance, owners: list[str]) -> set[str]:
-    """Owners that are Dagster runs which have ended, and whose retries, sharing the root, have ended too."""
-    finished = set()
-    for owner in owners:
-        root = instance.get_run_by_id(owner)
-        if root is not None:
-            retries = instance.get_runs(dg.RunsFilter(tags={"dagster/root_run_id": owner}), limit=10)
-            if all(run.is_finished for run in (root, *retries)):
-                finished.add(owner)
-    return finished
-
-
-def _refuse_if_ended(context: dg.OpExecutionContext) -> None:
-    """Raises `LeaseLost` when the run has ended: a step that was left in a queue would take batches that nobody exports,
-    or those of the run's own retry, which has the same root and so the same owner.
-    """
-    run = context.instance.get_run_by_id(context.run_id)
-    if run is not None and run.is_finished:
-        raise LeaseLost(
-            f"run {context.run_id[:8]} has ended, and this step of it was still in a queue. It claimed nothing, and there "
-            "is nothing to do: the next run takes the rows"
-        )
+def _op(names: Names, name: str, level: int) -> dict[str, Any]:
+    """What each op has: the name, a queue and priority for its steps, and the resources of a drain."""
+    return {
+        "name": names.of(name),
+        "tags": tags_of_step(level, names.celery_queue),
+        "required_resource_keys": names.keys("mysql", "clickhouse", "heartbeat", "pipeline"),
+    }
 
 
 def _plan_batches(names: Names) -> dg.OpDefinition:
     @dg.op(
-        name=names.of("plan_batches"),
+        # Several outboxes may share a queue of Celery's: the plan goes first, so that a drain that is due is planned at once.
+        **_op(names, "plan_batches", 4),
         out={
             "claims": dg.DynamicOut(Claim, description="One claimed batch each: ids and counts, no rows."),
             "planned": dg.Out(Planned),
         },
         ins={"clickhouse_outbox": dg.In(dg.Nothing)},
-        # Another outbox's batches wait in the same queue of Celery's: a drain that is due learns at once what there is.
-        tags=tags_of_step(4, names.celery_queue),
-        pool=names.pool,
-        required_resource_keys=names.everything,
+        pool=names.job,
         description="Adopts batches that dead runs left open, then claims pending rows, oldest first.",
     )
     def plan_batches(context: dg.OpExecutionContext, config: DrainConfig) -> Iterator[Any]:
-        to = names.connected(context)
         started_at_s = time.time()
-        limits = limits_of(context, config)
         with dagster_errors(context):  # without the heartbeat, which belongs to the run that lives
-            _refuse_if_ended(context)
+            refuse_if_ended(context)
         say_alive(context.instance, context.run_id, process_of(context))
         if context.retry_number == 0:
-            to.heartbeat.start()
-        with dagster_errors(context, to.heartbeat):
-            outbox = to.mysql.outbox()
-            refuse_unless_ready(outbox, to.clickhouse.audit_log())
-            release_held(outbox, to.clickhouse.audit_log().definition)
-            names_there = claiming.open_owners(outbox)
-            # A run that its instance takes for started may have been killed here, where nobody watched it.
-            dead_owners = _finished(context.instance, names_there) | processes.dead(names_there)
+            names.resource(context, "heartbeat").start()
+        with _step(names, context, config) as step:
+            outbox, audit_log, limits = step.outbox, step.audit_log, step.limits
+            refuse_unless_ready(outbox, audit_log)
+            release_held(outbox, audit_log.definition)
+            owners = claiming.open_owners(outbox)
             since = outbox.moment()
             left = left_s(context, CLAIMING_SHARE)
             claims = claiming.claim(
                 outbox,
                 owner=_owner(context),
-                dead_owners=dead_owners,
+                # Dagster may take a run for started whose process was killed while nothing monitored it.
+                dead_owners=finished_runs(context.instance, owners) | processes.dead(owners),
                 limits=limits,
                 left_alone=context.log.warning,
                 process=process_of(context),
                 max_rows=None if left is None else most_rows(limits, left),
             )
         if left is not None and left <= 0:
-            context.log.warning(
-                "max_runtime_seconds leaves this run no time to export anything: it claimed nothing. Raise it"
-            )
-        claimed = time.monotonic()
-        to.pipeline.plan(claims, time_for(context, limits))
-        adopted = sum(1 for claim in claims if claim.adopted)
+            context.log.warning("max_runtime_seconds leaves this run no time to export: it claimed nothing. Raise it")
+        claimed_s = time.monotonic()
+        step.pipeline.plan(claims, time_for(context, limits))
+        adopted = sum(claim.adopted for claim in claims)
         context.log.info(
             f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
             + (f"; {adopted} of them adopted from runs that ended before they were done" if adopted else "")
         )
         for claim in claims:
             yield dg.DynamicOutput(claim, mapping_key=f"batch_{claim.batch_id}", output_name="claims")
-            if time.monotonic() - claimed > limits.lease_s / RENEWALS_PER_LEASE:  # Dagster stores each of a thousand
-                claimed = time.monotonic()
+            if time.monotonic() - claimed_s > limits.lease_s / RENEWALS_PER_LEASE:  # Dagster stores each of a thousand
+                claimed_s = time.monotonic()
                 with suppress(AuditExportError):  # the steps meet it too
                     outbox.renew(claim, limits.lease_s)
         planned = Planned(batches=len(claims), started_at_s=started_at_s, since=since)
@@ -196,190 +198,155 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
 
 def _fetch_batch(names: Names) -> dg.OpDefinition:
     @dg.op(
-        name=names.of("fetch_batch"),
-        tags=tags_of_step(0, names.celery_queue),
-        required_resource_keys=names.everything,
+        **_op(names, "fetch_batch", 0),
         description="Reads one batch by pk, decodes and validates it, sets undecodable rows aside, and seals it.",
     )
     def fetch_batch(context: dg.OpExecutionContext, config: DrainConfig, claim: Claim) -> dg.Output[Claim]:
-        to = names.connected(context)
-        limits = limits_of(context, config)
-        if not _has_time(context, to, claim, limits):
-            context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
-            return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0, "prefetched": False})
-        with dagster_errors(context, to.heartbeat):
-            fetched = to.pipeline.fetch(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
-        timing = to.pipeline.timing("fetch", claim.batch_id)
+        with _step(names, context, config) as step:
+            if not _has_time(context, step, claim):
+                context.log.info(f"batch {claim.batch_id} waits for the next run: this one has no time left for it")
+                return dg.Output(claim, metadata={"rows": 0, "dead_letters": 0, "prefetched": False})
+            fetched = step.pipeline.fetch(step.outbox, step.audit_log, claim, step.limits)
+        timing = step.pipeline.timing("fetch", claim.batch_id)
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
             f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s{format_prefetch(timing)}"
         )
-        return dg.Output(
-            claim,
-            metadata={
-                "rows": fetched.rows,
-                "dead_letters": fetched.dead,
-                "prefetched": timing is not None and timing.ahead_s > 0,
-                **timing_metadata({"fetch": timing}),
-            },
-        )
+        metadata = {
+            "rows": fetched.rows,
+            "dead_letters": fetched.dead,
+            "prefetched": timing is not None and timing.ahead_s > 0,
+            **timing_metadata({"fetch": timing}),
+        }
+        return dg.Output(claim, metadata=metadata)
 
     return fetch_batch
 
 
-def _has_time(context: dg.OpExecutionContext, to: Connected, claim: Claim, limits: Limits) -> bool:
-    """Whether this run can finish the batch before `max_runtime_seconds` ends it. What has begun is finished."""
-    return to.pipeline.has_begun(claim) or time_for(context, limits)(claim)
-
-
 def _write_clickhouse(names: Names) -> dg.OpDefinition:
     @dg.op(
-        name=names.of("write_clickhouse"),
-        tags=tags_of_step(1, names.celery_queue),
-        required_resource_keys=names.everything,
+        **_op(names, "write_clickhouse", 1),
         description="Puts the sealed batch into ClickHouse: one INSERT and one deduplication token per block.",
     )
     def write_clickhouse(context: dg.OpExecutionContext, config: DrainConfig, claim: Claim) -> dg.Output[Any]:
-        to = names.connected(context)
-        limits = limits_of(context, config)
-        if not _has_time(context, to, claim, limits):
-            return dg.Output(Postponed(claim=claim), metadata={"entries": 0, "blocks": 0, "bytes": 0})
-        with dagster_errors(context, to.heartbeat):
-            receipt = to.pipeline.write(to.mysql.outbox(), to.clickhouse.audit_log(), claim, limits)
-        timing = to.pipeline.timing("write", claim.batch_id)
+        with _step(names, context, config) as step:
+            if not _has_time(context, step, claim):
+                return dg.Output(Postponed(claim=claim), metadata={"entries": 0, "blocks": 0, "bytes": 0})
+            receipt = step.pipeline.write(step.outbox, step.audit_log, claim, step.limits)
+        timing = step.pipeline.timing("write", claim.batch_id)
         context.log.info(
-            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, {receipt.bytes:,} "
-            f"bytes, {receipt.seconds:.2f} s"
+            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, "
+            f"{receipt.bytes:,} bytes, {receipt.seconds:.2f} s"
             + (f"; {receipt.found} blocks were there already" if receipt.found else "")
             + format_prefetch(timing)
         )
         if receipt.note:
             context.log.warning(f"batch {claim.batch_id} is stored, but {receipt.note}")
-        return dg.Output(
-            receipt,
-            metadata={
-                "entries": receipt.entries,
-                "blocks": receipt.blocks,
-                "bytes": receipt.bytes,
-                **timing_metadata({"write": timing}),
-            },
-        )
+        written = {"entries": receipt.entries, "blocks": receipt.blocks, "bytes": receipt.bytes}
+        return dg.Output(receipt, metadata={**written, **timing_metadata({"write": timing})})
 
     return write_clickhouse
 
 
 def _mark_exported(names: Names) -> dg.OpDefinition:
     @dg.op(
-        name=names.of("mark_exported"),
-        tags=tags_of_step(2, names.celery_queue),
-        required_resource_keys=names.everything,
+        **_op(names, "mark_exported", 2),
         description="Stamps the batch's rows exported in the outbox; takes the receipt that only a write makes.",
     )
     def mark_exported(context: dg.OpExecutionContext, config: DrainConfig, receipt: Any) -> dg.Output[int]:
-        to = names.connected(context)
         if isinstance(receipt, Postponed):
             return dg.Output(receipt.claim.batch_id, metadata={"rows": 0})
-        with dagster_errors(context, to.heartbeat):
-            batch = to.pipeline.mark(to.mysql.outbox(), to.clickhouse.audit_log(), receipt, limits_of(context, config))
+        with _step(names, context, config) as step:
+            batch = step.pipeline.mark(step.outbox, step.audit_log, receipt, step.limits)
         if batch.left is not None:
             context.log.warning(f"batch {batch.batch_id} is in ClickHouse and not marked: {batch.last_error}")
             return dg.Output(batch.batch_id, metadata={"rows": 0})
-        timings = {verb: to.pipeline.timing(verb, batch.batch_id) for verb in VERBS}
+        timings = {verb: step.pipeline.timing(verb, batch.batch_id) for verb in VERBS}
         timing = timings["mark"]
+        counts = batch.counts
+        others = {
+            "deleted by others": counts.vanished,
+            "marked by others": counts.elsewhere,
+            "given back": counts.released,
+        }
         context.log.info(
             f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows"
             + (f", {timing.seconds:.2f} s" if timing else "")
-            + _others(batch)
+            + "".join(f"; {count:,} {what}" for what, count in others.items() if count)
             + format_prefetch(timing)
         )
-        context.log_event(
-            dg.AssetObservation(
-                names.asset,
-                description=f"batch {batch.batch_id}, exported",
-                metadata=batch_metadata(batch, write_s=receipt.seconds, timings=timings),
-            )
+        observation = dg.AssetObservation(
+            names.asset,
+            description=f"batch {batch.batch_id}, exported",
+            metadata=batch_metadata(batch, write_s=receipt.seconds, timings=timings),
         )
+        context.log_event(observation)
         return dg.Output(batch.batch_id, metadata={"rows": batch.marked_rows, **timing_metadata({"mark": timing})})
 
     return mark_exported
 
 
-def _others(batch: Batch) -> str:
-    counts = batch.counts
-    others = {"deleted by others": counts.vanished, "marked by others": counts.elsewhere, "given back": counts.released}
-    return "".join(f"; {count:,} {what}" for what, count in others.items() if count)
-
-
 def _finish_export(names: Names) -> dg.OpDefinition:
     @dg.op(
-        name=names.of("finish_export"),
+        **_op(names, "finish_export", 3),
         out=dg.Out(dg.Nothing),
-        tags=tags_of_step(3, names.celery_queue),
-        required_resource_keys=names.everything,
         description="Counts that every planned batch arrived, verifies them in ClickHouse, and reports.",
     )
     def finish_export(
         context: dg.OpExecutionContext, config: DrainConfig, batch_ids: list[int], planned: Planned
     ) -> None:
-        to = names.connected(context)
-        limits = limits_of(context, config)
-        with dagster_errors(context, to.heartbeat):
+        with _step(names, context, config) as step:
+            outbox, limits = step.outbox, step.limits
             if len(batch_ids) != planned.batches:
                 raise IncompleteRun(
                     f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry "
                     "from failure does. Nothing is lost: launch a new run, which adopts the others"
                 )
-            outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
-            verified = verify_recent(outbox, log, len(batch_ids))
+            verified = verify_recent(outbox, step.audit_log, len(batch_ids))
             if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
-                verified |= _stay(context, names, to, limits, planned.started_at_s, batch_ids)
+                verified |= _stay(context, names, step, planned.started_at_s, batch_ids)
             done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
             backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
-            dead = outbox.dead_by_reason()
             held = claiming.held_by_others(outbox, _owner(context))
-            waiting = sum(1 for batch in done.left if batch.state is not State.WRITTEN)
             seconds = time.time() - planned.started_at_s
-            context.add_output_metadata(run_metadata(done.batches, done.verified, backlog, dead, seconds, held))
+            context.add_output_metadata(
+                run_metadata(done.batches, done.verified, backlog, outbox.dead_by_reason(), seconds, held)
+            )
             _raise_if_wrong(done, names.name)
+        waiting = sum(batch.state is not State.WRITTEN for batch in done.left)
         context.log.info(
             f"verified {len(done.verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
             + (f"; {waiting} batches wait for the next run, there was no time for them" if waiting else "")
             + (f"; {claiming.held_line(held)}" if held else "")
         )
-        to.heartbeat.success()
+        step.heartbeat.success()
 
     return finish_export
 
 
 def _stay(
-    context: dg.OpExecutionContext,
-    names: Names,
-    to: Connected,
-    limits: Limits,
-    started_at_s: float,
-    exported: Sequence[int],
+    context: dg.OpExecutionContext, names: Names, step: _Step, started_at_s: float, exported: Sequence[int]
 ) -> dict[int, Discrepancy]:
     """Exports what arrives until `linger_s` after the run's start, or until another drain waits in the queue. Returns what
     verification found.
     """
-    outbox, log = to.mysql.outbox(), to.clickhouse.audit_log()
-    pinged = looked = time.monotonic()
+    limits = step.limits
+    pinged_s = looked_s = time.monotonic()
     context.log.info(f"staying until {limits.linger_s} s after the start, looking every {limits.linger_poll_ms} ms")
-
     left = left_s(context, CLAIMING_SHARE)
-    until = None if left is None else time.monotonic() + left
+    until_s = None if left is None else time.monotonic() + left
 
     def max_rows() -> int | None:
-        return None if until is None else most_rows(limits, until - time.monotonic())
+        return None if until_s is None else most_rows(limits, until_s - time.monotonic())
 
     def stays() -> bool:
-        nonlocal pinged, looked
-        if time.monotonic() - pinged >= HEARTBEAT_EVERY_S:
-            to.heartbeat.success()
+        nonlocal pinged_s, looked_s
+        if time.monotonic() - pinged_s >= HEARTBEAT_EVERY_S:
+            step.heartbeat.success()
             say_alive(context.instance, context.run_id, process_of(context))
-            pinged = time.monotonic()
-        if time.monotonic() - looked >= LOOK_FOR_OTHERS_EVERY_S:
-            looked = time.monotonic()
+            pinged_s = time.monotonic()
+        if time.monotonic() - looked_s >= LOOK_FOR_OTHERS_EVERY_S:
+            looked_s = time.monotonic()
             other = drain_in(context.instance, names, [dg.DagsterRunStatus.QUEUED])
             if other:
                 context.log.info(f"leaving, because run {other[:8]} waits")
@@ -387,23 +354,25 @@ def _stay(
         return time.time() < started_at_s + limits.linger_s and max_rows() != 0
 
     drain = Drain(
-        outbox,
-        log,
+        step.outbox,
+        step.audit_log,
         owner=_owner(context),
         process=process_of(context),
         limits=limits,
-        listener=_Log(context),
+        listener=_Warnings(context),
         exported=exported,
         retried=False,  # Dagster retries this step
     )
-    return drain.stay(stays, max_rows=max_rows, release=lambda: release_held(outbox, log.definition)).verified
+    return drain.stay(
+        stays, max_rows=max_rows, release=lambda: release_held(step.outbox, step.audit_log.definition)
+    ).verified
 
 
-class _Log:
+class _Warnings:
     """`core.drain.Listener`: warnings in the run's log."""
 
     def __init__(self, context: dg.OpExecutionContext) -> None:
-        self._context = context
+        self.trouble = context.log.warning
 
     def claimed(self, claims: Sequence[Claim]) -> None:
         pass
@@ -414,9 +383,6 @@ class _Log:
     def verified(self, outcome: dict[int, Discrepancy]) -> None:
         pass
 
-    def trouble(self, what: str) -> None:
-        self._context.log.warning(what)
-
 
 def _raise_if_wrong(done: Outcome, outbox: str) -> None:
     left = "; ".join(
@@ -425,8 +391,8 @@ def _raise_if_wrong(done: Outcome, outbox: str) -> None:
     if done.wrong:
         repair = Command("reconcile --repair").format(outbox)
         raise VerificationFailed(
-            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; `{repair}`, then a drain, exports "
-            "again what is missing, under the same inserted_at" + (f". Beside that, {left}" if left else "")
+            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; `{repair}`, then a drain, "
+            "exports again what is missing, under the same inserted_at" + (f". Also: {left}" if left else "")
         )
     if left:
         raise BatchUnmarked(left)

@@ -1,8 +1,4 @@
-"""What the Dagster UI shows of the two assets: descriptions, columns, owners, kinds, freshness and links.
-
-What belongs here: texts and metadata that do not change from run to run. What does not: what a run reports
-(`defs.report`), and the graph (`defs.assets`).
-"""
+"""What the Dagster UI shows of the two assets: descriptions, columns, owners, kinds, freshness and links."""
 
 from __future__ import annotations
 
@@ -84,7 +80,7 @@ def outbox_spec(
 ) -> dg.AssetSpec:
     """The external asset: the outbox of this name, as the application owns it."""
     return dg.AssetSpec(
-        names.outbox,
+        names.outbox_asset,
         description=_OUTBOX.format(sensor=names.of("outbox_backlog_sensor")),
         kinds={"mysql"},
         group_name=group,

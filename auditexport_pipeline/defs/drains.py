@@ -1,54 +1,60 @@
-"""Which runs drain an outbox, which of them live, and how to find them in Dagster's storage.
+"""The runs that drain an outbox, as Dagster's storage has them: which live, which are dead, and how long one may run.
 
-What belongs here: look-ups, and ending in Dagster's storage what is dead. What does not: what a drain does (`defs.assets`),
-what starts one (`defs.sensors`, `defs.schedules`), and who is told of one that failed (`defs.alerts`).
+What a drain does is in `defs.assets`, what starts one in `defs.sensors` and `defs.schedules`.
 
-Dagster notices a worker that dies under its daemon. A run of `dagster job execute` or `dagster asset materialize` has none:
-when it is killed, it stays STARTED, and holds the pool, until `max_runtime_seconds`. So a run names its process in a tag.
-Of a run on another machine, the lease in the ledger tells; while it has no open batch, what it last said to Dagster.
+Dagster notices a worker that dies under its daemon. A run of `dagster job execute` or `dagster asset materialize` has no
+daemon: when it is killed, it stays STARTED, and holds the pool, until `max_runtime_seconds`. So a run names its process in a
+tag. For a run on another machine, the lease in the ledger decides; while it has no open batch, its last event does.
 """
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 
 import dagster as dg
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.core.backlog import Lease
+from auditexport_pipeline.core.batch import Claim
+from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.lease import LONGEST_SILENCE_S
+from auditexport_pipeline.core.runtime import WORKING_SHARE, fits
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.defs.names import Names
 
-# The run's id, by which a retry that Dagster gave its parent's tags is told from it, and the process.
+# The run's id, because Dagster gives a retry the tags of its parent, and the process.
 PROCESS_TAG = "auditexport/process"
-# A run whose leases have ended may be about to try a step again, which Dagster was told of.
+# A run whose leases have ended may be about to retry a step.
 SILENCE_S = 60.0
-_UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
+AT_WORK = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+_BEING_STARTED = "is being started, waiting until Dagster has started it or given it up"
 _BEFORE_WORK = {
     dg.DagsterRunStatus.QUEUED: "is queued, waiting until Dagster starts it",
-    dg.DagsterRunStatus.NOT_STARTED: "is being started, waiting until Dagster has started it or given it up",
-    dg.DagsterRunStatus.STARTING: "is being started, waiting until Dagster has started it or given it up",
+    dg.DagsterRunStatus.NOT_STARTED: _BEING_STARTED,
+    dg.DagsterRunStatus.STARTING: _BEING_STARTED,
 }
 
 # What "Materialize" in the Dagster UI runs.
 IMPLICIT_JOB = "__ASSET_JOB"
-# More failures in a row than these change nothing: a wait stops growing before, and so does the reader's patience.
-FAILURES_LOOKED_AT = 8
+# More failures in a row than these change nothing: the sensor's wait has stopped growing.
+FAILURES_READ = 8
+# The run's own limit; the second name is the one of the instance's setting, which Dagster takes as well.
+_MAX_RUNTIME_TAGS = ("dagster/max_runtime", "dagster/max_runtime_seconds")
 
 
 def failed_in_a_row(instance: dg.DagsterInstance, names: Names) -> list[dg.RunRecord]:
-    """The last runs of our job that failed, newest first, up to the last one that did not fail. Runs of the implicit asset job do
-    not count: a person launched them, and watches them.
+    """The last runs of our job that failed, newest first, up to the last one that did not. Runs of the implicit asset job do not
+    count: a person launched them, and watches them.
     """
     records = instance.get_run_records(
         dg.RunsFilter(job_name=names.job, statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]),
-        limit=FAILURES_LOOKED_AT,
+        limit=FAILURES_READ,
     )
     return list(itertools.takewhile(lambda record: record.dagster_run.status == dg.DagsterRunStatus.FAILURE, records))
 
@@ -61,18 +67,18 @@ def drain_in(instance: dg.DagsterInstance, names: Names, statuses: Sequence[dg.D
 
 
 def say_alive(instance: dg.DagsterInstance, run_id: str, process: str) -> None:
-    """A run's sign of life where it writes no event: names the process that does all of it, if one does."""
+    """A run's sign of life where it writes no event. `process` does all of the run, or is empty."""
     instance.add_run_tags(run_id, {PROCESS_TAG: f"{run_id[:8]} {process}".rstrip()})
 
 
 def end_dead(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease] | None = None) -> list[str]:
-    """Which runs drain this outbox, a line each with until when they are waited for: those at work first.
+    """The runs that drain this outbox, those at work first. Each line says until when to wait for the run.
 
-    Durable effect: a run that is dead is failed in Dagster's storage, as Dagster's own monitoring does. That frees the pool,
-    and its batches for the next run. Without `leases`, the ledger's, only those count as dead whose process was of this machine.
+    Durable effect: fails dead runs in Dagster's storage, as Dagster's own monitoring does. That frees the pool, and their batches
+    for the next run. Without the ledger's `leases`, only runs whose process was on this machine can be dead.
     """
     at_work, others = [], []
-    for record in _drains_in(instance, names, _UNFINISHED):
+    for record in _drains_in(instance, names, [dg.DagsterRunStatus.QUEUED, *AT_WORK]):
         run = record.dagster_run
         if (why := _BEFORE_WORK.get(run.status)) is not None:
             others.append(f"run {run.run_id[:8]} {why}")
@@ -81,14 +87,14 @@ def end_dead(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease]
         alive = processes.lives(process)
         line, why = f"is at work in the process {process}, waiting until it ends", ""
         if alive is False:
-            line, why = "", f"Its process {process} is gone, and nobody reported its end."
+            line, why = "", f"Its process {process} is gone, and its end was not reported."
         elif alive is None and leases is not None:
             line, why = _by_signs(instance, record, leases)
         elif alive is None:
             line = "is at work, waiting until it ends"
         if line:
             at_work.append(f"run {run.run_id[:8]} {line}")
-        # Somebody's own job with the asset in it may be silent, and go on without a drain.
+        # Another job with the asset in it may be silent, and go on without a drain.
         elif alive is False or run.job_name == names.job or run.asset_selection == {names.asset}:
             _end(instance, run.run_id, why)
     return at_work + others
@@ -101,7 +107,7 @@ def _drains_in(
     for record in instance.get_run_records(dg.RunsFilter(statuses=list(statuses)), limit=200):
         run = record.dagster_run
         pools = run.run_op_concurrency.all_pools if run.run_op_concurrency else None
-        if run.job_name == names.job or names.asset in (run.asset_selection or ()) or names.pool in (pools or ()):
+        if run.job_name == names.job or names.asset in (run.asset_selection or ()) or names.job in (pools or ()):
             found.append(record)
     return found
 
@@ -112,35 +118,88 @@ def _process_of(run: dg.DagsterRun) -> str:
 
 
 def _by_signs(instance: dg.DagsterInstance, record: dg.RunRecord, leases: Sequence[Lease]) -> tuple[str, str]:
-    """Until when a run whose process cannot be looked for is believed to live; or nothing, and why it is not."""
+    """For a run whose process is on another machine: until when it counts as alive, or "" and why it counts as dead."""
     run = record.dagster_run
-    owner = run.root_run_id or run.run_id
-    now = time.time()
-    left = [lease.left_s for lease in leases if lease.owner == owner]
+    left = [lease.left_s for lease in leases if lease.owner == (run.root_run_id or run.run_id)]
     if max(left, default=0.0) > 0:
         return f"is at work, waiting until {lease_end(max(left))}", ""
+    now_s = time.time()
     events = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
-    last = max([record.update_timestamp.timestamp(), *(event.timestamp for event in events)])
-    silence_s = SILENCE_S if left else LONGEST_SILENCE_S
-    if now < last + silence_s:
-        until = time.strftime("%H:%M:%S", time.gmtime(last + silence_s))
-        return f"is at work, waiting until {until} UTC, unless it gives a sign of life before", ""
-    said = f"It has said nothing for {now - last:.0f} s, and "
-    return "", said + ("its leases in the ledger have ended." if left else "it has no open batch in the ledger.")
+    last_s = max([record.update_timestamp.timestamp(), *(event.timestamp for event in events)])
+    until_s = last_s + (SILENCE_S if left else LONGEST_SILENCE_S)
+    if now_s < until_s:
+        return f"is at work, waiting until {_clock_time(until_s)}, unless it gives a sign of life before", ""
+    ended = "its leases in the ledger have ended." if left else "it has no open batch in the ledger."
+    return "", f"It wrote no event for {now_s - last_s:.0f} s, and {ended}"
+
+
+def _clock_time(at_s: float) -> str:
+    return time.strftime("%H:%M:%S UTC", time.gmtime(at_s))
 
 
 def lease_end(left_s: float) -> str:
-    """When a lease ends, as a tick says it."""
-    until = time.strftime("%H:%M:%S", time.gmtime(time.time() + left_s))
-    return f"{until} UTC, when its lease ends unless it renews it"
+    """When a lease ends, for the reason of a tick."""
+    return f"{_clock_time(time.time() + left_s)}, when its lease ends unless it renews it"
 
 
 def _end(instance: dg.DagsterInstance, run_id: str, why: str) -> None:
     run = instance.get_run_by_id(run_id)
-    if run is None or run.is_finished:  # it ended by itself between the two looks
+    if run is None or run.is_finished:  # it ended by itself meanwhile
         return
-    line = f"{why} The next run continues with what it left."
+    line = f"{why} The next run exports what it left."
     if run.status is dg.DagsterRunStatus.CANCELING:
         instance.report_run_canceled(run, line)
     else:
         instance.report_run_failed(run, line)
+
+
+def finished_runs(instance: dg.DagsterInstance, owners: Collection[str]) -> set[str]:
+    """Owners that are Dagster runs which have ended, and whose retries, sharing the root, have ended too."""
+    finished = set()
+    for owner in owners:
+        root = instance.get_run_by_id(owner)
+        if root is not None:
+            retries = instance.get_runs(dg.RunsFilter(tags={"dagster/root_run_id": owner}), limit=10)
+            if all(run.is_finished for run in (root, *retries)):
+                finished.add(owner)
+    return finished
+
+
+def refuse_if_ended(context: dg.OpExecutionContext) -> None:
+    """Raises `LeaseLost` when the run has ended: a step that was left in a queue would take batches that no run exports, or
+    those of the run's own retry, which has the same root and so the same owner.
+    """
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.is_finished:
+        raise LeaseLost(
+            f"run {context.run_id[:8]} has ended, and this step of it was still in a queue. It claimed nothing, and there "
+            "is nothing to do: the next run takes the rows"
+        )
+
+
+# ── how long a run may run ───────────────────────────────────────────────────────────────────────
+
+
+def left_s(context: dg.OpExecutionContext, share: float) -> float | None:
+    """Seconds until this share of the run's time is over; None when Dagster does not limit it."""
+    if not context.instance.run_monitoring_enabled:
+        return None
+    longest_s = float(context.instance.run_monitoring_max_runtime_seconds or 0)
+    given = [context.run.tags[tag] for tag in _MAX_RUNTIME_TAGS if tag in context.run.tags]
+    with suppress(ValueError):  # Dagster ignores a tag that is no number
+        longest_s = float(given[0]) if given else longest_s
+    if not longest_s:
+        return None
+    record = context.instance.get_run_record_by_id(context.run_id)
+    started_s = record.start_time if record is not None else None
+    return longest_s * share - (time.time() - started_s if started_s else 0.0)
+
+
+def time_for(context: dg.OpExecutionContext, limits: Limits) -> Callable[[Claim], bool]:
+    """A function that says whether this run still has the time for a batch; any thread of the step's process may call it."""
+    left = left_s(context, WORKING_SHARE)
+    if left is None:
+        return lambda _: True
+    until_s = time.monotonic() + left
+    # An adopted batch may be larger than one run can do: what is marked of it stays marked.
+    return lambda claim: fits(limits, 0 if claim.adopted else claim.rows, until_s - time.monotonic())

@@ -1,14 +1,11 @@
 """The jobs of one outbox: the drain, the checks, and requeue, sweep, reconcile, dead letters and old runs.
 
-What belongs here: an op for each job that has no asset, and saying what came of it. What does not: the launchpad's forms
-(`defs.config`), and the work, which `core` does the same way for the CLI. Each job may run beside a drain, and beside itself.
-Each function makes a definition for the outbox of these `Names`. Discarding dead letters is left to the CLI, where they are seen
-before they are given up.
+Each op calls `core`, as the CLI does, and reports what came of it; `defs.config` has their configuration. Each job may run beside a
+drain, and beside itself. Only the CLI discards dead letters, because it shows them first.
 """
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +16,7 @@ import dagster as dg
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import SetupIncomplete, VerificationFailed
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
-from auditexport_pipeline.core.reconcile import reconcile
+from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.retries import RETRIES
 from auditexport_pipeline.core.settings import Targets
@@ -37,20 +34,19 @@ from auditexport_pipeline.defs.config import (
 )
 from auditexport_pipeline.defs.dagster_internals import delete_events_file
 from auditexport_pipeline.defs.drains import IMPLICIT_JOB
-from auditexport_pipeline.defs.failures import dagster_errors, in_one_line
+from auditexport_pipeline.defs.failures import dagster_errors
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import reconcile_metadata, requeue_metadata, sweep_metadata
 from auditexport_pipeline.mysql import dead_letters
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.preflight import SKEW_MS
-
-# ── the asset: drains and checks ──────────────────────────────────────────────────────────────────────
 
 
 def export_job(names: Names) -> Any:
-    """The job that drains, the asset and nothing else."""
+    """The job that drains."""
     return dg.define_asset_job(
         names.job,
-        # Checks look back over a day; a drain looks at its own batches.
+        # Checks read a day's batches; a drain verifies its own.
         selection=dg.AssetSelection.assets(names.asset).without_checks(),
         description="Drains the outbox into ClickHouse. Safe to launch at any time and as often as you like.",
         # From failure, Dagster would skip mapped steps that had not started and end green.
@@ -59,7 +55,7 @@ def export_job(names: Names) -> Any:
 
 
 def checks_job(names: Names) -> Any:
-    """The job that executes every asset check, the drain left out."""
+    """The job that executes every asset check, and does not drain."""
     return dg.define_asset_job(
         names.of("audit_log_checks"),
         selection=dg.AssetSelection.checks_for_assets(names.asset),
@@ -67,15 +63,12 @@ def checks_job(names: Names) -> Any:
     )
 
 
-# ── jobs of one op ──────────────────────────────────────────────────────────────────────────────────
-
-
 def _by(context: dg.OpExecutionContext, who: str, why: str) -> Actor:
     return Actor(who=who or f"Dagster run {context.run_id[:8]} of {context.job_name}", why=why)
 
 
 def _job(names: Names, name: str, op: dg.OpDefinition, form: type[Form], description: str) -> dg.JobDefinition:
-    """The job of this name whose one op has this form; the op's name in the run configuration is the contract's."""
+    """The job of this name with this one op, which has its plain name in the run configuration."""
     node = checked(op, names.of(op.name), form).alias(op.name)
 
     @dg.job(name=names.of(name), description=description)
@@ -85,25 +78,21 @@ def _job(names: Names, name: str, op: dg.OpDefinition, form: type[Form], descrip
     return job
 
 
-# ── requeue ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 def requeue_job(names: Names) -> dg.JobDefinition:
     """`requeue_events`."""
 
     @dg.op(
         out=dg.Out(dg.Nothing),
-        required_resource_keys=names.databases,
+        required_resource_keys=names.keys("mysql", "clickhouse"),
         description="Clears the marks of exported rows, so that the next drain exports them again under their first "
         "`inserted_at`. All conditions that are given hold together.",
     )
     def requeue_rows(context: dg.OpExecutionContext, config: RequeueConfig) -> None:
-        mysql = names.mysql_of(context)
         with dagster_errors(context):
             done = requeue(
-                mysql.outbox(),
-                mysql.upkeep(),
-                names.clickhouse_of(context).audit_log(),
+                names.outbox(context),
+                names.maintenance(context),
+                names.audit_log(context),
                 config.rows(),
                 _by(context, config.who, config.why),
                 missing_only=config.missing_only,
@@ -124,24 +113,20 @@ def requeue_job(names: Names) -> dg.JobDefinition:
     )
 
 
-# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def sweep_job(names: Names) -> dg.JobDefinition:
     """`sweep_exported_rows`."""
 
     @dg.op(
         out=dg.Out(dg.Nothing),
-        required_resource_keys=names.databases,
+        required_resource_keys=names.keys("mysql", "clickhouse"),
         description="Deletes exported rows past retention, once ClickHouse is seen to hold them.",
     )
     def sweep_rows(context: dg.OpExecutionContext, config: SweepConfig) -> None:
-        mysql = names.mysql_of(context)
         with dagster_errors(context):
             done = sweep(
-                mysql.outbox(),
-                mysql.upkeep(),
-                names.clickhouse_of(context).audit_log(),
+                names.outbox(context),
+                names.maintenance(context),
+                names.audit_log(context),
                 config,
                 _by(context, config.who, f"retention of {config.outbox_days:g} days"),
                 ttl_days=config.ttl_days,
@@ -152,21 +137,18 @@ def sweep_job(names: Names) -> dg.JobDefinition:
                 f"{'would sweep' if config.dry_run else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
                 f"{done.held_back} batches held back, {done.compacted} compacted"
             )
-            # An earlier attempt of this step may have found them: they are not due any more.
-            standing = done.standing if context.retry_number else {}
-            discrepant = standing | {batch_id: str(found) for batch_id, found in done.discrepant.items()}
-            if done.ttl_unknown and not discrepant:
-                raise VerificationFailed(
-                    "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
-                    "evaluated: "
-                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(done.ttl_unknown.items())[:10])
-                    + f". {TTL_UNKNOWN_TODO}"
-                )
+            # What an earlier attempt of this step found is not due any more.
+            earlier = done.standing if context.retry_number else {}
+            discrepant = earlier | {batch_id: str(found) for batch_id, found in done.discrepant.items()}
             if discrepant:
                 raise VerificationFailed(
                     "batches past retention that ClickHouse no longer holds as it did were not swept: "
-                    + "; ".join(f"batch {batch_id}: {found}" for batch_id, found in list(discrepant.items())[:10])
-                    + f". Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
+                    f"{_first_ten(discrepant)}. Run {names.of('reconcile_audit_logs')} with repair, then sweep again"
+                )
+            if done.ttl_unknown:
+                raise VerificationFailed(
+                    "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
+                    f"evaluated: {_first_ten(done.ttl_unknown)}. {TTL_UNKNOWN_TODO}"
                 )
 
     return _job(
@@ -178,18 +160,19 @@ def sweep_job(names: Names) -> dg.JobDefinition:
     )
 
 
-# ── reconcile ─────────────────────────────────────────────────────────────────────────────────────────
+def _first_ten(found: Mapping[int, object]) -> str:
+    return "; ".join(f"batch {batch_id}: {what}" for batch_id, what in list(found.items())[:10])
 
 
-def _found_before(context: dg.OpExecutionContext, upkeep: Any, who: str) -> str:
+def _found_before(context: dg.OpExecutionContext, maintenance: MySQLMaintenance, who: str) -> str:
     """What earlier attempts of this step have recorded: after a repair the next one finds nothing."""
     if not context.retry_number:
         return ""
     began_ms = (context.instance.get_run_stats(context.run_id).start_time or 0) * 1000 - SKEW_MS
     found = []
-    with suppress(SetupIncomplete):  # who may not read actions has recorded none
+    with suppress(SetupIncomplete):  # a user that may not read actions has recorded none
         for verb in ("repair", "reconcile"):
-            for action in upkeep.last_actions(verb, RETRIES):
+            for action in maintenance.last_actions(verb, RETRIES):
                 if action.by.who != who or action.at_ms < began_ms:
                     continue
                 if verb == "repair" and action.rows:
@@ -205,21 +188,23 @@ def reconcile_job(names: Names, targets: Targets) -> dg.JobDefinition:
 
     @dg.op(
         out=dg.Out(dg.Nothing),
-        required_resource_keys=names.databases,
+        required_resource_keys=names.keys("mysql", "clickhouse"),
         description="Compares outbox and ledger with ClickHouse: missing, duplicated, unexpected, altered.",
     )
     def reconcile_window(context: dg.OpExecutionContext, config: ReconcileConfig) -> None:
-        mysql = names.mysql_of(context)
         with dagster_errors(context):
             by = _by(context, config.who, config.why)
-            upkeep = mysql.upkeep()
-            now_ms = upkeep.now_ms()
-            from_ms = config.from_ms
+            outbox, audit_log, maintenance = (
+                names.outbox(context),
+                names.audit_log(context),
+                names.maintenance(context),
+            )
+            now_ms = maintenance.now_ms()
             report = reconcile(
-                mysql.outbox(),
-                upkeep,
-                names.clickhouse_of(context).audit_log(),
-                from_ms=from_ms if from_ms is not None else now_ms - int(config.days * DAY_MS),
+                outbox,
+                maintenance,
+                audit_log,
+                from_ms=config.from_ms if config.from_ms is not None else now_ms - int(config.days * DAY_MS),
                 to_ms=config.to_ms if config.to_ms is not None else now_ms,
                 by=by,
                 repair=by if config.repair else None,
@@ -232,66 +217,54 @@ def reconcile_job(names: Names, targets: Targets) -> dg.JobDefinition:
                 from auditexport_pipeline.report.figures import gather
 
                 path = Path(config.report_path).resolve()
-                figures = gather(
-                    mysql.outbox(),
-                    names.clickhouse_of(context).audit_log(),
-                    report.from_ms,
-                    report.to_ms,
-                    targets,
-                )
+                figures = gather(outbox, audit_log, report.from_ms, report.to_ms, targets)
                 made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
                 page.write(path, page.of_reconciliation(report, figures, made_by))
                 metadata["page"] = dg.MetadataValue.path(path)
-                context.log.info(f"the page is {path}")
+                context.log.info(f"the report is {path}")
             context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
             context.add_output_metadata(metadata)
             context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
             if report.unrecorded:
-                context.log.warning(f"that it was looked is not recorded: {report.unrecorded}")
-            earlier = _found_before(context, upkeep, by.who)
-            if report.clean and earlier:
-                raise VerificationFailed(
-                    f"outbox and ClickHouse differed when an earlier attempt of this step looked: {earlier}. They agree now, or will "
-                    "after the next drain; run again then"
-                )
-            if not report.clean:
-                repaired = (
-                    f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
-                    if report.repaired and report.repaired.action_id
-                    else ""
-                )
-                raise VerificationFailed(
-                    f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. "
-                    + (
-                        repaired
-                        or "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
-                    )
-                )
+                context.log.warning(f"this reconciliation is not recorded: {report.unrecorded}")
+            _raise_if_different(report, _found_before(context, maintenance, by.who))
 
     return _job(
         names,
         "reconcile_audit_logs",
         reconcile_window,
         ReconcileConfig,
-        "Holds outbox and ledger against ClickHouse over a window; with `repair`, requeues what is missing.",
+        "Compares outbox and ledger with ClickHouse over a window; with `repair`, requeues what is missing.",
     )
 
 
-# ── retry dead letters ────────────────────────────────────────────────────────────────────────────────
+def _raise_if_different(report: Report, earlier: str) -> None:
+    if not report.clean:
+        todo = "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
+        if report.repaired and report.repaired.action_id:
+            todo = f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
+        raise VerificationFailed(
+            f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. {todo}"
+        )
+    if earlier:
+        raise VerificationFailed(
+            f"outbox and ClickHouse differed in an earlier attempt of this step: {earlier}. They agree now, or will "
+            "after the next drain; run again then"
+        )
 
 
 def retry_job(names: Names) -> dg.JobDefinition:
     """`retry_dead_letters`."""
 
     @dg.op(
-        required_resource_keys={names.mysql},
+        required_resource_keys=names.keys("mysql"),
         description="Lets the rows of dead letters go back to pending; the next drain tries them again.",
     )
     def retry_letters(context: dg.OpExecutionContext, config: RetryConfig) -> None:
-        with in_one_line():
+        with dagster_errors(context):
             which = config.letters()
-            by = Actor(who=config.who or f"Dagster run {context.run_id}", why=config.why)
-            outbox = names.mysql_of(context).outbox()
+            by = _by(context, config.who, config.why)
+            outbox = names.outbox(context)
             if config.dry_run:
                 letters, gone = dead_letters.count(outbox, which).letters, 0
                 context.log.info(f"would be retried: {letters:,} dead letters; nothing was changed")
@@ -312,8 +285,6 @@ def retry_job(names: Names) -> dg.JobDefinition:
     )
 
 
-# ── purge ─────────────────────────────────────────────────────────────────────────────────────────────
-
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _PAGE_RUNS = 200
 
@@ -324,14 +295,14 @@ def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
     @dg.op(
         out=dg.Out(dg.Nothing),
         description="Deletes old finished runs and their event logs from Dagster's storage. The asset's latest "
-        "materialization stays, and so does every run of somebody else's.",
+        "materialization stays, and so do the runs of other jobs.",
     )
     def purge_runs(context: dg.OpExecutionContext, config: PurgeConfig) -> None:
         instance = context.instance
         before_s = time.time() - config.run_days * 86_400
         latest = instance.get_latest_materialization_event(names.asset)
-        kept = {context.run_id, *([latest.run_id] if latest is not None else [])}
-        old = _old_runs(instance, names, [*jobs, names.of("purge_old_runs")], before_s, kept, config.max_runs + 1)
+        keep = {context.run_id, *([latest.run_id] if latest is not None else [])}
+        old = _old_runs(instance, names, [*jobs, names.of("purge_old_runs")], before_s, keep, config.max_runs + 1)
         if len(old) > config.max_runs:
             context.log.info("max_runs was reached; the rest waits for the next purge")
         purged = old[: config.max_runs]
@@ -353,9 +324,9 @@ def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
 
 
 def _old_runs(
-    instance: dg.DagsterInstance, names: Names, jobs: list[str], before_s: float, kept: set[str], most: int
+    instance: dg.DagsterInstance, names: Names, jobs: list[str], before_s: float, keep: set[str], most: int
 ) -> list[str]:
-    """Ids of finished runs of ours that were created before, oldest first within a job; at most so many."""
+    """Ids of at most `most` finished runs of ours that were created before, oldest first within a job."""
     before = datetime.fromtimestamp(before_s, tz=timezone.utc)
     old: list[str] = []
     for job in (*jobs, IMPLICIT_JOB):
@@ -369,15 +340,15 @@ def _old_runs(
             )
             runs = [record.dagster_run for record in page]
             ours = [run for run in runs if job != IMPLICIT_JOB or names.asset in (run.asset_selection or ())]
-            old += [run.run_id for run in ours if run.run_id not in kept]
+            old += [run.run_id for run in ours if run.run_id not in keep]
             if len(page) < _PAGE_RUNS:
                 break
     return old[:most]
 
 
 def _delete(instance: dg.DagsterInstance, run_id: str) -> None:
-    """The run, its events, and its output as it was captured. On SQLite also the file that its events were in."""
+    """Deletes the run, its events and its captured output; on SQLite also the file of its events."""
     instance.delete_run(run_id)
-    with contextlib.suppress(NotImplementedError):  # a place for output that cannot delete keeps it by its own rules
+    with suppress(NotImplementedError):  # a store that cannot delete has its own rules
         instance.compute_log_manager.delete_logs(prefix=[run_id, "compute_logs"])
     delete_events_file(instance, run_id)

@@ -1,7 +1,7 @@
-"""What the definitions of one outbox are called, so that several outboxes fit into one code location.
+"""The names of one outbox's definitions, so that several outboxes fit into one code location.
 
-What belongs here: names and keys. What does not: any definition. Without a name they are those of the contract; with
-one, every name begins with it and the assets stand under it: `eu_audit_log_export`, `eu/audit_logs_raw_v1`.
+Without a name they are those of the contract. With one, every name begins with it and the assets stand under it:
+`eu_audit_log_export`, `eu/audit_logs_raw_v1`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from auditexport_pipeline.defs.resources import ClickHouseResource, HeartbeatResource, MySQLResource
 from auditexport_pipeline.outboxes import check_name, check_queue
 
 if TYPE_CHECKING:
-    from auditexport_pipeline.core.pipeline import Pipeline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connected:
-    """What an op of one outbox may ask for: the resources under this outbox's keys."""
-
-    mysql: MySQLResource
-    clickhouse: ClickHouseResource
-    heartbeat: HeartbeatResource
-    pipeline: Pipeline
+    from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
+    from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
+    from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +42,7 @@ class Names:
         return self.key("audit_logs_raw_v1")
 
     @property
-    def outbox(self) -> dg.AssetKey:
+    def outbox_asset(self) -> dg.AssetKey:
         return self.key("clickhouse_outbox")
 
     @property
@@ -61,62 +52,32 @@ class Names:
 
     @property
     def job(self) -> str:
-        return self.of("audit_log_export")
-
-    @property
-    def pool(self) -> str:
-        """One drain of this outbox at a time, however it is launched: the queue admits one run holding this pool."""
+        """The job that drains, and its pool: the queue admits one run that holds it, however the run is launched."""
         return self.of("audit_log_export")
 
     @property
     def drain_tags(self) -> dict[str, str]:
-        """By which the queue can tell drains from everything else, and one outbox's runs from another's."""
+        """For limits of the queue: drains apart from other runs, and each outbox apart."""
         return {"auditexport/kind": "drain", "auditexport/outbox": self.name or "default"}
 
-    @property
-    def mysql(self) -> str:
-        return self.of("mysql")
+    # ── resources ────────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def clickhouse(self) -> str:
-        return self.of("clickhouse")
+    def keys(self, *resources: str) -> set[str]:
+        """Keys of these resources, for `required_resource_keys`."""
+        return {self.of(resource) for resource in resources}
 
-    @property
-    def heartbeat(self) -> str:
-        return self.of("heartbeat")
+    def resource(self, context: Any, resource: str) -> Any:
+        """The resource of this outbox, from a context that requires it."""
+        return getattr(context.resources, self.of(resource))
 
-    @property
-    def alerts(self) -> str:
-        return self.of("alerts")
+    def outbox(self, context: Any) -> MySQLOutbox:
+        outbox: MySQLOutbox = self.resource(context, "mysql").outbox()
+        return outbox
 
-    @property
-    def pipeline(self) -> str:
-        return self.of("pipeline")
+    def maintenance(self, context: Any) -> MySQLMaintenance:
+        maintenance: MySQLMaintenance = self.resource(context, "mysql").maintenance()
+        return maintenance
 
-    @property
-    def databases(self) -> set[str]:
-        """Keys of what upkeep needs."""
-        return {self.mysql, self.clickhouse}
-
-    @property
-    def everything(self) -> set[str]:
-        """Keys of what a drain's steps need."""
-        return {self.mysql, self.clickhouse, self.heartbeat, self.pipeline}
-
-    def mysql_of(self, context: Any) -> MySQLResource:
-        """The MySQL of this outbox, of any context that requires it."""
-        resource: MySQLResource = getattr(context.resources, self.mysql)
-        return resource
-
-    def clickhouse_of(self, context: Any) -> ClickHouseResource:
-        resource: ClickHouseResource = getattr(context.resources, self.clickhouse)
-        return resource
-
-    def connected(self, context: Any) -> Connected:
-        """All of them, of a context that requires `everything`."""
-        return Connected(
-            mysql=self.mysql_of(context),
-            clickhouse=self.clickhouse_of(context),
-            heartbeat=getattr(context.resources, self.heartbeat),
-            pipeline=getattr(context.resources, self.pipeline),
-        )
+    def audit_log(self, context: Any) -> ClickHouseAuditLog:
+        audit_log: ClickHouseAuditLog = self.resource(context, "clickhouse").audit_log()
+        return audit_log

@@ -1,8 +1,4 @@
-"""What a run says about itself: the numbers and the table on a materialization.
-
-What belongs here: names and types of metadata, the same everywhere. What does not: payloads. Ids,
-counts and times only.
-"""
+"""Metadata of runs and checks: names, types and tables. Ids, counts and times only, never payloads."""
 
 from __future__ import annotations
 
@@ -19,11 +15,12 @@ from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.requeue import Requeue
 from auditexport_pipeline.core.sweep import Sweep
 
+Metadata = dict[str, dg.MetadataValue | int | float | str]
 # Rows of a table in the Dagster UI; a run has 64 batches at most unless it is configured otherwise.
 TABLE_ROWS = 100
 
 
-def backlog_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue | int | float | str]:
+def backlog_metadata(backlog: Backlog) -> Metadata:
     """The outbox as the probe saw it; `backlog_rows` stops at the probe's limit."""
     return {
         "backlog_rows": backlog.rows,
@@ -43,12 +40,12 @@ def run_metadata(
     dead_by_reason: Mapping[str, int],
     seconds: float,
     held: Sequence[Holder] = (),
-) -> dict[str, dg.MetadataValue | int | float | str]:
+) -> Metadata:
     """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes sent."""
     rows = sum(batch.marked_rows for batch in batches)
     oldest = [batch.oldest_ms for batch in batches if batch.oldest_ms is not None]
     newest = [batch.newest_ms for batch in batches if batch.newest_ms is not None]
-    metadata: dict[str, dg.MetadataValue | int | float | str] = {
+    metadata: Metadata = {
         "rows": rows,
         "entries": sum(batch.entries for batch in batches),
         "batches": len(batches),
@@ -68,13 +65,9 @@ def run_metadata(
     }
     if views := {batch.batch_id: batch.view_note for batch in batches if batch.view_note}:
         metadata["views_failed"] = "\n".join(f"batch {batch_id}: {note}" for batch_id, note in views.items())
-    if oldest and newest:
-        metadata["oldest_event"] = (
-            dg.MetadataValue.timestamp(min(oldest) / 1000) if _datable(min(oldest)) else str(min(oldest))
-        )
-        metadata["newest_event"] = (
-            dg.MetadataValue.timestamp(max(newest) / 1000) if _datable(max(newest)) else str(max(newest))
-        )
+    for name, at_ms in (("oldest_event", min(oldest, default=None)), ("newest_event", max(newest, default=None))):
+        if at_ms is not None:
+            metadata[name] = dg.MetadataValue.timestamp(at_ms / 1000) if _datable(at_ms) else str(at_ms)
     return metadata
 
 
@@ -89,16 +82,14 @@ def timing_metadata(timings: Mapping[Verb, Timing | None]) -> dict[str, float]:
 
 
 def format_prefetch(timing: Timing | None) -> str:
-    """The end of a step's log line: that the work started ahead of the step, and what ran beside it; empty if the step did it."""
+    """The end of a step's log line where the work started ahead of the step: how long, and what else ran. Otherwise empty."""
     if timing is None or not timing.ahead_s:
         return ""
     beside = f", while {' and '.join(timing.meanwhile)}" if timing.meanwhile else ""
     return f"; ahead: started {timing.ahead_s:.2f} s before this step{beside}"
 
 
-def batch_metadata(
-    batch: Batch, *, write_s: float, timings: Mapping[Verb, Timing | None]
-) -> dict[str, dg.MetadataValue | int | float | str]:
+def batch_metadata(batch: Batch, *, write_s: float, timings: Mapping[Verb, Timing | None]) -> Metadata:
     """One exported batch, for its observation; `batch_id` is the key of its row in the ledger."""
     return {
         "batch_id": batch.batch_id,
@@ -118,7 +109,7 @@ def batch_metadata(
 
 
 def counts_table(what: str, counts: Mapping[str, int]) -> str:
-    """One line a name, as markdown; names that an application chose stay in their cell."""
+    """One line a name, as markdown; an application's name cannot break out of its cell."""
     if not counts:
         return "none"
     lines = [f"| {what} | dead letters |", "|---|---:|"]
@@ -128,6 +119,8 @@ def counts_table(what: str, counts: Mapping[str, int]) -> str:
 
 def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -> str:
     """One line a batch, as markdown."""
+    if not batches:
+        return "nothing was pending"
     lines = [
         "| batch | generation | state | rows | entries | blocks | bytes | dead letters | folded | oldest event | newest event |",
         "|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---|",
@@ -141,15 +134,10 @@ def batch_table(batches: Sequence[Batch], verified: Mapping[int, Discrepancy]) -
         )
     if len(batches) > TABLE_ROWS:
         lines.append(f"\n…and {len(batches) - TABLE_ROWS} more")
-    if not batches:
-        return "nothing was pending"
     return "\n".join(lines)
 
 
-# ── upkeep ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def requeue_metadata(done: Requeue) -> dict[str, dg.MetadataValue | int | float | str]:
+def requeue_metadata(done: Requeue) -> Metadata:
     """In rows; `per_batch` counts them by the batch that had exported them last."""
     table = ["| batch | rows |", "|---:|---:|"]
     table += [f"| {batch_id} | {rows:,} |" for batch_id, rows in list(done.by_batch.items())[:TABLE_ROWS]]
@@ -159,12 +147,12 @@ def requeue_metadata(done: Requeue) -> dict[str, dg.MetadataValue | int | float 
     }
 
 
-def sweep_metadata(done: Sweep) -> dict[str, dg.MetadataValue | int | float | str]:
+def sweep_metadata(done: Sweep) -> Metadata:
     """In rows and batches."""
     return {**done.counts}
 
 
-def reconcile_metadata(report: Report) -> dict[str, dg.MetadataValue | int | float | str]:
+def reconcile_metadata(report: Report) -> Metadata:
     """In entries; the report itself is a table of what differs, by batch and by workspace and day."""
     return {
         **report.counts,

@@ -1,16 +1,13 @@
-"""Resources: what a run needs from outside, as thin shells that hand out plain objects.
+"""Resources: thin shells that make plain objects of connection settings, when a run starts."""
 
-What belongs here: reading connection settings when a run starts, and constructing stores from them. What
-does not: anything the stores or the core do. Nothing here reads the environment at import.
-"""
-
+import concurrent.futures
 import http.client
 import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import dagster as dg
 import msgspec
@@ -21,10 +18,11 @@ from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
-# A heartbeat is a courtesy: it must not hold a run up for longer than a person would notice.
+# A heartbeat must not delay a run noticeably.
 HEARTBEAT_TIMEOUT_S = 5.0
-# A notice is sent by a sensor, whose tick Dagster gives up after a minute.
+# A sensor sends notices, and Dagster ends its tick after a minute.
 NOTICE_TIMEOUT_S = 5.0
+T = TypeVar("T")
 
 
 class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -36,8 +34,8 @@ class MySQLResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The store over this URL; raises `InvalidConfig`, which does not repeat the URL, for one of another kind."""
         return MySQLOutbox(self.url)
 
-    def upkeep(self) -> MySQLMaintenance:
-        """The same database, looked back at; raises as `outbox` does."""
+    def maintenance(self) -> MySQLMaintenance:
+        """The same database, for maintenance; raises as `outbox` does."""
         return MySQLMaintenance(self.outbox())
 
 
@@ -51,9 +49,9 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Pings in the manner of healthchecks: `<url>/start`, `<url>` after success, `<url>/fail`.
+    """Pings as healthchecks.io defines them: `<url>/start`, `<url>` after success, `<url>/fail`.
 
-    A ping that cannot be sent is logged and nothing more: an export that is done stays done.
+    A ping that cannot be sent is only logged.
     """
 
     url: str = Field(
@@ -71,7 +69,7 @@ class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     @property
     def is_set(self) -> bool:
-        """Whether there is anybody to ping."""
+        """Whether a heartbeat is configured."""
         return bool(self._base)
 
     @property
@@ -90,9 +88,9 @@ class HeartbeatResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Where notices go: a webhook that takes what Slack's take, in JSON.
+    """Sends notices to a webhook, in Slack's JSON.
 
-    Put another object with these three in its place, under the key `alerts`, to send them elsewhere.
+    Another resource with `is_set`, `link` and `send`, under the key `alerts`, sends them elsewhere.
     """
 
     url: str = Field(default="", description="The webhook; empty means AUDITEXPORT_ALERT_WEBHOOK_URL, or no alerts.")
@@ -100,7 +98,7 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     @property
     def is_set(self) -> bool:
-        """Whether there is anybody to tell."""
+        """Whether a webhook is configured."""
         return bool(self._webhook)
 
     def link(self, run_id: str) -> str:
@@ -116,44 +114,57 @@ class AlertsResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return self.url or os.environ.get("AUDITEXPORT_ALERT_WEBHOOK_URL", "")
 
 
-def _request(url: str, *, within_s: float, body: bytes | None = None) -> str:
-    """Asks for a URL, or posts JSON to it; returns an empty text, or what went wrong.
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises. After this time raises `TimeoutError`, and leaves `call` to its thread.
 
-    The URL is a secret of its own: whoever knows it can silence the alarm, or raise one. So nothing that logs it may
-    carry it: urllib logs nothing, and of an error only the type is told.
-
-    A time-out of a socket's is one for each byte: a server that sends them one by one would hold us for ever. So the
-    whole is left to a thread, which may end by itself.
+    A time-out of a socket's counts for each byte: a server that sends them one by one would never reach it.
     """
-    trouble = ["TimeoutError"]
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError
-            request = urllib.request.Request(
-                url, data=body, headers={"Content-Type": "application/json"} if body else {}
-            )
-            with urllib.request.urlopen(request, timeout=within_s):
-                trouble[0] = ""
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="auditexport-within", daemon=True).start()
+    try:
+        return future.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError from None
+
+
+def _request(url: str, *, within_s: float, body: bytes | None = None) -> str:
+    """Gets a URL, or posts JSON to it; returns an empty text, or what went wrong.
+
+    The URL is a secret: with it anybody can silence the alarm, or raise one. So of an error only the type is logged.
+    """
+
+    def open_url() -> str:
+        try:
+            headers = {"Content-Type": "application/json"} if body else {}
+            with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=within_s):
+                return ""
         except urllib.error.HTTPError as error:
             error.close()
-            trouble[0] = f"HTTP {error.code}"
+            return f"HTTP {error.code}"
         except (OSError, ValueError, http.client.HTTPException) as error:
-            trouble[0] = type(error).__name__
+            return type(error).__name__
 
-    thread = threading.Thread(target=ask, name="auditexport-request", daemon=True)
-    thread.start()
-    thread.join(2 * within_s)
-    return trouble[0]
+    if not url.startswith(("http://", "https://")):
+        return "ValueError"
+    try:
+        return within(2 * within_s, open_url)
+    except TimeoutError:
+        return "TimeoutError"
 
 
 def bound(resource: Any) -> Any:
-    """The resource as its definitions have it, whatever a launch says: it has no configuration of its own.
+    """The resource without configuration of its own, so that a launch cannot change it.
 
-    A connection that the launchpad shows can be overridden there: a green run then marks rows whose events are somewhere
-    else, and what was typed, its password included, stays in Dagster's storage. A literal URL would be a default in the job's
-    stored snapshot. Variables are read when a run starts, as they are for the resource itself.
+    A connection that the launchpad shows can be overridden there: a green run then marks rows whose events are elsewhere, and
+    Dagster stores the typed URL with its password. A literal URL would be a default in the job's stored snapshot. Variables are
+    read when a run starts, as they are for the resource itself.
     """
     if not isinstance(resource, dg.ConfigurableResource):
         return resource

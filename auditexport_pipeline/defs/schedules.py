@@ -1,7 +1,4 @@
-"""The schedules: a drain every quarter of an hour, checks between two drains, and the daily jobs.
-
-Each function makes definitions for the outbox of these `Names`. What a schedule starts is in `defs.jobs`.
-"""
+"""The schedules: a drain every quarter of an hour, checks between two drains, and the daily jobs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +9,7 @@ from auditexport_pipeline.defs.asset_checks import LIGHT
 from auditexport_pipeline.defs.drains import end_dead
 from auditexport_pipeline.defs.names import Names
 
-# What a check of a day's entries costs grows with the day: the schedule of reconciliation looks at them as well.
+# The cost of checking a day's entries grows with the day, and the schedule of reconciliation reads them too.
 CHECK_EVERY_MINUTES = 15
 READ_ENTRIES_EVERY_HOURS = 6
 
@@ -38,7 +35,7 @@ def checks_schedule(names: Names, job: Any) -> dg.ScheduleDefinition:
         name=names.of("checks_schedule"),
         job=job,
         cron_schedule="8-59/15 * * * *",
-        description="The asset checks: every quarter of an hour those that ask MySQL alone, and four times a day those "
+        description="The asset checks: every quarter of an hour those that read MySQL only, and four times a day those "
         "that read a day's entries in ClickHouse.",
     )
     def checks_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:

@@ -1,7 +1,6 @@
 """The sensor that starts a drain when a backlog builds up.
 
-What belongs here: asking Dagster and the ledger, and handing the answer to `core.backlog.decide`. What
-does not: the decision itself, or the counting. Each function makes a definition for the outbox of these `Names`.
+It reads Dagster's runs and the ledger; `core.backlog.decide` decides.
 """
 
 import time
@@ -21,18 +20,16 @@ from auditexport_pipeline.defs.report import backlog_metadata
 
 # A tick costs a few milliseconds of MySQL and a daemon's poll; a lag target of a minute needs no more.
 SENSOR_INTERVAL_S = 15
-# How often the Dagster UI gets a fresh observation of the outbox: when nothing changes, and when rows come and go, as they do at
-# every tick. Nothing but its asset ever deletes such an event: at every tick they would be two million a year.
+# How often the outbox is observed: when nothing changes, and when rows come and go. Dagster keeps observations as long as their
+# asset: one at every tick would be two million a year.
 OBSERVE_EVERY_S = 600
 OBSERVE_CHANGES_EVERY_S = 120
 # A change of these needs a person: it is observed at once.
-_TOLD_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
+_OBSERVED_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing")
 
 
 def _at_work(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease]) -> str | None:
-    """Who drains already and until when the sensor waits: a run, or a process outside this Dagster that holds a lease. A
-    run that has ended holds nothing any more.
-    """
+    """The run or other process that drains already, and until when the sensor waits for it; None when there is none."""
     for line in end_dead(instance, names, leases):
         return line
     for lease in leases:
@@ -53,24 +50,22 @@ def _failures(instance: dg.DagsterInstance, names: Names) -> Failures:
     )
 
 
-class _Seen(msgspec.Struct):
-    """The sensor's cursor: what was observed last and when. Never a pk: the backlog is counted anew each time."""
+class _Observed(msgspec.Struct):
+    """The sensor's cursor: what was observed last and when. Never a pk: each tick counts the whole backlog."""
 
     numbers: dict[str, str]
     at_s: float
 
 
-def _seen(cursor: str | None) -> _Seen | None:
+def _is_due(cursor: str | None, numbers: Mapping[str, str]) -> bool:
+    """Whether these numbers are observed at this tick."""
     try:
-        return msgspec.json.decode(cursor or "", type=_Seen)
+        last = msgspec.json.decode(cursor or "", type=_Observed)
     except msgspec.DecodeError:  # none yet, or one that was set by hand in the Dagster UI
-        return None
-
-
-def _worth_telling(seen: _Seen | None, numbers: Mapping[str, str]) -> bool:
-    if seen is None or any(seen.numbers.get(name) != numbers[name] for name in _TOLD_AT_ONCE):
         return True
-    return time.time() - seen.at_s >= (OBSERVE_EVERY_S if seen.numbers == numbers else OBSERVE_CHANGES_EVERY_S)
+    if any(last.numbers.get(name) != numbers[name] for name in _OBSERVED_AT_ONCE):
+        return True
+    return time.time() - last.at_s >= (OBSERVE_EVERY_S if last.numbers == numbers else OBSERVE_CHANGES_EVERY_S)
 
 
 def backlog_sensor(
@@ -82,12 +77,12 @@ def backlog_sensor(
         name=names.of("outbox_backlog_sensor"),
         job=job,
         minimum_interval_seconds=SENSOR_INTERVAL_S,
-        required_resource_keys={names.mysql},
+        required_resource_keys=names.keys("mysql"),
         description=f"Starts a drain at {thresholds.rows:,} pending rows or {thresholds.lag_s:g} s of lag, when none is running.",
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with in_one_line():
-            backlog = names.mysql_of(context).outbox().backlog(versions, count_to=max(thresholds.rows, 1_000_000))
+            backlog = names.outbox(context).backlog(versions, count_to=max(thresholds.rows, 1_000_000))
         decision = decide(
             backlog,
             thresholds,
@@ -96,15 +91,15 @@ def backlog_sensor(
         )
         numbers = backlog_metadata(backlog)
         steady = {name: str(value) for name, value in numbers.items() if name != "lag_s"}
-        fresh = _worth_telling(_seen(context.cursor), steady)
+        due = _is_due(context.cursor, steady)
         return dg.SensorResult(
-            # No run_key: Dagster remembers one for ever, failed runs included.
+            # No run_key: Dagster would never launch the same key again, even after a failed run.
             run_requests=[dg.RunRequest(run_config=run_config, tags={"auditexport/why": decision.reason[:250]})]
             if decision.launch
             else [],
             skip_reason=None if decision.launch else dg.SkipReason(decision.reason),
-            cursor=msgspec.json.encode(_Seen(numbers=steady, at_s=time.time())).decode() if fresh else context.cursor,
-            asset_events=[dg.AssetObservation(names.outbox, metadata=numbers)] if fresh else [],
+            cursor=msgspec.json.encode(_Observed(numbers=steady, at_s=time.time())).decode() if due else context.cursor,
+            asset_events=[dg.AssetObservation(names.outbox_asset, metadata=numbers)] if due else [],
         )
 
     return outbox_backlog_sensor

@@ -146,7 +146,7 @@ def test_the_sensor_does_not_wait_for_a_run_that_was_killed(
     assert status_of(exporter, run) is dg.DagsterRunStatus.FAILURE, "it holds the pool"
     (failure,) = exporter.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
     assert failure.dagster_event is not None
-    assert " is gone, and nobody reported its end" in str(failure.dagster_event.message)
+    assert " is gone, and its end was not reported" in str(failure.dagster_event.message)
 
 
 def test_the_schedule_does_not_queue_runs_behind_one_that_was_killed(exporter: Exporter, stack: Stack) -> None:
