@@ -9,10 +9,10 @@
                             clickhouse_outbox_action, _erasure: what operators did, who and why
 
 A batch is claimed in the ledger, fetched and sealed, written block by block, marked in the outbox, and
-verified in ClickHouse. Every step can be run again after any crash; `core/__init__.py` says what each
-crash leaves behind and why nothing is lost and nothing is there twice.
+verified in ClickHouse. Every step can run again after any crash; `core/__init__.py` says what each crash leaves behind, and why
+nothing is lost and nothing is there twice.
 
-Where things are, and the one direction of imports (a test reads it from the source):
+Where things are, and what each may import (a test reads it from the source):
 
     core        what exporting means: no Dagster, no driver, no clock, no environment
     mysql, clickhouse   the two databases, each in its own SQL    may import core
@@ -22,7 +22,7 @@ Where things are, and the one direction of imports (a test reads it from the sou
     defs        Dagster: ops, resources, sensor, schedule         may import all of these
     definitions, component   what Dagster loads                   may import all of these
     local       servers and events to try it with                 may import core, mysql, clickhouse, schema
-    cli         the prompt                                        may import anything
+    cli         commands                                          may import anything
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The names that other packages use; importing Dagster waits until one that needs it is asked for."""
+    """The names that other packages use; Dagster is imported only for a name that needs it."""
     if name in _FROM:
         from importlib import import_module
 

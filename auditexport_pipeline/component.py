@@ -1,8 +1,4 @@
-"""`type: auditexport_pipeline.AuditExport` in a `defs.yaml`: one outbox as a Dagster component.
-
-What belongs here: that the settings of an outbox are a component's attributes. What does not: those settings
-(`outboxes`), and any definition.
-"""
+"""`type: auditexport_pipeline.AuditExport` in a `defs.yaml`: one outbox as a Dagster component, with `outboxes.OutboxSettings`."""
 
 from __future__ import annotations
 

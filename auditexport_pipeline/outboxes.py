@@ -25,6 +25,9 @@ from auditexport_pipeline.core.settings import Limits, Targets, Thresholds, refu
 
 OUTBOXES_VARIABLE = "AUDITEXPORT_OUTBOXES"
 GROUP = "audit_logs"
+# Settings of an outbox that name the environment variable of a URL; the first two are the databases.
+URL_KEYS = ("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
+DATABASE_KEYS = URL_KEYS[:2]
 # Dagster's own rule for names, without capitals: a name is part of a resource's key and of a pool's.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 # Of ClickHouse by HTTP and by HTTPS, which are one server.
@@ -43,10 +46,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_queue(queue: str, what: str = "celery_queue") -> str:
-    """The name of a queue; raises `InvalidConfig`, with `what` it was given for. Empty is the queue that all share."""
+def check_queue(queue: str) -> str:
+    """The name of a queue; raises `InvalidConfig` for one that Celery would not take. Empty is the queue that all share."""
     if queue and not _QUEUE.fullmatch(queue):
-        raise InvalidConfig(f"{what} must be letters, digits, '_', '-' and '.', 200 at most")
+        raise InvalidConfig("celery_queue must be letters, digits, '_', '-' and '.', 200 at most")
     return queue
 
 
@@ -126,7 +129,7 @@ class OutboxSettings(BaseModel):
             raise ValueError(str(error)) from None  # pydantic adds the attribute's name to a ValueError only
         return value
 
-    @field_validator("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
+    @field_validator(*URL_KEYS)
     @classmethod
     def _check_variable(cls, value: str) -> str:
         # The message leaves the value out: it may be a URL with a password.
@@ -137,8 +140,7 @@ class OutboxSettings(BaseModel):
     @property
     def variables(self) -> dict[str, str]:
         """Key of this entry to the environment variable that it names."""
-        keys = ("mysql_url_env", "clickhouse_url_env", "heartbeat_url_env", "alert_webhook_url_env")
-        return {key: getattr(self, key) for key in keys if getattr(self, key)}
+        return {key: getattr(self, key) for key in URL_KEYS if getattr(self, key)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +175,7 @@ class Outboxes:
         Two ledgers on one outbox would each take its rows. Two outboxes in one ClickHouse database would stamp entries with
         the same `inserted_at`, by which each finds its own blocks.
         """
-        for key in ("mysql_url_env", "clickhouse_url_env"):
+        for key in DATABASE_KEYS:
             owners: dict[tuple[str, ...], str] = {}
             for entry in self.entries:
                 database = _database(self.url(entry, key))
@@ -195,7 +197,7 @@ def _shown(entry: OutboxSettings) -> str:
 def _database(url: str) -> tuple[str, ...]:
     """Server and database of a URL, without user and protocol; of a text that is no URL, the text.
 
-    Two names of one host are two to us: nothing is looked up here.
+    Two names of one host count as two: no name is looked up.
     """
     try:
         if not url.startswith(("http://", "https://")):  # as MySQLOutbox reads it, which takes a # or / in a password
@@ -204,7 +206,7 @@ def _database(url: str) -> tuple[str, ...]:
             return ((mysql.host or "").lower(), port, str(mysql.query.get("unix_socket", "")), mysql.database or "")
         parts = urlsplit(url)
         port = str(parts.port) if parts.port not in (None, *_USUAL_PORTS) else ""
-    except (ValueError, ArgumentError):  # told in words when it is used
+    except (ValueError, ArgumentError):  # the store refuses it with its own message
         return (url,)
     return ((parts.hostname or "").lower(), port, "", parts.path.strip("/") or "default")
 
@@ -222,7 +224,7 @@ def check_environment() -> None:
 def read_outboxes() -> Outboxes | None:
     """The file that AUDITEXPORT_OUTBOXES names; None when it is not set: then there is the one outbox of the environment.
 
-    Raises `InvalidConfig`, naming file, entry and key, for what is not as it should be. Variables are not looked up.
+    Raises `InvalidConfig`, naming file, entry and key, for what is wrong. It does not read the variables of URLs.
     """
     path = os.environ.get(OUTBOXES_VARIABLE)
     return parse(Path(path)) if path else None
@@ -236,7 +238,7 @@ def parse(path: Path) -> Outboxes:
         name = given.get("name") if isinstance(given, dict) else None
         which = f"{path}: outbox {name}" if isinstance(name, str) and name else f"{path}: entry {number}"
         if not isinstance(given, dict):
-            raise InvalidConfig(f"{which} is no mapping of keys to values")
+            raise InvalidConfig(f"{which} is not a mapping of keys to values")
         if not name and len(listed) > 1:
             raise InvalidConfig(f"{which}: name: each of several outboxes needs one")
         try:
@@ -246,7 +248,7 @@ def parse(path: Path) -> Outboxes:
         for other in entries:
             if entry.name == other.name:
                 raise InvalidConfig(f"{which}: name: there are two outboxes of this name")
-            for key in ("mysql_url_env", "clickhouse_url_env"):
+            for key in DATABASE_KEYS:
                 if getattr(entry, key) == getattr(other, key):
                     raise InvalidConfig(
                         f"{which}: {key}: {getattr(entry, key)} is outbox {other.name}'s; each outbox has its own databases"
@@ -258,22 +260,22 @@ def parse(path: Path) -> Outboxes:
 def _wrong(error: ValidationError | TypeError) -> str:
     """Key and cause of each thing that is wrong; what was given is not repeated."""
     if isinstance(error, TypeError):
-        return "a key is no text"
-    said = []
+        return "a key is not a text"
+    parts = []
     for one in error.errors(include_url=False, include_input=False, include_context=False):
         key = ".".join(str(part) for part in one["loc"])
         if one["type"] == "extra_forbidden":
-            said.append(f"{key}: no such key; there are {', '.join(OutboxSettings.model_fields)}")
+            parts.append(f"{key}: no such key; there are {', '.join(OutboxSettings.model_fields)}")
         else:
-            said.append(f"{key}: {one['msg'].removeprefix('Value error, ')}")
-    return "; ".join(said)
+            parts.append(f"{key}: {one['msg'].removeprefix('Value error, ')}")
+    return "; ".join(parts)
 
 
 def _entries(path: Path) -> list[Any]:
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """As safe, and a key that is given twice is an error rather than its last value."""
+        """Refuses a key that is given twice; YAML would take the last value."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -290,7 +292,7 @@ def _entries(path: Path) -> list[Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise InvalidConfig(f"{path}{where}: this is no YAML ({getattr(error, 'problem', 'not UTF-8')})") from None
+        raise InvalidConfig(f"{path}{where}: this is not YAML ({getattr(error, 'problem', 'not UTF-8')})") from None
     if not isinstance(found, dict) or set(found) != {"outboxes"}:
         raise InvalidConfig(f"{path} must hold one key, outboxes, with a list of them")
     entries = found["outboxes"]

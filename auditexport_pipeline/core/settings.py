@@ -34,7 +34,7 @@ RETENTION_DAYS = 30
 # An INSERT must start within this time, by ClickHouse's clock: a process that was paused for longer sends nothing any more.
 # Long enough to upload a batch over a slow line; until it and insert_timeout_s have passed, nothing that was sent is given up.
 START_WITHIN_S = 120
-# The shortest lease where the steps of a run are in several processes: between two of them nobody renews it.
+# The shortest lease where the steps of a run are in several processes: between two steps no process renews it.
 QUEUED_LEASE_S = 300
 
 
@@ -214,7 +214,7 @@ class Thresholds(Settings):
 
 
 class Targets(Settings):
-    """What an operator is called for."""
+    """Beyond these, asset checks, status and alerts report a problem."""
 
     a_setting: ClassVar[str] = "a target"
 
@@ -234,10 +234,10 @@ class Targets(Settings):
         default=2.0, ge=0, le=365, description="And at most this much longer: a sweep a day that failed once."
     )
     dead_letters: float = Field(
-        default=0.0, ge=0, le=1_000_000_000, description="Open dead letters that nobody needs to be called for."
+        default=0.0, ge=0, le=1_000_000_000, description="So many open dead letters are no problem."
     )
     unknown_rows: float = Field(
-        default=0.0, ge=0, le=1_000_000_000, description="Rows of unknown versions that nobody needs to be called for."
+        default=0.0, ge=0, le=1_000_000_000, description="So many rows of unknown versions are no problem."
     )
 
 

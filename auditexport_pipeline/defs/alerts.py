@@ -158,7 +158,7 @@ def _send(state: AlertState, to: AlertsResource) -> str:
 
 
 def will_be_retried(run: dg.DagsterRun) -> bool:
-    """Whether Dagster said that it will launch this failed run again, and has not said otherwise since."""
+    """Whether Dagster launches this failed run again, by its tags."""
     return _retry(run) in (Retry.WILL, Retry.LAUNCHED)
 
 

@@ -27,9 +27,11 @@ from auditexport_pipeline.defs.resources import (
     bound,
     pipeline,
 )
-from auditexport_pipeline.outboxes import OutboxSettings
+from auditexport_pipeline.outboxes import URL_KEYS, OutboxSettings
 
 Url = str | dg.EnvVar
+# Settings of an outbox that are arguments of another name here.
+_NO_ARGUMENTS = {*URL_KEYS, "sensor_rows", "sensor_lag_s"}
 
 
 def build_audit_export_defs(
@@ -84,7 +86,7 @@ def build_audit_export_defs(
     limits, run_config = limits_here(drain or {}), drain_run_config(names, drain or {})
     thresholds = sensor_thresholds or Thresholds()
     target, policy = Targets().with_values(targets or {}), Policy().with_values(alert_policy or {})
-    about: dict[str, Any] = {"group": group_name, "owners": owners, "links": links or {}, "tags": tags or {}}
+    about: dict[str, Any] = {"group_name": group_name, "owners": list(owners), "tags": dict(tags or {})}
     export_job, checks_job = jobs.export_job(names), jobs.checks_job(names)
     sweep_job, reconcile_job = jobs.sweep_job(names), jobs.reconcile_job(names, target)
     other_jobs = [checks_job, jobs.requeue_job(names), sweep_job, reconcile_job, jobs.retry_job(names)]
@@ -92,8 +94,8 @@ def build_audit_export_defs(
     other_jobs.append(purge_job)
     return dg.Definitions(
         assets=[
-            catalog.outbox_spec(names, **about),
-            export_asset(names, catalog.FRESHNESS, **catalog.log_attributes(names, **about)),
+            catalog.outbox_spec(names, links or {}, **about),
+            export_asset(names, catalog.FRESHNESS, **catalog.attributes(names, links or {}), **about),
         ],
         asset_checks=asset_checks.asset_checks(names, target),
         jobs=[export_job, *other_jobs],
@@ -113,20 +115,7 @@ def build_audit_export_defs(
 
 def defs_of(outbox: OutboxSettings) -> dg.Definitions:
     """`build_audit_export_defs` for one entry of a file of outboxes, or one component."""
-    return build_audit_export_defs(
-        outbox.name,
-        mysql_url=dg.EnvVar(outbox.mysql_url_env),
-        clickhouse_url=dg.EnvVar(outbox.clickhouse_url_env),
-        heartbeat_url=dg.EnvVar(outbox.heartbeat_url_env) if outbox.heartbeat_url_env else None,
-        alert_webhook_url=dg.EnvVar(outbox.alert_webhook_url_env) if outbox.alert_webhook_url_env else None,
-        drain=outbox.drain,
-        sensor_thresholds=Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s),
-        targets=outbox.targets,
-        alert_policy=outbox.alert_policy,
-        page_url=outbox.page_url,
-        celery_queue=outbox.celery_queue,
-        group_name=outbox.group_name,
-        owners=outbox.owners,
-        links=outbox.links,
-        tags=outbox.tags,
-    )
+    urls: dict[str, Any] = {key.removesuffix("_env"): dg.EnvVar(variable) for key, variable in outbox.variables.items()}
+    thresholds = Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s)
+    settings = {name: getattr(outbox, name) for name in OutboxSettings.model_fields if name not in _NO_ARGUMENTS}
+    return build_audit_export_defs(**urls, sensor_thresholds=thresholds, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +11,7 @@ import dagster as dg
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.outboxes import GROUP as GROUP
 
-# The schedule runs every fifteen minutes, backlog or not: two missed runs are worth a look, four are an outage.
+# The schedule runs every fifteen minutes, backlog or not: two missed runs are a warning, four an outage.
 FRESHNESS = dg.FreshnessPolicy.time_window(warn_window=timedelta(minutes=35), fail_window=timedelta(minutes=65))
 
 
@@ -61,9 +61,9 @@ ENTRY_COLUMNS = _columns(
 
 _OUTBOX = (
     "The application's outbox in MySQL: one row per audit event, written in the transaction of the change it describes.\n\n"
-    "Observed by `{sensor}` with every change of its numbers, and never altered but for `deleted_at` of exported rows."
+    "`{sensor}` observes it. Exports only set `deleted_at` of its rows."
 )
-_LOG = (
+_AUDIT_LOG = (
     "Every audit event of the outbox, **exactly once**.\n\n"
     "**Materialize** drains the outbox: it adopts what an interrupted run left open, exports pending rows until none is left "
     "or `max_batches` is reached, marks them, and verifies them in ClickHouse. Running it again is always safe, and so is "
@@ -75,31 +75,22 @@ _LOG = (
 )
 
 
-def outbox_spec(
-    names: Names, *, group: str, owners: Sequence[str], links: Mapping[str, str], tags: Mapping[str, str]
-) -> dg.AssetSpec:
-    """The external asset: the outbox of this name, as the application owns it."""
+def outbox_spec(names: Names, links: Mapping[str, str], **about: Any) -> dg.AssetSpec:
+    """The external asset: the outbox, which the application owns. `about` are group, owners and tags."""
     return dg.AssetSpec(
         names.outbox_asset,
         description=_OUTBOX.format(sensor=names.of("outbox_backlog_sensor")),
         kinds={"mysql"},
-        group_name=group,
-        owners=owners,
-        tags=dict(tags),
         metadata={"dagster/column_schema": OUTBOX_COLUMNS, "dagster/table_name": "clickhouse_outbox", **_links(links)},
+        **about,
     )
 
 
-def log_attributes(
-    names: Names, *, group: str, owners: Sequence[str], links: Mapping[str, str], tags: Mapping[str, str]
-) -> dict[str, Any]:
-    """What `graph_asset` takes for `audit_logs_raw_v1` of this name."""
+def attributes(names: Names, links: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of `graph_asset` for `audit_logs_raw_v1`."""
     return {
-        "description": _LOG.format(requeue=names.of("requeue_events")),
+        "description": _AUDIT_LOG.format(requeue=names.of("requeue_events")),
         "kinds": {"clickhouse"},
-        "group_name": group,
-        "owners": list(owners),
-        "tags": dict(tags),
         "metadata": {
             "dagster/column_schema": ENTRY_COLUMNS,
             "dagster/table_name": "audit_logs_raw_v1",

@@ -124,7 +124,7 @@ class RequeueConfig(Form):
     missing_only: bool = Field(default=False, description="Only what ClickHouse lacks.")
     dry_run: bool = Field(default=False, description="Say what would be done, and change nothing.")
     who: str = Field(default="", description="Who wants this; empty: the run itself.")
-    why: str = Field(description="Why; it is kept with the action.")
+    why: str = Field(description="Why; recorded with the action.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -170,18 +170,18 @@ class ReconcileConfig(Form):
     dry_run: bool = Field(default=False, description="Record nothing of what is seen, and requeue nothing.")
     report_path: str | None = Field(
         default=None,
-        description="Also write the page for people to this file (.html), on the machine that runs the job; one page, replaced by "
+        description="Also write a report to this file (.html), on the machine that runs the job; replaced by "
         "the next run.",
     )
     who: str = Field(default="", description="Who wants this; empty: the run itself.")
-    why: str = Field(default="reconciliation", description="Kept with the repair.")
+    why: str = Field(default="reconciliation", description="Recorded with the repair.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_ms is not None and self.to_ms is not None and self.from_ms >= self.to_ms:
             raise InvalidConfig(f"from_ms is {self.from_ms} and to_ms is {self.to_ms}: the window is empty; swap them")
         if self.report_path:
-            from auditexport_pipeline.report import page  # only when asked for: start-up is part of a run's latency
+            from auditexport_pipeline.report import page  # only when needed: imports are part of a run's latency
 
             page.check_path(Path(self.report_path))
         Actor(who=self.who or "the run", why=self.why)

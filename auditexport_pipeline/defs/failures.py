@@ -1,8 +1,4 @@
-"""From this project's errors to Dagster's: what is retried in place, what fails the step, with which line.
-
-What belongs here: the translation and nothing else. What does not: deciding what an error means, which
-the tree in `core.errors` has done.
-"""
+"""Translates our errors to Dagster's: which are retried, which fail the step, with which line. `core.errors` says what they mean."""
 
 from __future__ import annotations
 
@@ -20,13 +16,12 @@ from auditexport_pipeline.defs.resources import HeartbeatResource
 
 @contextmanager
 def dagster_errors(context: dg.OpExecutionContext, heartbeat: HeartbeatResource | None = None) -> Iterator[None]:
-    """Retries a transient error with backoff and jitter, and fails the step with one clear line otherwise.
+    """Retries a transient error with backoff and jitter; any other fails the step with one line.
 
-    A lost lease is not retried: the batch has a new owner, and this run has nothing left to do with it.
+    A lost lease is not retried: the batch has a new owner.
 
-    Dagster stores an exception with everything it was caused by, and what a driver says may quote the row
-    it was sent. So the causes end here, and of an exception that nobody foresaw only its type and the
-    lines of source it came through are told.
+    Dagster stores an exception with all its causes, and a driver's message may quote a row. So the causes end here, and of an
+    unforeseen exception Dagster stores only the type and the source lines.
     """
     try:
         yield
@@ -34,7 +29,7 @@ def dagster_errors(context: dg.OpExecutionContext, heartbeat: HeartbeatResource 
         error.__cause__ = None
         error.__context__ = None
         again = isinstance(error, TransientError) and not isinstance(error, LeaseLost)
-        # What a run left unmarked is marked by the next one, which claims it; this step has no claim.
+        # The next run claims and marks what this run left unmarked; this step has no claim.
         if again and not isinstance(error, BatchUnmarked) and context.retry_number < retries.RETRIES:
             wait_s = retries.wait_s(context.retry_number)
             if isinstance(error, BatchWaits):
@@ -61,7 +56,7 @@ def dagster_errors(context: dg.OpExecutionContext, heartbeat: HeartbeatResource 
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Fails a tick or a check with our error's own line, and without what it was caused by."""
+    """Fails a tick or a check with our error's own line, without its causes."""
     try:
         yield
     except AuditExportError as error:

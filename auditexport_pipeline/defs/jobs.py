@@ -263,7 +263,7 @@ def retry_job(names: Names) -> dg.JobDefinition:
     def retry_letters(context: dg.OpExecutionContext, config: RetryConfig) -> None:
         with dagster_errors(context):
             which = config.letters()
-            by = _by(context, config.who, config.why)
+            by = Actor(who=config.who or f"Dagster run {context.run_id}", why=config.why)
             outbox = names.outbox(context)
             if config.dry_run:
                 letters, gone = dead_letters.count(outbox, which).letters, 0

@@ -204,7 +204,7 @@ def _hold_an_insert(cluster: Cluster, run: subprocess.Popen[bytes]) -> tuple[str
 
 
 @pytest.mark.parametrize("cluster", BROKERS, indirect=True)
-def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_none(
+def test_a_worker_killed_in_a_batch_loses_and_doubles_no_event(
     cluster: Cluster, stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The promise of one machine holds on several: the step goes to another worker, and its INSERT is sent twice."""
@@ -249,9 +249,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch_costs_no_event_and_doubles_non
 
 
 @pytest.mark.parametrize("cluster", ["redis"], indirect=True)
-def test_a_workers_child_that_is_killed_fails_its_run_and_the_next_one_continues(
-    cluster: Cluster, stack: Stack
-) -> None:
+def test_a_killed_child_of_a_worker_fails_the_run_and_the_next_continues(cluster: Cluster, stack: Stack) -> None:
     """What the kernel kills for its memory must not go to one worker after the other; and the run must end, and say why."""
     count = BATCHES * BATCH_ROWS
     stack.put(*events(count))
@@ -287,7 +285,7 @@ for queue in ("eu", "us", "dagster"):
 
 
 @pytest.mark.parametrize("broker", BROKERS)
-def test_a_queue_is_worked_on_by_its_own_worker_alone_and_shared_ones_in_turn(broker: str, tmp_path: Path) -> None:
+def test_a_queue_has_its_own_worker_and_shared_ones_take_turns(broker: str, tmp_path: Path) -> None:
     """A guaranteed share that another outbox can take is none; and one full queue must not stop the others."""
     tasks = 6
     with BROKERS[broker](PASSWORD, tmp_path) as broker_url:

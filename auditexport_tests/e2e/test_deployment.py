@@ -141,9 +141,7 @@ def deployment(stack: Stack, tmp_path: Path) -> Iterator[Deployment]:
             deployment.stop()
 
 
-def test_the_services_of_the_units_drain_and_go_on_after_the_code_server_is_restarted(
-    deployment: Deployment, stack: Stack
-) -> None:
+def test_the_services_drain_and_survive_a_restart_of_the_code_server(deployment: Deployment, stack: Stack) -> None:
     """What an administrator copies starts, stores in PostgreSQL, drains by itself, and survives a new version of the code."""
     assert "AUDITEXPORT_MYSQL_URL" in deployment.environment("code")
     assert "AUDITEXPORT_MYSQL_URL" not in deployment.environment("daemon")

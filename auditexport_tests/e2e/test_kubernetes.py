@@ -187,9 +187,7 @@ def kubernetes(stack: Stack, tmp_path: Path) -> Iterator[Kubernetes]:
             cluster.end()
 
 
-def test_each_step_is_a_job_that_does_it_with_its_own_command_and_variables(
-    kubernetes: Kubernetes, stack: Stack
-) -> None:
+def test_each_step_is_a_job_with_its_own_command_and_variables(kubernetes: Kubernetes, stack: Stack) -> None:
     """What would be sent to a cluster is complete: no step needs anything of the process that asked for it."""
     stack.put(*events(200))
     done = kubernetes.drain()
@@ -214,7 +212,7 @@ def test_each_step_is_a_job_that_does_it_with_its_own_command_and_variables(
         assert stack.mysql_url not in json.dumps(job)
 
 
-def test_a_pod_that_dies_fails_its_run_and_the_next_one_continues(kubernetes: Kubernetes, stack: Stack) -> None:
+def test_a_dead_pod_fails_its_run_and_the_next_one_continues(kubernetes: Kubernetes, stack: Stack) -> None:
     """A node that goes away is Kubernetes' everyday; what its pod had begun is done by the next run, once."""
     stack.put(*events(200))
     kubernetes.cluster.kill_first = "write_clickhouse"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 
 from auditexport_pipeline.core import export
 from auditexport_pipeline.defs import resources
+from auditexport_pipeline.defs.resources import HeartbeatResource
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.alerting import Sensor, cannot_begin, died, failing, succeeded
 from auditexport_tests.integration.dagster.conftest import Exporter, events
@@ -69,15 +73,46 @@ def test_the_sensor_sends_fail_for_a_drain_that_cannot_begin(runs: Sensor, expor
     assert heart.paths == [f"/{SECRET}/fail"]
 
 
-@pytest.mark.parametrize("trouble", ["silent", "dripping"])
-def test_a_heartbeat_that_does_not_answer_delays_no_drain(
-    exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch, trouble: str
+def test_a_drain_pings_its_start_and_its_success(exporter: Exporter, heart: Webhook) -> None:
+    """Also of an empty outbox: an idle exporter must look different from a dead one."""
+    exporter.drain()
+    assert heart.paths == [f"/{SECRET}/start", f"/{SECRET}"]
+
+
+def test_a_heartbeat_in_trouble_is_logged_without_its_url(
+    heart: Webhook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A socket's time-out is for each byte; a run that waits for the last one exports nothing meanwhile."""
+    """The URL is a secret: with it anybody can silence the alarm. No answer, or one of many bytes, must not delay a drain."""
     monkeypatch.setattr(resources, "HEARTBEAT_TIMEOUT_S", 0.2)
-    heart.holds, heart.drips = trouble == "silent", trouble == "dripping"
-    stack.put(*events(2))
-    run_id = exporter.drain().run_id
-    lines = [entry.user_message for entry in exporter.instance.all_logs(run_id)]
-    assert sum("could not be sent (TimeoutError)" in line for line in lines) == 2
-    assert stack.counts() == (2, 2)
+    with caplog.at_level(logging.DEBUG):
+        for url in (f"http://127.0.0.1:1/{SECRET}", f"http://[{SECRET}", f"file:///{SECRET}"):
+            assert not HeartbeatResource(url=url).success()
+        heart.answer = 500
+        assert not HeartbeatResource().fail()
+        heart.holds = True
+        assert not HeartbeatResource().start()
+        heart.released.set()
+        heart.released.clear()
+        heart.holds, heart.drips = False, True
+        assert not HeartbeatResource().start()
+    lines = [record.getMessage() for record in caplog.records if "could not be sent" in record.getMessage()]
+    kinds = [re.search(r"\((.*?)\)", line) for line in lines]
+    assert [kind and kind[1] for kind in kinds] == [
+        "URLError",
+        "ValueError",
+        "ValueError",
+        "HTTP 500",
+        "TimeoutError",
+        "TimeoutError",
+    ]
+    assert all("the export itself is not affected" in line for line in lines)
+    assert SECRET not in caplog.text
+
+
+def test_without_a_heartbeat_url_nothing_is_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The heartbeat is optional."""
+    monkeypatch.delenv("AUDITEXPORT_HEARTBEAT_URL", raising=False)
+    assert not HeartbeatResource().start()
+    assert caplog.text == ""

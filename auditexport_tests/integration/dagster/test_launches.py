@@ -15,21 +15,19 @@ from typing import Any
 
 import dagster as dg
 import httpx
-import psutil
 import pytest
 import sqlalchemy as sa
 import yaml
 
-from auditexport_pipeline import schema as setup
-from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.local.processes import free_port
-from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.local.processes import Child, free_port
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, launchpad, ledger
 from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.prompts import urls
 from auditexport_tests.support.waiting import wait_until
 from auditexport_tests.support.webhook import Webhook, webhook
+
+pytestmark = pytest.mark.slow  # a daemon, a code server and run workers; `security.test_secrets` has them in every run
 
 LOCATION = {"repositoryLocationName": "auditexport", "repositoryName": "__repository__"}
 # A worker starts in two seconds alone and in twenty beside a benchmark; a launch that needs this long is lost.
@@ -100,36 +98,14 @@ class Page:
         return wait_until(ended, what=f"the end of run {run_id}", within_s=WITHIN_S)
 
 
-@pytest.fixture(scope="module")
-def databases(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
-    """The two databases that the page's environment names for all tests here: starting it costs more than a test."""
-    name = f"auditexport_test_{os.getpid()}_launches"
-    admin = sa.create_engine(mysql_server, isolation_level="AUTOCOMMIT")
-    admin_log = ClickHouseAuditLog(clickhouse_server + "default")
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    admin_log.client().command(f"CREATE DATABASE {name}")
-    outbox, log = MySQLOutbox(mysql_server + name), ClickHouseAuditLog(clickhouse_server + name)
-    setup.create(outbox, log, with_outbox=True)
-    try:
-        yield Stack(mysql_url=outbox.url, clickhouse_url=log.url, outbox=outbox, log=log)
-    finally:
-        outbox.disconnect()
-        log.client().close_connections()
-        with admin.connect() as connection:
-            connection.exec_driver_sql(f"DROP DATABASE {name}")
-        admin_log.client().command(f"DROP DATABASE {name}")
-        admin.dispose()
-
-
 @pytest.fixture
-def stack(databases: Stack) -> Stack:
-    """Those databases, emptied."""
+def stack(module_stack: Stack) -> Stack:
+    """The databases of the module, emptied: starting Dagster on others costs more than a test."""
     for table in ("clickhouse_outbox", "clickhouse_outbox_dead_letter"):
-        databases.sql(f"TRUNCATE TABLE {table}")
-    databases.sql("DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0")
-    databases.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
-    return databases
+        module_stack.sql(f"TRUNCATE TABLE {table}")
+    module_stack.sql("DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    module_stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
+    return module_stack
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +116,9 @@ def hook() -> Iterator[Webhook]:
 
 
 @pytest.fixture(scope="module")
-def dev(databases: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def dev(
+    module_stack: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Page]:
     """The page and the daemon on the repository's dagster.yaml, its slow look for dead workers made quick."""
     home = tmp_path_factory.mktemp("launches") / "dagster_home"
     shutil.copytree(empty_home, home)
@@ -150,8 +128,8 @@ def dev(databases: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pyt
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AUDITEXPORT_")}
     environment |= {
         "DAGSTER_HOME": str(home),
-        "AUDITEXPORT_MYSQL_URL": databases.mysql_url,
-        "AUDITEXPORT_CLICKHOUSE_URL": databases.clickhouse_url,
+        "AUDITEXPORT_MYSQL_URL": module_stack.mysql_url,
+        "AUDITEXPORT_CLICKHOUSE_URL": module_stack.clickhouse_url,
         "AUDITEXPORT_OUTBOXES": settings_file(home.parent, sensor_rows=1),
         "AUDITEXPORT_ALERT_WEBHOOK_URL": hook.url,
     }
@@ -159,32 +137,28 @@ def dev(databases: Stack, hook: Webhook, empty_home: Path, tmp_path_factory: pyt
     pool = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", "audit_log_export", "1"]
     subprocess.run(pool, env=environment, check=True, capture_output=True, timeout=60)
     port = free_port()
-    log = home.parent / "dagster_dev.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
     url = f"http://127.0.0.1:{port}"
+    command = ["dev", "-w", str(ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+    server = Child(
+        "Dagster",
+        [sys.executable, "-m", "dagster", *command],
+        log=home.parent / "dev.log",
+        env=environment,
+        stop_signal=signal.SIGINT,
+    )
 
     def up() -> bool:
-        assert server.poll() is None, log.read_text()
         try:
             return httpx.get(f"{url}/server_info", timeout=5, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
 
     try:
-        wait_until(up, what="the page", within_s=WITHIN_S, every_s=0.2)
+        server.wait_until(up, within_s=WITHIN_S)
         with dg.DagsterInstance.from_config(str(home)) as instance:
             yield Page(url=url, exporter=Exporter(home=home, instance=instance))
     finally:
-        _stop(server)
+        server.stop()
 
 
 @pytest.fixture
@@ -195,25 +169,6 @@ def page(dev: Page) -> Page:
     return dev
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Ends the page, its daemon, its code server and its run workers: whatever descends from it."""
-    try:
-        family = psutil.Process(server.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    server.send_signal(signal.SIGINT)
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=5)
-
-
-@pytest.mark.slow
 def test_two_materializations_launched_at_once_run_one_after_the_other(page: Page, stack: Stack) -> None:
     """One drain at a time for every way to launch it: job tags would not hold for Materialize, the op's pool does."""
     stack.put(*events(6))
@@ -235,7 +190,6 @@ def test_two_materializations_launched_at_once_run_one_after_the_other(page: Pag
     assert len(page.runs()) == 2
 
 
-@pytest.mark.slow
 def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stack: Stack) -> None:
     """Everyday life: nobody launches anything."""
     stack.put(*events(5))
@@ -250,9 +204,7 @@ def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stac
     assert page.ask(STOP_SENSOR, id=state["sensorState"]["id"])["__typename"] == "StopSensorMutationResult"
 
 
-def test_a_run_that_was_killed_outside_the_daemon_holds_neither_the_sensor_nor_the_pool(
-    page: Page, stack: Stack
-) -> None:
+def test_a_run_killed_outside_the_daemon_blocks_neither_sensor_nor_pool(page: Page, stack: Stack) -> None:
     """Dagster takes it for started for two hours, and its pool admits nobody meanwhile: the sensor ends it."""
     pks = stack.put(*events(5))
     words = ["job", "execute", "-j", "audit_log_export", "-m", "auditexport_pipeline.definitions"]
@@ -279,7 +231,7 @@ def test_a_run_that_was_killed_outside_the_daemon_holds_neither_the_sensor_nor_t
     everything_once(stack, 5)
 
 
-def test_a_run_whose_worker_is_killed_is_noticed_and_launched_again_and_completes(page: Page, stack: Stack) -> None:
+def test_a_run_whose_worker_is_killed_is_launched_again(page: Page, stack: Stack) -> None:
     """Machines die in the middle of things; the daemon's retry of all steps has to finish what was begun.
 
     Dagster itself can lose a retry: it stores the failure's event before the run's status, and a daemon that looks
@@ -301,10 +253,7 @@ def test_a_run_whose_worker_is_killed_is_noticed_and_launched_again_and_complete
     assert {str(batch.state) for batch in ledger(stack)} == {"verified"}
 
 
-@pytest.mark.slow
-def test_the_daemon_tells_a_webhook_of_what_fails_and_not_of_what_it_launches_again(
-    page: Page, stack: Stack, hook: Webhook
-) -> None:
+def test_the_webhook_gets_failures_and_no_run_that_is_retried(page: Page, stack: Stack, hook: Webhook) -> None:
     """The whole way: a worker killed and retried wakes nobody, a launch from the page that fails is told, and its recovery."""
     killed = _killed_while_it_marks(page, stack, stack.put(*events(8))[2])
     wait_until(lambda: _tag(page, killed, "dagster/will_retry"), what="Dagster's word on a retry")

@@ -65,7 +65,7 @@ def test_a_failed_drain_is_one_alert_and_one_recovery(
     assert hook.paths == [f"/{SECRET}"] * 2
 
 
-def test_a_run_launched_in_the_ui_fires_and_any_other_drain_resolves_it(
+def test_a_run_of_the_ui_fires_and_any_drain_resolves_it(
     runs: Sensor, exporter: Exporter, hook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Materialize runs Dagster's implicit asset job, which a sensor on jobs does not see."""
@@ -118,8 +118,8 @@ def test_the_notice_has_the_job_s_own_error_line(
         assert "very-secret" not in text
 
 
-def test_other_people_s_runs_fire_nothing(runs: Sensor, exporter: Exporter) -> None:
-    """In an instance that many share, everybody's failures would bury ours."""
+def test_runs_of_other_jobs_fire_nothing(runs: Sensor, exporter: Exporter) -> None:
+    """In an instance that many share, other failures would bury ours."""
     other = dg.AssetKey("something_else")
     for job, selection in (("their_job", None), ("__ASSET_JOB", frozenset([other]))):
         died(exporter, job, selection)
@@ -188,32 +188,6 @@ def test_a_failure_that_dagster_retries_is_muted_until_the_retry_fails(
     assert "Dagster said that it would launch it again, and has not" in hook.texts()[0]
 
 
-def test_the_last_of_dagster_s_retries_fires(runs: Sensor, exporter: Exporter, hook: Webhook) -> None:
-    """Muting ends where Dagster gives up; a tag on every failure would otherwise be silence."""
-    instance = exporter.instance
-    root = previous = exporter.put_run("audit_log_export", "STARTED")
-    instance.report_run_failed(root)
-    titles = []
-    for number in (1, 2):
-        retry = exporter.put_run("audit_log_export", "STARTED")
-        instance.add_run_tags(previous.run_id, {"dagster/auto_retry_run_id": retry.run_id})
-        instance.delete_run(retry.run_id)
-        retry = instance.add_run(
-            retry.with_tags(
-                {
-                    "dagster/root_run_id": root.run_id,
-                    "dagster/parent_run_id": previous.run_id,
-                    "dagster/retry_number": str(number),
-                }
-            )._replace(root_run_id=root.run_id, parent_run_id=previous.run_id)
-        )
-        instance.report_run_failed(retry)
-        runs.tick()
-        titles.append(hook.titles())
-        previous = retry
-    assert titles == [[], ["[ERROR] auditexport: audit_log_export failed"]]
-
-
 @pytest.mark.parametrize(
     ("tags", "retry"),
     [
@@ -246,8 +220,8 @@ def test_what_happened_before_the_webhook_was_set_is_not_sent(
     assert hook.titles() == []
 
 
-@pytest.mark.parametrize("trouble", ["erroring", "unreachable", "not a URL", "not http", "silent", "dripping"])
-def test_notices_wait_for_a_webhook_in_trouble_and_its_url_stays_secret(
+@pytest.mark.parametrize("trouble", ["erroring", "not a URL", "dripping"])
+def test_notices_wait_for_a_webhook_in_trouble(
     runs: Sensor,
     exporter: Exporter,
     hook: Webhook,
@@ -255,23 +229,18 @@ def test_notices_wait_for_a_webhook_in_trouble_and_its_url_stays_secret(
     caplog: pytest.LogCaptureFixture,
     trouble: str,
 ) -> None:
-    """It must neither block the daemon nor lose the alert, and whoever knows the URL can raise false ones."""
+    """It must neither block the daemon nor lose the alert; and with its URL anybody can raise false ones."""
     died(exporter)
     monkeypatch.setattr(resources, "NOTICE_TIMEOUT_S", 0.2)
-    urls = {
-        "unreachable": f"http://127.0.0.1:1/{SECRET}",
-        "not a URL": f"http://[{SECRET}",
-        "not http": f"file:///{SECRET}",
-    }
-    hook.answer = 500 if trouble == "erroring" else 200
-    hook.holds, hook.drips = trouble == "silent", trouble == "dripping"
+    hook.answer, hook.drips = 500 if trouble == "erroring" else 200, trouble == "dripping"
     with monkeypatch.context() as troubled, caplog.at_level(logging.DEBUG):
-        troubled.setenv("AUDITEXPORT_ALERT_WEBHOOK_URL", urls.get(trouble, hook.url))
+        if trouble == "not a URL":
+            troubled.setenv("AUDITEXPORT_ALERT_WEBHOOK_URL", f"http://[{SECRET}")
         for _ in range(2):
             assert runs.tick() == "alerts: 0 sent, 1 unsent, 1 active"
         assert "alerts could not be sent (" in caplog.text
         assert SECRET not in caplog.text + str(runs.cursor)
-    hook.answer, hook.holds, hook.drips = 200, False, False
+    hook.answer, hook.drips = 200, False
     hook.released.set()
     hook.bodies.clear()
     succeeded(exporter)
@@ -279,9 +248,9 @@ def test_notices_wait_for_a_webhook_in_trouble_and_its_url_stays_secret(
     assert hook.titles() == [f"[{mark}] auditexport: audit_log_export failed" for mark in ("ERROR", "RECOVERED")]
 
 
-def test_a_cursor_that_somebody_set_by_hand_begins_anew(runs: Sensor) -> None:
-    """The Dagster UI lets people edit it; the sensor must not fail for it ever after."""
-    for cursor in ("", "12345", "nonsense", '{"from_ms": "x"}'):
+def test_a_cursor_that_was_set_by_hand_begins_anew(runs: Sensor) -> None:
+    """The Dagster UI lets people edit it, and the sensor must not fail for it."""
+    for cursor in ("", "nonsense", '{"from_ms": "x"}'):
         runs.cursor = cursor
         assert runs.tick() == "alerts: 0 sent, 0 active"
 
@@ -301,11 +270,11 @@ def test_dagster_s_own_failure_sensor_can_use_the_text(
         ).for_run_failure()
     )
     assert "AuditLogUnavailable at plan_batches: ClickHouse " in text
-    assert f"https://dagster.example.com/runs/{run_id}" in text
+    assert run_id in text
 
 
 def test_the_text_of_an_error_that_is_not_ours_is_withheld(runs: Sensor, exporter: Exporter, hook: Webhook) -> None:
-    """Somebody's resource or hook may quote a row in what it raises; a chat keeps it for ever."""
+    """Another resource or hook may quote a row in its error, and a chat stores it."""
 
     @dg.op
     def theirs() -> None:
@@ -333,7 +302,7 @@ def test_the_sensors_are_on_from_the_start_and_target_nothing() -> None:
 
 
 def test_a_sender_of_one_s_own_gets_the_notices(exporter: Exporter, stack: Stack) -> None:
-    """PagerDuty, mail, Teams: an object with three methods; muting and deduplication stay ours."""
+    """PagerDuty, mail, Teams: a resource with three members; muting and deduplication stay ours."""
     sent: list[dict[str, Any]] = []
 
     class Pager(dg.ConfigurableResource):  # type: ignore[type-arg]

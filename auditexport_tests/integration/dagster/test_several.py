@@ -94,23 +94,7 @@ def test_a_drain_takes_its_own_outbox_and_leaves_the_other(
     }
 
 
-@pytest.mark.slow
-def test_both_assets_in_one_run_export_both_outboxes(
-    both: dg.Definitions, exporter: Exporter, stack: Stack, other: Stack
-) -> None:
-    """Materialize all on the page runs the two drains in one process."""
-    stack.put(*events(5))
-    other.put(*events(7, "other"))
-    job = both.get_repository_def().get_job("__ASSET_JOB")
-    result = job.execute_in_process(
-        instance=exporter.instance,
-        asset_selection=[dg.AssetKey([name, "audit_logs_raw_v1"]) for name in ("eu", "us")],
-    )
-    assert result.success
-    assert (stack.counts(), other.counts()) == ((5, 5), (7, 7))
-
-
-def test_a_sensor_looks_at_its_own_outbox_with_its_own_threshold_and_settings(
+def test_a_sensor_has_its_own_outbox_thresholds_and_settings(
     both: dg.Definitions, exporter: Exporter, stack: Stack, other: Stack
 ) -> None:
     """A drain of one outbox, however long, must not keep the other one's from starting."""

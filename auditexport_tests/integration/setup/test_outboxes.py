@@ -94,10 +94,10 @@ def test_a_fault_in_an_entry_is_named_by_file_entry_and_key(file: Path, wrong: s
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("outboxes: [", "line 1: this is no YAML"),
+        ("outboxes: [", "line 1: this is not YAML"),
         ("outboxes: []", "outboxes: it must be a list of at least one outbox"),
         ("outbox: []", "must hold one key, outboxes"),
-        ("outboxes: [eu]", "entry 1 is no mapping"),
+        ("outboxes: [eu]", "entry 1 is not a mapping"),
         ("outboxes:\n  - name: eu\n    sensor_rows: 1\n    sensor_rows: 2\n", "the key sensor_rows is given twice"),
     ],
 )
@@ -116,10 +116,8 @@ def test_a_url_in_the_place_of_a_variable_is_refused_and_not_repeated(file: Path
     assert "s3cret" not in str(refused.value)
 
 
-def test_a_variable_that_is_not_set_and_a_database_that_is_another_ones_are_refused(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two ledgers on one outbox would each take its rows; the definitions are not loaded."""
+def test_an_unset_variable_and_a_shared_database_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ledgers on one outbox would each take its rows; the definitions are not even loaded."""
     monkeypatch.setenv("AUDITEXPORT_OUTBOXES", str(file))
     for name in ("EU_MYSQL_URL", "EU_CLICKHOUSE_URL", "US_CLICKHOUSE_URL"):
         monkeypatch.setenv(name, f"url://:s3cret@host/{name}")
@@ -189,7 +187,7 @@ def test_a_command_uses_the_named_outbox_and_no_other(
     assert "there is no list of outboxes" in prompt("--outbox", "eu", "status", status=2).output
 
 
-def test_status_of_all_is_a_line_each_with_what_to_do_and_the_worst_status(
+def test_status_of_all_has_a_line_each_and_the_worst_exit_status(
     prompt: Prompt, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One command shows all outboxes; a server that does not answer hides no other."""
