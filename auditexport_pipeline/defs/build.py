@@ -16,7 +16,6 @@ from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.settings import Targets, Thresholds, refuse_moved_variables
 from auditexport_pipeline.defs import alerts, asset_checks, catalog, jobs, schedules, sensors
 from auditexport_pipeline.defs.assets import export_asset
-from auditexport_pipeline.defs.config import drain_run_config
 from auditexport_pipeline.defs.executors import limits_here
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.resources import (
@@ -83,7 +82,8 @@ def build_audit_export_defs(
     }
     if unknown := sorted(set(resources) - set(given)):
         raise InvalidConfig(f"{', '.join(unknown)}: no such argument or resource; resources are {', '.join(given)}")
-    limits, run_config = limits_here(drain or {}), drain_run_config(names, drain or {})
+    limits = limits_here(drain or {})
+    run_config = {"ops": {names.node: {"config": dict(drain)}}} if drain else {}
     thresholds = sensor_thresholds or Thresholds()
     target, policy = Targets().with_values(targets or {}), Policy().with_values(alert_policy or {})
     about: dict[str, Any] = {"group_name": group_name, "owners": list(owners), "tags": dict(tags or {})}

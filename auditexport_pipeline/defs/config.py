@@ -6,7 +6,7 @@ The settings that the CLI has too are in `core.settings`.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
@@ -20,7 +20,6 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.settings import Limits, Retention, Settings, format_bounds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.defs.executors import limits_here
-from auditexport_pipeline.defs.names import Names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +30,7 @@ class Form(Settings, dg.Config):
 
 
 def schema_of(form: type[Settings]) -> dict[str, dg.Field]:
-    """The form as the launchpad shows it: each field with its default, bounds and sentence.
+    """The form as the launchpad shows it: each field with its default, bounds and description.
 
     The schema that Dagster makes of a `dg.Config` leaves the bounds out, and takes the name of a variable for any value.
     """
@@ -96,12 +95,6 @@ def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
         "export_batch": {"ops": {"fetch_batch": op, "write_clickhouse": op, "mark_exported": op}},
         "finish_export": op,
     }
-
-
-def drain_run_config(names: Names, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The run configuration of drains that the sensor and the schedule launch. Raises `InvalidConfig`, naming the field."""
-    limits_here(settings)
-    return {"ops": {names.node: {"config": dict(settings)}}} if settings else {}
 
 
 # ── the other jobs ───────────────────────────────────────────────────────────────────────────────

@@ -27,7 +27,7 @@ from auditexport_tests.support.builders import settings_file
 from auditexport_tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-# The last run's pictures, for whoever wants to look: `make test-e2e` overwrites them.
+# Pictures of the last run; `make test-e2e` overwrites them.
 PICTURES = ROOT / ".auditexport" / "e2e"
 # MySQL initialised, the page, the daemon and the code location started: 20 s alone, a minute beside a benchmark.
 UP_WITHIN_S = 240.0

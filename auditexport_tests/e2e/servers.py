@@ -72,7 +72,7 @@ def redis(password: str, directory: Path) -> Iterator[str]:
     program = shutil.which("redis-server")
     assert program, "no Redis on this machine: `make test-e2e` installs it, or says how"
     port = free_port()
-    settings = directory / "redis.conf"  # a command line would show the password to everybody
+    settings = directory / "redis.conf"  # a command line would show the password to every user
     settings.write_text(f'bind 127.0.0.1\nport {port}\nrequirepass {password}\nappendonly yes\nsave ""\n')
     settings.chmod(0o600)
     child = Child("Redis", [program, str(settings), "--dir", str(directory)], log=directory / "redis.log")
@@ -116,7 +116,7 @@ def rabbitmq(password: str, directory: Path) -> Iterator[str]:
         "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq"),
     }
     (directory / "rabbitmq.conf").write_text(f"default_user = exporter\ndefault_pass = {password}\n")
-    # Erlang would start this one itself, as a daemon that nobody stops.
+    # Erlang would start this one itself, as a daemon that stays.
     names = Child("epmd", ["epmd"], log=directory / "epmd.log", env=environment)
     server = None
     try:

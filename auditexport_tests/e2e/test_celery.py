@@ -274,7 +274,7 @@ def test_a_killed_child_of_a_worker_fails_the_run_and_the_next_continues(cluster
     assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
 
 
-# Tasks that fail at their first line, which is all that is wanted of them; printed with the queue of each.
+# Tasks that fail at their first line, which is enough here; printed with the queue of each.
 SEND = """
 from auditexport_pipeline.celery_worker import app
 
@@ -297,8 +297,10 @@ def test_a_queue_has_its_own_worker_and_shared_ones_take_turns(broker: str, tmp_
             "CELERY_BROKER_URL": broker_url,
         }
         program = [sys.executable, "-c", SEND.format(tasks=tasks)]
-        told = subprocess.run(program, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-        sent = dict(line.split() for line in told.splitlines())
+        printed = subprocess.run(
+            program, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path
+        ).stdout
+        sent = dict(line.split() for line in printed.splitlines())
         one = _taken_by("one", ["us"], environment, sent)
         two = _taken_by("two", ["eu", "dagster"], environment, sent)
     assert one == ["us"] * tasks

@@ -76,7 +76,7 @@ class Deployment:
             service.stop()
 
     def dagster(self, *words: str) -> str:
-        """`dagster …` at the prompt, with the environment of the daemon; returns what it printed."""
+        """`dagster …` on the command line, with the environment of the daemon; returns what it printed."""
         done = subprocess.run(
             [str(Path(sys.executable).parent / "dagster"), *words],
             env={**self.environment("daemon"), **self._ours()},
@@ -102,7 +102,7 @@ class Deployment:
         return results
 
     def up(self) -> None:
-        """Returns once the page shows the code location."""
+        """Returns once the Dagster UI shows the code location."""
 
         def shown() -> bool:
             for service in self.services.values():
@@ -127,7 +127,7 @@ class Deployment:
 
 @pytest.fixture
 def deployment(stack: Stack, tmp_path: Path) -> Iterator[Deployment]:
-    """The directory as the page says to lay it out, the storage created, the services not started."""
+    """The directory as operations.md describes it, the storage created, the services not started."""
     home = tmp_path / "var"
     home.mkdir()
     with postgres() as storage_url:

@@ -32,7 +32,7 @@ LAUNCHER: dict[str, Any] = yaml.safe_load((KUBERNETES / "dagster.yaml").read_tex
 
 
 class Cluster:
-    """Jobs by name as they were asked for, and the process that each has become."""
+    """Jobs by name, and the process of each."""
 
     def __init__(self, variables: dict[str, str], log: Path) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -188,7 +188,7 @@ def kubernetes(stack: Stack, tmp_path: Path) -> Iterator[Kubernetes]:
 
 
 def test_each_step_is_a_job_with_its_own_command_and_variables(kubernetes: Kubernetes, stack: Stack) -> None:
-    """What would be sent to a cluster is complete: no step needs anything of the process that asked for it."""
+    """A Job is complete: no step needs anything of the process that created it."""
     stack.put(*events(200))
     done = kubernetes.drain()
     assert done.returncode == 0, done.stderr[-3000:] + kubernetes.cluster.log.read_text()[-3000:]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 ASSET = "/assets/audit_logs_raw_v1"
 LOCATION = "/locations/auditexport"
-# Numbers that a run has to leave on the page; `defs/report.py` has them all.
+# Numbers of a run that the UI shows; `defs/report.py` has them all.
 NUMBERS = ("rows", "entries", "batches", "bytes", "seconds", "rows_per_s", "verified_batches", "backlog_rows", "lag_s")
 
 # A run's chart draws dotted boxes beside the window first, and moves them in as it learns when each step ran.
@@ -96,7 +96,7 @@ def test_a_wrong_value_is_refused_in_the_launchpad_naming_the_field(dev: Dev, pa
 
 
 def test_a_launch_with_a_config_exports_and_its_numbers_appear(dev: Dev, page: Page) -> None:
-    """The first thing anybody does: Materialize, watch it end, read what it did."""
+    """The first use: Materialize, watch the run end, read its numbers."""
     commit_events(dev, 700)
     dialog = open_launchpad(page)
     configure(page, dialog, settings(batch_rows=350))

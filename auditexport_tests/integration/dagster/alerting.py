@@ -79,7 +79,7 @@ def succeeded(exporter: Exporter, job: str = "audit_log_export") -> dg.DagsterRu
 
 
 class Broken(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Somebody's database that cannot be set up."""
+    """A database resource that cannot be set up."""
 
     url: str = ""
 
@@ -88,7 +88,7 @@ class Broken(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 def cannot_begin(exporter: Exporter) -> None:
-    """A drain that fails before its first step could tell anybody."""
+    """A drain that fails before its first step, so that no step sends anything."""
     broken = dg.Definitions.merge(
         build_audit_export_defs(mysql=Broken()), dg.Definitions(executor=dg.in_process_executor)
     )

@@ -32,7 +32,7 @@ ASSET = dg.AssetKey("audit_logs_raw_v1")
 
 
 def launchpad(settings: Mapping[str, object]) -> dict[str, object]:
-    """The run configuration that the page would send for these settings."""
+    """The run configuration that the launchpad would send for these settings."""
     return {"ops": {"audit_logs_raw_v1": {"config": dict(settings)}}} if settings else {}
 
 
@@ -64,7 +64,7 @@ class Exporter:
     def put_run(
         self, job_name: str, status: str, asset_selection: frozenset[dg.AssetKey] | None = None
     ) -> dg.DagsterRun:
-        """A run in this state, as a launch through the page or the daemon records it."""
+        """A run in this state, as the Dagster UI or the daemon records it."""
         location = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("auditexport"), "__repository__")
         return create_run_for_test(
             self.instance,
@@ -97,10 +97,10 @@ class Exporter:
         lines = []
         for record in self.instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
             assert record.dagster_event is not None
-            told = record.dagster_event.step_failure_data.user_failure_data
-            assert told is not None, "a step failed with an exception that nobody translated"
-            assert told.description is not None
-            lines.append(told.description)
+            failure = record.dagster_event.step_failure_data.user_failure_data
+            assert failure is not None, "a step failed with an exception that is not translated"
+            assert failure.description is not None
+            lines.append(failure.description)
         return lines
 
 

@@ -50,7 +50,7 @@ STEPS = ("fetch_batch", "write_clickhouse", "mark_exported")
 
 
 def test_the_code_location_offers_the_names_of_the_contract() -> None:
-    """Other people's configuration holds these names: renaming one breaks it."""
+    """Users configure these names: renaming one breaks them."""
     graph = defs.resolve_asset_graph()
     assert graph.get(ASSET).parent_keys == {dg.AssetKey("clickhouse_outbox")}
     assert graph.get(dg.AssetKey("clickhouse_outbox")).is_external
@@ -89,7 +89,7 @@ def test_an_unknown_executor_is_refused_by_the_name_of_its_variable(monkeypatch:
 
 
 def test_the_pool_of_drains_is_on_the_op_and_in_the_instance() -> None:
-    """Job tags do not apply to Materialize on the page; the op's pool does, if the instance limits it by run."""
+    """Job tags do not apply to Materialize; the op's pool does, if the instance limits it by run."""
     for job in (the_export_job(), defs.get_repository_def().get_job("__ASSET_JOB")):
         plan = next(node for node in job.all_node_defs if node.name == "plan_batches")
         assert isinstance(plan, dg.OpDefinition)
@@ -102,7 +102,7 @@ def test_the_pool_of_drains_is_on_the_op_and_in_the_instance() -> None:
 
 
 def test_a_drain_reports_every_number_and_every_number_is_right(exporter: Exporter, stack: Stack) -> None:
-    """The materialization is what people look at: a number that is missing or wrong misleads them."""
+    """Operators read the materialization: a missing or wrong number misleads them."""
     rows = events(25)
     rows[7] = ("ws_1", "evt_7", '{"event_id": "evt_7", "workspace_id": "ws_1", "event": "key.create"}')
     rows.append(rows[24])  # the application wrote one event twice
@@ -336,7 +336,7 @@ def _jobs() -> Iterator[dg.JobDefinition]:
 
 
 def test_the_launchpad_shows_each_limit_with_default_and_bounds() -> None:
-    """Configuration has one place, `core.settings`; the form on the page must not drift from it."""
+    """Configuration has one place, `core.settings`; the launchpad must not drift from it."""
     for job in _jobs():
         node = job.graph.node_named("audit_logs_raw_v1").definition
         assert isinstance(node, dg.GraphDefinition)
@@ -391,7 +391,7 @@ def test_refused_settings_start_nothing_and_claim_nothing(exporter: Exporter, st
 
 
 def test_the_implicit_asset_job_takes_the_same_settings(exporter: Exporter, stack: Stack) -> None:
-    """Materialize with a configuration from the page's launchpad must reach every op."""
+    """Materialize with a configuration from the launchpad must reach every op."""
     stack.put(*events(5))
     job = defs.get_repository_def().get_job("__ASSET_JOB")
     result = job.execute_in_process(
@@ -496,7 +496,7 @@ def _payloads_with_canaries() -> list[tuple[str, str, str]]:
 
 
 def test_dagster_stores_no_payload_of_a_run(exporter: Exporter, stack: Stack) -> None:
-    """Audit payloads are personal data; Dagster's storage is read by many and kept for long."""
+    """Audit payloads are personal data; Dagster's storage has many readers and a long retention."""
     stack.log.client().command(
         f"ALTER TABLE audit_logs_raw_v1 ADD CONSTRAINT some_of_them CHECK description != '{CANARY} refused'"
     )
@@ -530,7 +530,7 @@ def test_dagster_stores_no_payload_that_clickhouse_quotes(
 def test_dagster_stores_no_payload_of_an_unforeseen_error(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception that nobody foresaw may carry anything; Dagster would store its text."""
+    """An unforeseen exception may contain a payload; Dagster would store its text."""
 
     def broken(*_: object) -> None:
         raise KeyError(CANARY)

@@ -109,12 +109,12 @@ def test_a_tick_without_mysql_fails_with_one_line(sensor: Sensor) -> None:
     assert str(failure.value.description).startswith("MySQL failed while probing the backlog")
 
 
-# ── somebody is at work ──────────────────────────────────────────────────────────────────────────
+# ── another drain is at work ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def overdue(stack: Stack) -> Stack:
-    """A stack with one row that is overdue, so that only somebody at work holds a launch back."""
+    """A stack with one row that is overdue, so that only another drain prevents a launch."""
     stack.put(event("evt_1"))
     age(stack, 3600)
     return stack
@@ -154,7 +154,7 @@ def test_runs_that_have_ended_and_runs_of_others_hold_nothing_back(sensor: Senso
 def test_the_sensor_sees_a_drain_by_its_pool_whatever_job_it_is_part_of(
     sensor: Sensor, exporter: Exporter, overdue: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's own job with the asset in it has neither our name nor an asset selection."""
+    """A user's own job with the asset has neither our name nor an asset selection."""
     ticks: list[dg.SensorResult] = []
     real = export.fetch
 
@@ -188,7 +188,7 @@ def test_the_sensor_skips_while_another_process_holds_a_lease(sensor: Sensor, ov
 def test_the_sensor_launches_at_once_when_a_run_left_batches_open(
     sensor: Sensor, exporter: Exporter, stack: Stack
 ) -> None:
-    """The run is over, so nobody needs to wait for its lease; and what it claimed is no longer counted as pending enough."""
+    """The run is over, so the sensor need not wait for its lease."""
     run = exporter.put_run("audit_log_export", "FAILURE")
     stack.put(*events(2))
     claiming.claim(stack.outbox, owner=run.run_id, dead_owners=[], limits=Limits())
@@ -203,7 +203,7 @@ def test_the_sensor_launches_at_once_when_a_run_left_batches_open(
 def test_rows_of_unknown_versions_and_dead_letters_are_in_the_reason(
     sensor: Sensor, exporter: Exporter, stack: Stack
 ) -> None:
-    """Neither ever launches a run, so the reason is where people see that they wait for somebody."""
+    """Neither launches a run, so the reason shows that they wait for a person."""
     stack.put(*events(2), version="audit_log.v9")
     stack.put(("ws_1", "evt_dead", "[]"))
     exporter.drain()
@@ -249,8 +249,8 @@ def test_the_outbox_is_observed_now_and_then_or_when_it_needs_a_person(
     assert [each["backlog_rows"] for each in observed()] == [4]
 
 
-def test_a_cursor_that_somebody_set_by_hand_does_not_stop_the_sensor(sensor: Sensor) -> None:
-    """The page lets people edit it; one that cannot be read means that nothing was observed yet."""
+def test_a_cursor_that_was_set_by_hand_does_not_stop_the_sensor(sensor: Sensor) -> None:
+    """The Dagster UI lets people edit it; an unreadable one counts as none."""
     for cursor in ("", "12345", "nonsense", '{"numbers": 1}'):
         sensor.cursor = cursor
         assert len(sensor.tick().asset_events or []) == 1

@@ -1,4 +1,4 @@
-"""`auditexport_pipeline.AuditExport` in somebody's project, by Dagster's own command `dg`."""
+"""`auditexport_pipeline.AuditExport` in a user's project, by Dagster's own command `dg`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ attributes:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project of somebody else's, with two outboxes as components."""
+    """A user's project, with two outboxes as components."""
     for name in ("eu", "us"):
         folder = tmp_path / "theirs" / "theirs" / "defs" / name
         folder.mkdir(parents=True)
@@ -75,12 +75,11 @@ def dg(project: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 @pytest.mark.slow
 def test_the_component_is_found_and_both_outboxes_load(project: Path) -> None:
-    """Who has never seen the package finds it in the list, and a YAML file is all it takes."""
+    """Dagster lists the component, and a YAML file is enough to use it."""
     assert "auditexport_pipeline.AuditExport" in dg(project, "list", "components").stdout
     checked = dg(project, "check", "defs")
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    told = dg(project, "list", "defs", "--json")
-    found = json.loads(told.stdout)
+    found = json.loads(dg(project, "list", "defs", "--json").stdout)
     assert {asset["asset_key"] for asset in found["assets"]} == {
         f"{name}/{asset}" for name in ("eu", "us") for asset in ("audit_logs_raw_v1", "clickhouse_outbox")
     }
@@ -89,20 +88,20 @@ def test_the_component_is_found_and_both_outboxes_load(project: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ("  batch_rows: 5", "batch_rows"),
         ("  drain: {batch_rows: 0}", "batch_rows is 0"),
     ],
 )
-def test_a_wrong_attribute_is_refused_by_its_name(project: Path, wrong: str, told: str) -> None:
+def test_a_wrong_attribute_is_refused_by_its_name(project: Path, wrong: str, message: str) -> None:
     """A typing error in YAML must not become a default."""
     (project / "theirs" / "defs" / "us" / "defs.yaml").write_text(
         f"type: auditexport_pipeline.AuditExport\nattributes:\n{wrong}\n"
     )
     checked = dg(project, "check", "defs")
     assert checked.returncode != 0
-    assert told in checked.stdout + checked.stderr
+    assert message in checked.stdout + checked.stderr
 
 
 @pytest.mark.slow

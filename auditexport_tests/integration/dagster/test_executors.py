@@ -1,4 +1,4 @@
-"""The executors, put together from the environment: chosen, refused, configured, and kept from secrets.
+"""The executors, put together from the environment: chosen, refused, configured, and without secrets.
 
 What belongs here: what shows without workers or a cluster. What does not: steps on Celery (`e2e/test_celery.py`) and as Jobs
 (`e2e/test_kubernetes.py`).
@@ -199,7 +199,7 @@ def test_an_outbox_with_a_queue_sends_every_step_there(
 
 
 @pytest.mark.parametrize(
-    ("broker_url", "most_s", "told"),
+    ("broker_url", "most_s", "message"),
     [
         (
             SECRET,
@@ -210,7 +210,7 @@ def test_an_outbox_with_a_queue_sends_every_step_there(
     ],
 )
 def test_a_run_that_stays_longer_than_the_broker_waits_is_refused(
-    monkeypatch: pytest.MonkeyPatch, broker_url: str, most_s: int, told: str
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, most_s: int, message: str
 ) -> None:
     """The step that stays would be given to a second worker while the first is at it, and with RabbitMQ to a third."""
     urls = {"AUDITEXPORT_MYSQL_URL": "x", "AUDITEXPORT_CLICKHOUSE_URL": "x"}
@@ -218,9 +218,9 @@ def test_a_run_that_stays_longer_than_the_broker_waits_is_refused(
     for job in ("audit_log_export", "__ASSET_JOB"):
         launched = defs.get_repository_def().get_job(job)
         dg.validate_run_config(launched, launchpad({"linger_s": most_s}))
-        with pytest.raises(dg.DagsterInvalidConfigError, match=told):
+        with pytest.raises(dg.DagsterInvalidConfigError, match=message):
             dg.validate_run_config(launched, launchpad({"linger_s": most_s + 1}))
-    with pytest.raises(InvalidConfig, match=told):
+    with pytest.raises(InvalidConfig, match=message):
         build_audit_export_defs(drain={"linger_s": most_s + 1})
     monkeypatch.setenv("AUDITEXPORT_CELERY_VISIBILITY_TIMEOUT_S", "901")
     if broker_url == SECRET:

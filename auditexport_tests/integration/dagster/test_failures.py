@@ -187,7 +187,7 @@ def test_a_wrong_setup_is_refused_before_anything_is_claimed(
 def test_a_user_without_grants_is_refused_before_anything_is_claimed(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A missing grant shows as a missing table in the catalogue; the line must send people the right way."""
+    """A missing grant shows as a missing table in the catalogue; the line must name the grant."""
     url = sa.make_url(stack.mysql_url)
     user = f"limited_{url.database}"[-32:]
     stack.put(*events(2))

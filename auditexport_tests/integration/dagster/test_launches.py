@@ -1,4 +1,4 @@
-"""Launches as people and the daemon make them: a real page, a real daemon, real run workers."""
+"""Launches through a real Dagster UI, a real daemon and real run workers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ mutation Start($selector: SensorSelector!) {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """`dagster dev` on loopback: the page's GraphQL, and the instance behind it."""
+    """`dagster dev` on loopback: the UI's GraphQL, and the instance behind it."""
 
     url: str
     exporter: Exporter
@@ -110,7 +110,7 @@ def stack(module_stack: Stack) -> Stack:
 
 @pytest.fixture(scope="module")
 def hook() -> Iterator[Webhook]:
-    """Where the page's alerts go."""
+    """Where alerts go."""
     with webhook() as listening:
         yield listening
 
@@ -191,7 +191,7 @@ def test_two_materializations_launched_at_once_run_one_after_the_other(page: Pag
 
 
 def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stack: Stack) -> None:
-    """Everyday life: nobody launches anything."""
+    """The everyday case: no person launches anything."""
     stack.put(*events(5))
     state = page.ask(START_SENSOR, selector={**LOCATION, "sensorName": "outbox_backlog_sensor"})
     assert state["sensorState"]["status"] == "RUNNING"
@@ -205,7 +205,7 @@ def test_the_sensor_starts_a_run_by_itself_once_it_is_turned_on(page: Page, stac
 
 
 def test_a_run_killed_outside_the_daemon_blocks_neither_sensor_nor_pool(page: Page, stack: Stack) -> None:
-    """Dagster takes it for started for two hours, and its pool admits nobody meanwhile: the sensor ends it."""
+    """Dagster takes it for started for two hours, and its pool admits no run meanwhile: the sensor ends it."""
     pks = stack.put(*events(5))
     words = ["job", "execute", "-j", "audit_log_export", "-m", "auditexport_pipeline.definitions"]
     environment = {**os.environ, "DAGSTER_HOME": str(page.exporter.home), **urls(stack)}
@@ -254,7 +254,7 @@ def test_a_run_whose_worker_is_killed_is_launched_again(page: Page, stack: Stack
 
 
 def test_the_webhook_gets_failures_and_no_run_that_is_retried(page: Page, stack: Stack, hook: Webhook) -> None:
-    """The whole way: a worker killed and retried wakes nobody, a launch from the page that fails is told, and its recovery."""
+    """A killed and retried worker sends no alert; a failed launch sends one, and one for its recovery."""
     killed = _killed_while_it_marks(page, stack, stack.put(*events(8))[2])
     wait_until(lambda: _tag(page, killed, "dagster/will_retry"), what="Dagster's word on a retry")
     assert _tag(page, killed, "dagster/will_retry") == "true"

@@ -45,7 +45,7 @@ def shards(mysql_server: str, clickhouse_server: str) -> Iterator[dict[str, Stac
 def environment(
     shards: dict[str, Stack], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """What the code server and the prompt are started with: the file, and the URLs that it names."""
+    """What the code server and the CLI are started with: the file, and the URLs that it names."""
     entries: list[dict[str, Any]] = [
         {
             "name": name,
@@ -164,7 +164,7 @@ def test_an_endless_backlog_takes_one_slot_and_a_server_that_is_away_none(
         assert len(beside) <= 2
         assert beside.count(job) == 1
 
-    # The sensor of the one whose server is away fails by itself, and nobody else's does.
+    # The sensor of the one whose server is away fails, and no other does.
     states = {state.instigator_name: state for state in exporter.instance.all_instigator_state()}
     for name in NAMES:
         state = states[f"{name}_outbox_backlog_sensor"]

@@ -30,7 +30,7 @@ def age(stack: Stack, seconds: float) -> None:
 def test_a_backlog_that_does_not_shrink_fires_with_numbers_and_reasons(
     numbers: Sensor, exporter: Exporter, stack: Stack, hook: Webhook, clock: Clock
 ) -> None:
-    """An exporter that nobody starts fails no run: only this alert tells it from an idle one."""
+    """An exporter that is never started fails no run: only this alert tells it from an idle one."""
     stack.put(*events(30))
     age(stack, 400)
     for _ in range(10):

@@ -148,7 +148,7 @@ def test_two_outboxes_in_one_location_have_their_own_alerts(
 def test_a_failure_that_dagster_retries_is_muted_until_the_retry_fails(
     runs: Sensor, exporter: Exporter, hook: Webhook, clock: Clock
 ) -> None:
-    """A worker that died is launched again in seconds: nobody has to get up for it, unless that fails too."""
+    """A worker that died is launched again in seconds; an alert is due only if the retry fails too."""
     instance = exporter.instance
 
     def to_be_retried() -> dg.DagsterRun:

@@ -87,9 +87,9 @@ def test_a_drain_takes_its_own_outbox_and_leaves_the_other(
     assert materialization.asset_key == dg.AssetKey(["us", "audit_logs_raw_v1"])
     assert materialization.metadata["batches"].value == 3
     observed = exporter.instance.fetch_observations(dg.AssetKey(["us", "audit_logs_raw_v1"]), limit=10).records
-    told = [record.asset_observation.metadata for record in observed if record.asset_observation]
-    assert sorted(int(str(each["rows"].value)) for each in told) == [1, 3, 3]
-    assert {str(each["in_the_ledger"].value) for each in told} == {
+    metadata = [record.asset_observation.metadata for record in observed if record.asset_observation]
+    assert sorted(int(str(each["rows"].value)) for each in metadata) == [1, 3, 3]
+    assert {str(each["in_the_ledger"].value) for each in metadata} == {
         f"auditexport batches show {batch_id}" for batch_id in (1, 2, 3)
     }
 

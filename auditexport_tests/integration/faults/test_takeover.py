@@ -101,7 +101,7 @@ def sensor(exporter: Exporter, stack: Stack) -> Sensor:
 
 
 def silent_for(exporter: Exporter, run: dg.DagsterRun, seconds: float) -> None:
-    """Moves what the run last told Dagster into the past."""
+    """Moves the run's last update into the past."""
     with exporter.instance.run_storage.connect() as connection:  # type: ignore[attr-defined]
         connection.execute(
             sa.text("UPDATE runs SET update_timestamp = datetime(update_timestamp, :ago) WHERE run_id = :run_id"),

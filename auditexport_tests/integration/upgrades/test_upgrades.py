@@ -27,7 +27,7 @@ LIMITS = Limits(**SETTINGS)  # type: ignore[arg-type]
 # The first time of each effect. A split happens only where rows are refused; the matrix of one release has it, and each
 # later time (`integration.export.test_exactly_once`).
 POINTS = [point for point in CRASH_POINTS if point.endswith(" 1") and not re.search("replace_cut|reserve", point)]
-# Paused before its claim is committed, a run holds the ledger's lock, and nobody plans.
+# Paused before its claim is committed, a run holds the ledger's lock, and no other run plans.
 PAUSES = [point for point in POINTS if point != "before claim 1"]
 
 
@@ -85,7 +85,7 @@ def new_drain(stack: Stack, owner: str, *dead_owners: str, limits: Limits = LIMI
 def test_the_ledger_changes_by_one_statement_that_doctor_prints(
     mysql_server: str, clickhouse_server: str, old: OldRelease
 ) -> None:
-    """Who upgrades reads one line and runs it; before it nothing is claimed, after it nothing is left to do."""
+    """The upgrade is one statement: before it nothing is claimed, after it nothing is left to do."""
     with fresh_stack(mysql_server, clickhouse_server, create=False) as stack:
         old.ask("create", **urls(stack))
 

@@ -43,9 +43,9 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     """One error a launch is three launches for three typing errors."""
     with pytest.raises(InvalidConfig) as refused:
         Limits(lease_s=1, mark_row=5, versions=["v9"])  # type: ignore[call-arg]
-    told = str(refused.value)
-    assert told.startswith("lease_s is 1; it must be an integer from 10 to 86,400; versions is ['v9']; choose from ")
-    assert "; mark_row is not a setting of a drain; choose from batch_bytes, " in told
+    message = str(refused.value)
+    assert message.startswith("lease_s is 1; it must be an integer from 10 to 86,400; versions is ['v9']; choose from ")
+    assert "; mark_row is not a setting of a drain; choose from batch_bytes, " in message
 
 
 def test_settings_are_not_changed_once_they_are_made() -> None:
