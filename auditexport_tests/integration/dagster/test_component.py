@@ -69,7 +69,7 @@ def dg(project: Path, *arguments: str, **environment: str) -> subprocess.Complet
         env={**os.environ, "PYTHONPATH": f"{project}:{ROOT}", "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # `dg` starts several processes that import Dagster
     )
 
 
