@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import dagster as dg
@@ -40,6 +37,7 @@ from auditexport_tests.integration.dagster.conftest import (
     text_of,
 )
 from auditexport_tests.integration.dagster.location import CANARY, leaking_job, the_export_job
+from auditexport_tests.integration.security.canaries import Search
 from auditexport_tests.support.waiting import wait_until
 from auditexport_tests.support.webhook import Webhook
 
@@ -448,32 +446,11 @@ def test_between_processes_the_outbox_is_read_again(exporter: Exporter, stack: S
 # ── nothing audited in Dagster ───────────────────────────────────────────────────────────────────
 
 
-def _stored_in(home: Path, needle: str) -> list[str]:
+def _stored_in(home: Path, needle: str) -> set[str]:
     """The files under `home` that hold `needle`, in the clear, in a database's cell or compressed in one."""
-    found = []
-    wanted = needle.encode()
-    for path in sorted(path for path in home.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        if wanted in content or (content.startswith(b"SQLite format 3") and _in_a_cell(path, wanted)):
-            found.append(str(path.relative_to(home)))
-    return found
-
-
-def _in_a_cell(database: Path, wanted: bytes) -> bool:
-    """Whether a value of any table holds it: a long value is scattered over pages, a snapshot is compressed."""
-    with closing(sqlite3.connect(database)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        for table in tables:
-            for row in connection.execute(f'SELECT * FROM "{table}"'):
-                for cell in row:
-                    value = cell.encode() if isinstance(cell, str) else cell
-                    if not isinstance(value, bytes):
-                        continue
-                    if value[:1] == b"\x78":
-                        value = zlib.decompress(value)
-                    if wanted in value:
-                        return True
-    return False
+    search = Search({"payload": needle})
+    search.look_at_files("DAGSTER_HOME", home)
+    return search.hits("DAGSTER_HOME")
 
 
 def _payloads_with_canaries() -> list[tuple[str, str, str]]:
@@ -508,7 +485,7 @@ def test_dagster_stores_no_payload_of_a_run(exporter: Exporter, stack: Stack) ->
     assert stack.sql("SELECT state FROM clickhouse_outbox_dead_letter WHERE event_id = 'evt_d'")[0].state == "held"
     assert stack.counts() == (4, 4)
     assert stack.clickhouse(f"SELECT count() > 0 FROM audit_logs_raw_v1 WHERE description = '{CANARY}'") == [(True,)]
-    assert _stored_in(exporter.home, CANARY) == []
+    assert _stored_in(exporter.home, CANARY) == set()
 
 
 def test_dagster_stores_no_payload_that_clickhouse_quotes(
@@ -524,7 +501,7 @@ def test_dagster_stores_no_payload_that_clickhouse_quotes(
     held = stack.sql("SELECT detail FROM clickhouse_outbox_dead_letter WHERE state = 'held'")
     assert held
     assert CANARY not in str(held)
-    assert _stored_in(exporter.home, CANARY) == []
+    assert _stored_in(exporter.home, CANARY) == set()
 
 
 def test_dagster_stores_no_payload_of_an_unforeseen_error(
@@ -540,7 +517,7 @@ def test_dagster_stores_no_payload_of_an_unforeseen_error(
     run_id = exporter.drain(raise_on_error=False).run_id
     (line,) = exporter.failures(run_id)
     assert line.startswith("KeyError at test_asset.py:")
-    assert _stored_in(exporter.home, CANARY) == []
+    assert _stored_in(exporter.home, CANARY) == set()
 
 
 def test_the_search_for_payloads_finds_what_is_planted(exporter: Exporter) -> None:
@@ -548,5 +525,5 @@ def test_the_search_for_payloads_finds_what_is_planted(exporter: Exporter) -> No
     with dg.execute_job(dg.reconstructable(leaking_job), instance=exporter.instance) as run:
         assert run.success
     found = _stored_in(exporter.home, CANARY)
-    assert any(path.endswith(".db") for path in found)
-    assert any(path.endswith("result") for path in found)
+    assert any(".db" in place for place in found)
+    assert any("result" in place for place in found)
