@@ -6,6 +6,18 @@ What does not: choosing rows (`core.claiming`), splitting a refused block (`core
 
 Every verb may be run again after any crash, by the same run or by another one. It continues from the batch's state in the
 ledger.
+
+Effects of a small batch can share a commit (`Outbox.one_transaction`), in two groups, with the INSERT between them:
+
+    with outbox.one_transaction():      claim, fetch, outbox.begin_write       one COMMIT
+    send                                allow_inserts (a COMMIT), the INSERTs
+    with outbox.one_transaction():      record_written, mark                   one COMMIT
+
+The first group must be committed before anything is sent: otherwise a rollback would make sent rows pending again, under
+another `inserted_at`. So whatever asks ClickHouse refuses to run in an open transaction: `send`, and `fetch` of a batch whose rows
+were exported before. An adopted or large batch gains nothing from the first group, which holds the ledger's lock and so all other
+plans until the commit. The second group takes one chunk of `mark_rows` and no throttle. If it raises a transient error,
+nothing of it has happened: call `record_written` and `mark` again, each on its own.
 """
 
 from __future__ import annotations
@@ -63,6 +75,8 @@ CHUNKS_PER_SECOND = 100
 # A transaction of the application ends within milliseconds; we do not wait for a longer one.
 LOCKED_PATIENCE_S = 2.0
 
+# States in which blocks of a batch may have to be sent.
+UNWRITTEN = (State.SEALED, State.STOPPED)
 # Rows can vanish between the check and the mark. A writer may delete rows all the time, so the step is repeated.
 PROOFS = 3
 
@@ -222,6 +236,7 @@ def _by_origin(
     limits: Limits,
 ) -> list[_Part]:
     """Regroups the rows of a requeue: a part for each `inserted_at` that rows are proven to have had, and parts of new rows."""
+    _refuse_in_transaction(outbox)
     for pk in folded:
         del keys[pk]
     origins = prove(outbox, log, batch, keys)
@@ -284,53 +299,83 @@ def _same_event(
 def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
     """Puts every block of a sealed batch into ClickHouse once, and returns the receipt.
 
+    Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
+    token; the ledger's `written`. Raises what `send` raises.
+    """
+    batch = outbox.begin_write(claim, limits.lease_s)
+    return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """A batch of which ClickHouse has acknowledged every block, before the ledger has it as written."""
+
+    claim: Claim
+    batch: Batch
+    found: int
+    note: str
+    seconds: float
+
+
+def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodies, limits: Limits) -> Sent:
+    """Sends the blocks of a batch that `Outbox.begin_write` returned, until ClickHouse has all of them.
+
     `bodies` are the blocks' payloads by digest, as `fetch` returned them. The payloads of a block that is not among them are read
     from the outbox and compared with the digest. `bodies` is emptied.
 
-    Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
-    token; the ledger's `written`. A first attempt writes at once. Any later attempt looks first. A block is
+    A first attempt sends at once. Any later attempt looks first. A block is
     atomic, so ClickHouse has all of it (done) or none of it (the same block goes out under the same token).
     Anything in between means that somebody removed rows: the block counts as written, and
     verification reports it. After an INSERT that got an error, the attempt looks in the same way (`core.attempt`).
     Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
-    with kept(outbox, claim, limits):
-        return _write(outbox, log, claim, bodies, limits)
-
-
-def _write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: Limits) -> Receipt:
+    _refuse_in_transaction(outbox)
     started = time.perf_counter()
-    batch = outbox.begin_write(claim, limits.lease_s)
     found = 0
     note = ""
-    if batch.state in (State.SEALED, State.STOPPED):
-        to_send = list(batch.blocks)
-        if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:
-            raise InsertOutcomeUnknown(
-                f"an INSERT of batch {batch.batch_id} that an earlier run sent can be at work for another "
-                f"{left_ms / 1000:.0f} s; nothing was changed, a run after that resolves the batch"
-            )
-        if batch.attempts > 1:
-            holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
-            # A requeued block shares its inserted_at with the first export: what is there proves nothing.
-            to_send = [block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings]
-            found = len(batch.blocks) - len(to_send)
-        attempt = Attempt(outbox, log, limits, batch)
-        attempt.found([block for block in batch.blocks if block not in to_send])
-        batch = _send_all(outbox, log, batch, to_send, bodies, limits, attempt)
-        note = attempt.note(batch)
-        batch = outbox.record_written(claim, batch.digest)
+    with kept(outbox, claim, limits):
+        if batch.state in UNWRITTEN:
+            to_send = list(batch.blocks)
+            if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:
+                raise InsertOutcomeUnknown(
+                    f"an INSERT of batch {batch.batch_id} that an earlier run sent can be at work for another "
+                    f"{left_ms / 1000:.0f} s; nothing was changed, a run after that resolves the batch"
+                )
+            if batch.attempts > 1:
+                holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
+                # A requeued block shares its inserted_at with the first export: what is there proves nothing.
+                to_send = [
+                    block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings
+                ]
+                found = len(batch.blocks) - len(to_send)
+            attempt = Attempt(outbox, log, limits, batch)
+            attempt.found([block for block in batch.blocks if block not in to_send])
+            batch = _send_all(outbox, log, batch, to_send, bodies, limits, attempt)
+            note = attempt.note(batch)
+    return Sent(claim=claim, batch=batch, found=found, note=note, seconds=time.perf_counter() - started)
+
+
+def record_written(outbox: Outbox, sent: Sent) -> Receipt:
+    """Records the batch as written in the ledger, unless it is there already. Raises `LeaseLost`, `OutboxUnavailable`."""
+    batch = sent.batch
+    if batch.state in UNWRITTEN:
+        batch = outbox.record_written(sent.claim, batch.digest)
     return Receipt(
-        claim=claim,
+        claim=sent.claim,
         digest=batch.digest,
         entries=batch.entries,
         blocks=len(batch.blocks),
         bytes=batch.bytes,
-        found=found,
-        seconds=time.perf_counter() - started,
-        note=note,
+        found=sent.found,
+        seconds=sent.seconds,
+        note=sent.note,
     )
+
+
+def _refuse_in_transaction(outbox: Outbox) -> None:
+    if outbox.in_transaction:
+        raise RuntimeError("ClickHouse must not be asked while a transaction in MySQL is open: commit it first")
 
 
 def _send_all(
@@ -443,6 +488,8 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
     if batch.exported_at_ms is None or receipt.digest != batch.digest:
         raise LeaseLost(f"batch {batch.batch_id} was split again after this receipt was made; run again")
     marking = _Marking(outbox, log, claim, batch, batch.exported_at_ms, limits)
+    if outbox.in_transaction:
+        return marking.in_open_transaction()
     try:
         return marking.all()
     except OutboxLocked as error:
@@ -491,6 +538,17 @@ class _Marking:
             with suppress(RowsSwapped):
                 return self._all(*self._proven())
         return self._all(*self._proven())
+
+    def in_open_transaction(self) -> Batch:
+        """Marks one chunk of rows in the caller's transaction: without threads, pauses and questions to ClickHouse."""
+        batch, limits = self._batch, self._limits
+        if batch.rows > self._chunk_rows or limits.max_rows_per_second or limits.mark_pause_ms:
+            raise RuntimeError(f"the {batch.rows:,} rows of batch {batch.batch_id} cannot be marked in one transaction")
+        if batch.ids is None or not self._may_be_as_sealed():
+            raise RowsSwapped(
+                f"rows under the pks of batch {batch.batch_id} have to be compared with ClickHouse; run again"
+            )
+        return self._outbox.finish_mark(batch.claim, batch.pks, self._stamp_ms, self._total, ids=batch.ids)
 
     def _may_be_as_sealed(self) -> bool:
         """Whether the rows under the batch's pks can be marked without a proof. For a batch of this run the last chunk shows it;

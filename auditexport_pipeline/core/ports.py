@@ -260,6 +260,19 @@ class Planning(Protocol):
 class Outbox(Protocol):
     """MySQL: the application's outbox, our ledger and our dead letters."""
 
+    def one_transaction(self) -> AbstractContextManager[None]:
+        """Commits all effects of this thread within the block together, or none of them. For small batches, to save commits.
+
+        An effect that raises ends the transaction even if the caller catches the error; then repeat the effects outside. Each
+        lock is waited for as briefly as when rows are marked. `core.export` says which verbs may share a transaction.
+        """
+        ...
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is in a `one_transaction` block."""
+        ...
+
     def batch_holders(self) -> list[Holder]:
         """The owners of open batches, with their rows and leases."""
         ...

@@ -278,17 +278,19 @@ class MySQLOutbox(Database):
         return self._marking(f"marking the last rows of batch {claim.batch_id}", work)
 
     def _marking(self, what: str, work: Callable[[Connection, Stamp], Result]) -> Result:
-        """Runs `work` in a transaction that gives up early on a lock, and marks all rows by one UPDATE. Where rows are locked, or
-        are not as the batch had them, runs it again in another transaction, which goes row by row.
+        """Runs `work` in a transaction that waits for a lock only briefly, and marks all rows by one UPDATE. Where rows are locked,
+        or are not as the batch had them, runs it again in another transaction, which marks row by row. An open transaction
+        cannot be rolled back in part, so there rows are marked row by row at once.
         """
-        with suppress(_NotAsUsual), translated(what):
-            try:
-                with self.marking_engine.begin() as connection:
-                    return work(connection, _stamp)
-            except OperationalError as error:
-                if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
-                    raise
-                raise _NotAsUsual from None
+        if not self.in_transaction:
+            with suppress(_NotAsUsual), translated(what):
+                try:
+                    with self.marking_engine.begin() as connection:
+                        return work(connection, _stamp)
+                except OperationalError as error:
+                    if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+                        raise
+                    raise _NotAsUsual from None
         with self.transaction(what, self.marking_engine) as connection:
             return work(connection, self._stamp_unlocked)
 
