@@ -1,9 +1,10 @@
-"""What exporting needs of MySQL and of ClickHouse, as two protocols, and the values that cross them.
+"""What the core needs of MySQL and of ClickHouse, as protocols, and the values that they exchange.
 
-The stores implement the protocols; tests wrap the stores to inject crashes. What does not belong here: SQL, drivers, decisions.
+The stores implement the protocols; tests wrap the stores to inject crashes. What does not belong here: SQL, drivers,
+decisions.
 
 Every method that changes something is one durable effect. When it returns, the effect is complete. When it raises
-`TransientError`, nothing has changed (except for `insert`, whose outcome can be unknown).
+`TransientError`, nothing has changed; only the outcome of `insert` can be unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from auditexport_pipeline.core.batch import Batch, Block, Claim, Counts, Holding
 from auditexport_pipeline.core.event import Key, OutboxRow, Undecodable
 from auditexport_pipeline.core.pks import PkSet
 
-# Event ids named in a discrepancy: enough to look, few enough for one line.
+# Event ids that a discrepancy names: enough to investigate, few enough for one line.
 NAMED_EVENTS = 10
 
 
@@ -32,7 +33,7 @@ class StoredRow(OutboxRow, gc=False, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """A row set aside with a reason: its ids and the reason, never its payload."""
+    """A row that is set aside: its ids and the reason, never its payload."""
 
     pk: int
     event_id: str
@@ -47,7 +48,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBatch:
-    """An open batch, as a plan needs it: to adopt it, and to leave its rows alone."""
+    """An open batch, for a plan: the plan adopts it, or does not claim its rows."""
 
     batch: Batch
     lease_expired: bool
@@ -56,7 +57,7 @@ class OpenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """A moment of the ledger: its last batch, and the database's clock."""
+    """The last batch of the ledger and the time of the database's clock, at one moment."""
 
     batch_id: int
     at_ms: int
@@ -64,7 +65,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A run or a process that holds open batches: how many rows, and until when if it renews no lease."""
+    """A run or a process that holds open batches: how many rows, and when its lease ends."""
 
     owner: str
     process: str  # empty where several processes do the steps
@@ -81,7 +82,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedBlock:
-    """A block to claim; `inserted_at_ms` is given for rows that go out again (a requeue) only."""
+    """A block to claim. `inserted_at_ms` is set only for a requeue, which keeps its first `inserted_at`."""
 
     pks: PkSet
     bytes: int
@@ -90,9 +91,9 @@ class PlannedBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a batch is sent: its blocks, the rows that it will mark, and the counts of the others.
+    """How a batch is cut: its blocks, the rows that it will mark, and the counts of the other rows.
 
-    `note` is a line for the operator that the ledger keeps; None keeps the earlier one.
+    `note` is a line for the operator, which the ledger stores; None leaves the earlier one there.
     """
 
     blocks: tuple[Block, ...]
@@ -109,14 +110,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """What one pass of marking found, in rows: marked now, marked earlier by this batch, marked by others, vanished.
+    """The result of marking some rows: how many others had marked, how many are gone, and which ones are locked.
 
-    `locked` rows are unchanged, because somebody holds them; no number counts them. `ids` is the sum of
-    `core.event.id_hash` over the rows that have the stamp now.
+    `locked` rows are unchanged and counted nowhere. `ids` is the sum of `core.event.id_hash` over the rows that have the
+    batch's stamp now.
     """
 
-    stamped: int = 0
-    earlier: int = 0
     elsewhere: int = 0
     vanished: int = 0
     ids: int = 0
@@ -124,8 +123,6 @@ class Marked:
 
     def __add__(self, other: Marked) -> Marked:
         return Marked(
-            stamped=self.stamped + other.stamped,
-            earlier=self.earlier + other.earlier,
             elsewhere=self.elsewhere + other.elsewhere,
             vanished=self.vanished + other.vanished,
             ids=self.ids + other.ids,
@@ -134,7 +131,7 @@ class Marked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEntry:
-    """One entry as ClickHouse holds it: its sort key, its `inserted_at`, its fingerprint and its content's hash."""
+    """One entry in ClickHouse: its sort key, its `inserted_at`, its fingerprint and the hash of its content."""
 
     key: Key
     inserted_at_ms: int
@@ -145,8 +142,8 @@ class StoredEntry:
 class RefusalKind(str, Enum):
     """The cause that ClickHouse's answer names.
 
-    ROWS: values of the rows, or a constraint or column of the table. VIEW: a materialized view that received the block.
-    MEMORY, SIZE and TIME: a limit that the block exceeds; also a proxy's 413 and 504.
+    ROWS: values of the rows, or a constraint or column of the table. VIEW: a materialized view that reads the block.
+    MEMORY, SIZE and TIME: a limit that the block exceeds, also a proxy's (HTTP 413 and 504).
     """
 
     ROWS = "rows"
@@ -159,7 +156,7 @@ class RefusalKind(str, Enum):
         return self.value
 
 
-# A block that exceeds one of these can be taken in parts.
+# ClickHouse can take a block that exceeds one of these in parts.
 LIMITS_OF_A_BLOCK = (RefusalKind.MEMORY, RefusalKind.SIZE, RefusalKind.TIME)
 
 
@@ -169,7 +166,7 @@ class Refusal:
 
     It does not say whether the block is stored: the error of a view comes after the block was committed.
     `view`, `constraint` and `column` are names from the server's schema, as the answer gives them, or "".
-    `permanent`: only a change of the schema or of grants can help.
+    `permanent`: only a change of the schema or of grants helps.
     """
 
     code: int
@@ -179,8 +176,8 @@ class Refusal:
     constraint: str = ""
     column: str = ""
     permanent: bool = False
-    definition: str = ""  # for an INSERT: a hash of the definition of the table that refused rows
-    meaning: str = ""  # of a proxy's status, if a proxy answered and not ClickHouse
+    definition: str = ""  # of an INSERT: a hash of the definition of the table that refused the rows
+    meaning: str = ""  # what the status means, if a proxy answered and not ClickHouse
 
     def __str__(self) -> str:
         return f"{self.name}, {self.meaning}" if self.meaning else f"code {self.code}, {self.name}"
@@ -222,7 +219,7 @@ class Discrepancy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableBatch:
-    """A batch in a state that this release does not know, for example of a later release: nobody else may take its rows."""
+    """A batch in a state that this release does not know, as a later release writes it. No other batch may take its rows."""
 
     batch_id: int
     state: str
@@ -237,22 +234,18 @@ class Planning(Protocol):
     def unreadable(self) -> list[UnreadableBatch]: ...
 
     def adopt(self, batch: Batch) -> Claim | None:
-        """Makes the batch this plan's. None when somebody holds the batch's row of the ledger locked."""
-        ...
+        """Gives the batch to this plan. None when the batch's row of the ledger is locked."""
 
     def begin_lease_again(self, batch: Batch) -> None:
         """Shortens the lease of another owner's batch: it ends one lease from now."""
-        ...
 
     def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
-        """The first `rows` pks of pending rows from `from_pk` on that no dead letter holds, oldest first."""
-        ...
+        """The first `rows` pks, from `from_pk` on, of pending rows that no dead letter holds, in ascending order."""
 
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        """As `Outbox.sent_over`, in the planner's transaction: pending rows that were exported before come from these batches."""
-        ...
+        """As `Outbox.sent_over`, in the plan's transaction. Pending rows that were exported before come from these batches."""
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim: ...
 
@@ -266,124 +259,96 @@ class Outbox(Protocol):
         An effect that raises ends the transaction even if the caller catches the error; then repeat the effects outside. Each
         lock is waited for as briefly as when rows are marked. `core.export` says which verbs may share a transaction.
         """
-        ...
 
     @property
     def in_transaction(self) -> bool:
         """Whether this thread is in a `one_transaction` block."""
-        ...
 
     def batch_holders(self) -> list[Holder]:
         """The owners of open batches, with their rows and leases."""
-        ...
 
     def planning(self, owner: str, lease_s: int, process: str = "") -> AbstractContextManager[Planning]:
-        """A plan. `process` is the process that will do all claimed work, empty where several processes do it."""
-        ...
+        """A plan. `process` is the process that will do all of its work, empty where several processes do it."""
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
-        """Extends the leases of the whole plan and returns the batch; raises `LeaseLost` when another plan adopted it."""
-        ...
+        """Extends the leases of the whole plan and returns the batch. Raises `LeaseLost` when another plan has adopted it."""
 
     def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
-        """As `renew`; also records that INSERTs of this cut can be at work until then, by ClickHouse's clock."""
-        ...
+        """As `renew`. Also records until when INSERTs of this cut can be at work, by ClickHouse's clock."""
 
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
-        """The rows that exist, by ascending pk, of one version or of any. `row_bytes` is the expected size of a row, and bounds
-        memory.
-        """
-        ...
+        """The rows that exist, by ascending pk, of one version or of any. The expected size of a row bounds the memory."""
 
     def seal(self, claim: Claim, cut: Cut) -> None: ...
 
     def begin_write(self, claim: Claim, lease_s: int) -> Batch:
-        """Counts one more attempt before anything is sent, and returns the batch with that count."""
-        ...
+        """Counts one more attempt to write, and returns the batch."""
 
     def replace_cut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
-        """Replaces the cut with that digest; raises `LeaseLost` when the ledger holds another cut."""
-        ...
+        """Replaces the cut with the digest `instead_of`. Raises `LeaseLost` when the ledger has another cut."""
 
     def reserve_inserted_at(self, count: int) -> list[int]: ...
 
     def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
-        """Ends the claim. Nobody adopts the batch for `wait_ms`, because an INSERT of it can be at work."""
-        ...
+        """Ends the claim. No plan adopts the batch for `wait_ms`, because an INSERT of it can be at work."""
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
-        """Fixes the batch's `deleted_at` stamp, by the database's clock, and returns the batch; only for this cut."""
-        ...
+        """Records this cut as written, with the time for `deleted_at` by the database's clock, and returns the batch."""
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
-        """Stamps these rows, except those that somebody holds locked; raises `MarkRefused` when rows do not keep the stamp."""
-        ...
+        """Stamps these rows, but not those that are locked. Raises `MarkRefused` when rows do not keep the stamp."""
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
-        """Marks the last rows and records the batch as exported, in one transaction.
+        """Marks the last rows and records the batch as exported, in one transaction. `before` is the result of the other rows.
 
-        Raises `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the stamped rows do not sum up to `ids`; then nothing has
-        changed.
+        Raises, without any change, `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the sum of the stamped rows is not `ids`.
         """
-        ...
 
     def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
-        """The sum of `id_hash` of these rows, without rows that have another mark."""
-        ...
+        """The sum of `core.event.id_hash` over these rows, without rows that have another mark."""
 
     def take_back(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> None:
-        """Clears the marks of these rows, where the mark is this batch's stamp."""
-        ...
+        """Clears the marks of these rows where the mark is this batch's stamp."""
 
     def leave_written(self, claim: Claim, why: str) -> Batch:
-        """Records why rows of a written batch are not marked. The batch stays open; a later run marks the rest."""
-        ...
+        """Records why rows of a written batch are not marked. The batch stays open; a later run marks them."""
 
     def holders(self, pks: PkSet) -> str:
-        """Who holds the first of these rows locked, as far as this user may see, or how an administrator can see it."""
-        ...
+        """Who has locked the first of these rows, as far as this user may see, or how an administrator can see it."""
 
     def written_within(self, version: str, age_s: int) -> bool:
-        """Whether ClickHouse has taken a batch of this version within so many seconds."""
-        ...
+        """Whether ClickHouse has taken a batch of this version within that many seconds."""
 
     def moment(self) -> Moment:
-        """The ledger's present moment: the outcome of a run is read from here on."""
-        ...
+        """The present moment of the ledger. The outcome of a run is read from here on."""
 
     def claimed_since(self, owner: str, since: Moment) -> list[Batch]:
         """Every batch of this owner that was claimed since then, by ascending id."""
-        ...
 
     def discrepant_since(self, since: Moment) -> dict[int, str]:
-        """Batches that a verification since then found wrong, and that still are: what differs, by batch id."""
-        ...
+        """Batches that a verification since then found wrong and that still are: the differences, by batch id."""
 
     def unverified(self, batches: int) -> list[Batch]: ...
 
     def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
-        """Records the verification of an exported batch; `observed` is what ClickHouse held, by `inserted_at`."""
-        ...
+        """Records the verification of an exported batch. `observed` is what ClickHouse held, by `inserted_at`."""
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         """Batches with rows in this range of pks that may have sent something, by ascending id."""
-        ...
 
     def batches(self, batch_ids: Iterable[int]) -> list[Batch]: ...
 
 
 class Maintenance(Protocol):
-    """MySQL: what requeue, sweep and reconcile need of the past."""
+    """MySQL: what requeue, sweep and reconcile need."""
 
     def now_ms(self) -> int: ...
 
     def inserted_between(self, from_ms: int, to_ms: int, after_id: int, batches: int) -> list[Batch]:
         """Batches in any state whose latest `inserted_at` is in [from, to), by ascending id."""
-        ...
 
     def pks_by_batch(self, pks: PkSet) -> dict[int, PkSet]:
         """Which of these pks each batch of the ledger has, open or closed."""
-        ...
 
     def batch_with(self, inserted_at_ms: int) -> int | None: ...
 
@@ -392,8 +357,7 @@ class Maintenance(Protocol):
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None: ...
 
     def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
-        """Rows whose `deleted_at`, in [first, last], no batch has set: pk to `deleted_at`, in portions by ascending mark."""
-        ...
+        """Rows whose `deleted_at` is in [first, last] and was set by no batch: pk to `deleted_at`, in portions, by time."""
 
     def count_stamped(self, stamp_ms: int) -> int: ...
 
@@ -414,8 +378,7 @@ class Maintenance(Protocol):
     def held_back(self, before_ms: int) -> int: ...
 
     def discrepant_due(self, before_ms: int) -> dict[int, str]:
-        """Batches due by age that the ledger calls discrepant, the first hundred, and why."""
-        ...
+        """The first hundred discrepant batches that are old enough to be swept, and why they are discrepant."""
 
     def count_due(self, pks: PkSet, before_ms: int) -> int: ...
 
@@ -431,83 +394,67 @@ class Maintenance(Protocol):
 
     def last_actions(self, verb: str, count: int) -> list[Action]:
         """The last actions of one verb, newest first."""
-        ...
 
     def times(self, pks: PkSet) -> dict[int, tuple[int, int | None]]:
         """`created_at` and `deleted_at` of those rows that exist, by pk."""
-        ...
 
 
 class AuditLog(Protocol):
     """ClickHouse: the tables of the payload versions, such as `audit_logs_raw_v1`."""
 
     def deadline_ms(self, within_s: float) -> int:
-        """ClickHouse's own clock, `within_s` from now: an INSERT that starts later is refused by ClickHouse."""
-        ...
+        """The time `within_s` from now, by ClickHouse's clock. ClickHouse refuses an INSERT that starts later."""
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
-        """One synchronous INSERT under the block's token; None when acknowledged. Empties `payloads`.
+        """One synchronous INSERT under the block's token; None when it is acknowledged. Empties `payloads`.
 
-        A `Refusal` is an answer of ClickHouse or of a proxy; it does not say whether the block is stored.
+        A `Refusal` is an answer of ClickHouse or of a proxy. It does not say whether the block is stored.
         """
-        ...
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
-        """Parses rows exactly as `insert` does, and writes nothing; None when the parser takes all of them."""
-        ...
+        """Parses rows as `insert` does and writes nothing; None when the parser takes all of them."""
 
     def definition_age_s(self, version: str) -> int:
-        """How long the version's table has been defined as it is, by ClickHouse's clock, in whole seconds."""
-        ...
+        """Seconds since the version's table was last altered, by ClickHouse's clock."""
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]: ...
 
     def entries_at(self, inserted_at_ms: int, *, most: int = ...) -> list[StoredEntry]:
         """The entries of one `inserted_at`, or `most` of them."""
-        ...
 
     def entries_of(self, keys: Sequence[Key]) -> list[StoredEntry]: ...
 
     def keys_held(self, keys: Sequence[Key], inserted_at_ms: Sequence[int]) -> set[tuple[Key, int]]:
         """The keys that have an entry under one of these `inserted_at`s, each with that `inserted_at`."""
-        ...
 
     def ids_held(self, ids: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         """The pairs of workspace_id and event_id that have any entry."""
-        ...
 
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
-        """The content hash that each payload's entry would have, by ClickHouse's own parser; writes nothing."""
-        ...
+        """The content hash that each payload's entry would have, by ClickHouse's parser. Writes nothing."""
 
     def count_by_inserted_at(self, from_ms: int, to_ms: int) -> dict[int, int]:
         """How many entries there are under each `inserted_at` in [from, to), ascending."""
-        ...
 
     def count_by_workspace(self, from_ms: int, to_ms: int) -> dict[tuple[str, int], int]:
         """Entries by workspace and by UTC day of their `inserted_at` (its first millisecond), in [from, to)."""
-        ...
 
     def named_by(self, erasure: Erasure, until_ms: int) -> int:
-        """How many entries that an erasure names ClickHouse still holds, with an `inserted_at` up to `until_ms`."""
-        ...
+        """How many entries that an erasure names ClickHouse still has, of those with an `inserted_at` up to `until_ms`."""
 
     def ttl(self, version: str) -> str:
-        """The TTL clause of the version's table, in ClickHouse's words; empty when it has none."""
-        ...
+        """The TTL clause of the version's table, as ClickHouse shows it; empty when it has none."""
 
     def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
-        """Whether the table's TTL lets ClickHouse delete entries with these `inserted_at`s, `ahead_s` from now. ClickHouse
-        evaluates it. None: the `inserted_at` is not enough to tell.
+        """Whether the table's TTL allows ClickHouse to delete entries with these `inserted_at`s, `ahead_s` from now.
+
+        ClickHouse evaluates it. None: the TTL depends on other columns too.
         """
-        ...
 
     def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
-        """As `past_ttl`, for entries whose sort keys are known."""
-        ...
+        """As `past_ttl`, for entries with these sort keys."""
 
     def kept_ms(self) -> int | None:
-        """The longest time that a table's TTL keeps an entry after its `inserted_at`; None: for ever, or unknown."""
-        ...
+        """The longest time after its `inserted_at` that a table's TTL leaves an entry; None: unlimited or unknown."""

@@ -19,7 +19,7 @@ from auditexport_pipeline.core.errors import MarkRefused
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Marked
 from auditexport_pipeline.mysql.errors import code_and_words
-from auditexport_pipeline.mysql.statements import SQL, prepared
+from auditexport_pipeline.mysql.statements import PK_RANGE, SQL, prepared
 
 # Above this many runs in a chunk, one statement with a list beats a statement per run.
 LIST_ABOVE_RUNS = 8
@@ -37,7 +37,6 @@ ADMINISTRATORS_LOOK = (
 )
 # MariaDB's JSON type is a CHECK (json_valid(payload)), which every UPDATE of a row evaluates, whatever it sets.
 UNCHECKED = "SET STATEMENT check_constraint_checks = 0 FOR "
-_RANGE = "pk BETWEEN :first_pk AND :last_pk"
 
 
 def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
@@ -58,28 +57,27 @@ def over(kind: str, pks: PkSet, before: str = "") -> list[tuple[TextClause, dict
 
 @cache
 def _statement(name: str, runs: int, before: str) -> TextClause:
-    said = SQL[name].text
+    text = SQL[name].text
     if runs > 1:
-        said = said.replace(
-            _RANGE, f"({' OR '.join(f'pk BETWEEN :first_pk_{n} AND :last_pk_{n}' for n in range(runs))})"
-        )
-    return prepared(f"{before}{said}")
+        ranges = " OR ".join(f"pk BETWEEN :first_pk_{n} AND :last_pk_{n}" for n in range(runs))
+        text = text.replace(PK_RANGE, f"({ranges})")
+    return prepared(before + text)
 
 
 def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
-    """Sets `deleted_at` of these rows in the caller's transaction. None when some rows are not as the batch had them: then, and
-    when a row is locked, the caller rolls back and uses `stamp_unlocked`.
+    """Sets `deleted_at` of these rows in the caller's transaction. None when some rows are gone or have another mark: then,
+    and when a row is locked, the caller rolls back and uses `stamp_unlocked`.
 
-    `deleted_at` is read again, because the driver counts the rows that an UPDATE found and not those that it changed, and a
-    trigger can undo the UPDATE. Raises `MarkRefused` when the UPDATE ends in a trigger's error.
+    `deleted_at` is read again, because a trigger can undo the UPDATE. Raises `MarkRefused` when the UPDATE ends in a
+    trigger's error.
     """
-    stamped = _update(connection, pks, exported_at_ms)
+    _update(connection, pks, exported_at_ms)
     marked, ids = _marked(connection, pks, exported_at_ms)
-    return Marked(stamped=stamped, earlier=marked - stamped, ids=ids) if marked == len(pks) else None
+    return Marked(ids=ids) if marked == len(pks) else None
 
 
 def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-    """As `stamp`, row by row: rows that somebody holds locked stay unmarked, and are returned as `locked`.
+    """As `stamp`, but reads every row first: locked rows stay unmarked and are returned as `locked`.
 
     Raises `MarkRefused` when rows do not keep the stamp; the caller rolls back.
     """
@@ -96,28 +94,23 @@ def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> M
     others = pks - PkSet.of(stamps)
     stamps |= _stamps(connection, "stamps", others)
     locked = PkSet.of(pk for pk in others if pk in stamps and stamps[pk] is None)
-    earlier = sum(1 for stamp_ms in stamps.values() if stamp_ms == exported_at_ms)
     return Marked(
-        stamped=len(pending),
-        earlier=earlier,
-        elsewhere=len(stamps) - len(pending) - len(locked) - earlier,
+        elsewhere=sum(1 for stamp_ms in stamps.values() if stamp_ms not in (None, exported_at_ms)),
         vanished=len(pks) - len(stamps),
         ids=_marked(connection, pks - locked, exported_at_ms)[1],
         locked=locked,
     )
 
 
-def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> int:
+def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
     before = UNCHECKED if _checks_json_only(connection) else ""
-    found = 0
     try:
         for statement, values in over("mark", pks, before):
-            found += connection.execute(statement, {**values, "exported_at_ms": exported_at_ms}).rowcount
+            connection.execute(statement, {**values, "exported_at_ms": exported_at_ms})
     except DBAPIError as error:
         if (said := _refusal(error)) is not None:
             raise MarkRefused(f"MySQL refuses to mark rows ({said}). {triggers_to_blame(connection)}") from None
         raise
-    return found
 
 
 def take_back(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:

@@ -8,21 +8,11 @@ from sqlalchemy import TextClause, bindparam, text
 
 from auditexport_pipeline.sql import load
 
-_LIST = re.compile(r"\bIN :(\w+)")
-# What `outbox.batch_of` reads of a row of the ledger; the files say `$batch_columns`.
-BATCH_COLUMNS = (
-    "batch_id, epoch, generation, version, state, owner, claim_key, process, pks, manifest, bytes, counts, digest, attempts, "
-    "inserts_until_ms, exported_at_ms, oldest_event_ms, newest_event_ms, last_error, observed"
-)
-
-
-# Whether a row of the outbox, `held`, is the row of a dead letter, `letter`: a pk can begin again, and ids compare by bytes.
-ROW_OF_LETTER = "held.pk = letter.pk" + "".join(
-    f"\n  AND CAST(CONVERT(held.{column} USING utf8mb4) AS BINARY) = CAST(letter.{column} AS BINARY)"
-    for column in ("version", "workspace_id", "event_id")
-)
+PK_RANGE = "pk BETWEEN :first_pk AND :last_pk"
 # A statement that says `$pks` is two, for a range of pks and for a list (`marking.by_shape`).
-PKS = {"between": "pk BETWEEN :first_pk AND :last_pk", "in": "pk IN :pks"}
+PKS = {"between": PK_RANGE, "in": "pk IN :pks"}
+_LIST = re.compile(r"\bIN :(\w+)")
+_FRAGMENTS = {name: fragment for name, fragment in load("mysql/outbox.sql").items() if name.startswith("$")}
 
 
 def prepared(statement: str) -> TextClause:
@@ -32,21 +22,25 @@ def prepared(statement: str) -> TextClause:
 
 
 def texts(path: str) -> dict[str, str]:
-    """The statements of a `.sql` file of this package as text; `path` is like `mysql/outbox.sql`."""
+    """The statements of a `.sql` file of this package as text; `path` is like `mysql/outbox.sql`.
+
+    The fragments of `mysql/outbox.sql` are filled in. A statement with `$pks` is returned as NAME_between and NAME_in.
+    """
     found: dict[str, str] = {}
     for name, statement in load(path).items():
-        whole = statement.replace("$batch_columns", BATCH_COLUMNS).replace("$row_of_letter", ROW_OF_LETTER)
-        if "$pks" in whole:
-            found |= {f"{name}_{shape}": whole.replace("$pks", pks) for shape, pks in PKS.items()}
-        else:
-            found[name] = whole
+        for fragment, replacement in _FRAGMENTS.items():
+            statement = statement.replace(fragment, replacement)
+        if "$pks" in statement:
+            found |= {f"{name}_{shape}": statement.replace("$pks", pks) for shape, pks in PKS.items()}
+        elif name not in _FRAGMENTS:
+            found[name] = statement
     return found
 
 
 def statements(path: str) -> dict[str, TextClause]:
-    """The statements of a `.sql` file of this package; `path` is like `mysql/outbox.sql`."""
+    """The statements of a `.sql` file of this package, as `texts` has them."""
     return {name: prepared(statement) for name, statement in texts(path).items()}
 
 
-# Those of the outbox and the ledger, which several modules here share.
+# The statements about the outbox and the ledger, which several modules of this package share.
 SQL = statements("mysql/outbox.sql")

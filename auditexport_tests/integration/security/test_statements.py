@@ -40,7 +40,7 @@ ALLOWED = {
     ("mysql/session.py", "statement"): "what `_set` made",
     ("mysql/database.py", "statement"): "what `rows` was given, which is checked where it is called",
     ("mysql/statements.py", "statement"): "a `.sql` file with constants, or what `prepared` was given",
-    ("mysql/marking.py", "f'{before}{said}'"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
+    ("mysql/marking.py", "before + text"): "from outbox.sql, with numbered parameters, in MariaDB's SET STATEMENT",
     ("mysql/marking.py", "statement"): "what `over` made of outbox.sql",
     ("mysql/dead_letters.py", "statement"): "what `_statement` made of dead_letters.sql",
     (
