@@ -1,7 +1,6 @@
-"""The ledger for operators: its rows, filters, and everything about one batch.
+"""The ledger for operators: the values that `mysql.ledger` returns to the CLI.
 
-What belongs here: the values between the store and the CLI. What does not: the life of a batch
-(`core.batch`, `core.export`), and SQL (`mysql.ledger`).
+What does not belong here: the life of a batch (`core.batch`, `core.export`).
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from dataclasses import dataclass
 from auditexport_pipeline.core.batch import Batch, State
 from auditexport_pipeline.core.errors import InvalidConfig
 
-# The page of a list: a screen.
+# Batches of one page: a screen.
 PAGE_BATCHES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFilter:
-    """A filter for batches: all given conditions must hold. Raises `InvalidConfig` for nonsense."""
+    """A filter for batches: all given conditions must hold. Raises `InvalidConfig` for a `before_id` below 1."""
 
-    states: tuple[State, ...] = ()  # in any of these; none given: in any state
-    owner: str = ""  # the beginning of its id, as the Dagster UI shows a run
+    states: tuple[State, ...] = ()  # one of these; none given: any state
+    owner: str = ""  # the beginning of the owner's id, as the Dagster UI shows a run
     since_ms: int | None = None  # claimed at this time or later, by MySQL's clock
-    before_id: int | None = None  # the last one of the page before
+    before_id: int | None = None  # the last batch of the previous page
 
     def __post_init__(self) -> None:
         if self.before_id is not None and self.before_id < 1:
@@ -31,10 +30,10 @@ class BatchFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerBatch:
-    """One row of the ledger without its pks and blocks. Times in epoch milliseconds, by MySQL's clock.
+    """One row of the ledger without its pks and blocks. Times are epoch milliseconds, by MySQL's clock.
 
-    `written_at_ms` is when ClickHouse had acknowledged the whole batch; the stamp of its rows, `exported_at_ms`, is
-    fixed then too. The duration of marking is not kept.
+    At `written_at_ms` ClickHouse had acknowledged the whole batch, and `exported_at_ms`, the stamp of its rows, was fixed.
+    The ledger does not have the time at which marking ended.
     """
 
     batch_id: int
@@ -48,7 +47,7 @@ class LedgerBatch:
     unmarked_rows: int
     entries: int
     bytes: int
-    attempts: int  # of writing
+    attempts: int  # to write
     digest: str
     first_pk: int | None
     last_pk: int | None
@@ -59,12 +58,12 @@ class LedgerBatch:
     verified_at_ms: int | None
     swept_at_ms: int | None
     swept_rows: int
-    lease_left_s: float  # 0 or less: ended, or closed
+    lease_left_s: float  # 0 or less: the lease has ended, or the batch is closed
     last_error: str
 
     @property
     def steps(self) -> list[tuple[str, int]]:
-        """The states it went through, each with its time, in order."""
+        """The states of the batch so far, each with its time, in order."""
         times = {
             "claimed": self.claimed_at_ms,
             "sealed": self.sealed_at_ms,
@@ -76,13 +75,13 @@ class LedgerBatch:
 
     @property
     def seconds(self) -> float:
-        """From its claim to its last state, without the sweep."""
+        """From the claim to the last state, without the sweep."""
         return (max(at_ms for name, at_ms in self.steps if name != "swept") - self.claimed_at_ms) / 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchDetails:
-    """One batch: its row, its pks, blocks, counts, and what was observed of it in ClickHouse."""
+    """One batch: its row, its pks, blocks and counts, and what ClickHouse held of it."""
 
     line: LedgerBatch
     batch: Batch

@@ -1,7 +1,6 @@
-"""MySQL: the ledger for operators.
+"""MySQL: reads the ledger for operators, as pages of batches or one batch with all its values.
 
-What belongs here: pages of batches and everything about one batch. What does not: the life of a batch (`mysql.outbox`), and
-the numbers of a moment (`mysql.status`).
+What does not belong here: the life of a batch (`mysql.outbox`), and the status (`mysql.status`).
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from auditexport_pipeline.mysql.status import unmarked
 SQL = statements("mysql/ledger.sql")
 # Rows of one statement: a few milliseconds.
 PAGE_ROWS = 500
-# Claims are in the order of their ids, unless the clock was set back: a listing by time stops a day beyond its start.
+# Claim times ascend with ids, unless the clock was set back. So a listing by time reads one more day.
 CLOCK_STEP_MS = DAY_MS
-_BEYOND_ALL = 2**63 - 1
+_ABOVE_ALL_IDS = 2**63 - 1
 
 
 def list_batches(outbox: MySQLOutbox, which: BatchFilter, limit: int) -> list[LedgerBatch]:
@@ -34,7 +33,7 @@ def list_batches(outbox: MySQLOutbox, which: BatchFilter, limit: int) -> list[Le
 
 def _newest(outbox: MySQLOutbox, which: BatchFilter, state: State | None, limit: int) -> list[LedgerBatch]:
     found: list[LedgerBatch] = []
-    for line in _all(outbox, which.before_id or _BEYOND_ALL, state):
+    for line in _all(outbox, which.before_id or _ABOVE_ALL_IDS, state):
         if which.since_ms is not None and line.claimed_at_ms < which.since_ms:
             if line.claimed_at_ms < which.since_ms - CLOCK_STEP_MS:
                 break
@@ -48,13 +47,10 @@ def _newest(outbox: MySQLOutbox, which: BatchFilter, state: State | None, limit:
 
 def _all(outbox: MySQLOutbox, before_id: int, state: State | None) -> Iterator[LedgerBatch]:
     while True:
-        with outbox.transaction("listing batches") as connection:
-            if state is None:
-                rows = connection.execute(SQL["page"], {"before_id": before_id, "row_limit": PAGE_ROWS})
-            else:
-                values = {"state": str(state), "before_id": before_id, "row_limit": PAGE_ROWS}
-                rows = connection.execute(SQL["page_in_state"], values)
-            lines = [_line(row) for row in rows]
+        values = {"state": str(state), "before_id": before_id, "row_limit": PAGE_ROWS}
+        lines = [
+            _line(row) for row in outbox.rows("listing batches", SQL["page_in_state" if state else "page"], values)
+        ]
         yield from lines
         if len(lines) < PAGE_ROWS:
             return
@@ -62,37 +58,14 @@ def _all(outbox: MySQLOutbox, before_id: int, state: State | None) -> Iterator[L
 
 
 def show(outbox: MySQLOutbox, batch_id: int) -> BatchDetails | None:
-    """Everything that the ledger holds about one batch; None when there is no such batch."""
-    with outbox.transaction("reading a batch") as connection:
-        row = connection.execute(SQL["one"], {"batch_id": batch_id}).one_or_none()
-    found = outbox.batches([batch_id]) if row is not None else []
-    return BatchDetails(line=_line(row), batch=found[0]) if row is not None and found else None
+    """All that the ledger has about one batch; None when there is no such batch."""
+    rows = outbox.rows("reading a batch", SQL["one"], {"batch_id": batch_id})
+    batches = outbox.batches([batch_id]) if rows else []
+    return BatchDetails(line=_line(rows[0]), batch=batches[0]) if batches else None
 
 
 def _line(row: Row[Any]) -> LedgerBatch:
-    return LedgerBatch(
-        batch_id=row.batch_id,
-        epoch=row.epoch,
-        generation=row.generation,
-        version=row.version,
-        state=State(row.state),
-        owner=row.owner,
-        claimed_rows=row.claimed_rows,
-        rows=row.row_count,
-        unmarked_rows=unmarked(row),
-        entries=row.entry_count,
-        bytes=row.bytes,
-        attempts=row.attempts,
-        digest=row.digest,
-        first_pk=row.first_pk,
-        last_pk=row.last_pk,
-        claimed_at_ms=row.claimed_at_ms,
-        sealed_at_ms=row.sealed_at_ms,
-        written_at_ms=row.written_at_ms,
-        exported_at_ms=row.exported_at_ms,
-        verified_at_ms=row.verified_at_ms,
-        swept_at_ms=row.swept_at_ms,
-        swept_rows=row.swept_rows,
-        lease_left_s=row.lease_left_ms / 1000,
-        last_error=row.last_error,
-    )
+    values = dict(row._mapping)
+    del values["counts"]
+    values["lease_left_s"] = values.pop("lease_left_ms") / 1000
+    return LedgerBatch(**{**values, "state": State(row.state), "unmarked_rows": unmarked(row)})

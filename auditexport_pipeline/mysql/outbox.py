@@ -1,7 +1,7 @@
-"""MySQL: the application's outbox, our ledger and our dead letters, behind `core.ports.Outbox`.
+"""MySQL: the application's outbox, our ledger and our dead letters, as `core.ports.Outbox`.
 
-What belongs here: effects and their fences. What does not: the statements (`outbox.sql`), transactions (`mysql.database`),
-creating and checking tables (`schema`), and any decision.
+What belongs here: effects and their fences. What does not: statements (`outbox.sql`), transactions (`mysql.database`),
+creating and checking tables (`schema`), and decisions (`core`).
 """
 
 from __future__ import annotations
@@ -60,31 +60,33 @@ from auditexport_pipeline.mysql.errors import LOCK_WAIT_TIMEOUT, code_and_words,
 from auditexport_pipeline.mysql.marking import LIST_PKS, by_shape, own_ids, stamp, stamp_unlocked, take_back
 from auditexport_pipeline.mysql.statements import SQL
 
-# One SELECT's rows are in memory as the driver's tuples before they are decoded: few megabytes at this size.
+# The rows of one SELECT are in memory as the driver's tuples before they are decoded: a few megabytes at this size.
 READ_ROWS = 5_000
 # Rows whose ids one statement sums up.
 OWN_ROWS = 50_000
 READ_BYTES = 8 * 1024**2
 # A payload of up to this many times the average is read together with the others.
 SHARES = 4
-# No server takes a longer payload (max_allowed_packet).
+# No server accepts a longer payload (max_allowed_packet).
 LONGEST_PAYLOAD_BYTES = 1024**3
-# Exported batches of a version that is not installed, which are skipped, at most.
+# At most this many exported batches of versions that are not installed are skipped.
 LEFT_ALONE_AT_MOST = 1_000
 # The width of the ledger's column.
 KEY_LETTERS = 32
-# How the ledger's `last_error` of a discrepant batch begins.
+# The beginning of the ledger's `last_error` of a discrepant batch.
 IN_CLICKHOUSE = "in ClickHouse: "
 # A plan that takes longer renews its leases before it commits.
 LONG_PLAN_S = 3.0
 
-# How rows get their stamp: connection, pks, `deleted_at`.
+# States of a batch that its own claim has exported.
+CLOSED_HERE = (State.EXPORTED, State.VERIFIED, State.DISCREPANT)
+# A function that stamps rows: connection, pks, `deleted_at`.
 Stamp = Callable[[Connection, PkSet, int], Marked]
 Result = TypeVar("Result")
 
 
 class MySQLOutbox(Database):
-    """`core.ports.Outbox` over one MySQL or MariaDB database named by a SQLAlchemy URL."""
+    """`core.ports.Outbox` in the MySQL or MariaDB database that a SQLAlchemy URL names."""
 
     # ── planning ─────────────────────────────────────────────────────────────────────────────────
 
@@ -104,15 +106,16 @@ class MySQLOutbox(Database):
     @contextmanager
     def planning(self, owner: str, lease_s: int, process: str = "") -> Iterator[MySQLPlanning]:
         with self.transaction("planning batches") as connection:
-            epoch, last_ms = _lock_ledger(connection)
-            connection.execute(SQL["count_plan"], {"epoch": epoch + 1})
-            # The key begins with the epoch: so a batch shows whether a release that writes no keys has adopted it since.
-            key = f"{_key_of(epoch + 1)}{secrets.token_hex(16)}"[:KEY_LETTERS]
-            plan = Plan(epoch=epoch + 1, key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
-            began = time.monotonic()
+            last_epoch, last_ms = _lock_ledger(connection)
+            epoch = last_epoch + 1
+            connection.execute(SQL["count_plan"], {"epoch": epoch})
+            # The key begins with the epoch. So a batch shows whether a release that writes no keys has adopted it since.
+            key = f"{_key_of(epoch)}{secrets.token_hex(16)}"[:KEY_LETTERS]
+            plan = Plan(epoch=epoch, claim_key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
+            started = time.monotonic()
             yield MySQLPlanning(connection, plan, last_ms=last_ms)
-            if time.monotonic() - began > LONG_PLAN_S:  # the lease of the first batch began when it was claimed
-                _renew_plan(connection, epoch=plan.epoch, key=plan.key, lease_ms=plan.lease_ms)
+            if time.monotonic() - started > LONG_PLAN_S:  # the lease of the first batch began when it was claimed
+                _renew_plan(connection, epoch, key, plan.lease_ms)
 
     def reserve_inserted_at(self, count: int) -> list[int]:
         with self.transaction("reserving an inserted_at") as connection:
@@ -133,11 +136,11 @@ class MySQLOutbox(Database):
             connection.execute(SQL["allow_inserts"], values)
 
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
-        """The rows of these pks that exist, by ascending pk, marked or not; of one version, or of any.
+        """The rows of these pks that exist, by ascending pk, marked or not, of one version or of any.
 
-        Memory: `READ_ROWS` rows at a time, or fewer where they are large, and `SHARES` times `READ_BYTES` at most,
-        whatever `row_bytes` is: the first SELECT reads each payload up to its share. Longer payloads are
-        read again afterwards, `READ_BYTES` together, or one alone. Source: the outbox's primary key; no lock.
+        Memory: `READ_ROWS` rows at a time, fewer where rows are large, and at most `SHARES` times `READ_BYTES`. The first
+        SELECT reads each payload up to its share of that. Longer payloads are read again: together up to `READ_BYTES`, or
+        one alone. Source: the outbox's primary key; no lock.
         """
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             share = SHARES * READ_BYTES // len(chunk)
@@ -156,7 +159,7 @@ class MySQLOutbox(Database):
                     event_id=event_id,
                     workspace_id=workspace_id,
                     exported_at_ms=exported_at_ms,
-                    payload=payload or b"",  # MariaDB gives NULL for what is larger than max_allowed_packet
+                    payload=payload or b"",  # MariaDB returns NULL for one that exceeds max_allowed_packet
                 )
 
     def _some_rows(self, pks: PkSet, most_bytes: int, version: str | None) -> list[Any]:
@@ -168,7 +171,7 @@ class MySQLOutbox(Database):
             ]
 
     def _whole(self, pks: Sequence[int], version: str | None) -> Iterator[Any]:
-        """These rows with their whole payload, one for each pk in order; None for a row that is gone."""
+        """These rows with their whole payloads, in the order of the pks; None for a row that is gone."""
         if not pks:
             return
         sizes: dict[int, int] = {}
@@ -192,7 +195,7 @@ class MySQLOutbox(Database):
         self._cut(claim, cut, State.SEALED, State.STOPPED, cut_digest=instead_of)
 
     def _cut(self, claim: Claim, cut: Cut, *states: State, cut_digest: str | None = None) -> None:
-        # A requeue is found by all rows that it may have sent, also those that it gave back.
+        # The ledger finds a requeue by all rows that it may have sent, also by those that it gave back.
         sent = cut.pks | pks_of(cut.given_back)
         with self.transaction(f"sealing batch {claim.batch_id}") as connection:
             _fence(connection, claim, *states, cut_digest=cut_digest)
@@ -220,16 +223,7 @@ class MySQLOutbox(Database):
 
     def begin_write(self, claim: Claim, lease_s: int) -> Batch:
         with self.transaction(f"beginning to write batch {claim.batch_id}") as connection:
-            _fence(
-                connection,
-                claim,
-                State.SEALED,
-                State.STOPPED,
-                State.WRITTEN,
-                State.EXPORTED,
-                State.VERIFIED,
-                State.DISCREPANT,
-            )
+            _fence(connection, claim, State.SEALED, State.STOPPED, State.WRITTEN, *CLOSED_HERE)
             connection.execute(SQL["begin_write"], {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000})
             return _own(connection, claim)
 
@@ -283,19 +277,19 @@ class MySQLOutbox(Database):
         cannot be rolled back in part, so there rows are marked row by row at once.
         """
         if not self.in_transaction:
-            with suppress(_NotAsUsual), translated(what):
+            with suppress(_NotByOneUpdate), translated(what):
                 try:
                     with self.marking_engine.begin() as connection:
                         return work(connection, _stamp)
                 except OperationalError as error:
                     if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
                         raise
-                    raise _NotAsUsual from None
+                    raise _NotByOneUpdate from None
         with self.transaction(what, self.marking_engine) as connection:
             return work(connection, self._stamp_unlocked)
 
     def _stamp_unlocked(self, connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
-        """As `marking.stamp_unlocked`. It skips locked rows, so when it still waits in vain, the whole table is locked."""
+        """As `marking.stamp_unlocked`. That skips locked rows, so if it waits for a lock, the whole table is locked."""
         try:
             return stamp_unlocked(connection, pks, exported_at_ms)
         except OperationalError as error:
@@ -385,27 +379,17 @@ class MySQLOutbox(Database):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The values that one plan writes into each batch that it claims or adopts."""
+    """What a plan writes into each batch that it claims or adopts; the fields are named as the statements' parameters."""
 
     epoch: int
-    key: str
+    claim_key: str
     owner: str
     process: str
     lease_ms: int
 
-    @property
-    def values(self) -> dict[str, object]:
-        return {
-            "epoch": self.epoch,
-            "claim_key": self.key,
-            "owner": self.owner,
-            "process": self.process,
-            "lease_ms": self.lease_ms,
-        }
-
 
 class MySQLPlanning:
-    """`core.ports.Planning`, inside one transaction that holds the ledger's lock."""
+    """`core.ports.Planning`, in a transaction that has locked the ledger."""
 
     def __init__(self, connection: Connection, plan: Plan, *, last_ms: int) -> None:
         self._connection = connection
@@ -436,16 +420,8 @@ class MySQLPlanning:
     def adopt(self, batch: Batch) -> Claim | None:
         if not list(self._connection.execute(SQL["unlocked"], {"batch_ids": [batch.batch_id]})):
             return None
-        self._connection.execute(SQL["adopt"], {"batch_id": batch.batch_id, **self._plan.values})
-        return Claim(
-            batch_id=batch.batch_id,
-            epoch=self._plan.epoch,
-            key=self._plan.key,
-            version=batch.version,
-            generation=batch.generation,
-            rows=batch.rows,
-            adopted=True,
-        )
+        self._connection.execute(SQL["adopt"], {"batch_id": batch.batch_id, **asdict(self._plan)})
+        return replace(batch.claim, epoch=self._plan.epoch, key=self._plan.claim_key, adopted=True)
 
     def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
         page = {"version": version, "from_pk": from_pk, "row_limit": rows}
@@ -457,7 +433,7 @@ class MySQLPlanning:
 
     @cached_property
     def _holding_letters(self) -> tuple[int, int]:
-        """The first and the last pk that a dead letter holds. During a plan only rows of open batches can get another one."""
+        """The first and the last pk that a dead letter holds. During a plan only rows of open batches can get new letters."""
         ((first, last),) = self._read("holding_letters", {})
         return (first, last) if last is not None else (1, 0)
 
@@ -489,7 +465,7 @@ class MySQLPlanning:
         self._connection.execute(
             SQL["add_batch"],
             {
-                **self._plan.values,
+                **asdict(self._plan),
                 "batch_id": batch_id,
                 "generation": generation,
                 "version": version,
@@ -505,26 +481,26 @@ class MySQLPlanning:
         return Claim(
             batch_id=batch_id,
             epoch=self._plan.epoch,
-            key=self._plan.key,
+            key=self._plan.claim_key,
             version=version,
             generation=generation,
             rows=len(pks),
         )
 
 
-class _NotAsUsual(Exception):
-    """Rolls a transaction back that could not mark a chunk as usual."""
+class _NotByOneUpdate(Exception):
+    """One UPDATE cannot mark this chunk: rolls its transaction back."""
 
 
 def _stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked:
     marked = stamp(connection, pks, exported_at_ms)
     if marked is None:
-        raise _NotAsUsual
+        raise _NotByOneUpdate
     return marked
 
 
 def _driver_rows(connection: Connection, statement: str, values: Mapping[str, object]) -> list[Any]:
-    """The driver's own tuples: SQLAlchemy's rows would double the cost of reading."""
+    """The rows as the driver's tuples: SQLAlchemy's rows would double the cost of reading."""
     cursor = connection.execute(SQL[statement], values).cursor
     assert cursor is not None
     return list(cursor.fetchall())
@@ -543,7 +519,7 @@ def _lock_ledger(connection: Connection) -> tuple[int, int]:
 
 
 def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
-    """`count` values of `inserted_at`, above every earlier one and not before the database's clock."""
+    """`count` values of `inserted_at`, greater than every earlier one and than the database's clock or equal to it."""
     first_ms = max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)
     connection.execute(SQL["reserve_inserted_at"], {"last_ms": first_ms + count - 1})
     return list(range(first_ms, first_ms + count))
@@ -552,7 +528,7 @@ def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
 def _fence(
     connection: Connection, claim: Claim, *states: State, cut_digest: str | None = None, shared: bool = False
 ) -> None:
-    """Locks the batch's row of the ledger, and refuses a claim when another plan has adopted the batch, when the batch is past
+    """Locks the batch's row of the ledger. Raises `LeaseLost` when another plan has adopted the batch, when the batch is past
     this step, or when it was split meanwhile.
     """
     row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
@@ -573,29 +549,30 @@ def _key_of(epoch: int) -> str:
 
 
 def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
-    """Whether the claim still holds the batch. The epoch alone is not enough: after a failover that lost commits it recurs."""
+    """Whether the claim still holds the batch. The epoch alone does not tell: it recurs after a failover that lost commits."""
     return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
 
 
 def _renew(connection: Connection, claim: Claim, lease_s: int) -> Batch:
-    _renew_plan(connection, epoch=claim.epoch, key=claim.key, lease_ms=lease_s * 1000)
+    _renew_plan(connection, claim.epoch, claim.key, lease_s * 1000)
     return _own(connection, claim)
 
 
-def _renew_plan(connection: Connection, *, epoch: int, key: str, lease_ms: int) -> None:
+def _renew_plan(connection: Connection, epoch: int, key: str, lease_ms: int) -> None:
     plan = {"epoch": epoch, "claim_key": key}
-    leased = [row.batch_id for row in connection.execute(SQL["leased"], plan)]
-    if leased:
-        values = {"lease_ms": lease_ms, **plan}
-        try:
-            connection.execute(SQL["renew"], {"batch_ids": leased, **values})
-        except OperationalError as error:
-            if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
-                raise
-            # Somebody holds a batch of the plan locked. Nobody can adopt it meanwhile; the other batches must not wait for it.
-            free = [row.batch_id for row in connection.execute(SQL["unlocked"], {"batch_ids": leased})]
-            if free:
-                connection.execute(SQL["renew"], {"batch_ids": free, **values})
+    leased = list(connection.execute(SQL["leased"], plan).scalars())
+    if not leased:
+        return
+    values = {"lease_ms": lease_ms, **plan}
+    try:
+        connection.execute(SQL["renew"], {"batch_ids": leased, **values})
+    except OperationalError as error:
+        if code_and_words(error.orig)[0] != LOCK_WAIT_TIMEOUT:
+            raise
+        # A batch of the plan is locked. No plan can adopt it meanwhile, and the other batches must not wait for it.
+        free = list(connection.execute(SQL["unlocked"], {"batch_ids": leased}).scalars())
+        if free:
+            connection.execute(SQL["renew"], {"batch_ids": free, **values})
 
 
 def _lost(claim: Claim, row: Row[tuple[object, ...]] | None) -> LeaseLost:

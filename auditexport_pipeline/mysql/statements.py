@@ -24,15 +24,18 @@ def prepared(statement: str) -> TextClause:
 def texts(path: str) -> dict[str, str]:
     """The statements of a `.sql` file of this package as text; `path` is like `mysql/outbox.sql`.
 
-    The fragments of `mysql/outbox.sql` are filled in. A statement with `$pks` is returned as NAME_between and NAME_in.
+    Fragments of that file and of `mysql/outbox.sql` are filled in. A statement with `$pks` is returned as NAME_between and
+    NAME_in.
     """
+    loaded = load(path)
+    fragments = {name: fragment for name, fragment in loaded.items() if name.startswith("$")} | _FRAGMENTS
     found: dict[str, str] = {}
-    for name, statement in load(path).items():
-        for fragment, replacement in _FRAGMENTS.items():
+    for name, statement in loaded.items():
+        for fragment, replacement in fragments.items():
             statement = statement.replace(fragment, replacement)
         if "$pks" in statement:
             found |= {f"{name}_{shape}": statement.replace("$pks", pks) for shape, pks in PKS.items()}
-        elif name not in _FRAGMENTS:
+        elif name not in fragments:
             found[name] = statement
     return found
 
