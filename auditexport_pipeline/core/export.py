@@ -23,26 +23,13 @@ nothing of it has happened: call `record_written` and `mark` again, each on its 
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.attempt import Attempt
-from auditexport_pipeline.core.batch import (
-    SMALLEST_BLOCK_ROWS,
-    Batch,
-    Block,
-    Claim,
-    Counts,
-    Left,
-    Receipt,
-    State,
-    batch_digest,
-    pks_of,
-    sealed_block,
-)
+from auditexport_pipeline.core.batch import Batch, Block, Claim, Left, Receipt, State
 from auditexport_pipeline.core.batch import Bodies as Bodies
 from auditexport_pipeline.core.compare import rows_held
 from auditexport_pipeline.core.errors import (
@@ -55,17 +42,14 @@ from auditexport_pipeline.core.errors import (
     RowsSwapped,
     SettingsOutdated,
 )
-from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable, id_hash
+from auditexport_pipeline.core.event import id_hash
 from auditexport_pipeline.core.lease import kept, progress
-from auditexport_pipeline.core.origins import prove
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Cut, DeadLetter, Marked, Outbox, StoredRow
+from auditexport_pipeline.core.ports import AuditLog, Marked, Outbox
+from auditexport_pipeline.core.reading import ClaimedRows
 from auditexport_pipeline.core.settings import START_WITHIN_S, Limits
 from auditexport_pipeline.core.split import give_back, read_payloads
-from auditexport_pipeline.core.versions import VERSIONS
 
-# A batch may be this much larger than its estimate; beyond, the rest of its rows is released.
-BYTES_TOLERANCE = 1.5
 # Blocks sent under one deadline and one renewed lease. A requeue of rows that a lingering run exported has one block for each
 # of its small drains.
 BLOCKS_AT_ONCE = 64
@@ -105,192 +89,25 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
     is sealed already does not change; its rows are read again only if `write` has to send them.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
-    with kept(outbox, claim, limits):
-        return _fetch(outbox, log, claim, limits)
-
-
-def _fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
     started = time.perf_counter()
-    batch = outbox.renew(claim, limits.lease_s)
-    if batch.state is not State.CLAIMED:
-        return FetchedBatch(claim=claim, rows=batch.entries, seconds=time.perf_counter() - started)
-
-    decode = VERSIONS[batch.version].decode
-    dead: list[DeadLetter] = []
-    parts = [_Part(block) for block in batch.blocks]
-    last_with_key: dict[int, int] = {}  # by the key's hash: its last row, counted over all parts
-    folded: set[int] = set()
-    keys: dict[int, Key] = {}  # by pk, of a requeue only
-    rows_kept = found = elsewhere = given_back = sealed_bytes = 0
-    oldest_ms: int | None = None
-    newest_ms: int | None = None
-    for part in parts:
-        if given_back:
-            given_back += part.block.rows
-            continue
-        for row in outbox.read(part.block.pks, row_bytes=part.block.row_bytes, version=batch.version):
-            sealed_bytes += len(row.payload)
-            if found and sealed_bytes > limits.batch_bytes * BYTES_TOLERANCE:
-                given_back = sum(1 for pk in part.block.pks if pk >= row.pk)
-                break
-            found += 1
-            if row.exported_at_ms is not None:
-                elsewhere += 1
-                continue
-            event = decode(row)
-            if isinstance(event, Undecodable):
-                dead.append(DeadLetter.of(row, event))
-                continue
-            # One event twice in a batch: the later row is kept, as after a merge in ClickHouse.
-            place = hash(event.key)
-            earlier = last_with_key.get(place)
-            if earlier is not None:
-                other, index = _part_of(parts, earlier)
-                if _same_event(decode, other, index, row, event):
-                    folded.add(other.pks[index])
-            last_with_key[place] = rows_kept
-            rows_kept += 1
-            part.add(row, event.fingerprint)
-            if batch.generation:
-                keys[row.pk] = event.key
-            at_ms = event.key[2]
-            oldest_ms = at_ms if oldest_ms is None or at_ms < oldest_ms else oldest_ms
-            newest_ms = at_ms if newest_ms is None or at_ms > newest_ms else newest_ms
-    last_with_key.clear()
-
-    folded_pks = PkSet.of(sorted(folded))
-    if keys:
-        parts = _by_origin(outbox, log, batch, parts, folded, keys, limits)
-    bodies: Bodies = {}
-    blocks: list[Block] = []
-    ids = 0  # carried to the next block when all rows of a block are folded
-    for part in parts:
-        pks, payloads, fingerprint = part.without(folded)
-        ids += part.ids
-        if pks:
-            block = sealed_block(batch.version, part.block, pks, payloads, fingerprint, ids=ids)
-            ids = 0
-            bodies[block.digest] = payloads
-            blocks.append(block)
-    cut = Cut(
-        blocks=tuple(blocks),
-        pks=pks_of(blocks) | folded_pks,
-        counts=Counts(
-            dead=len(dead),
-            folded=len(folded),
-            vanished=batch.rows - given_back - found,
-            elsewhere=elsewhere,
-            released=given_back,
-        ),
-        digest=batch_digest(blocks, folded_pks),
-        dead_letters=tuple(dead),
-        oldest_ms=oldest_ms,
-        newest_ms=newest_ms,
-        generation=batch.generation if any(batch.is_requeue(block) for block in blocks) else 0,
-    )
-    outbox.seal(claim, cut)
+    with kept(outbox, claim, limits):
+        batch = outbox.renew(claim, limits.lease_s)
+        if batch.state is not State.CLAIMED:
+            return FetchedBatch(claim=claim, rows=batch.entries, seconds=time.perf_counter() - started)
+        rows = ClaimedRows(batch)
+        rows.read(outbox, limits.batch_bytes)
+        if rows.keys:
+            _refuse_in_transaction(outbox)
+            rows.regroup(outbox, log, limits.blocks_per_batch)
+        cut, bodies = rows.seal()
+        outbox.seal(claim, cut)
     return FetchedBatch(
         claim=claim,
         bodies=bodies,
-        rows=sum(block.rows for block in blocks),
-        dead=len(dead),
+        rows=sum(block.rows for block in cut.blocks),
+        dead=len(rows.dead),
         seconds=time.perf_counter() - started,
     )
-
-
-class _Part:
-    """A block while its rows are read: the payloads, and a few numbers per row."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.pks = array("Q")
-        self.fingerprints = array("Q")
-        self.ids = 0
-        self.payloads: list[bytes] = []
-
-    def add(self, row: StoredRow, fingerprint: int) -> None:
-        self.pks.append(row.pk)
-        self.fingerprints.append(fingerprint)
-        self.payloads.append(row.payload)
-        self.ids += id_hash(row.event_id)
-
-    def without(self, folded: set[int]) -> tuple[PkSet, list[bytes], int]:
-        """The pks, payloads and fingerprint of the rows that are not folded."""
-        if folded.isdisjoint(self.pks):
-            pks, payloads, fingerprint = PkSet.of(self.pks), self.payloads, sum(self.fingerprints)
-        else:
-            keep = [index for index, pk in enumerate(self.pks) if pk not in folded]
-            pks = PkSet.of(self.pks[index] for index in keep)
-            payloads = [self.payloads[index] for index in keep]
-            fingerprint = sum(self.fingerprints[index] for index in keep)
-        return pks, payloads, fingerprint % 2**64
-
-
-def _by_origin(
-    outbox: Outbox,
-    log: AuditLog,
-    batch: Batch,
-    parts: list[_Part],
-    folded: set[int],
-    keys: dict[int, Key],
-    limits: Limits,
-) -> list[_Part]:
-    """Regroups the rows of a requeue: a part for each `inserted_at` that rows are proven to have had, and parts of new rows."""
-    _refuse_in_transaction(outbox)
-    for pk in folded:
-        del keys[pk]
-    origins = prove(outbox, log, batch, keys)
-    rows = sorted(
-        (pk, payload, fingerprint)
-        for part in parts
-        for pk, payload, fingerprint in zip(part.pks, part.payloads, part.fingerprints, strict=True)
-        if pk not in folded
-    )
-    new = sum(1 for pk, _, _ in rows if pk not in origins.times)
-    block_rows = max(SMALLEST_BLOCK_ROWS, -(-new // limits.blocks_per_batch))
-    reserved = iter(outbox.reserve_inserted_at(-(-new // block_rows)) if new else ())
-    by_time: dict[int, _Part] = {}
-    new_parts: list[_Part] = []
-    for pk, payload, fingerprint in rows:
-        at_ms = origins.times.get(pk)
-        if at_ms is None:
-            if not new_parts or len(new_parts[-1].pks) == block_rows:
-                new_parts.append(_Part(Block(number=0, inserted_at_ms=next(reserved), pks=PkSet(), first=True)))
-            part = new_parts[-1]
-        else:
-            if at_ms not in by_time:
-                by_time[at_ms] = _Part(Block(number=0, inserted_at_ms=at_ms, pks=PkSet()))
-            part = by_time[at_ms]
-        part.pks.append(pk)
-        part.payloads.append(payload)
-        part.fingerprints.append(fingerprint)
-    again = [*(part for _, part in sorted(by_time.items())), *new_parts]
-    again[0].ids = sum(part.ids for part in parts)
-    for number, part in enumerate(again):
-        renewed = origins.renewed & PkSet.of(part.pks) if part.block.first else PkSet()
-        part.block = replace(part.block, number=number, renewed=renewed)
-    return again
-
-
-def _part_of(parts: list[_Part], position: int) -> tuple[_Part, int]:
-    """The part that holds the row at this position of the batch, and the row's index in it."""
-    for part in parts:
-        if position < len(part.pks):
-            return part, position
-        position -= len(part.pks)
-    raise IndexError(position)
-
-
-def _same_event(
-    decode: Callable[[OutboxRow], Event | Undecodable], part: _Part, index: int, row: StoredRow, event: Event
-) -> bool:
-    """Whether an earlier row, whose key has the same hash, has the same key."""
-    other = decode(
-        OutboxRow(
-            pk=part.pks[index], event_id=row.event_id, workspace_id=row.workspace_id, payload=part.payloads[index]
-        )
-    )
-    return isinstance(other, Event) and other.key == event.key
 
 
 # ── write ────────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +168,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
                 found = len(batch.blocks) - len(to_send)
             attempt = Attempt(outbox, log, limits, batch)
             attempt.found([block for block in batch.blocks if block not in to_send])
-            batch = _send_all(outbox, log, batch, to_send, bodies, limits, attempt)
+            batch = _Sending(outbox, log, limits, bodies, attempt).all(batch, to_send)
             note = attempt.note(batch)
     return Sent(claim=claim, batch=batch, found=found, note=note, seconds=time.perf_counter() - started)
 
@@ -378,86 +195,90 @@ def _refuse_in_transaction(outbox: Outbox) -> None:
         raise RuntimeError("ClickHouse must not be asked while a transaction in MySQL is open: commit it first")
 
 
-def _send_all(
-    outbox: Outbox,
-    log: AuditLog,
-    batch: Batch,
-    to_send: list[Block],
-    bodies: Bodies,
-    limits: Limits,
-    attempt: Attempt,
-) -> Batch:
-    """Sends blocks, several at once, until ClickHouse has all of them.
+class _Sending:
+    """Sends blocks of one batch, several at once, until ClickHouse has all of them.
 
     A refused block is split around the poison rows: the ledger records the new cut, then the new blocks are sent. This
     goes on while the probe budget of `core.poison` lasts, so a flood of poison rows costs one drain no more than that. Blocks
     that are too large come last, because they may be split only when no INSERT of the batch can be at work.
     """
-    to_send = attempt.hold_back(to_send)
-    if not to_send:
-        batch, to_send = attempt.split_too_large(batch, bodies)
-    rereads = 2  # of the server's list of settings: a load balancer may choose a server of another version each time
-    with ThreadPoolExecutor(limits.blocks_per_batch, thread_name_prefix="write") as pool:
-        while to_send:
-            progress()
-            # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
-            # was paused for long is refused. The deadline is read before the ledger: a run that is paused in between
-            # learns from the ledger whether it still holds the batch.
-            deadline_ms = log.deadline_ms(START_WITHIN_S)
-            until_ms = deadline_ms + limits.insert_timeout_s * 1000
-            attempt.until_ms = max(attempt.until_ms, until_ms)
-            outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
-            altered: list[Block] = []
-            # For a stopped batch, all blocks are read before any is sent: it decides once what to release.
-            at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
-            group, to_send = to_send[:at_once], to_send[at_once:]
-            for block in group:
-                if block.digest not in bodies:
-                    try:
-                        bodies[block.digest] = read_payloads(outbox, batch, block)
-                    except BatchAltered as error:
-                        if batch.state is not State.STOPPED:
-                            outbox.stop(
-                                batch.claim,
-                                str(error),
-                                wait_ms=max(until_ms, batch.inserts_until_ms) - log.deadline_ms(0),
-                            )
-                            raise
-                        altered.append(block)
-            if batch.state is State.STOPPED:
-                batch = give_back(outbox, batch, altered)
-            sending = [block for block in group if block not in altered]
-            attempt.count_before(batch, sending)
-            answers = [
-                pool.submit(
-                    log.insert,
-                    batch,
-                    block,
-                    bodies.pop(block.digest),
-                    deadline_ms=deadline_ms,
-                    timeout_s=limits.insert_timeout_s,
-                )
-                for block in sending
-            ]
-            # The server refused these before it read any row; by now the store has read the settings again.
-            outdated = [
-                block
-                for block, answer in zip(sending, answers, strict=True)
-                if rereads and isinstance(answer.exception(), SettingsOutdated)
-            ]
-            outcomes = [
-                (block, answer.exception() or answer.result())
-                for block, answer in zip(sending, answers, strict=True)
-                if block not in outdated
-            ]
-            batch, again = attempt.settle(batch, outcomes, bodies)
-            if outdated:
-                rereads -= 1
-                again += [block for block in batch.blocks if block in outdated]
-            to_send = [*again, *to_send]
-            if not to_send:
-                batch, to_send = attempt.split_too_large(batch, bodies)
-    return batch
+
+    def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, bodies: Bodies, attempt: Attempt) -> None:
+        self._outbox = outbox
+        self._log = log
+        self._limits = limits
+        self._bodies = bodies
+        self._attempt = attempt
+        # Answers that the server's list of settings is outdated: a load balancer can choose servers of different versions.
+        self._rereads = 2
+
+    def all(self, batch: Batch, to_send: list[Block]) -> Batch:
+        to_send = self._attempt.hold_back(to_send)
+        with ThreadPoolExecutor(self._limits.blocks_per_batch, thread_name_prefix="write") as pool:
+            while True:
+                if not to_send:
+                    batch, to_send = self._attempt.split_too_large(batch, self._bodies)
+                if not to_send:
+                    return batch
+                progress()
+                # Of a stopped batch, all blocks are read before any is sent: it is decided once which ones are released.
+                at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
+                batch, again = self._send(batch, to_send[:at_once], pool)
+                to_send = [*again, *to_send[at_once:]]
+
+    def _send(self, batch: Batch, blocks: list[Block], pool: ThreadPoolExecutor) -> tuple[Batch, list[Block]]:
+        """Sends these blocks; returns the batch as it is cut now, and the blocks to send next."""
+        limits, attempt = self._limits, self._attempt
+        # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
+        # was paused for long is refused. The deadline is read before the ledger: a run that is paused in between
+        # learns from the ledger whether it still holds the batch.
+        deadline_ms = self._log.deadline_ms(START_WITHIN_S)
+        until_ms = deadline_ms + limits.insert_timeout_s * 1000
+        attempt.until_ms = max(attempt.until_ms, until_ms)
+        self._outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
+        altered = self._read(batch, blocks, until_ms)
+        if batch.state is State.STOPPED:
+            batch = give_back(self._outbox, batch, altered)
+        blocks = [block for block in blocks if block not in altered]
+        attempt.count_before(batch, blocks)
+        answers = [
+            pool.submit(
+                self._log.insert,
+                batch,
+                block,
+                self._bodies.pop(block.digest),
+                deadline_ms=deadline_ms,
+                timeout_s=limits.insert_timeout_s,
+            )
+            for block in blocks
+        ]
+        outcomes = [
+            (block, answer.exception() or answer.result()) for block, answer in zip(blocks, answers, strict=True)
+        ]
+        # The server refused these before it read any row. The store has read the settings again by now.
+        outdated = [block for block, outcome in outcomes if self._rereads and isinstance(outcome, SettingsOutdated)]
+        self._rereads -= bool(outdated)
+        outcomes = [(block, outcome) for block, outcome in outcomes if block not in outdated]
+        batch, again = attempt.settle(batch, outcomes, self._bodies)
+        return batch, [*again, *(block for block in batch.blocks if block in outdated)]
+
+    def _read(self, batch: Batch, blocks: list[Block], until_ms: int) -> list[Block]:
+        """Reads the payloads that are not in memory. Returns the altered blocks of a stopped batch; stops any other batch
+        and raises `BatchAltered`.
+        """
+        altered = []
+        for block in blocks:
+            if block.digest in self._bodies:
+                continue
+            try:
+                self._bodies[block.digest] = read_payloads(self._outbox, batch, block)
+            except BatchAltered as error:
+                if batch.state is not State.STOPPED:
+                    wait_ms = max(until_ms, batch.inserts_until_ms) - self._log.deadline_ms(0)
+                    self._outbox.stop(batch.claim, str(error), wait_ms=wait_ms)
+                    raise
+                altered.append(block)
+        return altered
 
 
 # ── mark ─────────────────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ import sqlalchemy.dialects.mysql.pymysql
 from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.clickhouse import connection as clickhouse_connection
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
-from auditexport_pipeline.core import claiming, export, reconcile, requeue, sweep, verify
+from auditexport_pipeline.core import claiming, export, reading, reconcile, requeue, sweep, verify
 from auditexport_pipeline.core import settings as core_settings
 from auditexport_pipeline.core.actions import Actor, RowFilter
 from auditexport_pipeline.core.batch import Batch, Claim, Receipt
@@ -175,7 +175,7 @@ def shorten_time_outs() -> None:
         ((audit_log, clickhouse_connection), "ANSWER_GRACE_S", 1),
         ((audit_log, clickhouse_connection), "CONNECT_TIMEOUT_S", 2),
         ((export, core_settings), "START_WITHIN_S", LEASE_S),
-        ((claiming, export), "SMALLEST_BLOCK_ROWS", 5),
+        ((claiming, reading), "SMALLEST_BLOCK_ROWS", 5),
         ((claiming,), "FIRST_BATCH_ROWS", 10),
         ((requeue,), "CHUNK_ROWS", 7),
         ((sweep,), "BATCHES_AT_ONCE", 2),

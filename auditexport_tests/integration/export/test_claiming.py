@@ -16,7 +16,7 @@ from threading import Barrier, Event
 
 import pytest
 
-from auditexport_pipeline.core import claiming, export
+from auditexport_pipeline.core import claiming, export, reading
 from auditexport_pipeline.core.batch import Batch, Claim, State
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
@@ -258,7 +258,7 @@ def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monk
     assert 1 < fetched.rows < 12
     assert (
         sum(len(payload) for payloads in fetched.bodies.values() for payload in payloads)
-        <= 20_000 * export.BYTES_TOLERANCE
+        <= 20_000 * reading.BYTES_TOLERANCE
     )
     export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, one, fetched.bodies, limits), limits)
     (batch,) = stack.outbox.batches([one.batch_id])
