@@ -43,7 +43,7 @@ from auditexport_pipeline.core.errors import (
     SettingsOutdated,
 )
 from auditexport_pipeline.core.event import id_hash
-from auditexport_pipeline.core.lease import kept, progress
+from auditexport_pipeline.core.lease import leases_renewed, progress
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Marked, Outbox
 from auditexport_pipeline.core.reading import ClaimedRows
@@ -90,7 +90,7 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     started = time.perf_counter()
-    with kept(outbox, claim, limits):
+    with leases_renewed(outbox, claim, limits):
         batch = outbox.renew(claim, limits.lease_s)
         if batch.state is not State.CLAIMED:
             return FetchedBatch(claim=claim, rows=batch.entries, seconds=time.perf_counter() - started)
@@ -151,7 +151,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
     started = time.perf_counter()
     found = 0
     note = ""
-    with kept(outbox, claim, limits):
+    with leases_renewed(outbox, claim, limits):
         if batch.state in UNWRITTEN:
             to_send = list(batch.blocks)
             if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:
@@ -295,7 +295,7 @@ def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Bat
     are marked and the batch stays `written`: the returned batch says why in `left` and `last_error`. The ledger still holds the
     rows, so they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
     """
-    with kept(outbox, receipt.claim, limits):
+    with leases_renewed(outbox, receipt.claim, limits):
         return _mark(outbox, log, receipt, limits)
 
 

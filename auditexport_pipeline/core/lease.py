@@ -1,10 +1,9 @@
-"""Renews leases while a verb works, in a timed loop of its own, however long one statement takes.
+"""Renews leases while a verb works, in a thread of its own, however long one statement takes.
 
-What does not belong here: what a lease is (`mysql/outbox.sql`), and how long an INSERT may take, which ClickHouse bounds by
-its own clock.
-
-A lease is short, so that a dead run holds its batches for less than a minute. The loop ends with its verb, when another plan
-holds the batch, and when the verb has shown no progress for so long that it must hang: then others may take the batch.
+A lease is short, so that a dead run holds its batches for less than a minute. The renewals end with the verb, when another
+plan holds the batch, and when the verb has made no progress for so long that it must hang: then other runs may take the batch.
+What does not belong here: how the ledger stores a lease (`mysql/outbox.sql`), and how long an INSERT may take, which
+ClickHouse bounds by its own clock.
 """
 
 from __future__ import annotations
@@ -21,43 +20,45 @@ from auditexport_pipeline.core.settings import Limits
 
 # Two renewals may fail, as in a failover, before the lease ends.
 RENEWALS_PER_LEASE = 3
-# Added to an INSERT's own time-out: a verb that shows no progress for longer hangs in a call that does not end.
+# A verb that makes no progress for an INSERT's own time-out and this time hangs in a call that does not end.
 LONGEST_SILENCE_S = 300.0
 
-_at_work = threading.local()
+
+class _Progress:
+    """The time of a verb's last progress."""
+
+    def __init__(self) -> None:
+        self.at_s = time.monotonic()
+
+
+_thread = threading.local()
 
 
 def progress() -> None:
-    """Notes progress of this thread's verb: the silence is measured from here."""
-    for silence in getattr(_at_work, "silences", ()):
-        silence.since = time.monotonic()
-
-
-class _Silence:
-    def __init__(self) -> None:
-        self.since = time.monotonic()
+    """Notes that the verb of this thread makes progress."""
+    if (current := getattr(_thread, "current", None)) is not None:
+        current.at_s = time.monotonic()
 
 
 @contextmanager
-def kept(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
-    """Renews the leases of the claim's plan while the block runs and shows progress."""
-    silence, over = _Silence(), threading.Event()
+def leases_renewed(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
+    """Renews the leases of the claim's plan while the block runs and makes progress."""
+    last, done = _Progress(), threading.Event()
     longest_s = limits.insert_timeout_s + LONGEST_SILENCE_S
 
     def renew() -> None:
-        while not over.wait(limits.lease_s / RENEWALS_PER_LEASE) and time.monotonic() - silence.since < longest_s:
+        while not done.wait(limits.lease_s / RENEWALS_PER_LEASE) and time.monotonic() - last.at_s < longest_s:
             try:
                 outbox.renew(claim, limits.lease_s)
             except LeaseLost:
                 return
-            except BaseException:  # the verb meets the error too, and raises it; the next turn tries again
+            except BaseException:  # the verb meets the error too and raises it; the next turn tries again
                 continue
 
-    silences = getattr(_at_work, "silences", ())
-    _at_work.silences = (*silences, silence)
+    _thread.current = last
     threading.Thread(target=renew, name="lease", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
-        _at_work.silences = silences
+        done.set()
+        _thread.current = None

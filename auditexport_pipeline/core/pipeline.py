@@ -1,12 +1,12 @@
 """The pipeline of one process: while one batch is marked, the next is written and the one after it is fetched.
 
-Three threads run the verbs of `core.export` for the batches of a plan, in order. The caller asks for each batch in turn, and gets
-the result of a thread, or of its own call where no thread comes to the batch. The callers are Dagster's steps and `core.drain`.
+Three threads run the verbs of `core.export` for the batches of a plan, in order. The caller asks for each batch in turn. It gets
+the result of a thread, or does the verb itself where no thread does. The callers are Dagster's steps and `core.drain`.
 Other processes do not prefetch.
 
-A prefetched batch needs no rule of its own: a thread runs the same verb under the same claim as the caller would. A process that
-dies leaves open batches, and the next run finishes them. Rows stay inside: callers see counts only, and `timing` says when each
-verb ran, because a caller that waits for no more than a result cannot tell how long the work took.
+A thread runs the same verb under the same claim as the caller would, so a process that dies leaves the same open batches, which
+the next run finishes. Rows stay inside: callers see counts only. `timing` says when each verb ran, because a caller that waits
+for a result cannot tell how long the work took.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Timing:
 
     seconds: float
     ahead_s: float  # the verb started this long before the call; 0 when the call started it
-    meanwhile: tuple[str, ...]  # what ran at the same time for other batches, such as "batch 2 was written"
+    meanwhile: tuple[str, ...]  # what was done for other batches at the same time, such as "batch 2 was written"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,17 +95,17 @@ class _Journal:
 
 @dataclass(slots=True, kw_only=True)
 class _Work:
-    """One batch that the threads are to do, and what has become of it."""
+    """One batch for the threads, and its results."""
 
     claim: Claim
     fetched: Future[FetchedBatch] = field(default_factory=Future)
     receipt: Future[Receipt] = field(default_factory=Future)
     marked: Future[Batch] = field(default_factory=Future)
-    written: bool = False  # the caller has the receipt or the error; if it asks again, it writes by itself
+    written: bool = False  # the caller has the receipt or the error; if it asks again, it writes the batch itself
     done: bool = False  # the same for the mark
 
     def cancel(self) -> None:
-        """Leaves to the caller what has not happened yet."""
+        """Leaves the verbs that have not begun to the caller."""
         for future in (self.fetched, self.receipt, self.marked):
             future.cancel()
 
@@ -130,21 +130,19 @@ class _Threads:
         self.works = [_Work(claim=claim) for claim in claims]
         self._room = Semaphore(BATCHES_IN_MEMORY)
         self._stopped = Event()
-        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="prefetch_fetch")
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix="prefetch_write")
-        self._marking = ThreadPoolExecutor(1, thread_name_prefix="prefetch_mark")
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"prefetch_{verb}") for verb in VERBS]
+        self._fetching, self._writing, self._marking = self._pools
         self._fetching.submit(self._fetch_all)
 
     def work(self, claim: Claim) -> _Work | None:
-        """The work on this batch, or None when no thread will come to it."""
+        """The work on this batch, or None when no thread will do it."""
         return next((work for work in self.works if work.claim == claim and not work.fetched.cancelled()), None)
 
     def close(self) -> None:
         """Waits for the statements that are running; each of them has a time limit."""
         self._stopped.set()
-        self._fetching.shutdown()
-        self._writing.shutdown()
-        self._marking.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
 
     def _fetch_all(self) -> None:
         for work in self.works:
@@ -164,7 +162,7 @@ class _Threads:
                 continue
             self._writing.submit(self._write, work, fetched.bodies)
             work.fetched.set_result(replace(fetched, bodies={}))
-            del fetched  # or it would stay in memory beside the next batch
+            del fetched  # otherwise it would stay in memory beside the next batch
 
     def _write(self, work: _Work, bodies: Bodies) -> None:
         try:
@@ -213,17 +211,17 @@ class Pipeline:
         self._planned: list[Claim] = []
         self._time_for: Callable[[Claim], bool] = lambda _: True
         self._threads: _Threads | None = None
-        self._kept: tuple[Claim, Bodies] | None = None
+        self._fetched: tuple[Claim, Bodies] | None = None
         self._journal = _Journal()
 
     def plan(self, claims: Sequence[Claim], time_for: Callable[[Claim], bool] = lambda _: True) -> None:
-        """Sets the order in which the caller will ask for batches. Batches without `time_for` them are not prefetched."""
+        """Sets the order in which the caller will ask for batches. Batches for which there is no time are not prefetched."""
         self._planned = list(claims) if len(claims) > 1 else []
         self._time_for = time_for
         self._journal = _Journal()
 
     def timing(self, verb: Verb, batch_id: int) -> Timing | None:
-        """When the verb whose result the caller has ran; None when it did not run for a batch of this plan in this process."""
+        """When the verb ran; None when it did not run for a batch of this plan in this process."""
         return self._journal.timing(verb, batch_id)
 
     def has_begun(self, claim: Claim) -> bool:
@@ -241,12 +239,12 @@ class Pipeline:
                 rest = self._planned[self._planned.index(claim) :]
                 self._threads = _Threads(outbox, log, rest, limits, self._time_for, self._journal)
                 (work, *_) = self._threads.works
-            self._planned.remove(claim)  # if the caller asks again, it fetches by itself
+            self._planned.remove(claim)  # if the caller asks again, it fetches the batch itself
             with contextlib.suppress(CancelledError):  # another batch failed before the thread came to this one
                 return work.fetched.result()
         with self._journal.at_work("fetch", claim):
             fetched = export.fetch(outbox, log, claim, limits)
-        self._kept = (claim, fetched.bodies)
+        self._fetched = (claim, fetched.bodies)
         return replace(fetched, bodies={})
 
     def write(self, outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Receipt:
@@ -257,8 +255,8 @@ class Pipeline:
             work.written = True
             with contextlib.suppress(CancelledError):
                 return work.receipt.result()
-        kept, self._kept = self._kept, None
-        bodies = kept[1] if kept is not None and kept[0] == claim else {}
+        fetched, self._fetched = self._fetched, None
+        bodies = fetched[1] if fetched is not None and fetched[0] == claim else {}
         with self._journal.at_work("write", claim):
             return export.write(outbox, log, claim, bodies, limits)
 
@@ -275,7 +273,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._kept = None
+        self._fetched = None
         if self._threads is not None:
             self._threads.close()
             self._threads = None

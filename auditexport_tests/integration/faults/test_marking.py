@@ -237,7 +237,7 @@ def test_an_open_batch_whose_ledger_row_is_locked_lets_the_others_go_on(
     with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 2 FOR UPDATE"):
         done = drain(stack, monkeypatch)
         assert states(stack) == ["verified", "claimed", "verified", "verified"]
-        assert "batch 2 is open (claimed, 3 rows), and somebody holds its row" in done.output
+        assert "batch 2 is open (claimed, 3 rows), and its row of clickhouse_outbox_batch is locked" in done.output
     assert drain(stack, monkeypatch).exit_code == 0
     assert (stack.counts(), stack.pending(), states(stack)) == ((12, 12), 0, ["verified"] * 4)
 
