@@ -1,12 +1,12 @@
 """What exporting means.
 
 There are two databases and no transaction between them. The promise: every committed event of a known version is in
-ClickHouse exactly once, or is a dead letter with a reason. This page says how the promise is kept.
+ClickHouse exactly once, or is a dead letter with a reason. This page explains how.
 
 States. The ledger is a table in the outbox's own database. It is the one source of truth about batches:
 
-    claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified ──▶ compacted       swept long ago: only the record is left
-                  │                        └──────▶ discrepant   ClickHouse lost or changed something
+    claimed ──▶ sealed ──▶ written ──▶ exported ──▶ verified ──▶ compacted       swept long ago: counts and digests only
+                  │                        └──────▶ discrepant   ClickHouse lost or changed entries
                   └──▶ stopped ──▶ sealed                        rows vanished before they were written
 
 * claim   One short transaction, under the ledger's lock (its row 0). It adopts open batches of dead owners, under a new
@@ -14,57 +14,60 @@ States. The ledger is a table in the outbox's own database. It is the one source
           commits late with a lower pk is found by the next claim.
 * fetch   Rows are read by pk and validated. A row that cannot be decoded becomes a dead letter. The rest is
           sealed: pks, order, blocks, `inserted_at` and a digest of the bytes never change again.
-* write   One block is one INSERT, one partition, one part, one deduplication token. A first attempt writes at
-          once. Any later attempt looks first, by `inserted_at`, which is unique per block. So does every attempt after an
-          error (`core.attempt`), because a materialized view fails after the block is stored.
+* write   One block is one INSERT, one partition, one part, one deduplication token. A first attempt sends the blocks at
+          once. Any later attempt looks first: it asks ClickHouse by `inserted_at`, which is unique per block. So does every
+          attempt after an error (`core.attempt`), because a materialized view fails after the block is stored.
 * mark    Sets `deleted_at` in chunks, each fenced by the ledger's row; the last chunk and `exported` commit together. The
           marks are read again at once: where rows are locked, or a trigger undoes the mark, the batch stays `written` and
           a later run marks the rest.
-* verify  Compares count and fingerprint: computed here from the outbox, there from the columns.
+* verify  Compares count and fingerprint: ours from the outbox, ClickHouse's from its columns.
+
+Effects of a small batch can share a commit, before its INSERT and after it (`core.export`).
 
 What each crash leaves, and why it does no harm:
 
-    crash after …                 the next run finds        and does
+    crash after …                 the next run finds        and does this
     the claim                     claimed, not sealed       reads and seals the same rows, perhaps fewer
     the seal                      sealed, 0 attempts        reads the rows again, compares them with the digest, writes
-    an INSERT, answer lost        sealed, 1 attempt         looks first: the block is there whole, or not at all
-    some of several INSERTs       sealed, 1 attempt         looks block by block, sends the missing ones
+    an INSERT, answer lost        sealed, 1 attempt         looks first: the whole block is there, or nothing of it
+    some of several INSERTs       sealed, 1 attempt         looks first, sends the missing blocks
     all INSERTs                   sealed, 1 attempt         finds all blocks, records `written`
     `written`                     written                   marks
-    some chunks of marks          written                   marks the rest; the stamp is the same, so it knows its own marks
+    some chunks of marks          written                   marks the rest, with the same stamp
     `exported`                    exported                  verifies
-    a refused block               sealed, cut as before     is refused again, and splits again
+    a refused block               sealed, cut as before     sends it, is refused again, splits it
     the split of a block          sealed, with new blocks   sends the new blocks; released rows are pending
     a failing view's INSERT       sealed, 1 attempt         looks first: the block is there, and counts as written
     the flag on a large block     sealed, flagged           splits it, once no INSERT of it can be at work
 
-Two writers at once. An owner that was declared dead may still be alive. MySQL refuses all of its effects, because the ledger
-holds another epoch and key. (The key is random for each plan. It is for a failover that loses commits: then batch ids
-and epochs recur.) ClickHouse refuses what it sends, in two ways. The token makes a replay of the same block nothing. And each
-INSERT carries a deadline, which ClickHouse compares with its own clock before it takes a row: a process that was paused
-for an hour and wakes up inside `write` is refused. For the same reason, a batch that can no longer be reproduced
-(`stopped`) is given up only after the deadline and the INSERT's own time-out (`inserts_until_ms`): then no INSERT of it can
-be at work. The lease is another value. It is short, and is renewed while a verb works (`core.lease`), so a
-dead run holds its rows for less than a minute; where an executor gives the steps to several processes, for five. A process of the same machine that is gone counts as dead at once.
+Two writers at once. An owner that was declared dead may still be alive. MySQL refuses all of its effects, because the
+ledger has another epoch and key. (The key is random for each plan, because a failover that loses commits repeats batch
+ids and epochs.) ClickHouse refuses its INSERTs in two ways. Under the same token, the same block is written once. And
+each INSERT carries a deadline, which ClickHouse compares with its own clock before it takes a row: a process that was
+paused for an hour and wakes up in `write` is refused. For the same reason, a batch whose rows were altered (`stopped`)
+is released only after the deadline and the INSERT's own time-out (`inserts_until_ms`): then no INSERT of it can be at
+work. The lease is another value. It is short and is renewed while a verb works (`core.lease`), so a dead run holds its
+rows for less than a minute, or for five where an executor gives the steps to several processes. A process of the same
+machine that is gone counts as dead at once.
 
-After the export. A requeue (`core.requeue`, or a mark that somebody cleared by hand) makes rows pending again. The next claim
-sees that a closed batch had their pks, and the fetch proves which rows are the events that were exported (`core.origins`). Those
-keep their first `inserted_at`, so that copies collapse and retention does not start again; the others go out as new. One
-batch can hold both; `Batch.is_requeue` tells for a block. Reconciliation (`core.reconcile`) compares both stores long
-after: by count, by the sealed fingerprint, and by a hash of all columns that was observed at the
-verification. Where they differ, `core.compare` goes entry by entry, and knows what merges, the TTL, requeues and
-recorded erasures remove or add. A batch that was `discrepant` becomes `verified` again when nothing differs.
+After the export. A requeue (`core.requeue`, or a mark that was cleared by hand) makes rows pending again. The next
+claim sees that a closed batch had their pks, and the fetch proves which rows are the exported events (`core.origins`).
+Those keep their first `inserted_at`, so that copies collapse and retention does not start again; the others go out as
+new. One batch can have blocks of both kinds (`Batch.is_requeue`). Reconciliation (`core.reconcile`) compares both
+stores later: by count, by the sealed fingerprint, and by a hash of all columns that was observed at the verification.
+Where they differ, `core.compare` compares each entry, and takes into account what merges, the TTL, requeues and
+recorded erasures remove or add. A `discrepant` batch becomes `verified` again when nothing differs.
 
 Dead letters. An open or discarded dead letter holds its row: no batch takes it. A retry makes the row pending again;
 `core.dead_letters` has the states. An attempt spends a bounded number of probes on rows that ClickHouse refuses
 (`core.poison`), so that a flood of bad rows from one workspace does not delay the others.
 
-Observing. `core.status` has the numbers of a moment, `core.advice` what an operator should do; the Dagster UI, the CLI and
-alerts show the same. `core.drain` is the loop over plans. The outcome of a run is read from the ledger (`core.outcome`), not
-from the memory of a step.
+Observing. `core.status` has the present numbers, `core.advice` the actions for an operator; the Dagster UI, the CLI and
+alerts show the same. `core.drain` is the loop over plans. The outcome of a run is read from the ledger
+(`core.outcome`), not from the memory of a step.
 
-Exactly-once rests on the look-up by `inserted_at`. Deduplication windows only cover the seconds in which a first attempt is
-still at work.
+Exactly-once rests on the look-up by `inserted_at`. Deduplication windows only cover the seconds in which a first
+attempt is still at work.
 
 Invariants (tests are named after them):
 

@@ -1,8 +1,8 @@
-"""One attempt to write a batch: which blocks are stored, and what happens to each block that was not acknowledged.
+"""One attempt to write a batch: finds the stored blocks, and handles each block that was not acknowledged.
 
-An error from ClickHouse does not mean that nothing was written: a materialized view fails after the block is in the table.
-So after every error, ClickHouse is asked by `inserted_at` before anything is split or sent again. What does not belong here:
-sending (`core.export`), and finding the rows that are refused (`core.split`).
+An error from ClickHouse does not mean that nothing was written: a materialized view fails after the block is in the
+table. So after every error, the attempt asks ClickHouse by `inserted_at` before it splits a block or sends it again.
+What does not belong here: sending (`core.export`), and finding the rows that are refused (`core.split`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.split import Splitter, give_back, new_cut, new_number, read_payloads
 from auditexport_pipeline.core.versions import VERSIONS
 
-# Where a view fails on a requeue, the block is sent this often, under a new token each time, until its copy can be counted.
+# If a view fails on a requeue, the block is sent this often, under a new token each time, until its copy can be
+# counted.
 COPIES_OF_A_REQUEUE = 3
-# On a busy server a block can meet a limit of memory or time by chance: it is split at the second time. A size is no chance.
+# On a busy server a block can exceed a limit of memory or time by chance: it is split after the second refusal. Its
+# size is the same each time.
 STRIKES = {RefusalKind.MEMORY: 2, RefusalKind.TIME: 2, RefusalKind.SIZE: 1}
-# A run waits at most this long for the end of an INSERT that can still be at work; otherwise it goes on with other batches.
+# A run waits at most this long until no INSERT of a block can be at work; otherwise it continues with other batches.
 WAIT_IN_RUN_S = 5.0
-# `inserted_at`s named in a note; the ledger has all of them.
+# `inserted_at`s that a note names; the ledger has all of them.
 NAMED_TIMES = 8
-# `inserted_at`s of one question: ClickHouse takes 128 KB in one parameter.
-TIMES_PER_QUESTION = 2_000
+# `inserted_at`s of one query: ClickHouse takes 128 KB in one parameter.
+TIMES_PER_QUERY = 2_000
 WHAT_TO_RAISE = {
     RefusalKind.MEMORY: "raise max_memory_usage for this user, or give the server more memory",
     RefusalKind.SIZE: "raise the size that ClickHouse, or the proxy in front of it, takes (nginx: client_max_body_size)",
@@ -53,7 +55,7 @@ class _FailedView:
 
 
 class Attempt:
-    """What one attempt to write a batch knows. `core.export.write` calls its methods in the order in which they stand here."""
+    """The state of one attempt to write a batch. `core.export.send` calls the methods in the order of this class."""
 
     def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, batch: Batch) -> None:
         self._outbox = outbox
@@ -67,14 +69,13 @@ class Attempt:
         self._too_large: set[int] = set()  # numbers of the blocks to split
         self._alone: set[int] = set()  # single rows that were sent once more
         self._copies: dict[int, int] = {}  # by block number: how often a requeued block went out
-        self.until_ms = (
-            batch.inserts_until_ms
-        )  # by ClickHouse's clock: an INSERT of the batch can be at work until then
+        # By ClickHouse's clock: an INSERT of the batch can be at work until then.
+        self.until_ms = batch.inserts_until_ms
 
     # ── before sending ───────────────────────────────────────────────────────────────────────────
 
     def hold_back(self, blocks: Sequence[Block]) -> list[Block]:
-        """Returns the blocks that may be sent as they are. The others met a limit before; they are split later."""
+        """Returns the blocks that may be sent as they are. The others exceeded a limit before and are split later."""
         self._too_large |= {block.number for block in blocks if block.limit}
         return [block for block in blocks if not block.limit]
 
@@ -83,7 +84,7 @@ class Attempt:
         self._splitter.taken = self._splitter.taken or bool(blocks)
 
     def count_before(self, batch: Batch, blocks: Sequence[Block]) -> None:
-        """Counts the entries under the `inserted_at` of each requeued block: only more than these show that it was written."""
+        """Counts the entries under the `inserted_at` of each requeued block: an increase shows that it was written."""
         times = sorted({block.inserted_at_ms for block in blocks if batch.is_requeue(block)})
         if times:
             held = self._holdings(times)
@@ -91,17 +92,17 @@ class Attempt:
 
     def _holdings(self, times: Sequence[int]) -> dict[int, Holding]:
         held: dict[int, Holding] = {}
-        for start in range(0, len(times), TIMES_PER_QUESTION):
-            held |= self._log.holdings(times[start : start + TIMES_PER_QUESTION])
+        for start in range(0, len(times), TIMES_PER_QUERY):
+            held |= self._log.holdings(times[start : start + TIMES_PER_QUERY])
         return held
 
     # ── after sending ────────────────────────────────────────────────────────────────────────────
 
     def settle(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]], bodies: Bodies) -> tuple[Batch, list[Block]]:
-        """Handles the answers to some INSERTs; returns the batch as it is cut now, and the blocks to send next.
+        """Handles the answers to some INSERTs. Returns the batch as it is cut now, and the blocks to send next.
 
-        Durable effects: a note on a view that failed, a flag on a block that is too large, and new cuts. Raises what
-        an INSERT raised, unless its block is stored.
+        Durable effects: a note on a failed view, a flag on a block that is too large, and new cuts. Raises the error of
+        an INSERT, unless its block is stored.
         """
         for _, outcome in sent:
             if isinstance(outcome, LeaseLost) or (
@@ -129,11 +130,11 @@ class Attempt:
         return batch, again + parts
 
     def _stored(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]]) -> set[int]:
-        """The numbers of the blocks that ClickHouse holds although their INSERTs got an error, or no answer.
+        """The numbers of the blocks that ClickHouse has although their INSERTs got an error, or no answer.
 
-        Of a first export, any entry under its `inserted_at` proves the block: it was written whole. (If somebody removed rows
-        since, verification reports it.) Of a requeue, exactly its rows must have been added to what was counted
-        before. Merges can hide that; then the block counts as not written.
+        Of a first export, any entry under its `inserted_at` proves the block: it was written whole. (If entries were
+        removed since, verification reports it.) Of a requeue, the count must have increased by exactly its rows. Merges
+        can hide that; then the block counts as not written.
         """
         failed = [(block, outcome) for block, outcome in sent if outcome is not None]
         try:
@@ -170,7 +171,7 @@ class Attempt:
         return new_cut(self._outbox, batch, batch.blocks, note=self.note(batch))
 
     def note(self, batch: Batch) -> str:
-        """For the operator: the views that failed, at this attempt or an earlier one; "" when none did."""
+        """For the operator: the views that failed, in this attempt or an earlier one; "" when none did."""
         table = VERSIONS[batch.version].table
         notes = [self._earlier_note] if self._earlier_note else []
         for view, failed in self._failed_views.items():
@@ -186,7 +187,7 @@ class Attempt:
     def _note_limits(
         self, batch: Batch, missing: Sequence[tuple[Block, Outcome]]
     ) -> tuple[Batch, BaseException | None]:
-        """Flags the blocks that are too large; also returns the error that ends this attempt, if there is one."""
+        """Flags the blocks that are too large. Also returns the error that ends this attempt, if there is one."""
         error = next((outcome for _, outcome in missing if isinstance(outcome, BaseException)), None)
         struck = {
             block: outcome
@@ -217,7 +218,7 @@ class Attempt:
     def _another_fits(self, batch: Batch, block: Block) -> bool:
         """Whether only this row is too large: ClickHouse took another row of usual size in this attempt.
 
-        If no other row was sent, the parser must accept a small made-up row and not this one.
+        If no other row was sent, the parser must accept a small made-up row and refuse this one.
         """
         others = [other for other in batch.blocks if other.number != block.number]
         usual = sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
@@ -228,7 +229,7 @@ class Attempt:
     def _after_views(
         self, batch: Batch, missing: Sequence[tuple[Block, Outcome]], bodies: Bodies
     ) -> tuple[Batch, list[Block]]:
-        """Handles blocks that are not stored, or cannot be seen, because a view fails: a requeue is sent again, with a new token."""
+        """Handles blocks that are not stored, or not provably, because a view fails. A requeue is sent again."""
         again: list[Block] = []
         for block, refusal in missing:
             if not isinstance(refusal, Refusal) or refusal.kind is not RefusalKind.VIEW:
@@ -256,11 +257,11 @@ class Attempt:
     # ── blocks that are too large ────────────────────────────────────────────────────────────────
 
     def split_too_large(self, batch: Batch, bodies: Bodies) -> tuple[Batch, list[Block]]:
-        """Splits the blocks that met a limit, once ClickHouse lacks them and no INSERT of them can be at work.
+        """Splits the blocks that exceeded a limit, once ClickHouse lacks them and no INSERT of them can be at work.
 
-        Durable effect: the new cut. A single row that is too large becomes a dead letter if ClickHouse took other rows. Blocks
-        whose rows were altered since the seal leave the batch, and their rows are pending again.
-        Returns the blocks to send. Raises `BatchWaits` when it is too early, or when the limit rejects even a single row.
+        Durable effect: the new cut. A single row that is too large becomes a dead letter if ClickHouse took other rows.
+        Blocks whose rows were altered since the seal leave the batch, and their rows are pending again. Returns the
+        blocks to send. Raises `BatchWaits` when it is too early, or when a single row exceeds the limit.
         """
         blocks = [block for block in batch.blocks if block.number in self._too_large]
         if not blocks:
@@ -270,8 +271,8 @@ class Attempt:
                 self._too_large.clear()
                 raise BatchWaits(
                     f"ClickHouse did not take one row of {block.bytes:,} bytes alone (batch {batch.batch_id}, block "
-                    f"{block.number}): {block.limit}. No row of ordinary size was taken beside it, so the limit is what "
-                    f"is wrong, and nothing was set aside: {WHAT_TO_RAISE[_kind(block)]}"
+                    f"{block.number}): {block.limit}. No row of ordinary size was taken either, so the limit is "
+                    f"wrong, and nothing was set aside: {WHAT_TO_RAISE[_kind(block)]}"
                 )
         left_ms = self.until_ms - self._log.deadline_ms(0)
         if left_ms >= 0:

@@ -68,10 +68,10 @@ CLOSED = (State.EXPORTED, State.VERIFIED, State.DISCREPANT, State.COMPACTED)
 class Claim:
     """The fenced right to work on one batch. `epoch` is the plan that granted it, `key` is unique to that plan.
 
-    Every effect of a claim is refused once another plan has adopted the batch, because the ledger then
-    has another epoch and key. After a failover that lost commits, batch ids and epochs recur; keys do not.
-    A claim is small and has no payload, so Dagster's storage may hold it. A claim that a release without keys has pickled
-    gets an empty key, and the ledger has none for its batch either.
+    Every effect of a claim is refused once another plan has adopted the batch, because the ledger then has another
+    epoch and key. After a failover that lost commits, batch ids and epochs recur; keys do not. A claim is small and has
+    no payload, so Dagster's storage may hold it. A claim that a release without keys has pickled gets an empty key, and
+    the ledger has none for its batch either.
     """
 
     batch_id: int
@@ -95,12 +95,12 @@ class Block:
     `pks` are the rows whose payloads are sent, in that order; `normalised` are those among them that are
     sent in normal form (`core.event.normal_form`). `digest` and `fingerprint` are empty until the seal.
 
-    `first`, in a requeue: the rows of this block are not proven to repeat an event and go out as new
-    (`core.origins`, `Batch.is_requeue`). `renewed` are the rows among them that an earlier block had and that ClickHouse may
-    have lost: their earlier entries must not be called missing.
+    `first`, in a requeue: the rows of this block are not proven to repeat an event and go out as new (`core.origins`,
+    `Batch.is_requeue`). `renewed` are the rows among them that an earlier block had and that ClickHouse may have lost:
+    their earlier entries must not be called missing.
 
-    `limit` is the answer of ClickHouse or a proxy when the block exceeded a limit. It is set after `strikes` refusals, and the
-    block is split before it is sent again. `fits`: ClickHouse took another row when it refused this one.
+    `limit` is the answer of ClickHouse or a proxy when the block exceeded a limit. It is set after `strikes` refusals,
+    and the block is split before it is sent again. `fits`: ClickHouse took another row when it refused this one.
     """
 
     number: int
@@ -144,8 +144,9 @@ class Holding:
     """What ClickHouse has under one `inserted_at`: the number of entries, and two sums over them modulo 2^64.
 
     `fingerprint` covers the columns whose bytes follow from the payload (`core.verify`), `content` every column as
-    ClickHouse stores it, metas included. `copies` are entries that equal another entry in every column. `workspaces` are the
-    sent entries by workspace, stored for swept rows of few workspaces: an erasure of another workspace explains no loss.
+    ClickHouse stores it, metas included. `copies` are entries that equal another entry in every column. `workspaces`
+    are the sent entries by workspace, stored for swept rows of few workspaces: an erasure of another workspace explains
+    no loss.
     """
 
     rows: int
@@ -162,8 +163,8 @@ NO_ENTRIES = Holding(rows=0, fingerprint=0, content=0)
 class Batch:
     """One row of the ledger. `pks` are the rows that the batch will mark; its blocks' pks are the rows that it sends.
 
-    `given_back` are blocks of a requeue that left the batch although an earlier attempt may have sent them. Entries of their
-    rows are under that `inserted_at` in any case, so ClickHouse cannot show whether these copies were written.
+    `given_back` are blocks of a requeue that left the batch although an earlier attempt may have sent them. Entries of
+    their rows are under that `inserted_at` in any case, so ClickHouse cannot show whether these copies were written.
     """
 
     batch_id: int
@@ -283,13 +284,6 @@ class BlockDigest:
         return self._digest.hexdigest()[:32]
 
 
-def block_digest(version: str, inserted_at_ms: int, pks: PkSet, payloads: Sequence[bytes]) -> str:
-    """The `BlockDigest` of a whole block."""
-    digest = BlockDigest(version, inserted_at_ms, pks)
-    digest.add(payloads)
-    return str(digest)
-
-
 def in_parts(payloads: Sequence[bytes]) -> Iterator[bytes]:
     """A block's bytes, each payload after a newline, in parts of a few hundred rows."""
     for start in range(0, len(payloads), PART_ROWS):
@@ -300,10 +294,12 @@ def sealed_block(
     version: str, block: Block, pks: PkSet, payloads: list[bytes], fingerprint: int, *, ids: int | None
 ) -> Block:
     """The block, sealed with these rows. The payloads are in the order of the pks."""
+    digest = BlockDigest(version, block.inserted_at_ms, pks)
+    digest.add(payloads)
     return replace(
         block,
         pks=pks,
-        digest=block_digest(version, block.inserted_at_ms, pks, payloads),
+        digest=str(digest),
         fingerprint=fingerprint,
         bytes=sum(map(len, payloads)),
         ids=ids,

@@ -18,9 +18,9 @@ from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.core.versions import VERSIONS
 
-# The size of a plan's first batch. Each further batch may be half as large again, up to `batch_rows`, so that no stage waits
-# long for the stage before it. With 100,000 rows in the first batch, ClickHouse waited four seconds for the first block, and
-# MySQL waited as long for the first rows to mark.
+# The size of a plan's first batch. Each further batch may be half as large again, up to `batch_rows`, so that no stage
+# waits long for the stage before it. With 100,000 rows in the first batch, ClickHouse waited four seconds for the first
+# block, and MySQL waited as long for the first rows to mark.
 FIRST_BATCH_ROWS = 25_000
 FURTHER_BATCHES_GROW = 1.5
 # Rows of each page of candidates that are measured: few enough to cost nothing, enough to find large rows.
@@ -53,10 +53,11 @@ def claim(
 ) -> list[Claim]:
     """Adopts the open batches of dead owners, then cuts new batches from pending rows, oldest pk first.
 
-    `dead_owners` are owners and processes that are known to be dead; `process` is the process that does all claimed work.
-    `max_rows` is the number of rows for which there is time. `exported` are the batches that this drain has exported: rows of
-    them that are pending again wait for the next drain, and `cleared` gets their pks. `left_alone` gets a line for
-    each open batch that this release or installation cannot continue, and for rows that are exported again and again.
+    `dead_owners` are owners and processes that are known to be dead; `process` is the process that does all claimed
+    work. `max_rows` is the number of rows for which there is time. `exported` are the batches that this drain has
+    exported: rows of them that are pending again wait for the next drain, and `cleared` gets their pks. `left_alone`
+    gets a line for each open batch that this release or installation cannot continue, and for rows that are exported
+    again and again.
 
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
     in the ledger under a new epoch. Loads pks only of rows that it claims. Idempotent: when the same
@@ -159,8 +160,8 @@ class _Cutter:
         self._cleared = cleared
 
     def cut(self, version: str, most_batches: int, most_rows: int) -> Iterator[Claim]:
-        """Cuts batches of one version. Each comes from one page of candidates and is bounded by bytes. The first batches are
-        small, so that every stage of the pipeline soon has work.
+        """Cuts batches of one version. Each comes from one page of candidates and is bounded by bytes. The first
+        batches are small, so that every stage of the pipeline soon has work.
         """
         limits = self._limits
         from_pk = batches = rows = 0
@@ -211,7 +212,8 @@ class _Cutter:
         """Adds a batch of rows that were never exported, and batches of rows that are pending again, with their old
         `inserted_at`.
 
-        A pk that was exported before is only a hint: the fetch proves that the row is the same event, or takes it as new.
+        A pk that was exported before is only a hint: the fetch proves that the row is the same event, or takes it as
+        new.
         """
         row_bytes = size // len(pks)
         # By spans: for one old row among new ones, the batches between them must not be read.
@@ -228,8 +230,9 @@ class _Cutter:
             if overlap and origin.version == version:
                 generation = max(generation, origin.generation + 1)
                 again.update({pk: block.inserted_at_ms for block in origin.blocks for pk in overlap & block.pks})
-                # A folded row went out as another row's entry. If it never went out itself, it goes to a block of the batch
-                # that folded it first. If it did, it keeps its own `inserted_at`, whatever a requeue folded it into.
+                # A folded row went out as another row's entry. If it never went out itself, it goes to a block of the
+                # batch that folded it first. If it did, it keeps its own `inserted_at`, whatever a requeue folded it
+                # into.
                 again.update(
                     {pk: origin.blocks[-1].inserted_at_ms for pk in overlap if origin.blocks and pk not in again}
                 )

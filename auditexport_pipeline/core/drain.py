@@ -1,7 +1,8 @@
-"""The loop over plans: claim, export and verify one plan, plans until the backlog is empty, or what arrives while the run stays.
+"""The loop over plans: claims, exports and verifies one plan, or plans until the backlog is empty, or while the run
+stays.
 
-The CLI's drain and the staying Dagster run use this loop; Dagster's graph runs one plan as steps (`defs.assets`). The verbs of a
-batch are in `core.export`, and `core.pipeline` runs them in threads.
+The CLI's drain and the staying Dagster run use this loop. Dagster's graph runs one plan as steps (`defs.assets`). The
+verbs of a batch are in `core.export`, and `core.pipeline` runs them in threads.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Momen
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
 
-# A block is split in ever more parts: by then it is down to single rows.
+# A block that is too large is split into more parts each time: after so many waits, into single rows.
 WAITS_WITHOUT_PROGRESS = 12
-LOOK_FOR_STOP_S = 0.2
+CHECK_STOP_S = 0.2
 # Two statements: one to MySQL, and, while rows are held, one for the definition of ClickHouse's table.
 RELEASE_EVERY_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Drained:
-    """What a drain did. Names and units are those of a run's metadata in the Dagster UI."""
+    """The result of a drain. Names and units are those of a run's metadata in the Dagster UI."""
 
     rounds: int = 0
     batches: int = 0
-    adopted: int = 0  # of those, taken over from owners that are dead
+    adopted: int = 0  # of those, adopted from dead owners
     rows: int = 0
     entries: int = 0
     bytes: int = 0
@@ -53,20 +54,17 @@ class Drained:
     deleted_by_others_rows: int = 0
     marked_by_others_rows: int = 0
     verified: dict[int, Discrepancy] = field(default_factory=dict)
-    altered: dict[int, str] = field(default_factory=dict)  # stopped batches, and why
-    unmarked: dict[int, str] = field(
-        default_factory=dict
-    )  # batches that ClickHouse has, and why their rows are not marked
-    waiting: dict[int, BatchWaits | BatchLocked | TableRefuses] = field(
-        default_factory=dict
-    )  # batches that have to be split later, and why
-    views: dict[int, str] = field(default_factory=dict)  # batches that are stored while a view failed, and which
-    wrong: dict[int, str] = field(default_factory=dict)  # discrepant batches, as the ledger has them
+    # By batch id:
+    altered: dict[int, str] = field(default_factory=dict)  # stopped, and why
+    unmarked: dict[int, str] = field(default_factory=dict)  # ClickHouse has it, and why its rows are not marked
+    waiting: dict[int, BatchWaits | BatchLocked | TableRefuses] = field(default_factory=dict)  # left open, and why
+    views: dict[int, str] = field(default_factory=dict)  # stored although a view failed: the note on the view
+    wrong: dict[int, str] = field(default_factory=dict)  # discrepant, as the ledger has it
     claimed: set[int] = field(default_factory=set)
     since: Moment | None = None
-    lost: list[int] = field(default_factory=list)  # batches that another run took over
-    held: list[Holder] = field(default_factory=list)  # who else holds rows that are pending
-    released: list[int] = field(default_factory=list)  # claimed and given back, because somebody interrupted
+    lost: list[int] = field(default_factory=list)  # adopted by another run
+    released: list[int] = field(default_factory=list)  # claimed and given back, because the drain was interrupted
+    held: list[Holder] = field(default_factory=list)  # the other owners of open batches
     interrupted: bool = False
 
     @property
@@ -74,7 +72,7 @@ class Drained:
         return {**{batch_id: str(found) for batch_id, found in self.verified.items() if found}, **self.wrong}
 
     def leave(self, batch_id: int, error: AuditExportError) -> None:
-        """Notes why a batch was left."""
+        """Notes why a batch was left open."""
         if isinstance(error, LeaseLost):
             self.lost.append(batch_id)
         elif isinstance(error, BatchAltered):
@@ -84,7 +82,7 @@ class Drained:
             self.waiting[batch_id] = error
 
     def settle(self, outbox: Outbox, owner: str) -> None:
-        """Takes what was done from the ledger: a round that failed in the middle had done, and found, things too."""
+        """Reads the result from the ledger, because a round that failed has exported and verified batches too."""
         assert self.since is not None
         outcome = outcome_of(outbox, owner, self.claimed, self.since, self.verified)
         self.verified = dict(outcome.verified)
@@ -110,7 +108,7 @@ class Drained:
 
 
 class Listener(Protocol):
-    """Who is told what happens, as it happens."""
+    """Gets each event of a drain at once."""
 
     def claimed(self, claims: Sequence[Claim]) -> None: ...
 
@@ -122,15 +120,16 @@ class Listener(Protocol):
 
 
 class Drain:
-    """Exports plan after plan for one owner. Each call goes on where the one before it ended; `done` counts all of them.
+    """Exports plan after plan for one owner. Each call continues after the one before; `done` is the result of all
+    calls.
 
-    No row is exported twice. Rows whose marks are cleared during the drain wait for the next drain; the listener gets a line.
-    Transient errors are retried by a new plan, unless not `retried`, because the caller does that. A batch that another run took over, that was altered, that
-    has to wait or whose rows cannot be marked stops only itself. When `stopping()`, the current batch is finished and the
-    others are given back: their leases end at once.
+    No row is exported twice. Rows whose marks are cleared during the drain wait for the next drain; the listener gets a
+    line. A new plan follows a transient error, unless `retried` is false because the caller retries. A batch that
+    another run adopted, that was altered, that has to wait or whose rows cannot be marked does not stop the others.
+    When `stopping()`, the current batch is finished and the others are given back: their leases end at once.
 
-    `dead_owners` gets the owners of open batches and returns those known to be dead; `exported` are batches that this owner has
-    exported before. Durable effects: those of the verbs. Raises what the verbs raise.
+    `dead_owners` gets the owners of open batches and returns those that are known to be dead; `exported` are batches
+    that this owner has exported before. Durable effects: those of the verbs. Raises what the verbs raise.
     """
 
     def __init__(
@@ -157,22 +156,22 @@ class Drain:
         self._stopping = stopping
         self._retries = retries.RETRIES if retried else 0
         self._pipeline = Pipeline()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._failures = 0
         self.done = Drained(since=outbox.moment(), claimed=set(exported))
 
     def one_plan(self) -> Drained:
-        """Exports at most `max_batches` batches; what is left waits."""
+        """Exports at most `max_batches` batches."""
         self._plan()
         return self.done
 
     def until_empty(self, backlog: Callable[[], Backlog]) -> Drained:
-        """Exports until everything that was pending at the start is exported. Rows that arrive meanwhile do not keep it.
+        """Exports until all rows that were pending at the start are exported. Rows that arrive later do not prolong it.
 
-        Ends early after a batch whose mark was refused, because the next one would be refused as well, and after a plan of
-        nothing but batches that stay as they are.
+        Ends early after a batch whose mark was refused, because the next one would be refused as well, and after a plan
+        that could not change any of its batches.
         """
-        began = time.monotonic()
+        started = time.monotonic()
         waits = 0
         while True:
             exported_before = self.done.batches
@@ -185,9 +184,9 @@ class Drain:
                 if not wait_s or waits > WAITS_WITHOUT_PROGRESS:
                     return self.done
                 self._sleep(wait_s)
-            elif len(plan.claims) < self._limits.max_batches:  # the plan took everything there was
+            elif len(plan.claims) < self._limits.max_batches:  # the plan claimed all pending rows
                 pending = backlog()
-                if plan.cleared or not pending.rows or pending.lag_s <= time.monotonic() - began:
+                if plan.cleared or not pending.rows or pending.lag_s <= time.monotonic() - started:
                     return self.done
 
     def stay(
@@ -197,12 +196,12 @@ class Drain:
         max_rows: Callable[[], int | None] = lambda: None,
         release: Callable[[], object] = lambda: None,
     ) -> Drained:
-        """Exports what arrives while `staying()`: one plan every `linger_poll_ms`, of at most `max_rows()` rows.
+        """Exports rows that arrive while `staying()`: one plan every `linger_poll_ms`, of at most `max_rows()` rows.
 
-        A new run takes seconds to start; an event that finds a run staying is in ClickHouse within one poll. `release` is called
-        every `RELEASE_EVERY_S`: rows that the table refused are taken again once its definition has changed. Ends early
-        after a batch that could not be marked or that ClickHouse does not hold as sealed. Raises the error of the first batch
-        that was left for another reason.
+        A new run takes seconds to start; a staying run exports an event within one poll. `release` is called every
+        `RELEASE_EVERY_S`: rows that the table refused are pending again once its definition has changed. Ends early
+        after a batch that could not be marked or that ClickHouse does not have as sealed. Raises the error of the first
+        batch that was left for another reason.
         """
         released = time.monotonic()
         while staying() and not self.done.interrupted:
@@ -222,7 +221,7 @@ class Drain:
     # ── one plan ─────────────────────────────────────────────────────────────────────────────────
 
     def _plan(self, max_rows: int | None = None, *, adopt: bool = True) -> _Plan:
-        """Claims, exports and verifies one plan; after a transient error another one."""
+        """Claims, exports and verifies one plan, and after a transient error another one."""
         while True:
             exported_before = self.done.batches
             try:
@@ -249,12 +248,12 @@ class Drain:
             limits=self._limits,
             process=self._process,
             max_rows=max_rows,
-            left_alone=self._say,
+            left_alone=self._report_once,
             exported=self.done.claimed,
             cleared=plan.add_cleared,
         )
         if plan.cleared:
-            self._say(claiming.cleared_line(plan.cleared), "cleared")
+            self._report_once(claiming.cleared_line(plan.cleared), "cleared")
         self._listener.claimed(plan.claims)
         self.done.claimed |= {claim.batch_id for claim in plan.claims}
         self.done.rounds += bool(plan.claims) or adopt
@@ -296,8 +295,8 @@ class Drain:
             self._give_back(rest)
 
     def _give_back(self, rest: Sequence[Claim]) -> None:
-        """Ends the leases of the batches that are open, so that the next drain need not wait for them. What a thread has done
-        for one of them is in the ledger, and the next drain goes on from there.
+        """Ends the leases of the batches that are open, so that the next drain need not wait for them. It continues
+        from their states in the ledger.
         """
         by_id = {claim.batch_id: claim for claim in rest}
         for batch in self._outbox.batches(by_id):
@@ -309,41 +308,36 @@ class Drain:
                 self.done.add(batch)
                 self._listener.exported(batch)
         if self.done.released:
-            with suppress(LeaseLost):
-                self._outbox.renew(
-                    by_id[self.done.released[0]], 0
-                )  # one plan, one lease: it ends for all that are open
+            with suppress(LeaseLost):  # the lease ends for all open batches of the plan
+                self._outbox.renew(by_id[self.done.released[0]], 0)
 
     def _verify(self, plan: _Plan) -> None:
-        """Also what was exported before an interruption, and batches of earlier runs."""
+        """Verifies the batches of this plan, also after an interruption, and batches of earlier runs."""
         outcome = verify_recent(self._outbox, self._log, len(plan.claims))
         plan.wrong = any(outcome.values())
         self.done.verified |= outcome
         self._listener.verified(outcome)
 
-    # ── little things ────────────────────────────────────────────────────────────────────────────
-
-    def _say(self, line: str, key: str = "") -> None:
-        """Tells the listener something once."""
-        if (key or line) not in self._said:
-            self._said.add(key or line)
+    def _report_once(self, line: str, key: str = "") -> None:
+        if (key or line) not in self._reported:
+            self._reported.add(key or line)
             self._listener.trouble(line)
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stopping() and (left_s := until - time.monotonic()) > 0:
-            time.sleep(min(left_s, LOOK_FOR_STOP_S))
+            time.sleep(min(left_s, CHECK_STOP_S))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """One plan, and how it ended."""
+    """One plan and its result."""
 
     claims: Sequence[Claim] = ()
-    cleared: PkSet = field(default_factory=PkSet)  # rows this owner exported whose marks were cleared since
+    cleared: PkSet = field(default_factory=PkSet)  # rows that this owner exported and that are pending again
     unmarked: list[Left] = field(default_factory=list)  # why batches are not marked
     left: list[AuditExportError] = field(default_factory=list)  # why batches are open
-    wrong: bool = False  # ClickHouse does not hold a batch as sealed
+    wrong: bool = False  # ClickHouse does not have a batch as sealed
 
     def add_cleared(self, pks: PkSet) -> None:
         self.cleared |= pks

@@ -1,35 +1,27 @@
-"""Every error this project raises, in one tree split by one question: can a rerun change this?
+"""Every error of this project, in one tree that answers one question: can a rerun change this?
 
-What does not belong here: expected outcomes (an undecodable row, an empty outbox), which are values, and driver exceptions,
-which each store translates in exactly one place.
+What does not belong here: expected outcomes (an undecodable row, an empty outbox), which are values, and driver
+exceptions, which each store translates in exactly one place.
 
     AuditExportError
-    ├── TransientError             yes: wait and run again, nothing has to be repaired
-    │   ├── OutboxUnavailable          MySQL: down, deadlock, lock wait, failover
-    │   │   ├── RowsLocked                 somebody holds rows locked that are to be marked
-    │   │   │   └── OutboxLocked               somebody holds the whole outbox locked
-    │   │   ├── BatchLocked                somebody holds a batch's row of the ledger locked; the other batches go on
-    │   │   └── RowsSwapped                rows under a batch's pks are other events than it sealed
-    │   ├── BatchUnmarked              ClickHouse has a batch whose rows could not be marked yet
-    │   ├── AuditLogUnavailable        ClickHouse: down, slow, read-only, out of space
-    │   ├── InsertOutcomeUnknown       an INSERT was sent and no answer came; the next attempt looks first
-    │   ├── ForeignAnswer              not ClickHouse answered but a proxy, a cache or a maintenance page
-    │   ├── SettingsOutdated           ClickHouse does not know a setting; its list is read again, nothing was written
-    │   ├── BatchWaits                 a block is too large for ClickHouse; it is split once no INSERT of it can be at work
-    │   ├── LeaseLost                  another run has adopted the batch; this run is refused
-    │   ├── BrokerUnavailable          Celery's broker or its result store is down, or refuses us
-    │   └── LocalServerFailed          a server of the local stack did not start
+    ├── TransientError             yes: run again, nothing has to be repaired
+    │   ├── OutboxUnavailable
+    │   │   ├── RowsLocked
+    │   │   │   └── OutboxLocked
+    │   │   ├── BatchLocked
+    │   │   └── RowsSwapped
+    │   ├── AuditLogUnavailable
+    │   │   ├── InsertOutcomeUnknown
+    │   │   │   └── BatchWaits
+    │   │   ├── ForeignAnswer
+    │   │   └── SettingsOutdated
+    │   └── BatchUnmarked · LeaseLost · BrokerUnavailable · LocalServerFailed
     └── PermanentError             no: somebody has to change something first
-        ├── InvalidConfig              a setting is out of its bounds
-        ├── SetupIncomplete            a table, column, grant or setting is missing or wrong
-        │   └── WrongAddress               not ClickHouse answers at this address, but a redirect or a login
-        │   └── TableRefuses               the ClickHouse table refuses every row of a batch, although they parse
-        ├── BatchAltered               rows of a sealed batch are no longer as they were sealed
-        ├── MarkRefused                a trigger or a CHECK undoes or refuses the mark of an exported row
-        ├── InsertRefused              a sealed row no longer decodes
-        ├── VerificationFailed         ClickHouse does not hold what it acknowledged
-        ├── IncompleteRun              fewer batches arrived at the end of a run than were planned
-        └── LocalServerMissing         no server binary on this machine
+        ├── SetupIncomplete
+        │   ├── WrongAddress
+        │   └── TableRefuses
+        ├── InvalidConfig · BatchAltered · MarkRefused · InsertRefused · VerificationFailed
+        └── IncompleteRun · LocalServerMissing
 
 A message says what happened, to which thing (ids and counts, never payload text), and what to do.
 """
@@ -42,7 +34,7 @@ class AuditExportError(Exception):
 
 
 class TransientError(AuditExportError):
-    """A rerun can succeed although nobody changes anything."""
+    """A rerun can succeed although nothing is changed."""
 
 
 class OutboxUnavailable(TransientError):
@@ -50,21 +42,21 @@ class OutboxUnavailable(TransientError):
 
 
 class RowsLocked(OutboxUnavailable):
-    """Somebody holds rows locked that are to be marked."""
+    """Rows that are to be marked are locked."""
 
 
 class OutboxLocked(RowsLocked):
-    """Somebody holds the whole outbox locked, as LOCK TABLES and ALTER TABLE do, so that no row of it can be marked."""
+    """The whole outbox is locked, as by LOCK TABLES or ALTER TABLE, so no row of it can be marked."""
 
 
 class BatchLocked(OutboxUnavailable):
-    """Somebody holds a batch's row of the ledger locked: this batch has to wait, the others can go on."""
+    """A batch's row of the ledger is locked: this batch has to wait, the others can go on."""
 
     wait_s = 0.0
 
 
 class RowsSwapped(OutboxUnavailable):
-    """Rows under the pks of a written batch are not the events that it sealed, or some of these are gone."""
+    """Rows under the pks of a written batch are not the sealed events, or some sealed events are gone."""
 
 
 class BatchUnmarked(TransientError):
@@ -76,11 +68,11 @@ class AuditLogUnavailable(TransientError):
 
 
 class InsertOutcomeUnknown(AuditLogUnavailable):
-    """An INSERT was sent and its answer never came: it may or may not have been written."""
+    """An INSERT was sent and no answer came: the block may be written. The next attempt asks ClickHouse first."""
 
 
 class ForeignAnswer(AuditLogUnavailable):
-    """The answer is not from ClickHouse, which may or may not have received the request; `status` is the answer's (HTTP)."""
+    """A proxy or a cache answered; ClickHouse may have the request. `status` is the answer's (HTTP)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -88,11 +80,11 @@ class ForeignAnswer(AuditLogUnavailable):
 
 
 class SettingsOutdated(AuditLogUnavailable):
-    """ClickHouse does not know a setting that it listed: a load balancer has servers of several versions. Nothing was written."""
+    """ClickHouse does not know a setting that it listed, as behind a load balancer. Nothing was written."""
 
 
 class BatchWaits(InsertOutcomeUnknown):
-    """A batch has to wait while the others go on: for `wait_s` seconds, or, if that is 0, until somebody raises a limit."""
+    """A batch has to wait while the others go on: for `wait_s` seconds, or, if that is 0, until a limit is raised."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -100,15 +92,15 @@ class BatchWaits(InsertOutcomeUnknown):
 
 
 class LeaseLost(TransientError):
-    """Another run holds the batch now; every effect of this run on it is refused."""
+    """Another run has adopted the batch; every effect of this run on it is refused."""
 
 
 class BrokerUnavailable(TransientError):
-    """A step could not be sent to Celery's workers, or its result not be read: the broker does not answer, or refuses us."""
+    """Celery's broker does not answer or refuses us: a step could not be sent, or its result not be read."""
 
 
 class LocalServerFailed(TransientError):
-    """A server of the local stack did not start or ended on its own."""
+    """A server of the local stack did not start, or ended by itself."""
 
 
 class PermanentError(AuditExportError):
@@ -120,11 +112,11 @@ class InvalidConfig(PermanentError):
 
 
 class SetupIncomplete(PermanentError):
-    """A table, column, grant or engine setting is missing or not what exactly-once needs."""
+    """A table, column, grant or engine setting is missing, or prevents exactly-once."""
 
 
 class WrongAddress(SetupIncomplete):
-    """Not ClickHouse answers at this address, and that will not change, as for a redirect; `status` is the answer's (HTTP)."""
+    """At this address answers a redirect or a login, and no ClickHouse; `status` is the answer's (HTTP)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -150,12 +142,12 @@ class InsertRefused(PermanentError):
 
 
 class VerificationFailed(PermanentError):
-    """ClickHouse does not hold a batch that it acknowledged."""
+    """ClickHouse does not have a batch that it acknowledged."""
 
 
 class IncompleteRun(PermanentError):
-    """Fewer batches reached the end of the run than it had planned."""
+    """Fewer batches reached the end of a run than were planned."""
 
 
 class LocalServerMissing(PermanentError):
-    """No server binary was found; the message says in one line how to get it."""
+    """No server binary was found; the message says how to install one."""

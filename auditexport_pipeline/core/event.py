@@ -1,8 +1,7 @@
-"""Payloads: an outbox row's JSON text becomes an event, or a named reason why it cannot.
+"""Payloads: the JSON text of an outbox row becomes an event, or a named reason why it cannot.
 
-What belongs here: what an event is, the typed shape of `audit_log.v1`, its fingerprint, and the explanation of payloads
-that cannot become an event. What does not: SQL and drivers; the ClickHouse part of a version is in its own `.sql`
-file (`clickhouse/audit_log_v1.sql`), the registry of versions in `core.versions`.
+What belongs here: the typed shape of `audit_log.v1`, its fingerprint, and the reasons. What does not: the ClickHouse
+part of a version (`clickhouse/audit_log_v1.sql`), and the registry of versions (`core.versions`).
 
 Python and ClickHouse must never read one text as two different events. Every payload that they read differently is
 normalised or refused here (see `explain`).
@@ -27,7 +26,7 @@ Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Object(msgspec.Struct, gc=False):
-    """Any JSON object: checked, and skipped without building it."""
+    """Any JSON object: it is checked, but not built."""
 
 
 class _Actor(msgspec.Struct, gc=False):
@@ -61,7 +60,7 @@ class _AuditLogV1(msgspec.Struct, gc=False):
 
 
 class OutboxRow(msgspec.Struct, gc=False, frozen=True):
-    """One row of `clickhouse_outbox`, as far as exporting needs it."""
+    """One row of `clickhouse_outbox`, with the columns that a decoder needs."""
 
     pk: int
     event_id: str
@@ -70,7 +69,7 @@ class OutboxRow(msgspec.Struct, gc=False, frozen=True):
 
 
 def id_hash(event_id: str) -> int:
-    """A hash of a row's event id, as `marked_between` computes it: the marked rows are compared with the sealed ones by its sum."""
+    """A hash of an event id, as the statement `marked` computes it: its sum identifies the rows of a batch."""
     return zlib.crc32(event_id.encode())
 
 
@@ -79,7 +78,7 @@ Key = tuple[str, str, int, str]
 
 
 class Event(msgspec.Struct, gc=False, frozen=True):
-    """What is kept of a decoded payload: its sort key in ClickHouse, and its fingerprint."""
+    """A decoded payload: its sort key in ClickHouse and its fingerprint."""
 
     key: Key
     fingerprint: int
@@ -87,7 +86,7 @@ class Event(msgspec.Struct, gc=False, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undecodable:
-    """Why no event can be made of a payload: a reason, and where in the JSON; never its text."""
+    """Why a payload is no event: a reason and the place in the JSON, never its text."""
 
     reason: str
     json_path: str = "$"
@@ -95,7 +94,7 @@ class Undecodable:
 
 
 def decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
-    """A row of version `audit_log.v1`."""
+    """Decodes a row of version `audit_log.v1`."""
     payload = row.payload
     try:
         event = _decoder.decode(payload)
@@ -105,14 +104,14 @@ def decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
         return other_identity(row, event_id=event.event_id, workspace_id=event.workspace_id)  # type: ignore[return-value]
     shape = payload.translate(_NUMBER_SHAPES, _BETWEEN_NUMBERS)
     if (
-        # The first test of each line is much cheaper; only the few payloads that pass it take the others.
+        # The first test of each line is cheap, and few payloads pass it.
         (_LONG in shape and (_LONG_VALUE in shape or _LONG_ELEMENT in shape))
         or (_PERCENT in payload and b"%2E" in payload)
         or (_BACKSLASH in payload and _HIDDEN_DOT.search(payload))
     ):
         problem = explain(payload)
         if problem is not None and problem.reason == "duplicate_key":
-            problem = explain(normal_form(payload))  # this is sent once ClickHouse has refused the payload itself
+            problem = explain(normal_form(payload))  # which is sent after ClickHouse has refused the payload
         if problem is not None:
             return problem
     actor = event.actor or _NOBODY
@@ -144,32 +143,31 @@ def decode_audit_log_v1(row: OutboxRow) -> Event | Undecodable:
 
 _decoder = msgspec.json.Decoder(_AuditLogV1)
 _NOBODY = _Actor()
-# The shape of a payload's numbers: each digit a 0, nothing between a number and the ':' or ',' before it. An
-# integer that is an object's value is safe below 19 digits, an array's element below 16 (see `_problems`).
+# The shape of a payload's numbers: each digit is a 0, and nothing is between a number and the ':' or ',' before it. An
+# integer is safe below 19 digits as a value of an object, and below 16 as an element of an array (see `_problems`).
 _NUMBER_SHAPES = bytes(ord("0") if c in b"0123456789" else ord(",") if c == ord("[") else c for c in range(256))
 _BETWEEN_NUMBERS = b" \n\r\t-"
 _LONG = b"0" * 16
 _LONG_VALUE = b":" + b"0" * 19
 _LONG_ELEMENT = b"," + _LONG
 _PERCENT, _BACKSLASH = b"%\\"
-# A letter of %2E written as an escape, as MariaDB keeps it.
+# A letter of %2E as an escape, which MariaDB leaves as it is.
 _HIDDEN_DOT = re.compile(rb"\\u00(?:25|32|45)")
 
 
 def other_identity(row: OutboxRow, *, event_id: str, workspace_id: str) -> Undecodable | None:
-    """Which of a payload's two ids is not the row's; None when both are."""
-    if event_id != row.event_id:
-        return Undecodable(reason="identity_mismatch", json_path="$.event_id", detail="differs from the row's event_id")
-    if workspace_id != row.workspace_id:
-        return Undecodable(
-            reason="identity_mismatch", json_path="$.workspace_id", detail="differs from the row's workspace_id"
-        )
+    """The id in the payload that differs from the row's; None when both are the same."""
+    for name, value in (("event_id", event_id), ("workspace_id", workspace_id)):
+        if value != getattr(row, name):
+            return Undecodable(
+                reason="identity_mismatch", json_path=f"$.{name}", detail=f"differs from the row's {name}"
+            )
     return None
 
 
 def undecodable(payload: bytes, error: Exception) -> Undecodable:
-    """The reason behind a decoder's error, from its message's shape; the message holds paths and types only."""
-    if not payload:  # no JSON column holds this: a server answers so for a payload that is too large to send
+    """The reason for a decoder's error, from the form of its message, which has paths and types only."""
+    if not payload:  # no JSON value is empty: a server returns this for a payload that is too large to send
         return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
     if isinstance(error, RecursionError):
         return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
@@ -192,11 +190,12 @@ def undecodable(payload: bytes, error: Exception) -> Undecodable:
 
 
 class _Pairs(list):  # type: ignore[type-arg]
-    """A JSON object as its pairs, so that a key given twice is seen twice."""
+    """A JSON object as its pairs, so that repeated keys are not lost."""
 
 
 def explain(payload: bytes) -> Undecodable | None:
-    """What ClickHouse would refuse or read differently in this JSON text, or None; a repeated key comes first.
+    """The first thing that ClickHouse refuses or reads differently in this JSON text, or None; a repeated key comes
+    first.
 
     This check is slow and complete: it is for payloads that a cheap test found, and for rows that ClickHouse
     refused. Reasons: duplicate_key, invalid_json, too_deep, lone_surrogate, number_out_of_range,
@@ -213,7 +212,7 @@ def explain(payload: bytes) -> Undecodable | None:
 
 
 def _integer(digits: str) -> int:
-    """The integer; for a very long one (Python refuses to read 4,300 digits), another one that is out of range too."""
+    """The integer. For a very long one (Python refuses 4,300 digits) another one that is out of range too."""
     return int(digits) if len(digits) < 40 else 10**40
 
 
@@ -221,7 +220,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-# The contract's own names, by the path of the object that holds them; other names are skipped.
+# The names of the contract, by the path of their object; other names are skipped.
 _FIELDS = {
     "$": _AuditLogV1.__struct_fields__,
     "$.actor": _Actor.__struct_fields__,
@@ -230,9 +229,9 @@ _FIELDS = {
 
 
 def _problems(value: object, path: str, *, skipped: bool = False) -> Iterator[Undecodable]:
-    """Every problem below `value`; paths name the contract's own fields, and `[…]` stands for all other keys.
+    """Every problem in `value`. Paths name the fields of the contract; `[…]` stands for all other keys.
 
-    In values that ClickHouse skips, only what makes the text no JSON for it is a problem.
+    ClickHouse skips the values of other fields (`skipped`): there, only what is no JSON for it is a problem.
     """
     if isinstance(value, _Pairs):
         seen: set[str] = set()
@@ -264,7 +263,7 @@ def _problems(value: object, path: str, *, skipped: bool = False) -> Iterator[Un
                 detail="ClickHouse has no null where the other elements are arrays",
             )
         for child in value:
-            # Beside a float, or where another row of the block has floats in an array at the same path.
+            # ClickHouse does so beside a float, or where another row of the block has floats in an array at this path.
             if type(child) is int and 2**53 < abs(child) < 2**64 and not skipped:
                 yield Undecodable(
                     reason="integer_precision",
@@ -299,7 +298,7 @@ def _is_lone(text: str) -> bool:
 def normal_form(payload: bytes) -> bytes:
     """The same JSON with each repeated key once, with its last value.
 
-    MySQL stores such a text in this form, and every common parser reads it so. MariaDB keeps both values, and
-    ClickHouse refuses them. So both MySQL families export the same event.
+    MySQL stores the text in this form, and every common parser reads it so. MariaDB stores both values, and
+    ClickHouse refuses them. With this form, both MySQL families export the same event.
     """
     return json.dumps(json.loads(payload, parse_int=_integer), ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,11 +1,11 @@
 """Exporting a claimed batch, as three verbs: fetch, write, mark.
 
-What belongs here: the order of durable effects, and how each verb continues after an earlier attempt.
-What does not: choosing rows (`core.claiming`), splitting a refused block (`core.split`), SQL
-(`mysql`, `clickhouse`), Dagster (`defs`), and the clock: the databases tell the time.
+What belongs here: the order of durable effects, and how each verb continues after an earlier attempt. What does not:
+choosing rows (`core.claiming`), decoding them (`core.reading`), splitting a refused block (`core.split`), SQL, Dagster,
+and the time, which the databases tell.
 
-Every verb may be run again after any crash, by the same run or by another one. It continues from the batch's state in the
-ledger.
+Every verb may be run again after any crash, by the same run or by another one. It continues from the batch's state in
+the ledger.
 
 Effects of a small batch can share a commit (`Outbox.one_transaction`), in two groups, with the INSERT between them:
 
@@ -13,11 +13,11 @@ Effects of a small batch can share a commit (`Outbox.one_transaction`), in two g
     send                                allow_inserts (a COMMIT), the INSERTs
     with outbox.one_transaction():      record_written, mark                   one COMMIT
 
-The first group must be committed before anything is sent: otherwise a rollback would make sent rows pending again, under
-another `inserted_at`. So whatever asks ClickHouse refuses to run in an open transaction: `send`, and `fetch` of a batch whose rows
-were exported before. An adopted or large batch gains nothing from the first group, which holds the ledger's lock and so all other
-plans until the commit. The second group takes one chunk of `mark_rows` and no throttle. If it raises a transient error,
-nothing of it has happened: call `record_written` and `mark` again, each on its own.
+The first group must be committed before anything is sent: otherwise a rollback would make sent rows pending again,
+under another `inserted_at`. So whatever asks ClickHouse refuses to run in an open transaction: `send`, and `fetch` of a
+batch whose rows were exported before. An adopted or large batch gains nothing from the first group, which holds the
+ledger's lock and so all other plans until the commit. The second group takes one chunk of `mark_rows` and no throttle.
+If it raises a transient error, nothing of it has happened: call `record_written` and `mark` again, each on its own.
 """
 
 from __future__ import annotations
@@ -50,18 +50,19 @@ from auditexport_pipeline.core.reading import ClaimedRows
 from auditexport_pipeline.core.settings import START_WITHIN_S, Limits
 from auditexport_pipeline.core.split import give_back, read_payloads
 
-# Blocks sent under one deadline and one renewed lease. A requeue of rows that a lingering run exported has one block for each
-# of its small drains.
+# Blocks that are sent under one deadline and one renewed lease. A requeue of rows that a lingering run exported has one
+# block for each of its small drains.
 BLOCKS_AT_ONCE = 64
-# A throttled run marks rows in small chunks: the application's COMMIT waits behind the binary and redo log of a large one
+# A throttled run marks rows in small chunks: the application's COMMIT waits for the binary and redo log of a large one
 # (benchmarks/latency.py: its p99 at 4,000 rows/s was 4.6 ms beside ten chunks a second, and 2.9 ms beside a hundred).
 CHUNKS_PER_SECOND = 100
-# A transaction of the application ends within milliseconds; we do not wait for a longer one.
+# A transaction of the application ends within milliseconds. A mark does not wait for a longer one.
 LOCKED_PATIENCE_S = 2.0
 
 # States in which blocks of a batch may have to be sent.
 UNWRITTEN = (State.SEALED, State.STOPPED)
-# Rows can vanish between the check and the mark. A writer may delete rows all the time, so the step is repeated.
+# Rows can vanish between the comparison and the mark, so both are repeated, but not for ever: a writer may delete rows
+# all the time.
 PROOFS = 3
 
 
@@ -70,7 +71,7 @@ PROOFS = 3
 
 @dataclass(slots=True, kw_only=True)
 class FetchedBatch:
-    """A sealed batch. `bodies` are its blocks' payloads, if this attempt read them."""
+    """A sealed batch. `bodies` are the payloads of its blocks, if this attempt has read them."""
 
     claim: Claim
     bodies: Bodies = field(default_factory=dict)
@@ -80,13 +81,14 @@ class FetchedBatch:
 
 
 def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
-    """Reads a claimed batch's rows by pk, decodes each one, and seals what can be exported.
+    """Reads a claimed batch's rows by pk, decodes them, and seals those that can be exported.
 
     Rows whose pks were exported before keep their `inserted_at` only if they are proven to be the same events
-    (`core.origins`, which asks ClickHouse); the others go out as new. For a batch without such rows ClickHouse is not asked.
+    (`core.origins`, which asks ClickHouse); the others go out as new. For a batch without such rows ClickHouse is not
+    asked.
 
     Durable effect: the seal (pks, blocks, digest) and the dead letters, in one transaction. A batch that
-    is sealed already does not change; its rows are read again only if `write` has to send them.
+    is sealed already does not change; `write` reads its rows again if it has to send them.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     started = time.perf_counter()
@@ -117,7 +119,7 @@ def write(outbox: Outbox, log: AuditLog, claim: Claim, bodies: Bodies, limits: L
     """Puts every block of a sealed batch into ClickHouse once, and returns the receipt.
 
     Durable effects, in this order: one more attempt in the ledger; each block, by one INSERT under its
-    token; the ledger's `written`. Raises what `send` raises.
+    token; `written` in the ledger. Raises what `send` raises.
     """
     batch = outbox.begin_write(claim, limits.lease_s)
     return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))
@@ -137,13 +139,13 @@ class Sent:
 def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodies, limits: Limits) -> Sent:
     """Sends the blocks of a batch that `Outbox.begin_write` returned, until ClickHouse has all of them.
 
-    `bodies` are the blocks' payloads by digest, as `fetch` returned them. The payloads of a block that is not among them are read
+    `bodies` are the blocks' payloads by digest, as `fetch` returned them. The payloads of other blocks are read
     from the outbox and compared with the digest. `bodies` is emptied.
 
-    A first attempt sends at once. Any later attempt looks first. A block is
-    atomic, so ClickHouse has all of it (done) or none of it (the same block goes out under the same token).
-    Anything in between means that somebody removed rows: the block counts as written, and
-    verification reports it. After an INSERT that got an error, the attempt looks in the same way (`core.attempt`).
+    A first attempt sends at once. Any later attempt first asks what ClickHouse has. A block is
+    atomic, so ClickHouse has all of it, or none of it and the same block is sent under the same token.
+    If ClickHouse has a part of it, somebody removed entries: the block counts as written, and
+    verification reports it. After an INSERT that got an error, the attempt asks in the same way (`core.attempt`).
     Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
@@ -161,7 +163,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
                 )
             if batch.attempts > 1:
                 holdings = log.holdings([block.inserted_at_ms for block in batch.blocks])
-                # A requeued block shares its inserted_at with the first export: what is there proves nothing.
+                # A requeued block has the inserted_at of its first export, so entries under it prove nothing.
                 to_send = [
                     block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings
                 ]
@@ -174,7 +176,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
 
 
 def record_written(outbox: Outbox, sent: Sent) -> Receipt:
-    """Records the batch as written in the ledger, unless it is there already. Raises `LeaseLost`, `OutboxUnavailable`."""
+    """Records the batch as written, unless it is already. Raises `LeaseLost`, `OutboxUnavailable`."""
     batch = sent.batch
     if batch.state in UNWRITTEN:
         batch = outbox.record_written(sent.claim, batch.digest)
@@ -199,8 +201,8 @@ class _Sending:
     """Sends blocks of one batch, several at once, until ClickHouse has all of them.
 
     A refused block is split around the poison rows: the ledger records the new cut, then the new blocks are sent. This
-    goes on while the probe budget of `core.poison` lasts, so a flood of poison rows costs one drain no more than that. Blocks
-    that are too large come last, because they may be split only when no INSERT of the batch can be at work.
+    goes on while the probe budget of `core.poison` lasts, so a flood of poison rows costs one drain no more than that.
+    Blocks that are too large come last, because they may be split only when no INSERT of the batch can be at work.
     """
 
     def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, bodies: Bodies, attempt: Attempt) -> None:
@@ -209,7 +211,8 @@ class _Sending:
         self._limits = limits
         self._bodies = bodies
         self._attempt = attempt
-        # Answers that the server's list of settings is outdated: a load balancer can choose servers of different versions.
+        # Answers that the server's list of settings is outdated: a load balancer can choose servers of different
+        # versions.
         self._rereads = 2
 
     def all(self, batch: Batch, to_send: list[Block]) -> Batch:
@@ -221,7 +224,8 @@ class _Sending:
                 if not to_send:
                     return batch
                 progress()
-                # Of a stopped batch, all blocks are read before any is sent: it is decided once which ones are released.
+                # Of a stopped batch, all blocks are read before any is sent: it is decided once which ones are
+                # released.
                 at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
                 batch, again = self._send(batch, to_send[:at_once], pool)
                 to_send = [*again, *to_send[at_once:]]
@@ -263,8 +267,8 @@ class _Sending:
         return batch, [*again, *(block for block in batch.blocks if block in outdated)]
 
     def _read(self, batch: Batch, blocks: list[Block], until_ms: int) -> list[Block]:
-        """Reads the payloads that are not in memory. Returns the altered blocks of a stopped batch; stops any other batch
-        and raises `BatchAltered`.
+        """Reads the payloads that are not in memory. Returns the altered blocks of a stopped batch; stops any other
+        batch and raises `BatchAltered`.
         """
         altered = []
         for block in blocks:
@@ -287,13 +291,14 @@ class _Sending:
 def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
     """Marks the batch's rows, chunk by chunk, and records the batch as exported with the last chunk.
 
-    Durable effects: `deleted_at` of the rows, one transaction a chunk, several at once; then the last chunk
-    and the ledger's `exported` in one transaction. Every chunk is fenced. The ledger counts the rows that others deleted or
-    marked since the seal.
+    Durable effects: `deleted_at` of the rows, one transaction for each chunk, several at once; then the last chunk and
+    `exported` in the ledger, in one transaction. Every chunk is fenced. The ledger counts the rows that were deleted or
+    marked by others since the seal.
 
-    Where somebody holds rows locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, the other rows
-    are marked and the batch stays `written`: the returned batch says why in `left` and `last_error`. The ledger still holds the
-    rows, so they are never sent again, and the next run marks the rest. Raises `LeaseLost`, `OutboxUnavailable`.
+    Where rows stay locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, the other rows
+    are marked and the batch stays `written`. The returned batch has the reason in `left` and `last_error`. The rows are
+    still in this batch, so they are not sent again, and the next run marks them. Raises `LeaseLost`,
+    `OutboxUnavailable`.
     """
     with leases_renewed(outbox, receipt.claim, limits):
         return _mark(outbox, log, receipt, limits)
@@ -314,23 +319,23 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
     try:
         return marking.all()
     except OutboxLocked as error:
-        why = f"{error}. Nothing has to be done but to end that; the next run marks the rows"
+        why = f"{error}. End that, and the next run marks the rows"
         left = Left.LOCKED
     except RowsLocked:
         rows = len(marking.locked)
         why = (
-            f"{rows:,} of {batch.rows:,} rows are held locked, the first is pk {marking.locked.first}. "
-            f"{outbox.holders(marking.locked)}. Nothing has to be done but to end that transaction: the next run marks the rest"
+            f"{rows:,} of {batch.rows:,} rows are locked, the first is pk {marking.locked.first}. "
+            f"{outbox.holders(marking.locked)}. End that transaction, and the next run marks the rows"
         )
         left = Left.LOCKED
     except MarkRefused as error:
-        why = f"{error}. The rows are in ClickHouse and are not sent again; once it is changed, the next run marks them"
+        why = f"{error}. The rows are in ClickHouse and are not sent again; after that change, the next run marks them"
         left = Left.REFUSED
     return replace(outbox.leave_written(claim, why), left=left)
 
 
 class _Marking:
-    """One attempt to mark a batch, in chunks on several connections; `locked` are the rows that others hold."""
+    """One attempt to mark a batch, in chunks on several connections. `locked` are the rows that were found locked."""
 
     def __init__(
         self, outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, stamp_ms: int, limits: Limits
@@ -343,14 +348,14 @@ class _Marking:
         self._limits = limits
         self._total = Marked()
         rate = limits.max_rows_per_second
-        # A throttled run commits up to CHUNKS_PER_SECOND small chunks on each connection: many short rests, not a burst and a
-        # long rest.
+        # A throttled run commits up to CHUNKS_PER_SECOND small chunks on each connection, with a short pause after
+        # each.
         self._chunk_rows = min(limits.mark_rows, max(1, rate // CHUNKS_PER_SECOND)) if rate else limits.mark_rows
         self.locked = PkSet()
 
     def all(self) -> Batch:
-        """Marks all rows. Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`, and
-        `RowsSwapped` when rows keep changing.
+        """Marks all rows. Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`,
+        and `RowsSwapped` when rows change again and again.
         """
         if self._batch.ids is not None and self._may_be_as_sealed():
             with suppress(RowsSwapped):
@@ -372,24 +377,26 @@ class _Marking:
         return self._outbox.finish_mark(batch.claim, batch.pks, self._stamp_ms, self._total, ids=batch.ids)
 
     def _may_be_as_sealed(self) -> bool:
-        """Whether the rows under the batch's pks can be marked without a proof. For a batch of this run the last chunk shows it;
-        for one that was written by another run, or more than once, the ids are compared first: much time has passed.
+        """Whether the rows under the batch's pks can be marked without asking ClickHouse. The last chunk compares their
+        ids. For a batch of another run, or of a second attempt, they are compared before the first chunk too: much time
+        has passed.
         """
         recovered = self._batch.attempts > 1 or self._claim.adopted
         return not recovered or self._outbox.own_ids(self._batch.pks, self._stamp_ms) == self._batch.ids
 
     def _proven(self) -> tuple[PkSet, int]:
-        """The rows of the batch whose events ClickHouse holds, and the sum of their ids. Our marks on other rows are taken back.
+        """The rows of the batch whose events ClickHouse has, and the sum of their ids. Our marks on other rows are
+        cleared.
 
         When pks begin again between the seal and the mark, other events have our pks. They must stay pending.
         """
         ids = 0
         others: list[int] = []
-        for row, _, held in rows_held(self._outbox, self._log, self._batch.pks):
+        for row, _, is_held in rows_held(self._outbox, self._log, self._batch.pks):
             progress()
-            if not held:
+            if not is_held:
                 others.append(row.pk)
-            elif row.exported_at_ms in (None, self._stamp_ms):  # not those that somebody else has marked
+            elif row.exported_at_ms in (None, self._stamp_ms):  # not rows with another mark
                 ids += id_hash(row.event_id)
         swapped = PkSet.of(others)
         for chunk in swapped.chunks(self._chunk_rows):
@@ -410,18 +417,18 @@ class _Marking:
             last = PkSet()
 
     def _finish(self, pks: PkSet, ids: int) -> Batch | None:
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total, ids=ids)
-        except OutboxLocked:
-            raise
-        except RowsLocked:
+        except RowsLocked as error:
+            if isinstance(error, OutboxLocked):
+                raise
             return None
-        self._rest(began, len(pks), 1)
+        self._rest(started, len(pks), 1)
         return batch
 
     def _mark(self, chunks: Sequence[PkSet]) -> None:
-        """Marks the rows that nobody holds locked; `locked` has the others."""
+        """Marks the rows that nobody has locked; `locked` has the others."""
         self.locked = PkSet()
         with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
             for marked in pool.map(self._mark_chunk, chunks):
@@ -430,9 +437,9 @@ class _Marking:
                 progress()
 
     def _mark_chunk(self, pks: PkSet) -> Marked:
-        began = time.monotonic()
+        started = time.monotonic()
         marked = self._outbox.mark(self._batch.claim, pks, self._stamp_ms)
-        self._rest(began, len(pks), self._limits.mark_connections)
+        self._rest(started, len(pks), self._limits.mark_connections)
         return marked
 
     def _rest(self, started: float, rows: int, connections: int) -> None:

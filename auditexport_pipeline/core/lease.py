@@ -1,9 +1,9 @@
 """Renews leases while a verb works, in a thread of its own, however long one statement takes.
 
-A lease is short, so that a dead run holds its batches for less than a minute. The renewals end with the verb, when another
-plan holds the batch, and when the verb has made no progress for so long that it must hang: then other runs may take the batch.
-What does not belong here: how the ledger stores a lease (`mysql/outbox.sql`), and how long an INSERT may take, which
-ClickHouse bounds by its own clock.
+A lease is short, so that a dead run holds its batches for less than a minute. The renewals end with the verb, when
+another plan holds the batch, and when the verb has made no progress for so long that it must hang: then other runs may
+take the batch. What does not belong here: how the ledger stores a lease (`mysql/outbox.sql`), and how long an INSERT
+may take, which ClickHouse bounds by its own clock.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class BatchFilter:
 class LedgerBatch:
     """One row of the ledger without its pks and blocks. Times are epoch milliseconds, by MySQL's clock.
 
-    At `written_at_ms` ClickHouse had acknowledged the whole batch, and `exported_at_ms`, the stamp of its rows, was fixed.
-    The ledger does not have the time at which marking ended.
+    At `written_at_ms` ClickHouse had acknowledged the whole batch, and `exported_at_ms`, the stamp of its rows, was
+    fixed. The ledger does not have the time at which marking ended.
     """
 
     batch_id: int

@@ -1,7 +1,6 @@
 """The outcome of a run, read from the ledger.
 
-The ledger and not the memory of a step: an attempt that died, or was retried, exported and recorded things too. What does not
-belong here: comparing with ClickHouse (`core.verify`), and showing the outcome (`defs.assets`, `cli`).
+It is not read from a step's memory, because earlier attempts of the step exported and recorded batches too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from auditexport_pipeline.core.ports import Discrepancy, Moment, Outbox
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The batches that a run exported (`batches`) and left open (`left`), what is verified, and what is wrong, by batch id."""
+    """The batches that a run exported or left open; verifications and differences by batch id."""
 
     batches: tuple[Batch, ...]
     left: tuple[Batch, ...]
@@ -23,7 +22,7 @@ class Outcome:
     wrong: Mapping[int, str]
 
     def why(self) -> str:
-        """What is wrong, in one line; with some event ids if this attempt has seen them."""
+        """All differences in one line, with some event ids if this attempt made the comparison."""
         lines = []
         for batch_id, text in self.wrong.items():
             events = ", ".join(self.verified[batch_id].event_ids) if batch_id in self.verified else ""
@@ -34,9 +33,10 @@ class Outcome:
 def outcome_of(
     outbox: Outbox, owner: str, batch_ids: Iterable[int], since: Moment, seen: Mapping[int, Discrepancy]
 ) -> Outcome:
-    """The outcome of a run: of these batches, and of every batch that its owner has claimed since, in any attempt.
+    """The outcome of these batches and of every batch that the owner has claimed since, in any attempt.
 
-    `seen` are the comparisons of this attempt, also of earlier runs' batches; those of earlier attempts are in the ledger.
+    `seen` are the comparisons of this attempt, also of batches of earlier runs. Those of earlier attempts are in the
+    ledger.
     """
     ids = {*batch_ids, *(batch.batch_id for batch in outbox.claimed_since(owner, since))}
     own = [batch for batch in outbox.batches(sorted(ids)) if batch.owner == owner]

@@ -1,12 +1,12 @@
 """The pipeline of one process: while one batch is marked, the next is written and the one after it is fetched.
 
-Three threads run the verbs of `core.export` for the batches of a plan, in order. The caller asks for each batch in turn. It gets
-the result of a thread, or does the verb itself where no thread does. The callers are Dagster's steps and `core.drain`.
-Other processes do not prefetch.
+Three threads run the verbs of `core.export` for the batches of a plan, in order. The caller asks for each batch in
+turn. It gets the result of a thread, or does the verb itself where no thread does. The callers are Dagster's steps and
+`core.drain`. Other processes do not prefetch.
 
-A thread runs the same verb under the same claim as the caller would, so a process that dies leaves the same open batches, which
-the next run finishes. Rows stay inside: callers see counts only. `timing` says when each verb ran, because a caller that waits
-for a result cannot tell how long the work took.
+A thread runs the same verb under the same claim as the caller would, so a process that dies leaves the same open
+batches, which the next run finishes. Rows stay inside: callers see counts only. `timing` says when each verb ran,
+because a caller that waits for a result cannot tell how long the work took.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class _Threads:
 
 
 def _share_one_arena() -> None:
-    """Makes all threads use one heap. By default glibc gives each thread its own, and each keeps the memory of one batch."""
+    """Makes all threads use one heap. In glibc each thread has its own, which keeps the memory of a batch."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # only glibc has mallopt
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
@@ -215,7 +215,7 @@ class Pipeline:
         self._journal = _Journal()
 
     def plan(self, claims: Sequence[Claim], time_for: Callable[[Claim], bool] = lambda _: True) -> None:
-        """Sets the order in which the caller will ask for batches. Batches for which there is no time are not prefetched."""
+        """Sets the order in which the caller will ask for batches. Prefetches those for which there is time."""
         self._planned = list(claims) if len(claims) > 1 else []
         self._time_for = time_for
         self._journal = _Journal()

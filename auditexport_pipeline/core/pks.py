@@ -1,10 +1,7 @@
-"""Sets of outbox primary keys, kept as runs of consecutive integers.
+"""Sets of outbox primary keys, as runs of consecutive integers.
 
-What belongs here: the compact form in which the ledger keeps the rows of a batch, and
-the arithmetic on it. What does not: anything about rows, batches or SQL.
-
-The text form is what the ledger stores: `1000-1999,2001` is a thousand and one rows. Every integer
-inside a run is a member, so `pk BETWEEN first AND last` never touches a row that committed later.
+The ledger stores the text form: `1000-1999,2001` is a thousand and one rows. Every integer
+in a run is a member, so `pk BETWEEN first AND last` never touches a row that committed later.
 """
 
 from __future__ import annotations
@@ -24,20 +21,18 @@ class PkSet:
 
     @classmethod
     def of(cls, ascending: Iterable[int]) -> PkSet:
-        """The set of these pks, which must come in strictly ascending order; raises `ValueError` otherwise."""
+        """The set of these pks, which must ascend strictly; raises `ValueError` otherwise."""
         runs: list[tuple[int, int]] = []
         first: int | None = None
         last = 0
         for pk in ascending:
             if first is None:
                 first = pk
-            elif pk == last + 1:
-                pass
-            elif pk > last:
+            elif pk <= last:
+                raise ValueError(f"pks must ascend: {pk} after {last}")
+            elif pk > last + 1:
                 runs.append((first, last))
                 first = pk
-            else:
-                raise ValueError(f"pks must ascend: {pk} after {last}")
             last = pk
         if first is not None:
             runs.append((first, last))
@@ -108,29 +103,23 @@ class PkSet:
 
     @classmethod
     def union(cls, sets: Iterable[PkSet]) -> PkSet:
-        """The pks of all these sets, merged in one pass: one by one, 64 scattered sets would cost 64 passes."""
-        runs = sorted(itertools.chain.from_iterable(one.runs for one in sets), key=itemgetter(0))
-        if not runs:
-            return cls()
+        """The pks of all these sets, merged in one pass: 64 scattered sets, one by one, would take 64 passes."""
         merged: list[tuple[int, int]] = []
-        first, last = runs[0]
-        for a, b in runs:
-            if a <= last + 1:
-                last = max(last, b)
+        for a, b in sorted(itertools.chain.from_iterable(one.runs for one in sets), key=itemgetter(0)):
+            if merged and a <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], b))
             else:
-                merged.append((first, last))
-                first, last = a, b
-        merged.append((first, last))
+                merged.append((a, b))
         return cls(tuple(merged))
 
     def spans(self, most: int) -> list[tuple[int, int]]:
-        """At most `most` inclusive ranges that cover the set, cut at its widest gaps, ascending."""
+        """At most `most` inclusive ranges that cover the set, ascending; between them are the widest gaps."""
         gaps = sorted(range(1, len(self.runs)), key=lambda i: self.runs[i][0] - self.runs[i - 1][1], reverse=True)
         cuts = [0, *sorted(gaps[: most - 1]), len(self.runs)]
         return [(self.runs[a][0], self.runs[b - 1][1]) for a, b in itertools.pairwise(cuts) if a < b]
 
     def chunks(self, rows: int) -> Iterator[PkSet]:
-        """Consecutive subsets of at most `rows` pks each, ascending, runs cut where needed."""
+        """Consecutive subsets of at most `rows` pks each, ascending."""
         chunk: list[tuple[int, int]] = []
         room = rows
         for a, b in self.runs:

@@ -1,11 +1,11 @@
-"""The poison-row search: finds the rows that ClickHouse refuses, with a bounded number of probes, fairly between workspaces.
+"""The poison-row search: finds the rows that ClickHouse refuses, with a bounded number of probes, fairly between
+workspaces.
 
-What belongs here: which refused group of rows is halved next, where it is cut, and when to stop. What does not: what a probe is
-(a parse or an INSERT), and what becomes of the rows that are found (`core.split`).
-
-A flood of refused rows usually comes from one workspace. So the rows of a group are sorted by workspace. The first half of the
-budget separates the workspaces, largest group first: this clears the rows of the other workspaces early. The second half
-goes to the smallest group, down to single rows: every attempt finds some poison rows, however many there are.
+A flood of refused rows usually comes from one workspace. So the rows of a group are sorted by workspace. The first half
+of the budget separates the workspaces, largest group first: this clears the rows of the other workspaces early. The
+second half goes to the smallest group, down to single rows: every attempt finds some poison rows, however many there
+are. What does not belong here: the probes (a parse or an INSERT), and what happens to the rows that are found
+(`core.split`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-# For one attempt to write one batch. One poison row among 100,000 that nothing explains is found with 34 probes. Of a flood of
-# poison rows one attempt finds some hundred; the rest stays in the backlog for the next drain.
+# For one attempt to write one batch. 34 probes find one poison row among 100,000. Of a flood of poison rows one attempt
+# finds about a hundred; the others stay in the backlog for the next drain.
 PROBES = 256
 
 Answer = TypeVar("Answer")
@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(slots=True)
 class ProbeBudget:
-    """How many probes an attempt has left, and how many of them are reserved for single rows."""
+    """The number of probes that an attempt has left; the last ones are for single rows."""
 
     left: int = field(default_factory=lambda: PROBES)
     for_single_rows: int = field(default_factory=lambda: PROBES // 2)
@@ -53,7 +53,7 @@ class Group:
         return self.rows[0][0] != self.rows[-1][0]
 
     def halves(self) -> tuple[Group, Group]:
-        """Cuts the group in the middle; a mixed group at the border between two workspaces that is nearest to the middle."""
+        """Cuts the group in the middle, a mixed group at the nearest border between two workspaces."""
         middle = len(self) // 2
         if self.mixed:
             borders = (n for n in range(1, len(self)) if self.rows[n - 1][0] != self.rows[n][0])
@@ -72,7 +72,7 @@ def next_to_halve(groups: Sequence[Group], budget: ProbeBudget) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Answer]):
-    """The result of a search, by pk: rows that were refused alone, with the answer, and rows that were not probed alone."""
+    """The result of a search, by pk: rows that were refused alone, with the answer; rows not probed alone."""
 
     refused: dict[int, Answer]
     unresolved: list[int]

@@ -112,8 +112,8 @@ class Cut:
 class Marked:
     """The result of marking some rows: how many others had marked, how many are gone, and which ones are locked.
 
-    `locked` rows are unchanged and counted nowhere. `ids` is the sum of `core.event.id_hash` over the rows that have the
-    batch's stamp now.
+    `locked` rows are unchanged and counted nowhere. `ids` is the sum of `core.event.id_hash` over the rows that have
+    the batch's stamp now.
     """
 
     elsewhere: int = 0
@@ -219,7 +219,7 @@ class Discrepancy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableBatch:
-    """A batch in a state that this release does not know, as a later release writes it. No other batch may take its rows."""
+    """A batch in a state of a later release. No other batch may take its rows."""
 
     batch_id: int
     state: str
@@ -245,7 +245,7 @@ class Planning(Protocol):
     def payload_bytes(self, pks: Sequence[int]) -> dict[int, int]: ...
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
-        """As `Outbox.sent_over`, in the plan's transaction. Pending rows that were exported before come from these batches."""
+        """As `Outbox.sent_over`, in the plan's transaction."""
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim: ...
 
@@ -254,10 +254,12 @@ class Outbox(Protocol):
     """MySQL: the application's outbox, our ledger and our dead letters."""
 
     def one_transaction(self) -> AbstractContextManager[None]:
-        """Commits all effects of this thread within the block together, or none of them. For small batches, to save commits.
+        """Commits all effects of this thread within the block together, or none of them. For small batches, to save
+        commits.
 
-        An effect that raises ends the transaction even if the caller catches the error; then repeat the effects outside. Each
-        lock is waited for as briefly as when rows are marked. `core.export` says which verbs may share a transaction.
+        An effect that raises ends the transaction even if the caller catches the error; then repeat the effects
+        outside. Each lock is waited for as briefly as when rows are marked. `core.export` says which verbs may share a
+        transaction.
         """
 
     @property
@@ -271,13 +273,13 @@ class Outbox(Protocol):
         """A plan. `process` is the process that will do all of its work, empty where several processes do it."""
 
     def renew(self, claim: Claim, lease_s: int) -> Batch:
-        """Extends the leases of the whole plan and returns the batch. Raises `LeaseLost` when another plan has adopted it."""
+        """Extends the leases of the whole plan and returns the batch. Raises `LeaseLost` once it is adopted."""
 
     def allow_inserts(self, claim: Claim, digest: str, lease_s: int, until_ms: int) -> None:
         """As `renew`. Also records until when INSERTs of this cut can be at work, by ClickHouse's clock."""
 
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
-        """The rows that exist, by ascending pk, of one version or of any. The expected size of a row bounds the memory."""
+        """The rows that exist, by ascending pk, of one version or any. `row_bytes`, an estimate, bounds memory."""
 
     def seal(self, claim: Claim, cut: Cut) -> None: ...
 
@@ -293,15 +295,17 @@ class Outbox(Protocol):
         """Ends the claim. No plan adopts the batch for `wait_ms`, because an INSERT of it can be at work."""
 
     def record_written(self, claim: Claim, digest: str) -> Batch:
-        """Records this cut as written, with the time for `deleted_at` by the database's clock, and returns the batch."""
+        """Records this cut as written, fixes the time for `deleted_at` by MySQL's clock, returns the batch."""
 
     def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
         """Stamps these rows, but not those that are locked. Raises `MarkRefused` when rows do not keep the stamp."""
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
-        """Marks the last rows and records the batch as exported, in one transaction. `before` is the result of the other rows.
+        """Marks the last rows and records the batch as exported, in one transaction. `before` is the result of the
+        other rows.
 
-        Raises, without any change, `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the sum of the stamped rows is not `ids`.
+        Raises, without any change, `RowsLocked`, `MarkRefused`, and `RowsSwapped` when the sum of the stamped rows is
+        not `ids`.
         """
 
     def own_ids(self, pks: PkSet, exported_at_ms: int) -> int:
@@ -357,7 +361,7 @@ class Maintenance(Protocol):
     def record_reconciled(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None: ...
 
     def foreign_marks(self, first_ms: int, last_ms: int, versions: Sequence[str]) -> Iterator[dict[int, int]]:
-        """Rows whose `deleted_at` is in [first, last] and was set by no batch: pk to `deleted_at`, in portions, by time."""
+        """Rows with a `deleted_at` in [first, last] that no batch has set: pk to `deleted_at`, in portions."""
 
     def count_stamped(self, stamp_ms: int) -> int: ...
 
@@ -442,7 +446,7 @@ class AuditLog(Protocol):
         """Entries by workspace and by UTC day of their `inserted_at` (its first millisecond), in [from, to)."""
 
     def named_by(self, erasure: Erasure, until_ms: int) -> int:
-        """How many entries that an erasure names ClickHouse still has, of those with an `inserted_at` up to `until_ms`."""
+        """How many entries that an erasure names ClickHouse has, with an `inserted_at` up to `until_ms`."""
 
     def ttl(self, version: str) -> str:
         """The TTL clause of the version's table, as ClickHouse shows it; empty when it has none."""

@@ -107,8 +107,8 @@ class ClaimedRows:
             del self.keys[pk]
 
     def _fold(self, earlier: int, row: StoredRow, event: Event) -> None:
-        """Folds the earlier row into this one, if it has the same key and not only the same hash. The later row is sent, as
-        a merge in ClickHouse keeps the later entry.
+        """Folds the earlier row into this one, if it has the same key and not only the same hash. The later row is
+        sent, as a merge in ClickHouse keeps the later entry.
         """
         for part in self._parts:
             if earlier < len(part.pks):
@@ -121,8 +121,9 @@ class ClaimedRows:
             self._folded.add(pk)
 
     def regroup(self, outbox: Outbox, log: AuditLog, blocks: int) -> None:
-        """Groups the rows of a requeue anew: a part for each `inserted_at` that rows are proven to have had, and at most so many
-        parts of new rows, unless those are small. Asks ClickHouse; reserves `inserted_at`s for the new rows.
+        """Groups the rows of a requeue anew: a part for each `inserted_at` that rows are proven to have had, and at
+        most so many parts of new rows, unless those are small. Asks ClickHouse; reserves `inserted_at`s for the new
+        rows.
         """
         origins = prove(outbox, log, self._batch, self.keys)
         rows = sorted(self._rows())

@@ -1,11 +1,11 @@
-"""How often a transient error is retried, and how long the wait before it is: in a drain and in Dagster's steps alike."""
+"""The retries of a transient error, in a drain and in Dagster's steps."""
 
 from __future__ import annotations
 
 import random
 
-# With the waits between them, the retries outlast a restart or a failover of seconds, and stay within one lease. The next
-# run handles longer ones.
+# With their waits, the retries outlast a restart or a failover of seconds, and end within one lease. After a longer
+# outage the next run continues.
 RETRIES = 4
 FIRST_WAIT_S = 1.0
 

@@ -1,20 +1,17 @@
-"""How many rows fit into a run's time, so that it can verify what it exported before it is ended.
-
-What does not belong here: who ends a run (`defs.drains`), and the clock.
-"""
+"""The number of rows that fit into a run's time, with time left to verify them (`defs.drains` knows when a run ends)."""
 
 from __future__ import annotations
 
 from auditexport_pipeline.core.settings import Limits
 
-# The part of a run's time in which it may claim rows; the rest is for finishing its batches and for verifying.
+# A run may claim rows in this part of its time; in the rest it finishes its batches and verifies them.
 CLAIMING_SHARE = 0.8
-# The part in which it may begin with a claimed batch.
+# A run may begin with a claimed batch in this part of its time.
 WORKING_SHARE = 0.9
 
 
 def most_rows(limits: Limits, left_s: float) -> int | None:
-    """Rows that the limits let a run export in this time; None when nothing throttles it and there is time."""
+    """The most rows that a run can export in this time; None when nothing throttles it."""
     if left_s <= 0:
         return 0
     rates = [float(limits.max_rows_per_second)] if limits.max_rows_per_second else []
@@ -24,6 +21,6 @@ def most_rows(limits: Limits, left_s: float) -> int | None:
 
 
 def fits(limits: Limits, rows: int, left_s: float) -> bool:
-    """Whether a batch of so many rows can be done in this time."""
+    """Whether a batch of that many rows can be exported in this time."""
     most = most_rows(limits, left_s)
     return most is None or rows <= most

@@ -1,8 +1,8 @@
-"""Splitting a sealed block that cannot go out as it is, because ClickHouse refuses rows of it or because it is too large.
+"""Splits a sealed block of which ClickHouse refuses rows, or which is too large.
 
-What belongs here: comparing rows with their seal, the new blocks, and the rows that leave the batch: dead letters, held rows,
-rows that go back to pending. What does not: sending (`core.export`), and which rows to probe next (`core.poison`).
-The ledger holds a new cut before any of its blocks is sent.
+What belongs here: comparing rows with their seal, the new blocks, and the rows that leave the batch: dead letters, held
+rows, released rows. What does not: sending (`core.export`), and which rows to probe next (`core.poison`). The ledger
+has a new cut before any of its blocks is sent.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from auditexport_pipeline.core.batch import (
     Batch,
     Block,
+    BlockDigest,
     Bodies,
     State,
     batch_digest,
-    block_digest,
     pks_of,
     sealed_block,
 )
@@ -37,18 +37,18 @@ from auditexport_pipeline.core.ports import (
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 
-# A block that is too large is split into twice as many parts each time, and into this many at most.
+# A block that is too large is split into twice as many parts each time, and at most into this many.
 MOST_PARTS = 16
-# A row that fits every limit; each payload version takes the fields that it knows.
+# A row within every limit; each payload version takes the fields that it knows.
 SMALL_ROW = (
     b'{"event_id":"evt_small","time":1700000000000,"workspace_id":"ws_small","bucket":"b","source":"platform","event":"a.b",'
     b'"description":"a small row","actor":{"type":"user","id":"u","name":"n","meta":{"k":1}},"meta":{"k":[1,"a"]},'
     b'"targets":[{"type":"key","id":"k","name":"n","meta":{"k":1}}]}'
 )
-# Rows that are sent alone to find out whether the table refuses everything: all rows of a smaller batch. Each attempt draws
-# other rows, so that a batch with one good row is not stuck.
+# Rows that are sent alone, to find out whether the table refuses all rows; of a smaller batch, all rows. Each attempt
+# chooses other rows, so that a batch with one good row is not stuck.
 SAMPLE = 32
-# With fewer refused rows than this, the table is never said to refuse everything.
+# Fewer refused rows than this do not show that the table refuses all rows.
 FEW_ROWS = 3
 # Rows checked between lease renewals: half a second at 25 µs a row.
 ROWS_PER_RENEWAL = 20_000
@@ -60,7 +60,7 @@ NO_ROWS = PkSet()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedRows:
-    """The rows of a sealed block, and their payloads as they are sent; both by pk."""
+    """The rows of a sealed block and their payloads as they are sent, both by pk."""
 
     version: str
     rows: dict[int, StoredRow]
@@ -68,10 +68,12 @@ class SealedRows:
 
     @classmethod
     def read(cls, outbox: Outbox, batch: Batch, block: Block) -> SealedRows:
-        """Reads the rows from the outbox; raises `BatchAltered` when they are not what was sealed."""
+        """Reads the rows from the outbox. Raises `BatchAltered` when they do not have the sealed digest."""
         rows = {row.pk: row for row in outbox.read(block.pks, row_bytes=block.row_bytes)}
         payloads = {pk: normal_form(row.payload) if pk in block.normalised else row.payload for pk, row in rows.items()}
-        if block_digest(batch.version, block.inserted_at_ms, PkSet.of(rows), list(payloads.values())) != block.digest:
+        digest = BlockDigest(batch.version, block.inserted_at_ms, PkSet.of(rows))
+        digest.add(list(payloads.values()))
+        if str(digest) != block.digest:
             gone = block.rows - len(rows)
             raise BatchAltered(
                 f"batch {batch.batch_id}, block {block.number}: of {block.rows} sealed rows {gone} are gone from the outbox"
@@ -87,18 +89,18 @@ class SealedRows:
     def block_of(self, pks: Sequence[int], block: Block, bodies: Bodies) -> Block:
         """The block with these rows only, sealed; `bodies` gets its payloads."""
         decode = VERSIONS[self.version].decode
-        kept = PkSet.of(pks)
-        block = replace(block, normalised=block.normalised & kept, renewed=block.renewed & kept)
+        some = PkSet.of(pks)
+        block = replace(block, normalised=block.normalised & some, renewed=block.renewed & some)
         payloads = [self.payloads[pk] for pk in pks]
         fingerprint = sum(_fingerprint(decode(self.rows[pk])) for pk in pks) % 2**64
         ids = sum(id_hash(self.rows[pk].event_id) for pk in pks)
-        sealed = sealed_block(self.version, block, kept, payloads, fingerprint, ids=ids)
+        sealed = sealed_block(self.version, block, some, payloads, fingerprint, ids=ids)
         bodies[sealed.digest] = payloads
         return sealed
 
 
 def read_payloads(outbox: Outbox, batch: Batch, block: Block) -> list[bytes]:
-    """A sealed block's payloads, read again; raises `BatchAltered` when they are not what was sealed."""
+    """The payloads of a sealed block, read again. Raises `BatchAltered` when they do not have the sealed digest."""
     return list(SealedRows.read(outbox, batch, block).payloads.values())
 
 
@@ -123,13 +125,13 @@ def new_cut(
     is_lost: Callable[[Key | None], bool] = lambda _: False,
     note: str | None = None,
 ) -> Batch:
-    """Records these blocks in the place of the batch's own, and returns the batch as the ledger has it now.
+    """Records these blocks instead of the batch's own, and returns the batch as the ledger has it now.
 
-    Durable effect, in one transaction: the cut, the dead letters, the note for the operator. `dead` and `released` rows leave
-    the batch; the `released` ones are pending again.
+    Durable effect, in one transaction: the cut, the dead letters, the note for the operator. `dead` and `released` rows
+    leave the batch; `released` rows are pending again.
 
-    A folded row goes out as the row it was folded into. Where that row leaves the batch (`is_lost` tells by the event's
-    key), the folded row is released as well: otherwise it would be marked although its event is nowhere.
+    A folded row is sent as the row into which it was folded. If that row leaves the batch (`is_lost` tells by the
+    event's key), the folded row is released too: otherwise it would be marked although its event is nowhere.
     """
     orphans = NO_ROWS
     if (dead or released) and (folded := _folded(batch)):
@@ -165,23 +167,23 @@ def new_cut(
 
 
 def give_back(outbox: Outbox, batch: Batch, altered: list[Block]) -> Batch:
-    """Releases the rows of blocks that cannot be reproduced, and keeps the count.
+    """Releases the rows of blocks whose rows were altered, and counts them.
 
-    Call it only when ClickHouse was checked after the last moment at which an INSERT of these blocks could be at work, and holds
-    none of them. Blocks of a requeue may be there all the same: the ledger keeps them as given back, so that their copies
-    are not called duplicates. The batch is sealed again: its new owner sends the blocks that it kept.
+    Call it only when no INSERT of these blocks can be at work any more, and ClickHouse was asked after that and has
+    none of them. Blocks of a requeue may be there nevertheless: they stay in the ledger as given back, so that their
+    copies are not called duplicates. The batch is sealed again, and its new owner sends the other blocks.
     """
     requeued = tuple(block for block in altered if batch.is_requeue(block))
     if requeued:
         batch = replace(batch, given_back=(*batch.given_back, *requeued))
-    kept = tuple(block for block in batch.blocks if block not in altered)
-    # The altered rows cannot be trusted to say which keys are lost; the kept ones say which are not.
-    still_there = _keys(batch, _rows_of(outbox, kept))
-    return new_cut(outbox, batch, kept, released=pks_of(altered), is_lost=lambda key: key not in still_there)
+    others = tuple(block for block in batch.blocks if block not in altered)
+    # The altered rows may have other keys now. So every key that no other block has is lost.
+    still_there = _keys(batch, _rows_of(outbox, others))
+    return new_cut(outbox, batch, others, released=pks_of(altered), is_lost=lambda key: key not in still_there)
 
 
 def new_number(outbox: Outbox, batch: Batch, block: Block) -> tuple[Batch, Block]:
-    """Gives a requeued block another number, and so another token. The copy under the old token may be there as well."""
+    """Gives a requeued block another number, and so another token. The copy under the old token may be there too."""
     renewed = replace(block, number=_next_number(batch))
     batch = replace(batch, given_back=(*batch.given_back, block))
     return new_cut(outbox, batch, _with_parts(batch, block, [renewed])), renewed
@@ -197,7 +199,7 @@ def _key(batch: Batch, row: OutboxRow) -> Key | None:
 
 
 def _keys(batch: Batch, rows: Iterable[OutboxRow]) -> set[Key | None]:
-    """The keys of these rows; without folded rows nobody needs them, and nothing is read."""
+    """The keys of these rows. They are needed only for folded rows: without any, nothing is read."""
     return {_key(batch, row) for row in rows} if _folded(batch) else set()
 
 
@@ -206,13 +208,13 @@ def _rows_of(outbox: Outbox, blocks: Iterable[Block]) -> Iterable[StoredRow]:
 
 
 def _with_parts(batch: Batch, block: Block, parts: Sequence[Block]) -> tuple[Block, ...]:
-    """The batch's blocks, with these parts in the place of that block."""
+    """The batch's blocks, with these parts instead of that block."""
     position = batch.blocks.index(block)
     return (*batch.blocks[:position], *parts, *batch.blocks[position + 1 :])
 
 
 def _next_number(batch: Batch) -> int:
-    """A block number that no block of this batch has or had; tokens are made from it."""
+    """A number that no block of this batch has or had: tokens contain it."""
     return max(block.number for block in (*batch.blocks, *batch.given_back)) + 1
 
 
@@ -223,7 +225,7 @@ class Splitter:
     """Splits blocks of one batch, for one attempt to write it, within the attempt's budget of probes.
 
     A refused block was not written, so its rows may leave the batch. Rows that are unresolved when the budget is spent
-    are released; the next drain starts without the dead letters of this one and gets further.
+    are released; the next drain begins without the dead letters of this one and resolves more.
     """
 
     def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits) -> None:
@@ -231,8 +233,8 @@ class Splitter:
         self._log = log
         self._limits = limits
         self._budget = ProbeBudget()
-        # By block number. The parser takes these rows and the table does not, for example by a constraint that somebody
-        # added. No parse tells which rows are at fault, so each half becomes a block, and its INSERT is the probe.
+        # By block number. The parser takes these rows and the table does not, for example because of a constraint. So
+        # parsing cannot find the refused rows: each half becomes a block, and its INSERT is the probe.
         self._groups: dict[int, Group] = {}
         self._waiting: list[tuple[Group, Block]] = []  # refused, to be halved
         # Single rows that the table refuses, with its answer: they are held once another row was taken.
@@ -245,12 +247,12 @@ class Splitter:
     ) -> tuple[Batch, list[Block]]:
         """Finds the rows for which ClickHouse refused these blocks, and cuts the blocks again without them.
 
-        The poison rows become dead letters, unless their normal form is acceptable (a repeated key). Durable
+        The poison rows become dead letters, unless ClickHouse takes their normal form (a repeated key). Durable
         effect: each new cut with its dead letters, in one transaction. Returns the blocks to send; `bodies` gets
         their payloads.
         """
         to_send: list[Block] = []
-        # Single rows first: where the table refuses several of them, larger blocks are not sampled again.
+        # Single rows first: if the table refuses several of them, larger blocks are not sampled again.
         for block, refusal in sorted(refused, key=lambda one: one[0].rows):
             batch, parts = self._split_one(batch, block, refusal, bodies)
             to_send += parts
@@ -291,9 +293,9 @@ class Splitter:
                     dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
         if not dead and not normalised and not unresolved:
             return self._split_later(batch, block, refusal, sealed, bodies)
-        kept = [pk for pk in rows if pk not in dead and pk not in unresolved]
+        good = [pk for pk in rows if pk not in dead and pk not in unresolved]
         as_sent = replace(block, normalised=block.normalised | PkSet.of(sorted(normalised)))
-        parts = [sealed.block_of(kept, as_sent, bodies)] if kept else []
+        parts = [sealed.block_of(good, as_sent, bodies)] if good else []
         batch = new_cut(
             self._outbox,
             batch,
@@ -307,7 +309,7 @@ class Splitter:
     def _split_later(
         self, batch: Batch, block: Block, refusal: Refusal, sealed: SealedRows, bodies: Bodies
     ) -> tuple[Batch, list[Block]]:
-        """A block whose rows all parse: only INSERTs can tell which of them the table refuses."""
+        """Handles a block whose rows all parse: only INSERTs can find the rows that the table refuses."""
         group = sealed.group(sealed.rows)
         if len(group) == 1:
             self._refused_alone.append((block, refusal))
@@ -325,23 +327,23 @@ class Splitter:
         return batch, []
 
     def _hold(self, batch: Batch, to_send: list[Block]) -> Batch:
-        """Holds the single rows that the table refuses. Raises `TableRefuses` where the table has refused every row that was sent,
-        and has taken no row of another batch since its definition changed.
+        """Holds the single rows that the table refuses. Raises `TableRefuses` if the table has refused every row that
+        was sent, and has taken no row of another batch since its definition changed.
         """
         none_taken = not self.taken and not to_send
         if none_taken and self._waiting and batch.entries <= SAMPLE and self._budget.left >= 2:
             return batch  # the table may take one of the rows that wait
         refused, self._refused_alone = self._refused_alone, []
         if none_taken and len(refused) >= FEW_ROWS:
-            # Rows of one workspace can be a flood of its own, which is searched and held.
+            # If all rows are of one workspace, its data can be the reason: they are searched and held.
             workspaces = {row.workspace_id for row in _rows_of(self._outbox, (block for block, _ in refused))}
             if len(workspaces) > 1 and not self._table_takes_other_batches(batch):
                 self._waiting = []
                 raise TableRefuses(
                     f"{VERSIONS[batch.version].table} refuses all {len(refused):,} rows of batch {batch.batch_id} that were each "
-                    f"sent alone (of {batch.entries:,}), and all of them parse: {_refused_by(refused[0][1])}. The table's definition is wrong, not the rows: look at SHOW CREATE "
-                    "TABLE for a column, constraint or index that somebody added, and drop or fix it. Nothing was set aside, "
-                    "and the next run sends the rows"
+                    f"sent alone (of {batch.entries:,}), and all of them parse: {_refused_by(refused[0][1])}. The table's "
+                    "definition is wrong, not the rows: look at SHOW CREATE TABLE for a column, constraint or index that "
+                    "somebody added, and drop or fix it. Nothing was set aside, and the next run sends the rows"
                 )
         for block, refusal in refused:
             problem = Undecodable(reason="refused_by_table", json_path=refusal.definition, detail=_refused_by(refusal))
@@ -352,7 +354,7 @@ class Splitter:
         return self._outbox.written_within(batch.version, self._log.definition_age_s(batch.version))
 
     def _explain(self, batch: Batch, payloads: dict[int, bytes]) -> dict[int, Undecodable | None]:
-        """The problem of each row that has one, by pk: None for a repeated key, whose payload is put in normal form."""
+        """The problem of each row that has one, by pk; None for a repeated key, which is put in normal form."""
         problems: dict[int, Undecodable | None] = {}
         for number, (pk, payload) in enumerate(payloads.items()):
             if number % ROWS_PER_RENEWAL == 0:
@@ -371,7 +373,7 @@ class Splitter:
         return self._log.probe(batch.version, payloads, timeout_s=self._limits.insert_timeout_s)
 
     def is_too_large_alone(self, batch: Batch, block: Block) -> bool:
-        """Whether the parser meets a limit with the block's only row and not with a small one."""
+        """Whether the block's only row exceeds a limit of the parser, and a small row does not."""
         (row,) = read_payloads(self._outbox, batch, block)
         if self._probe(batch, [SMALL_ROW]) is not None:
             return False
@@ -379,11 +381,12 @@ class Splitter:
         return refusal is not None and refusal.kind in LIMITS_OF_A_BLOCK
 
     def split_too_large(self, batch: Batch, block: Block, bodies: Bodies) -> tuple[Batch, list[Block]]:
-        """Splits a block that is too large. A single row becomes a dead letter, or is sent as it is if `fits` is unset.
+        """Splits a block that is too large. A single row becomes a dead letter, or is sent once more if `fits` is
+        false.
 
         The caller has made sure that ClickHouse lacks the block and that no INSERT of it can be at work. Each part of a
-        first export gets its own `inserted_at`. The parts of a requeue keep theirs, and the ledger keeps the block as given
-        back, because an earlier attempt may have sent it.
+        first export gets an `inserted_at` of its own. The parts of a requeue keep theirs, and the block stays in the
+        ledger as given back, because an earlier attempt may have sent it.
         """
         sealed = SealedRows.read(self._outbox, batch, block)
         if block.rows == 1 and block.fits:
@@ -403,13 +406,13 @@ class Splitter:
     def _divide(
         self, batch: Batch, block: Block, sealed: SealedRows, groups: Sequence[Group], bodies: Bodies
     ) -> tuple[Batch, list[Block]]:
-        """Divides a refused block into a block for each group; the first group keeps the number and the `inserted_at`."""
+        """Divides a refused block into a block for each group; the first keeps number and `inserted_at`."""
         shells = [block, *self._new_blocks(batch, block, len(groups) - 1)]
         self._groups |= {shell.number: group for shell, group in zip(shells, groups, strict=True)}
         return self._replace(batch, block, sealed, [group.pks for group in groups], shells, bodies)
 
     def _new_blocks(self, batch: Batch, block: Block, count: int) -> list[Block]:
-        """So many copies of the block, each with a number of its own and, but for a requeue, an `inserted_at` of its own."""
+        """Copies of the block, each with a new number and, unless it is a requeue, a new `inserted_at`."""
         number = _next_number(batch)
         at_ms = [block.inserted_at_ms] * count if batch.is_requeue(block) else self._outbox.reserve_inserted_at(count)
         return [replace(block, number=number + n, inserted_at_ms=at_ms[n], limit="", fits=False) for n in range(count)]
@@ -423,14 +426,14 @@ class Splitter:
         shells: Sequence[Block],
         bodies: Bodies,
     ) -> tuple[Batch, list[Block]]:
-        """Puts the block's rows, part by part, into these blocks instead."""
+        """Replaces the block by `shells`, each with the rows of its part."""
         blocks = [sealed.block_of(pks, shell, bodies) for pks, shell in zip(parts, shells, strict=True)]
         return new_cut(self._outbox, batch, _with_parts(batch, block, blocks)), blocks
 
     def _set_aside(
         self, batch: Batch, block: Block, sealed: SealedRows, problem: Undecodable, *, held: bool = False
     ) -> Batch:
-        """Takes a block out of the batch: each of its rows becomes a dead letter, or is held."""
+        """Removes a block from the batch: each of its rows becomes a dead letter, or is held."""
         return new_cut(
             self._outbox,
             batch,
@@ -440,12 +443,12 @@ class Splitter:
         )
 
     def _release_waiting(self, batch: Batch) -> Batch:
-        """Releases the rows of the blocks that still wait: none of them was written."""
+        """Releases the rows of the blocks that still wait; none of these blocks was written."""
         blocks = [block for _, block in self._waiting]
         self._waiting = []
-        kept = tuple(block for block in batch.blocks if block not in blocks)
+        others = tuple(block for block in batch.blocks if block not in blocks)
         lost = _keys(batch, _rows_of(self._outbox, blocks))
-        return new_cut(self._outbox, batch, kept, released=pks_of(blocks), is_lost=lost.__contains__)
+        return new_cut(self._outbox, batch, others, released=pks_of(blocks), is_lost=lost.__contains__)
 
 
 def _refused(refusal: Refusal) -> Undecodable:
@@ -453,10 +456,6 @@ def _refused(refusal: Refusal) -> Undecodable:
 
 
 def _refused_by(refusal: Refusal) -> str:
-    """What of the table refuses a row, as far as ClickHouse says it."""
-    what = "a column or an index of the table"
-    if refusal.constraint:
-        what = f"constraint {refusal.constraint}"
-    elif refusal.column:
-        what = f"column {refusal.column}"
-    return f"{what} ({refusal})"
+    """The part of the table that refuses a row, as far as ClickHouse names it."""
+    part = f"column {refusal.column}" if refusal.column else "a column or an index of the table"
+    return f"{f'constraint {refusal.constraint}' if refusal.constraint else part} ({refusal})"

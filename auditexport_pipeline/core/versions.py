@@ -1,7 +1,7 @@
-"""The registry of payload versions: how a row's payload becomes an event, and which table the event goes to.
+"""The registry of payload versions: how a row's payload becomes an event, and the table of these events.
 
-A package adds a version without a fork: its entry point in the group `auditexport_pipeline.versions` names a function that
-calls `register_version` (docs/versions.md). How `audit_log.v1` is decoded is in `core.event`.
+A package can add a version: its entry point in the group `auditexport_pipeline.versions` names a function that
+calls `register_version` (docs/versions.md). `core.event` decodes `audit_log.v1`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from auditexport_pipeline.core.event import Event, Key, OutboxRow, Undecodable
 ENTRY_POINTS = "auditexport_pipeline.versions"
 # The statements of a version's `.sql` file; `auditexport init` runs `ddl`.
 PIECES = ("table", "columns", "input", "select", "fingerprint", "content", "ddl")
-# The sort key of every version's table, and the stamp by which a block is found: how entries are looked for.
+# The sort key of every version's table, and the time by which a block is found.
 REQUIRED_COLUMNS = {
     "event_id": "String",
     "time": "Int64",
@@ -33,7 +33,7 @@ REQUIRED_COLUMNS = {
     "bucket": "String",
 }
 SORT_KEY = ("workspace_id", "bucket", "time", "event_id")
-# The outbox's column is varchar(64), and `drainer_pending_idx` compares it case by case.
+# The outbox's column is varchar(64).
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _TABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLACEHOLDERS = {"ddl": ("$engine", "$table_settings"), "select": ("{inserted_at_ms:Int64}",)}
@@ -41,7 +41,7 @@ Shape = TypeVar("Shape", bound=msgspec.Struct)
 
 
 def statements_of(text: str, source: str) -> dict[str, str]:
-    """The statements of a `.sql` file by name, comments left out; raises `InvalidConfig` for a name given twice.
+    """The statements of a `.sql` file by name, without comments; raises `InvalidConfig` for a repeated name.
 
     A statement begins with a line `-- name: some_name`.
     """
@@ -59,12 +59,12 @@ def statements_of(text: str, source: str) -> dict[str, str]:
 
 
 def columns_in(expression: str) -> set[str]:
-    """The columns that an expression names: its words, but for functions and what stands in quotes."""
+    """The columns that an expression names: its words, without functions and quoted text."""
     return set(re.findall(r"\b[A-Za-z_]\w*\b(?!\s*\()", re.sub("'[^']*'", "", expression)))
 
 
 def top_level_parts(columns: str) -> Iterator[str]:
-    """The comma-separated parts of a list of columns or expressions, commas inside parentheses and quotes not counted."""
+    """The parts of a list of columns or expressions, separated by commas outside parentheses and quotes."""
     part, depth, quoted = "", 0, False
     for letter in columns:
         quoted ^= letter == "'"
@@ -79,16 +79,17 @@ def top_level_parts(columns: str) -> Iterator[str]:
 
 
 def plain_type(kind: str) -> str:
-    """A type without blanks, and without LowCardinality, which changes only how values are stored."""
+    """A type without blanks and without LowCardinality, which changes only the storage of values."""
     return re.sub(r"LowCardinality\((\w+)\)", r"\1", kind.replace(" ", ""))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadVersion:
-    """One payload version: its `name` in the outbox, `decode`, which makes an event of a row or says why not, and a `.sql` file.
+    """One payload version: its `name` in the outbox, `decode`, which returns a row's event or the reason, and a `.sql`
+    file.
 
-    The file holds the statements `PIECES`. Raises `InvalidConfig`, naming version and piece, for what cannot be exported.
-    What a server says about the table (partition, sort key, window) is checked by `doctor` and before each drain.
+    The file has the statements `PIECES`. Raises `InvalidConfig`, with version and piece, if they cannot be used. The
+    table on the server (partition, sort key, window) is checked by `doctor` and before each drain.
     """
 
     name: str
@@ -101,11 +102,11 @@ class PayloadVersion:
             raise InvalidConfig(f"payload version {self.name!r}: {piece}: {why}")
 
     def _faults(self) -> Iterator[tuple[str, str]]:
-        """Reads the pieces; each fault with its piece. A later check relies on the earlier ones."""
+        """Reads the pieces and yields each fault with its piece. A later check relies on the earlier ones."""
         if not _NAME.fullmatch(self.name):
-            yield "name", "it is letters, digits, _, - and dots, 64 at most, a letter first"
+            yield "name", "it must have 64 characters at most: letters, digits, _, - and dots, a letter first"
         if not callable(self.decode):
-            yield "decode", "it has to be a function of an outbox row"
+            yield "decode", "it must be a function of an outbox row"
         try:
             pieces = statements_of(self.sql.read_text(encoding="utf-8"), str(self.sql))
         except (OSError, UnicodeDecodeError) as error:
@@ -113,21 +114,21 @@ class PayloadVersion:
             return
         for piece in (*PIECES, *pieces):
             if piece not in PIECES:
-                yield piece, f"there is no such piece; there are {', '.join(PIECES)}"
+                yield piece, f"there is no such piece; choose from {', '.join(PIECES)}"
             if not pieces.get(piece):
                 yield piece, f"{self.sql} has no statement of this name"
             for placeholder in _PLACEHOLDERS.get(piece, ()):
                 if placeholder not in pieces[piece]:
-                    yield piece, f"{placeholder} has to stand in it"
+                    yield piece, f"it must contain {placeholder}"
         object.__setattr__(self, "pieces", pieces)
         if not _TABLE.fullmatch(self.table):
-            yield "table", "it is the name of one table, without its database"
+            yield "table", "it must be the name of one table, without its database"
         for name, kind in REQUIRED_COLUMNS.items():
             if plain_type(self.columns.get(name, "")) != kind:
-                yield "columns", f"{name} {kind} has to be among them"
+                yield "columns", f"they must include {name} {kind}"
         for piece in ("columns", "input"):
             if "'" in pieces[piece]:
-                yield piece, "it is put between quotes and holds none itself"
+                yield piece, "it must contain no quotes, because it is put between quotes"
         count = len(list(top_level_parts(pieces["select"])))
         if count != len(self.columns):
             yield "select", f"it has {count} expressions for {len(self.columns)} columns"
@@ -151,10 +152,10 @@ def decoder(
     key: Callable[[Shape], Key],
     content: Callable[[Shape], Sequence[str]],
 ) -> Callable[[OutboxRow], Event | Undecodable]:
-    r"""A `decode` for payloads of one msgspec shape: types checked, and both ids the same as in the row's columns.
+    r"""A `decode` for payloads of one msgspec shape. It checks the types, and both ids against the row's columns.
 
-    `key` is the event's place in the table: workspace_id, bucket, time in epoch milliseconds, event_id. `content` are the texts
-    that the fingerprint is made of: `xxHash64(concat(a, '\0', b, …))` of the stored columns is the same in ClickHouse.
+    `key` is the event's sort key: workspace_id, bucket, time in epoch milliseconds, event_id. `content` are the texts
+    of the fingerprint: `xxHash64(concat(a, '\0', b, …))` of the stored columns is the same in ClickHouse.
     """
     reader = msgspec.json.Decoder(shape)
 
@@ -186,7 +187,7 @@ def _register(found: EntryPoint) -> None:
 
 
 class _Versions(Mapping[str, PayloadVersion]):
-    """Every version by name, ours first. Installed packages register theirs at the first access."""
+    """Every version by name, `audit_log.v1` first. Installed packages register theirs at the first access."""
 
     def __init__(self) -> None:
         self._known: dict[str, PayloadVersion] = {}
@@ -207,12 +208,12 @@ class _Versions(Mapping[str, PayloadVersion]):
     def _all(self) -> dict[str, PayloadVersion]:
         with self._lock:
             if not self._loaded:
-                self._loaded = True  # a package that reads them while it registers sees the versions so far
+                self._loaded = True  # a package that reads versions while it registers one sees those so far
                 before = dict(self._known)
                 try:
                     for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name):
                         _register(found)
-                except BaseException:  # also one that stops a thread: half of the versions are never taken for all
+                except BaseException:  # also one that stops a thread: a part of the versions must not count as all
                     self._known, self._loaded = before, False
                     raise
             return self._known
@@ -231,7 +232,7 @@ VERSIONS = _Versions()
 
 
 def register_version(version: PayloadVersion) -> None:
-    """Registers a version in this process: drains, verification, reconciliation, `init` and `doctor` then cover it.
+    """Registers a version in this process, for drains, verification, reconciliation, `init` and `doctor`.
 
     Raises `InvalidConfig` for a name or a table that another version has.
     """

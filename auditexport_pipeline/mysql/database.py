@@ -1,7 +1,7 @@
 """One MySQL or MariaDB database: its transactions, for all stores and reports.
 
-What belongs here: how a transaction begins, ends and fails. What does not: connecting (`mysql.connection`), the meaning of
-errors (`mysql.errors`), and statements.
+What belongs here: how a transaction begins, ends and fails. What does not: connecting (`mysql.connection`), the meaning
+of errors (`mysql.errors`), and statements.
 
 Every connection is READ COMMITTED by its engine, waits for a lock at most `LOCK_WAIT_S` (those that mark:
 `MARK_LOCK_WAIT_S`), and has no transaction open while anything but MySQL is asked.
@@ -64,7 +64,7 @@ class Database:
 
     @contextmanager
     def one_transaction(self) -> Iterator[None]:
-        """As `core.ports.Outbox.one_transaction`. Source: the marking engine, because rows of the application can be locked."""
+        """As `core.ports.Outbox.one_transaction`, with the short lock wait of marking."""
         if self.in_transaction:
             raise RuntimeError("a transaction is open in this thread already")
         try:
@@ -80,11 +80,11 @@ class Database:
     def transaction(self, what: str, engine: Engine | None = None) -> Iterator[Connection]:
         """A READ COMMITTED transaction: committed at the end, rolled back by any exception.
 
-        Inside `one_transaction` it is a part of that transaction, which any exception here ends: every later part raises the same
-        exception. There are no savepoints, because after a deadlock MySQL has none left.
+        Inside `one_transaction` it is a part of that transaction, which any exception here ends: every later part
+        raises the same exception. There are no savepoints, because after a deadlock MySQL has none left.
 
-        `what` names it in errors. Raises `OutboxUnavailable` and its kin for the driver's errors. When a wait for a lock was
-        in vain, the error names who holds the lock, and is `BatchLocked` for a row of the ledger.
+        `what` names it in errors. Raises `OutboxUnavailable` and its kin for the driver's errors. When a wait for a
+        lock was in vain, the error names who holds the lock, and is `BatchLocked` for a row of the ledger.
         """
         joined = self._open.connection
         if self._open.failure is not None:

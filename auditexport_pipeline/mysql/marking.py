@@ -1,7 +1,7 @@
-"""Marking: the UPDATE that stamps rows exported, and what it found of the rows that it did not stamp.
+"""Marking: the UPDATE that stamps rows exported, and the rows that it could not stamp.
 
-What belongs here: how a set of pks becomes statements, and which form of the UPDATE a server gets. What does not: the
-transaction and the fence around it (`mysql.outbox`), chunks and pauses (`core.export`).
+What belongs here: the statements for a set of pks, and the form of the UPDATE for a server. What does not: the
+transaction and its fence (`mysql.outbox`), chunks and pauses (`core.export`).
 
 Half the cost of a mark cannot be saved: the row grows by the eight bytes of `deleted_at`. An application fills InnoDB's
 pages to fifteen sixteenths, so InnoDB reorganizes a page for nearly every row (`benchmarks/README.md`).
@@ -21,16 +21,16 @@ from auditexport_pipeline.core.ports import Marked
 from auditexport_pipeline.mysql.errors import code_and_words
 from auditexport_pipeline.mysql.statements import PK_RANGE, SQL, prepared
 
-# Above this many runs in a chunk, one statement with a list beats a statement per run.
+# For more runs in a chunk than this, one statement with a list is faster than a statement for each run.
 LIST_ABOVE_RUNS = 8
-# The longest list with which every server looks up its pks one by one. From 1,000 MariaDB joins the list as a table
-# (in_predicate_conversion_threshold), and from 16,000 (optimizer_max_sel_args) it reads the whole outbox. So does MySQL when
-# a list needs more than range_optimizer_max_mem_size: 36,000 pks in its 8 MB.
+# The longest list of pks that every server looks up one by one. MariaDB joins a list of 1,000 as a table
+# (in_predicate_conversion_threshold), and for 16,000 pks (optimizer_max_sel_args) it reads the whole outbox. MySQL does
+# so when a list needs more than range_optimizer_max_mem_size: 36,000 pks in its 8 MB.
 LIST_PKS = 900
-# Errors of a trigger's own statements (no grant, no such column, table or routine, no definer, a signal, this table in use by
-# the statement that fired the trigger), and of a CHECK of `deleted_at`.
+# Errors of a trigger's own statements (no grant, no such column, table or routine, no definer, a signal, this table in
+# use by the statement that fired the trigger), and of a CHECK of `deleted_at`.
 _REFUSALS = {1054, 1142, 1143, 1146, 1305, 1364, 1370, 1442, 1449, 1644, 1690, 3819, 4025}
-_SIGNAL = "45"  # the class of SQLSTATE that SIGNAL is meant to have
+_SIGNAL = "45"  # the class of SQLSTATE for SIGNAL
 ADMINISTRATORS_LOOK = (
     "SELECT trigger_name, action_timing, action_statement FROM information_schema.triggers WHERE event_object_schema = "
     "DATABASE() AND event_object_table = 'clickhouse_outbox' AND event_manipulation = 'UPDATE'"
@@ -40,7 +40,7 @@ UNCHECKED = "SET STATEMENT check_constraint_checks = 0 FOR "
 
 
 def by_shape(kind: str, pks: PkSet) -> list[tuple[str, dict[str, object]]]:
-    """The statements that cover these pks, in their order: a range each for few runs, else lists of `LIST_PKS`."""
+    """The statements for these pks, in their order: a range for each of few runs, otherwise lists of `LIST_PKS`."""
     if len(pks.runs) > max(LIST_ABOVE_RUNS, -(-len(pks) // LIST_PKS)):
         return [(f"{kind}_in", {"pks": list(part)}) for part in pks.chunks(LIST_PKS)]
     return [(f"{kind}_between", {"first_pk": first, "last_pk": last}) for first, last in pks.runs]
@@ -65,8 +65,8 @@ def _statement(name: str, runs: int, before: str) -> TextClause:
 
 
 def stamp(connection: Connection, pks: PkSet, exported_at_ms: int) -> Marked | None:
-    """Sets `deleted_at` of these rows in the caller's transaction. None when some rows are gone or have another mark: then,
-    and when a row is locked, the caller rolls back and uses `stamp_unlocked`.
+    """Sets `deleted_at` of these rows in the caller's transaction. None when some rows are gone or have another mark:
+    then, and when a row is locked, the caller rolls back and uses `stamp_unlocked`.
 
     `deleted_at` is read again, because a trigger can undo the UPDATE. Raises `MarkRefused` when the UPDATE ends in a
     trigger's error.
@@ -108,8 +108,8 @@ def _update(connection: Connection, pks: PkSet, exported_at_ms: int) -> None:
         for statement, values in over("mark", pks, before):
             connection.execute(statement, {**values, "exported_at_ms": exported_at_ms})
     except DBAPIError as error:
-        if (said := _refusal(error)) is not None:
-            raise MarkRefused(f"MySQL refuses to mark rows ({said}). {triggers_to_blame(connection)}") from None
+        if (refusal := _refusal(error)) is not None:
+            raise MarkRefused(f"MySQL refuses to mark rows ({refusal}). {triggers_to_blame(connection)}") from None
         raise
 
 
@@ -143,32 +143,32 @@ def _stamps(connection: Connection, kind: str, pks: PkSet) -> dict[int, int | No
 
 
 def _refusal(error: DBAPIError) -> str | None:
-    """The server's error text, if the server refuses this UPDATE. We set one integer, so the cause is a trigger or a CHECK that
-    somebody added. None for a lock, a deadlock, or a lost connection.
+    """The server's error text, if the server refuses this UPDATE. The UPDATE sets one integer, so the cause is a
+    trigger or a CHECK. None for a lock, a deadlock, or a lost connection.
     """
     code, words = code_and_words(error.orig)
     if isinstance(error, IntegrityError | DataError):
-        return f"error {code}, of a table that a trigger writes to"  # the server's words would quote a value
+        return f"error {code}, of a table that a trigger writes to"  # the server's text would quote a value
     if code in _REFUSALS or str(getattr(error.orig, "sqlstate", "")).startswith(_SIGNAL):
         return f"error {code}: {words}"
     return None
 
 
 def triggers_to_blame(connection: Connection) -> str:
-    """The triggers on an UPDATE of the outbox that this user can see, or the statement with which an administrator sees them."""
-    seen = [f"{row.name} ({row.timing} UPDATE)" for row in connection.execute(SQL["update_triggers"])]
-    if seen:
-        return f"On clickhouse_outbox there is the trigger {', '.join(seen)}; it has to leave alone what changes deleted_at only"
+    """The triggers on an UPDATE of the outbox that this user sees, or how an administrator sees them."""
+    visible = [f"{row.name} ({row.timing} UPDATE)" for row in connection.execute(SQL["update_triggers"])]
+    if visible:
+        return f"On clickhouse_outbox there is the trigger {', '.join(visible)}; it must ignore an UPDATE that changes deleted_at only"
     return (
-        "This user sees no trigger on clickhouse_outbox, which takes the TRIGGER privilege; an administrator does: "
+        "This user sees no trigger on clickhouse_outbox, because that needs the TRIGGER privilege; an administrator can use: "
         + ADMINISTRATORS_LOOK
     )
 
 
 def _checks_json_only(connection: Connection) -> bool:
-    """Whether this is MariaDB and its only CHECK on the outbox is that of the JSON column: then marking can skip it.
+    """Whether this is MariaDB and the only CHECK on the outbox is that of the JSON column: then marking can skip it.
 
-    An application's own CHECK, perhaps of `deleted_at`, stays in force. Read once per connection.
+    A CHECK of the application, perhaps of `deleted_at`, stays in force. Read once for each connection.
     """
     known = connection.info.get("outbox_checks_json_only")
     if known is None:

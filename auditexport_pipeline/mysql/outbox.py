@@ -109,7 +109,8 @@ class MySQLOutbox(Database):
             last_epoch, last_ms = _lock_ledger(connection)
             epoch = last_epoch + 1
             connection.execute(SQL["count_plan"], {"epoch": epoch})
-            # The key begins with the epoch. So a batch shows whether a release that writes no keys has adopted it since.
+            # The key begins with the epoch. So a batch shows whether a release that writes no keys has adopted it
+            # since.
             key = f"{_key_of(epoch)}{secrets.token_hex(16)}"[:KEY_LETTERS]
             plan = Plan(epoch=epoch, claim_key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
             started = time.monotonic()
@@ -138,9 +139,9 @@ class MySQLOutbox(Database):
     def read(self, pks: PkSet, *, row_bytes: int, version: str | None = None) -> Iterator[StoredRow]:
         """The rows of these pks that exist, by ascending pk, marked or not, of one version or of any.
 
-        Memory: `READ_ROWS` rows at a time, fewer where rows are large, and at most `SHARES` times `READ_BYTES`. The first
-        SELECT reads each payload up to its share of that. Longer payloads are read again: together up to `READ_BYTES`, or
-        one alone. Source: the outbox's primary key; no lock.
+        Memory: `READ_ROWS` rows at a time, fewer where rows are large, and at most `SHARES` times `READ_BYTES`. The
+        first SELECT reads each payload up to its share of that. Longer payloads are read again: together up to
+        `READ_BYTES`, or one alone. Source: the outbox's primary key; no lock.
         """
         for chunk in pks.chunks(max(1, min(READ_ROWS, READ_BYTES // max(1, row_bytes)))):
             share = SHARES * READ_BYTES // len(chunk)
@@ -272,9 +273,9 @@ class MySQLOutbox(Database):
         return self._marking(f"marking the last rows of batch {claim.batch_id}", work)
 
     def _marking(self, what: str, work: Callable[[Connection, Stamp], Result]) -> Result:
-        """Runs `work` in a transaction that waits for a lock only briefly, and marks all rows by one UPDATE. Where rows are locked,
-        or are not as the batch had them, runs it again in another transaction, which marks row by row. An open transaction
-        cannot be rolled back in part, so there rows are marked row by row at once.
+        """Runs `work` in a transaction that waits for a lock only briefly, and marks all rows by one UPDATE. Where rows
+        are locked, or are not as the batch had them, runs it again in another transaction, which marks row by row. An
+        open transaction cannot be rolled back in part, so there rows are marked row by row at once.
         """
         if not self.in_transaction:
             with suppress(_NotByOneUpdate), translated(what):
@@ -379,7 +380,7 @@ class MySQLOutbox(Database):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a plan writes into each batch that it claims or adopts; the fields are named as the statements' parameters."""
+    """What a plan writes into its batches; the fields are named as the parameters of the statements."""
 
     epoch: int
     claim_key: str
@@ -433,7 +434,7 @@ class MySQLPlanning:
 
     @cached_property
     def _holding_letters(self) -> tuple[int, int]:
-        """The first and the last pk that a dead letter holds. During a plan only rows of open batches can get new letters."""
+        """The first and the last pk that a dead letter holds. Other rows get no letter during a plan."""
         ((first, last),) = self._read("holding_letters", {})
         return (first, last) if last is not None else (1, 0)
 
@@ -528,8 +529,8 @@ def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
 def _fence(
     connection: Connection, claim: Claim, *states: State, cut_digest: str | None = None, shared: bool = False
 ) -> None:
-    """Locks the batch's row of the ledger. Raises `LeaseLost` when another plan has adopted the batch, when the batch is past
-    this step, or when it was split meanwhile.
+    """Locks the batch's row of the ledger. Raises `LeaseLost` when another plan has adopted the batch, when the batch
+    is past this step, or when it was split meanwhile.
     """
     row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
     if row is None or not _holds(claim, row):
@@ -549,7 +550,7 @@ def _key_of(epoch: int) -> str:
 
 
 def _holds(claim: Claim, row: Row[tuple[object, ...]]) -> bool:
-    """Whether the claim still holds the batch. The epoch alone does not tell: it recurs after a failover that lost commits."""
+    """Whether the claim still holds the batch. After a failover that lost commits, epochs recur; keys do not."""
     return (row.epoch, row.claim_key) == (claim.epoch, claim.key)
 
 
@@ -600,28 +601,23 @@ def _counts_to_text(counts: Counts) -> str:
     return msgspec.json.encode({name: count for name, count in asdict(counts).items() if count}).decode()
 
 
+# Columns of the ledger that a batch has under the same names.
+_SAME = [
+    *("batch_id", "epoch", "generation", "version", "owner", "claim_key", "bytes", "digest", "attempts"),
+    *("inserts_until_ms", "exported_at_ms", "last_error", "oldest_ms", "newest_ms"),
+]
+
+
 def batch_of(row: Row[tuple[object, ...]]) -> Batch:
+    """The batch of a row with `$batch_columns`."""
     blocks, given_back = blocks_from_text(row.manifest)
     return Batch(
-        batch_id=row.batch_id,
-        epoch=row.epoch,
-        generation=row.generation,
-        version=row.version,
+        **{name: getattr(row, name) for name in _SAME},
         state=State(row.state),
-        owner=row.owner,
-        claim_key=row.claim_key,
         process=row.process if row.claim_key.startswith(_key_of(row.epoch)) else "",
         pks=PkSet.parse(row.pks),
         blocks=blocks,
         given_back=given_back,
-        bytes=row.bytes,
         counts=Counts(**msgspec.json.decode(row.counts, type=dict[str, int])) if row.counts else Counts(),
-        digest=row.digest,
-        attempts=row.attempts,
-        inserts_until_ms=row.inserts_until_ms,
-        exported_at_ms=row.exported_at_ms,
-        oldest_ms=row.oldest_event_ms,
-        newest_ms=row.newest_event_ms,
-        last_error=row.last_error,
         observed=observed_from_text(row.observed),
     )

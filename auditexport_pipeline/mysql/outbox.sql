@@ -11,15 +11,16 @@ CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)
 -- name: $batch_columns
 -- What `outbox.batch_of` reads.
 batch_id, epoch, generation, version, state, owner, claim_key, process, pks, manifest, bytes, counts, digest, attempts,
-       inserts_until_ms, exported_at_ms, oldest_event_ms, newest_event_ms, last_error, observed
+       inserts_until_ms, exported_at_ms, oldest_event_ms AS oldest_ms, newest_event_ms AS newest_ms, last_error, observed
 
 -- name: $same_version
 -- By bytes: the column's collation may pad, fold case or ignore letters.
 CAST(CONVERT(version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
 
 -- name: $pending_without_letter
--- Pending rows of one version that no dead letter holds. A dead letter holds the row that it was made of, and no other row
--- that has the same pk. Letters are found by their primary key: NOT EXISTS would begin with all letters that ever were.
+-- Pending rows of one version that no dead letter holds. A dead letter holds the row that it was made of, and no other
+-- row that has the same pk. Letters are found by their primary key: NOT EXISTS would begin with all letters that ever
+-- were.
 clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
   LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
     ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
@@ -72,10 +73,10 @@ SELECT state FROM clickhouse_outbox_batch GROUP BY state
 SELECT batch_id, pks FROM clickhouse_outbox_batch WHERE state = :state ORDER BY batch_id
 
 -- name: candidates
--- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps the order of pks, `IN` would sort.
--- No lock on the outbox and no watermark: a row that commits late with a lower pk is found by the next plan.
--- The index covers the statement: measuring payloads here would read every row twice, a tenth of a drain's time.
--- The result is runs of consecutive pks, because reading pks one by one took three times as long.
+-- drainer_pending_idx (deleted_at, version, pk) in its own order: `version = ?` keeps the order of pks, `IN` would
+-- sort. No lock on the outbox and no watermark: a row that commits late with a lower pk is found by the next plan. The
+-- index covers the statement: measuring payloads here would read every row twice, a tenth of a drain's time. The result
+-- is runs of consecutive pks, because reading pks one by one took three times as long.
 SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk
 FROM (
   SELECT pk, pk - (ROW_NUMBER() OVER (ORDER BY pk) - 1) AS run
@@ -102,8 +103,8 @@ FROM (
 ) AS ends
 
 -- name: candidates_beside_letters
--- As candidates, where dead letters can lie among the rows; rows that they hold do not count for the limit. Looking up each
--- row's letter takes half as long again, so this is used only where there are letters.
+-- As candidates, where dead letters can lie among the rows; rows that they hold do not count for the limit. Looking up
+-- each row's letter takes half as long again, so this is used only where there are letters.
 SELECT MIN(pk) AS first_pk, MAX(pk) AS last_pk
 FROM (
   SELECT pk, pk - (ROW_NUMBER() OVER (ORDER BY pk) - 1) AS run
@@ -144,8 +145,8 @@ WHERE batch_id = :batch_id
 UPDATE clickhouse_outbox_batch SET lease_until_ms = $now_ms + :lease_ms WHERE batch_id = :batch_id
 
 -- name: batch_holders
--- state_idx; no lock. The key's beginning shows that the process is of this epoch: a release that writes no key adopts a
--- batch and leaves the earlier process there.
+-- state_idx; no lock. The key's beginning shows that the process is of this epoch: a release that writes no key adopts
+-- a batch and leaves the earlier process there.
 SELECT owner, IF(claim_key LIKE CONCAT(LOWER(HEX(epoch)), '-%'), process, '') AS at_work,
        COUNT(*) AS batches, CAST(SUM(row_count) AS SIGNED) AS row_count, MAX(lease_until_ms) AS lease_until_ms,
        CAST(MAX(lease_until_ms) AS SIGNED) - $now_ms AS lease_left_ms
@@ -160,8 +161,8 @@ SELECT batch_id FROM clickhouse_outbox_batch
 WHERE epoch = :epoch AND claim_key = :claim_key AND state IN ('claimed', 'sealed', 'written')
 
 -- name: renew
--- Primary key, ascending; locks the rows for one statement. Not by state_idx: a batch that changes its state at the same
--- time has locked its row and needs its entry in that index, and the two would deadlock.
+-- Primary key, ascending; locks the rows for one statement. Not by state_idx: a batch that changes its state at the
+-- same time has locked its row and needs its entry in that index, and the two would deadlock.
 UPDATE clickhouse_outbox_batch FORCE INDEX (PRIMARY) SET lease_until_ms = $now_ms + :lease_ms
 WHERE batch_id IN :batch_ids AND epoch = :epoch AND claim_key = :claim_key AND state IN ('claimed', 'sealed', 'written')
 
@@ -183,15 +184,15 @@ SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE
 SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
 
 -- name: rows
--- Primary key; no lock. All pks of a range belong to the batch. A row that got such a pk since can have another version, and is
--- left out if :version is given. At most :most_bytes of each payload, so the result is bounded. Asking for lengths first would
--- make an ordinary row half as expensive again.
+-- Primary key; no lock. All pks of a range belong to the batch. A row that got such a pk since can have another
+-- version, and is left out if :version is given. At most :most_bytes of each payload, so the result is bounded. Asking
+-- for lengths first would make an ordinary row half as expensive again.
 SELECT pk, event_id, workspace_id, deleted_at, LEFT(CAST(payload AS BINARY), :most_bytes) AS payload
 FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks AND (:version IS NULL OR $same_version) ORDER BY pk
 
 -- name: cut
--- Primary key; under fence. A stopped batch that is cut again is sealed again: INSERTs of its new owner can be at work, so
--- rows that change from now on stop it once more.
+-- Primary key; under fence. A stopped batch that is cut again is sealed again: INSERTs of its new owner can be at work,
+-- so rows that change from now on stop it once more.
 UPDATE clickhouse_outbox_batch
 SET state = 'sealed', generation = COALESCE(:generation, generation), sealed_at_ms = COALESCE(sealed_at_ms, $now_ms),
     row_count = :rows, entry_count = :entries, bytes = :bytes, first_pk = :first_pk, last_pk = :last_pk,
@@ -206,8 +207,8 @@ WHERE batch_id = :batch_id
 UPDATE clickhouse_outbox_batch SET attempts = attempts + 1, lease_until_ms = $now_ms + :lease_ms WHERE batch_id = :batch_id
 
 -- name: stop
--- Primary key; under fence. Epoch 0 ends the claim, also for its own retries. The lease ends when no INSERT of the batch can be
--- at work any more; until then no plan adopts it.
+-- Primary key; under fence. Epoch 0 ends the claim, also for its own retries. The lease ends when no INSERT of the
+-- batch can be at work any more; until then no plan adopts it.
 UPDATE clickhouse_outbox_batch
 SET state = 'stopped', epoch = 0, last_error = :error, lease_until_ms = $now_ms + :wait_ms
 WHERE batch_id = :batch_id
@@ -241,8 +242,8 @@ WHERE event_object_schema = DATABASE() AND event_object_table = 'clickhouse_outb
 ORDER BY action_timing DESC, action_order
 
 -- name: marked
--- Primary key; no lock. Rows that this transaction has just changed. `ids` shows whether they are the sealed rows, or others that
--- got the same pks since.
+-- Primary key; no lock. Rows that this transaction has just changed. `ids` shows whether they are the sealed rows, or
+-- others that got the same pks since.
 SELECT COUNT(*) AS n, COALESCE(SUM(CRC32(CONVERT(event_id USING utf8mb4))), 0) AS ids
 FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks AND deleted_at = :exported_at_ms
 
@@ -256,8 +257,8 @@ FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks AND (deleted_at IS NULL 
 UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET deleted_at = NULL WHERE $pks AND deleted_at = :exported_at_ms
 
 -- name: lock
--- Primary key. Locks the rows that nobody has locked, and leaves out the others. Used only when a chunk could not be marked by
--- one UPDATE.
+-- Primary key. Locks the rows that nobody has locked, and leaves out the others. Used only when a chunk could not be
+-- marked by one UPDATE.
 SELECT pk, deleted_at FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE $pks ORDER BY pk FOR UPDATE SKIP LOCKED
 
 -- name: stamps
@@ -306,8 +307,8 @@ WHERE last_pk >= :first_pk AND first_pk <= :last_pk
 ORDER BY batch_id
 
 -- name: record_verified
--- Primary key. Of two verifications at the same time, the second changes nothing, by the state. The digest is that of the cut
--- that was compared.
+-- Primary key. Of two verifications at the same time, the second changes nothing, by the state. The digest is that of
+-- the cut that was compared.
 UPDATE clickhouse_outbox_batch
 SET state = :state, last_error = IF(:error = '', $view_note, :error), observed = :observed, verified_at_ms = $now_ms
 WHERE batch_id = :batch_id AND state = 'exported' AND digest = :digest
@@ -326,8 +327,8 @@ SELECT COUNT(*) AS n FROM
 SELECT COUNT(*) AS n FROM (SELECT 1 FROM $pending_without_letter LIMIT :row_limit) AS pending
 
 -- name: oldest_pending
--- drainer_pending_idx in its order: the first rows that no dead letter holds. Only a created_at that can be epoch milliseconds
--- gives an age: after 2009, and not further in the future than clocks differ. The others are counted.
+-- drainer_pending_idx in its order: the first rows that no dead letter holds. Only a created_at that can be epoch
+-- milliseconds gives an age: after 2009, and not further in the future than clocks differ. The others are counted.
 SELECT now_ms - MIN(CASE WHEN sound THEN created_at END) AS lag_ms,
        SUM(CASE WHEN sound THEN 0 ELSE 1 END) AS odd_rows, MIN(CASE WHEN sound THEN NULL ELSE pk END) AS odd_pk
 FROM (
@@ -356,7 +357,8 @@ SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
 WHERE deleted_at IS NULL AND version > :version ORDER BY version LIMIT 1
 
 -- name: versions_like
--- drainer_pending_idx, covering; stops after row_limit rows. The versions, by bytes, that the column's collation treats as one.
+-- drainer_pending_idx, covering; stops after row_limit rows. The versions, by bytes, that the column's collation treats
+-- as one.
 SELECT CAST(CONVERT(version USING utf8mb4) AS BINARY) AS exact, COUNT(*) AS n FROM
   (SELECT version FROM clickhouse_outbox FORCE INDEX (drainer_pending_idx)
    WHERE deleted_at IS NULL AND version = :version LIMIT :row_limit) AS pending

@@ -1,11 +1,8 @@
-"""Reading many rows: PyMySQL's connection, with another loop for the rows of an answer.
+"""Reading many rows: PyMySQL's connection, with another loop for the rows of a result.
 
-What belongs here: that loop. What does not: everything else of the protocol, which stays PyMySQL's: handshake, TLS,
-errors, columns and their conversions.
-
-PyMySQL reads each row by two calls for its packet and two for each column. This reads what the socket has, and cuts
-rows out of it: 2.5 instead of 4.3 µs of CPU a row of the outbox (`benchmarks/README.md`), in the thread that holds
-Python's lock while the others wait for it.
+Handshake, TLS, errors, columns and conversions stay PyMySQL's. PyMySQL makes two calls for the packet of each row and
+two for each column. This loop reads what the socket has and cuts rows out of it: 2.5 instead of 4.3 µs of CPU for a row
+of the outbox (`benchmarks/README.md`), while other threads wait for Python's lock.
 """
 
 from __future__ import annotations
@@ -20,17 +17,17 @@ from pymysql.connections import MAX_PACKET_LEN, Connection, MySQLResult
 from pymysql.constants import CR
 from pymysql.protocol import MysqlPacket
 
-# The stubs leave out what begins with an underscore, and this is made of it.
+# The stubs lack the names with an underscore, which this module needs.
 _Connection: Any = Connection
 _MySQLResult: Any = MySQLResult
 
 READ_BYTES = 256 * 1024
 HEADER_BYTES = 4
 _header = struct.Struct("<I").unpack_from
-# The first byte of a packet that is no row: the end of the rows (if it is short), and an error.
+# The first byte of a packet that is no row: the end of the rows (if the packet is short), or an error.
 _END, _ERROR = 0xFE, 0xFF
 _END_BYTES = 9
-# The first byte of a column: up to 250 it is the length, otherwise NULL, or how many bytes of length follow.
+# The first byte of a column: up to 250 the length, otherwise NULL, or the number of bytes of the length that follows.
 _LONGEST_SHORT, _NULL = 250, 251
 _LENGTH_BYTES = {252: 2, 253: 3, 254: 8}
 
@@ -44,28 +41,29 @@ def _offered_tls() -> ssl.SSLContext:
 
 
 class RowsConnection(_Connection):  # type: ignore[misc]
-    """A PyMySQL connection whose buffered answers are read by `_Rows`; raises what PyMySQL raises."""
+    """A PyMySQL connection whose buffered results are read by `_Rows`. Raises what PyMySQL raises."""
 
     _read_timeout: Any
 
     def _create_ssl_ctx(self, sslp: Any) -> Any:
-        # Where the URL says nothing about TLS, PyMySQL reads this machine's authorities for each connection, to offer TLS
-        # without verifying: 20 ms of CPU every time, and a run opens ten connections.
+        # If the URL has no TLS option, PyMySQL reads this machine's authorities for each connection, to offer TLS
+        # without verification: 20 ms of CPU each time, and a run opens ten connections.
         return _offered_tls() if sslp == {} else super()._create_ssl_ctx(sslp)
 
     def ping(self, reconnect: bool = False) -> None:
-        """The pool's question before each use, asked by the statement that begins a transaction: no round trip more, and a
-        proxy that splits reads from writes sends all that follows to the writer. Every error means another connection.
+        """The pool's check before each use. It is the statement that begins the transaction: that saves a round trip,
+        and a proxy that separates reads from writes sends the whole transaction to the writer. Any error means another
+        connection.
         """
         try:
             self.begin()
         except err.MySQLError as error:
             self._force_close()
-            raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "the connection is no longer of use") from error
+            raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "the connection cannot be used any more") from error
 
     def connect(self, sock: Any = None) -> None:
-        # A server that accepts and then says nothing (another service, a stopped host) is no longer waited for than one
-        # that does not accept.
+        # A server that accepts the connection and then sends nothing (another service, a stopped host) is given the
+        # same time as one that does not accept it.
         read_timeout, self._read_timeout = self._read_timeout, self.connect_timeout
         try:
             super().connect(sock)
@@ -121,13 +119,13 @@ class _Rows(_MySQLResult):  # type: ignore[misc]
                     value = converter(value)
                 row.append(value)
             rows.append(tuple(row))
-        self.connection = None  # PyMySQL's own way out of the cycle
+        self.connection = None  # as PyMySQL does, to break the reference cycle
         self.affected_rows = len(rows)
         self.rows = tuple(rows)
 
 
 class _Packets:
-    """The packets of one answer, cut out of what the socket gives."""
+    """The packets of one result, cut out of the bytes from the socket."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -136,11 +134,11 @@ class _Packets:
         self._sequence: int = connection._next_seq_id
 
     def next(self) -> tuple[bytes, int, int]:
-        """The bytes that hold the next packet, and where in them it begins and ends."""
+        """The bytes that contain the next packet, with its start and end."""
         at, end = self._one()
         if end - at < MAX_PACKET_LEN:
             return self._data, at, end
-        parts = []  # a row of 16 MB and more goes on in the next packet
+        parts = []  # a row of 16 MB and more continues in the next packet
         while end - at == MAX_PACKET_LEN:
             parts.append(self._data[at:end])
             at, end = self._one()
@@ -165,7 +163,7 @@ class _Packets:
         return at, self._at
 
     def _more(self, missing_bytes: int) -> None:
-        """Reads what is there, or all that is missing of a long packet: pieces of it would be copied again and again."""
+        """Reads the bytes that have arrived. Of a long packet it reads all: pieces would be copied repeatedly."""
         file = self._connection._rfile
         try:
             found = file.read(missing_bytes) if missing_bytes > READ_BYTES else file.read1(READ_BYTES)
@@ -177,9 +175,9 @@ class _Packets:
         self._at = 0
 
     def finish(self) -> None:
-        """Hands the connection back, with nothing unread: the server speaks only when it is asked."""
+        """Ends the result, with nothing unread: a server sends nothing unasked."""
         if self._at != len(self._data):
-            self._give_up("more came than was asked for")
+            self._give_up("the server sent more than the result")
         self._connection._next_seq_id = self._sequence
 
     def _give_up(self, why: str) -> None:

@@ -24,8 +24,8 @@ def prepared(statement: str) -> TextClause:
 def texts(path: str) -> dict[str, str]:
     """The statements of a `.sql` file of this package as text; `path` is like `mysql/outbox.sql`.
 
-    Fragments of that file and of `mysql/outbox.sql` are filled in. A statement with `$pks` is returned as NAME_between and
-    NAME_in.
+    Fragments of that file and of `mysql/outbox.sql` are filled in. A statement with `$pks` is returned as NAME_between
+    and NAME_in.
     """
     loaded = load(path)
     fragments = {name: fragment for name, fragment in loaded.items() if name.startswith("$")} | _FRAGMENTS

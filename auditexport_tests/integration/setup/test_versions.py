@@ -295,14 +295,14 @@ def test_a_version_is_registered_once_and_has_a_table_of_its_own(registry: None)
         (
             "workspace_id String, bucket LowCardinality(String),\ninvoice",
             "workspace_id String,\ninvoice",
-            "columns: buc",
+            "columns: they must include buc",
         ),
-        ("note Nullable(String)", "note Enum('a')", "input: it is put between quotes"),
+        ("note Nullable(String)", "note Enum('a')", "input: it must contain no quotes"),
         (", ifNull(note, '')", "", "select: it has 10 expressions for 11 columns"),
-        ("{inserted_at_ms:Int64}", "1", "select: {inserted_at_ms:Int64} has to stand in it"),
-        ("$engine", "MergeTree", "ddl: $engine has to stand in it"),
+        ("{inserted_at_ms:Int64}", "1", "select: it must contain {inserted_at_ms:Int64}"),
+        ("$engine", "MergeTree", "ddl: it must contain $engine"),
         ("EXISTS billing_events_v1", "EXISTS billing", "ddl: it must begin with CREATE TABLE IF NOT EXISTS billing_e"),
-        ("billing_events_v1\n\n-- name: columns", "a.b\n\n-- name: columns", "table: it is the name of one table"),
+        ("billing_events_v1\n\n-- name: columns", "a.b\n\n-- name: columns", "table: it must be the name of one table"),
     ],
 )
 def test_a_wrong_piece_is_refused_by_name(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -319,11 +319,11 @@ def test_a_wrong_piece_is_refused_by_name(tmp_path: Path, old: str, new: str, wo
 def test_a_wrong_name_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     """The outbox's column is 64 characters wide."""
     for name in ("", "x" * 65, "a b", "1st"):
-        with pytest.raises(InvalidConfig, match="name: it is letters"):
+        with pytest.raises(InvalidConfig, match="name: it must have 64"):
             PayloadVersion(name=name, decode=billing.BILLING.decode, sql=SQL)
     with pytest.raises(InvalidConfig, match=r"sql: .* cannot be read"):
         PayloadVersion(name=NAME, decode=billing.BILLING.decode, sql=tmp_path / "none.sql")
-    with pytest.raises(InvalidConfig, match="decode: it has to be a function"):
+    with pytest.raises(InvalidConfig, match="decode: it must be a function"):
         PayloadVersion(name=NAME, decode=None, sql=SQL)  # type: ignore[arg-type]
     assert set(statements_of(SQL.read_text(), "here")) == set(PIECES)
 
