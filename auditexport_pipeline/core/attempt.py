@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from auditexport_pipeline.core.batch import NO_ENTRIES, VIEW_BARS, VIEW_NOTE, Batch, Block, Bodies, Holding
+from auditexport_pipeline.core.batch import NO_ENTRIES, VIEW_BARS, VIEW_NOTE, Block, Holding
+from auditexport_pipeline.core.cuts import Writing
 from auditexport_pipeline.core.errors import (
     AuditExportError,
     AuditLogUnavailable,
@@ -20,9 +21,9 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
 )
-from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Outbox, Refusal, RefusalKind
+from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Refusal, RefusalKind
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.split import Splitter, give_back, new_cut, new_number, read_payloads
+from auditexport_pipeline.core.split import Splitter
 from auditexport_pipeline.core.versions import VERSIONS
 
 # If a view fails on a requeue, the block is sent this often, under a new token each time, until its copy can be
@@ -43,6 +44,7 @@ WHAT_TO_RAISE = {
     RefusalKind.TIME: "raise insert_timeout_s, and the time-outs of a proxy in front of ClickHouse",
 }
 Outcome = Refusal | BaseException | None
+Answers = Sequence[tuple[Block, Outcome]]
 
 
 @dataclass(slots=True)
@@ -57,12 +59,12 @@ class _FailedView:
 class Attempt:
     """The state of one attempt to write a batch. `core.export.send` calls the methods in the order of this class."""
 
-    def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, batch: Batch) -> None:
-        self._outbox = outbox
+    def __init__(self, writing: Writing, log: AuditLog, limits: Limits) -> None:
+        self._writing = writing
         self._log = log
         self._limits = limits
-        self._splitter = Splitter(outbox, log, limits)
-        self._earlier_note = batch.view_note
+        self._splitter = Splitter(writing, log, limits)
+        self._earlier_note = writing.batch.view_note
         self._failed_views: dict[str, _FailedView] = {}
         self._before: dict[int, Holding] = {}
         self._taken: list[Block] = []
@@ -70,7 +72,7 @@ class Attempt:
         self._alone: set[int] = set()  # single rows that were sent once more
         self._copies: dict[int, int] = {}  # by block number: how often a requeued block went out
         # By ClickHouse's clock: an INSERT of the batch can be at work until then.
-        self.until_ms = batch.inserts_until_ms
+        self.until_ms = writing.batch.inserts_until_ms
 
     # ── before sending ───────────────────────────────────────────────────────────────────────────
 
@@ -83,9 +85,9 @@ class Attempt:
         """Notes blocks that an earlier attempt has written."""
         self._splitter.taken = self._splitter.taken or bool(blocks)
 
-    def count_before(self, batch: Batch, blocks: Sequence[Block]) -> None:
+    def count_before(self, blocks: Sequence[Block]) -> None:
         """Counts the entries under the `inserted_at` of each requeued block: an increase shows that it was written."""
-        times = sorted({block.inserted_at_ms for block in blocks if batch.is_requeue(block)})
+        times = sorted({block.inserted_at_ms for block in blocks if self._writing.batch.is_requeue(block)})
         if times:
             held = self._holdings(times)
             self._before = {at_ms: held.get(at_ms, NO_ENTRIES) for at_ms in times}
@@ -98,45 +100,39 @@ class Attempt:
 
     # ── after sending ────────────────────────────────────────────────────────────────────────────
 
-    def settle(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]], bodies: Bodies) -> tuple[Batch, list[Block]]:
-        """Handles the answers to some INSERTs. Returns the batch as it is cut now, and the blocks to send next.
+    def settle(self, answers: Answers) -> list[Block]:
+        """Handles the answers to some INSERTs. Returns the blocks to send next.
 
         Durable effects: a note on a failed view, a flag on a block that is too large, and new cuts. Raises the error of
         an INSERT, unless its block is stored.
         """
-        for _, outcome in sent:
+        for _, outcome in answers:
             if isinstance(outcome, LeaseLost) or (
                 isinstance(outcome, BaseException) and not isinstance(outcome, AuditExportError)
             ):
                 raise outcome
-        self._taken += [block for block, outcome in sent if outcome is None]
-        failed = [(block, outcome) for block, outcome in sent if outcome is not None]
-        stored = self._stored(batch, sent) if failed else set()
-        batch = self._note_failed_views(
-            batch, [(block, outcome) for block, outcome in failed if block.number in stored]
-        )
+        failed = [(block, outcome) for block, outcome in answers if outcome is not None]
+        stored = self._stored(answers) if failed else set()
         missing = [(block, outcome) for block, outcome in failed if block.number not in stored]
-        batch, error = self._note_limits(batch, missing)
+        self._taken += [block for block, outcome in answers if outcome is None or block.number in stored]
+        self._note_failed_views([(block, outcome) for block, outcome in failed if block.number in stored])
+        error = self._note_limits(missing)
         if error is not None:
             raise error
-        batch, again = self._after_views(batch, missing, bodies)
-        refused = [
-            (block, outcome)
-            for block, outcome in missing
-            if isinstance(outcome, Refusal) and outcome.kind is RefusalKind.ROWS
-        ]
+        again = self._after_views(missing)
+        refusals = [(block, outcome) for block, outcome in missing if isinstance(outcome, Refusal)]
         self._splitter.taken = self._splitter.taken or bool(self._taken)
-        batch, parts = self._splitter.split_refused(batch, refused, bodies)
-        return batch, again + parts
+        return again + self._splitter.split_refused([one for one in refusals if one[1].kind is RefusalKind.ROWS])
 
-    def _stored(self, batch: Batch, sent: Sequence[tuple[Block, Outcome]]) -> set[int]:
+    def _stored(self, answers: Answers) -> set[int]:
         """The numbers of the blocks that ClickHouse has although their INSERTs got an error, or no answer.
 
         Of a first export, any entry under its `inserted_at` proves the block: it was written whole. (If entries were
         removed since, verification reports it.) Of a requeue, the count must have increased by exactly its rows. Merges
         can hide that; then the block counts as not written.
         """
-        failed = [(block, outcome) for block, outcome in sent if outcome is not None]
+        is_requeue = self._writing.batch.is_requeue
+        failed = [(block, outcome) for block, outcome in answers if outcome is not None]
         try:
             held = self._holdings(sorted({block.inserted_at_ms for block, _ in failed}))
         except AuditExportError:
@@ -144,12 +140,12 @@ class Attempt:
             if errors:
                 raise errors[0] from None
             raise
-        stored = {block.number for block, _ in failed if not batch.is_requeue(block) and block.inserted_at_ms in held}
+        stored = {block.number for block, _ in failed if not is_requeue(block) and block.inserted_at_ms in held}
         for at_ms, before in self._before.items():
-            here = [block for block, _ in failed if batch.is_requeue(block) and block.inserted_at_ms == at_ms]
+            here = [block for block, _ in failed if is_requeue(block) and block.inserted_at_ms == at_ms]
             if not here:
                 continue
-            acknowledged = [block for block, outcome in sent if outcome is None and block.inserted_at_ms == at_ms]
+            acknowledged = [block for block, outcome in answers if outcome is None and block.inserted_at_ms == at_ms]
             after = held.get(at_ms, NO_ENTRIES)
             more = (after.rows - before.rows, (after.fingerprint - before.fingerprint) % 2**64)
             for written in (here, *([block] for block in here)):
@@ -159,20 +155,18 @@ class Attempt:
                     break
         return stored
 
-    def _note_failed_views(self, batch: Batch, stored: Sequence[tuple[Block, Outcome]]) -> Batch:
-        self._taken += [block for block, _ in stored]
+    def _note_failed_views(self, stored: Answers) -> None:
         refused = [(block, outcome) for block, outcome in stored if isinstance(outcome, Refusal)]
         for block, refusal in refused:
             failed = self._failed_views.setdefault(refusal.view, _FailedView(refusal))
             failed.entries += block.rows
             failed.inserted_at_ms.append(block.inserted_at_ms)
-        if not refused:
-            return batch
-        return new_cut(self._outbox, batch, batch.blocks, note=self.note(batch))
+        if refused:
+            self._writing.cut(self._writing.batch.blocks, note=self.note())
 
-    def note(self, batch: Batch) -> str:
+    def note(self) -> str:
         """For the operator: the views that failed, in this attempt or an earlier one; "" when none did."""
-        table = VERSIONS[batch.version].table
+        table = VERSIONS[self._writing.batch.version].table
         notes = [self._earlier_note] if self._earlier_note else []
         for view, failed in self._failed_views.items():
             times = ", ".join(map(str, failed.inserted_at_ms[:NAMED_TIMES]))
@@ -184,10 +178,9 @@ class Attempt:
             )
         return "; ".join(notes)
 
-    def _note_limits(
-        self, batch: Batch, missing: Sequence[tuple[Block, Outcome]]
-    ) -> tuple[Batch, BaseException | None]:
-        """Flags the blocks that are too large. Also returns the error that ends this attempt, if there is one."""
+    def _note_limits(self, missing: Answers) -> BaseException | None:
+        """Flags the blocks that are too large. Returns the error that ends this attempt, if there is one."""
+        batch = self._writing.batch
         error = next((outcome for _, outcome in missing if isinstance(outcome, BaseException)), None)
         struck = {
             block: outcome
@@ -195,12 +188,12 @@ class Attempt:
             if isinstance(outcome, Refusal) and outcome.kind in LIMITS_OF_A_BLOCK
         }
         if not struck:
-            return batch, error
+            return error
         flagged: dict[int, Block] = {}
         for block, refusal in struck.items():
             strikes = block.strikes + 1
             split = strikes >= STRIKES[refusal.kind]
-            fits = split and block.rows == 1 and self._another_fits(batch, block)
+            fits = split and block.rows == 1 and self._another_fits(block)
             flagged[block.number] = replace(
                 block, strikes=strikes, limit=f"{refusal.kind}: {refusal}" if split else "", fits=fits
             )
@@ -212,25 +205,24 @@ class Attempt:
                     f"{block.bytes:,} bytes): {refusal}. Nothing of the block is stored; it is sent again, and split "
                     f"if that happens again. {WHAT_TO_RAISE[refusal.kind].capitalize()}"
                 )
-        blocks = tuple(flagged.get(block.number, block) for block in batch.blocks)
-        return new_cut(self._outbox, batch, blocks), error
+        self._writing.cut([flagged.get(block.number, block) for block in batch.blocks])
+        return error
 
-    def _another_fits(self, batch: Batch, block: Block) -> bool:
+    def _another_fits(self, block: Block) -> bool:
         """Whether only this row is too large: ClickHouse took another row of usual size in this attempt.
 
         If no other row was sent, the parser must accept a small made-up row and refuse this one.
         """
-        others = [other for other in batch.blocks if other.number != block.number]
+        others = [other for other in self._writing.batch.blocks if other.number != block.number]
         usual = sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
         if any(taken.row_bytes * 2 >= usual for taken in self._taken):
             return True
-        return self._splitter.is_too_large_alone(batch, block)
+        return self._splitter.is_too_large_alone(block)
 
-    def _after_views(
-        self, batch: Batch, missing: Sequence[tuple[Block, Outcome]], bodies: Bodies
-    ) -> tuple[Batch, list[Block]]:
+    def _after_views(self, missing: Answers) -> list[Block]:
         """Handles blocks that are not stored, or not provably, because a view fails. A requeue is sent again."""
         again: list[Block] = []
+        batch = self._writing.batch
         for block, refusal in missing:
             if not isinstance(refusal, Refusal) or refusal.kind is not RefusalKind.VIEW:
                 continue
@@ -243,29 +235,29 @@ class Attempt:
                     + ("cannot be shown to be" if batch.is_requeue(block) else "is not")
                     + " stored. Fix or drop that view; the rows stay pending, and the next run sends them"
                 )
-                if not self.note(batch):
-                    new_cut(self._outbox, batch, batch.blocks, note=str(error))
+                if not self.note():
+                    self._writing.cut(self._writing.batch.blocks, note=str(error))
                 raise error
             # The copy may have merged with the first export, or ClickHouse may know the token from an earlier attempt.
-            body = read_payloads(self._outbox, batch, block)
-            batch, renewed = new_number(self._outbox, batch, block)
-            bodies[renewed.digest] = body
+            self._writing.load(block)
+            renewed = self._writing.new_number(block)
             self._copies[renewed.number] = copies + 1
             again.append(renewed)
-        return batch, again
+        return again
 
     # ── blocks that are too large ────────────────────────────────────────────────────────────────
 
-    def split_too_large(self, batch: Batch, bodies: Bodies) -> tuple[Batch, list[Block]]:
+    def split_too_large(self) -> list[Block]:
         """Splits the blocks that exceeded a limit, once ClickHouse lacks them and no INSERT of them can be at work.
 
         Durable effect: the new cut. A single row that is too large becomes a dead letter if ClickHouse took other rows.
         Blocks whose rows were altered since the seal leave the batch, and their rows are pending again. Returns the
         blocks to send. Raises `BatchWaits` when it is too early, or when a single row exceeds the limit.
         """
+        batch = self._writing.batch
         blocks = [block for block in batch.blocks if block.number in self._too_large]
         if not blocks:
-            return batch, []
+            return []
         for block in blocks:
             if block.rows == 1 and not block.fits and block.number in self._alone:
                 self._too_large.clear()
@@ -285,8 +277,8 @@ class Attempt:
                     wait_s,
                 )
             time.sleep(wait_s)
-            return self.split_too_large(batch, bodies)
-        self._outbox.renew(batch.claim, self._limits.lease_s)
+            return self.split_too_large()
+        self._writing.outbox.renew(batch.claim, self._limits.lease_s)
         self._too_large.clear()
         held = self._holdings([block.inserted_at_ms for block in blocks])
         again: list[Block] = []
@@ -297,11 +289,10 @@ class Attempt:
             if block.rows == 1 and not block.fits:
                 self._alone.add(block.number)
             try:
-                batch, parts = self._splitter.split_too_large(batch, block, bodies)
+                again += self._splitter.split_too_large(block)
             except BatchAltered:  # ClickHouse lacks the block and nothing sends it any more, so its rows are free
-                batch, parts = give_back(self._outbox, batch, [block]), []
-            again += parts
-        return batch, again
+                self._writing.give_back([block])
+        return again
 
 
 def _kind(block: Block) -> RefusalKind:

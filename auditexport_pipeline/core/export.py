@@ -32,6 +32,7 @@ from auditexport_pipeline.core.attempt import Attempt
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Left, Receipt, State
 from auditexport_pipeline.core.batch import Bodies as Bodies
 from auditexport_pipeline.core.compare import rows_held
+from auditexport_pipeline.core.cuts import Writing
 from auditexport_pipeline.core.errors import (
     BatchAltered,
     InsertOutcomeUnknown,
@@ -48,7 +49,6 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Marked, Outbox
 from auditexport_pipeline.core.reading import ClaimedRows
 from auditexport_pipeline.core.settings import START_WITHIN_S, Limits
-from auditexport_pipeline.core.split import give_back, read_payloads
 
 # Blocks that are sent under one deadline and one renewed lease. A requeue of rows that a lingering run exported has one
 # block for each of its small drains.
@@ -168,10 +168,11 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
                     block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings
                 ]
                 found = len(batch.blocks) - len(to_send)
-            attempt = Attempt(outbox, log, limits, batch)
+            writing = Writing(outbox, batch, bodies)
+            attempt = Attempt(writing, log, limits)
             attempt.found([block for block in batch.blocks if block not in to_send])
-            batch = _Sending(outbox, log, limits, bodies, attempt).all(batch, to_send)
-            note = attempt.note(batch)
+            _Sending(writing, log, limits, attempt).all(to_send)
+            batch, note = writing.batch, attempt.note()
     return Sent(claim=claim, batch=batch, found=found, note=note, seconds=time.perf_counter() - started)
 
 
@@ -205,81 +206,70 @@ class _Sending:
     Blocks that are too large come last, because they may be split only when no INSERT of the batch can be at work.
     """
 
-    def __init__(self, outbox: Outbox, log: AuditLog, limits: Limits, bodies: Bodies, attempt: Attempt) -> None:
-        self._outbox = outbox
+    def __init__(self, writing: Writing, log: AuditLog, limits: Limits, attempt: Attempt) -> None:
+        self._writing = writing
         self._log = log
         self._limits = limits
-        self._bodies = bodies
         self._attempt = attempt
-        # Answers that the server's list of settings is outdated: a load balancer can choose servers of different
-        # versions.
+        # Answers that the server's list of settings is outdated: a load balancer can choose servers of other versions.
         self._rereads = 2
 
-    def all(self, batch: Batch, to_send: list[Block]) -> Batch:
+    def all(self, to_send: list[Block]) -> None:
         to_send = self._attempt.hold_back(to_send)
         with ThreadPoolExecutor(self._limits.blocks_per_batch, thread_name_prefix="write") as pool:
-            while True:
-                if not to_send:
-                    batch, to_send = self._attempt.split_too_large(batch, self._bodies)
-                if not to_send:
-                    return batch
+            while to_send := to_send or self._attempt.split_too_large():
                 progress()
-                # Of a stopped batch, all blocks are read before any is sent: it is decided once which ones are
-                # released.
-                at_once = BLOCKS_AT_ONCE if batch.state is not State.STOPPED else len(to_send)
-                batch, again = self._send(batch, to_send[:at_once], pool)
-                to_send = [*again, *to_send[at_once:]]
+                # Of a stopped batch, all blocks are read before any is sent: then it is known which ones are released.
+                is_stopped = self._writing.batch.state is State.STOPPED
+                at_once = len(to_send) if is_stopped else BLOCKS_AT_ONCE
+                to_send = [*self._send(to_send[:at_once], pool), *to_send[at_once:]]
 
-    def _send(self, batch: Batch, blocks: list[Block], pool: ThreadPoolExecutor) -> tuple[Batch, list[Block]]:
-        """Sends these blocks; returns the batch as it is cut now, and the blocks to send next."""
-        limits, attempt = self._limits, self._attempt
+    def _send(self, blocks: list[Block], pool: ThreadPoolExecutor) -> list[Block]:
+        """Sends these blocks; returns the blocks to send next."""
+        writing, limits, attempt = self._writing, self._limits, self._attempt
         # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
         # was paused for long is refused. The deadline is read before the ledger: a run that is paused in between
         # learns from the ledger whether it still holds the batch.
         deadline_ms = self._log.deadline_ms(START_WITHIN_S)
         until_ms = deadline_ms + limits.insert_timeout_s * 1000
         attempt.until_ms = max(attempt.until_ms, until_ms)
-        self._outbox.allow_inserts(batch.claim, batch.digest, limits.lease_s, until_ms)
-        altered = self._read(batch, blocks, until_ms)
-        if batch.state is State.STOPPED:
-            batch = give_back(self._outbox, batch, altered)
+        writing.outbox.allow_inserts(writing.batch.claim, writing.batch.digest, limits.lease_s, until_ms)
+        altered = self._load(blocks, until_ms)
+        if writing.batch.state is State.STOPPED:
+            writing.give_back(altered)
         blocks = [block for block in blocks if block not in altered]
-        attempt.count_before(batch, blocks)
+        attempt.count_before(blocks)
         answers = [
             pool.submit(
                 self._log.insert,
-                batch,
+                writing.batch,
                 block,
-                self._bodies.pop(block.digest),
+                writing.bodies.pop(block.digest),
                 deadline_ms=deadline_ms,
                 timeout_s=limits.insert_timeout_s,
             )
             for block in blocks
         ]
-        outcomes = [
-            (block, answer.exception() or answer.result()) for block, answer in zip(blocks, answers, strict=True)
-        ]
+        outcomes = [(block, one.exception() or one.result()) for block, one in zip(blocks, answers, strict=True)]
         # The server refused these before it read any row. The store has read the settings again by now.
         outdated = [block for block, outcome in outcomes if self._rereads and isinstance(outcome, SettingsOutdated)]
         self._rereads -= bool(outdated)
-        outcomes = [(block, outcome) for block, outcome in outcomes if block not in outdated]
-        batch, again = attempt.settle(batch, outcomes, self._bodies)
-        return batch, [*again, *(block for block in batch.blocks if block in outdated)]
+        again = attempt.settle([(block, outcome) for block, outcome in outcomes if block not in outdated])
+        return [*again, *(block for block in writing.batch.blocks if block in outdated)]
 
-    def _read(self, batch: Batch, blocks: list[Block], until_ms: int) -> list[Block]:
+    def _load(self, blocks: list[Block], until_ms: int) -> list[Block]:
         """Reads the payloads that are not in memory. Returns the altered blocks of a stopped batch; stops any other
         batch and raises `BatchAltered`.
         """
-        altered = []
+        batch, altered = self._writing.batch, []
         for block in blocks:
-            if block.digest in self._bodies:
-                continue
             try:
-                self._bodies[block.digest] = read_payloads(self._outbox, batch, block)
+                if block.digest not in self._writing.bodies:
+                    self._writing.load(block)
             except BatchAltered as error:
                 if batch.state is not State.STOPPED:
                     wait_ms = max(until_ms, batch.inserts_until_ms) - self._log.deadline_ms(0)
-                    self._outbox.stop(batch.claim, str(error), wait_ms=wait_ms)
+                    self._writing.outbox.stop(batch.claim, str(error), wait_ms=wait_ms)
                     raise
                 altered.append(block)
         return altered

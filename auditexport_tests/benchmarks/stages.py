@@ -17,8 +17,8 @@ import pandas as pd
 import psutil
 
 from auditexport_pipeline.core import claiming, export, verify
+from auditexport_pipeline.core.cuts import read_sealed
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.split import read_payloads
 from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
 
@@ -91,7 +91,7 @@ def _drain(stack: LocalStack, stages: Stages) -> None:
         (sealed,) = outbox.batches([claim.batch_id])
         with stages.stage("read again, on a worker"):
             for block in sealed.blocks:
-                read_payloads(outbox, sealed, block)
+                read_sealed(outbox, sealed, block)
         with stages.stage("write"):
             receipt = export.write(outbox, log, claim, fetched.bodies, limits)
         bench.settle(stack)
