@@ -84,7 +84,7 @@ class Event(msgspec.Struct, gc=False, frozen=True):
     fingerprint: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Undecodable:
     """Why a payload is no event: a reason and the place in the JSON, never its text."""
 
@@ -168,25 +168,25 @@ def other_identity(row: OutboxRow, *, event_id: str, workspace_id: str) -> Undec
 def undecodable(payload: bytes, error: Exception) -> Undecodable:
     """The reason for a decoder's error, from the form of its message, which has paths and types only."""
     if not payload:  # no JSON value is empty: a server returns this for a payload that is too large to send
-        return Undecodable(reason="payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
+        return Undecodable("payload_unreadable", detail="read as empty: larger than max_allowed_packet?")
     if isinstance(error, RecursionError):
-        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+        return Undecodable("too_deep", detail="nested deeper than any decoder follows")
     message, _, path = str(error).partition(" - at `")
     path = path.rstrip("`") or "$"
     if not isinstance(error, msgspec.ValidationError):
-        return explain(payload) or Undecodable(reason="invalid_json", detail="not JSON text in UTF-8")
+        return explain(payload) or Undecodable("invalid_json", detail="not JSON text in UTF-8")
     if message.startswith("Object missing required field"):
         name = message.rsplit("`", 2)[1]
-        return Undecodable(reason="missing_field", json_path=f"{path}.{name}")
+        return Undecodable("missing_field", f"{path}.{name}")
     if "of length >= 1" in message:
-        return Undecodable(reason="missing_field", json_path=path, detail="empty")
+        return Undecodable("missing_field", path, detail="empty")
     if path == "$":
-        return Undecodable(reason="not_an_object", detail=message)
+        return Undecodable("not_an_object", detail=message)
     if message == "Number out of range":
-        return Undecodable(reason="number_out_of_range", json_path=path, detail="beyond a 64-bit float")
+        return Undecodable("number_out_of_range", path, detail="beyond a 64-bit float")
     if message.startswith(("Expected `int` >=", "Expected `int` <=")):
-        return Undecodable(reason="number_out_of_range", json_path=path, detail="outside 64 bits")
-    return Undecodable(reason="wrong_type", json_path=path, detail=message)
+        return Undecodable("number_out_of_range", path, detail="outside 64 bits")
+    return Undecodable("wrong_type", path, detail=message)
 
 
 class _Pairs(list):  # type: ignore[type-arg]
@@ -205,9 +205,9 @@ def explain(payload: bytes) -> Undecodable | None:
         document = json.loads(payload, object_pairs_hook=_Pairs, parse_int=_integer, parse_constant=_refuse_constant)
         problems = list(_problems(document, "$"))
     except RecursionError:
-        return Undecodable(reason="too_deep", detail="nested deeper than any decoder follows")
+        return Undecodable("too_deep", detail="nested deeper than any decoder follows")
     except (ValueError, UnicodeDecodeError):
-        return Undecodable(reason="invalid_json", detail="not JSON text in UTF-8")
+        return Undecodable("invalid_json", detail="not JSON text in UTF-8")
     return min(problems, key=lambda problem: problem.reason != "duplicate_key", default=None)
 
 
@@ -240,47 +240,41 @@ def _problems(value: object, path: str, *, skipped: bool = False) -> Iterator[Un
             child_path = f"{path}.{key}" if named else f"{path}[…]"
             child_skipped = skipped or (path in _FIELDS and not named)
             if _is_lone(key):
-                yield Undecodable(reason="lone_surrogate", json_path=child_path, detail="in a key")
+                yield Undecodable("lone_surrogate", child_path, detail="in a key")
             if not child_skipped:
                 if key in seen:
-                    yield Undecodable(
-                        reason="duplicate_key", json_path=child_path, detail="the same key twice in one object"
-                    )
+                    yield Undecodable("duplicate_key", child_path, detail="the same key twice in one object")
                 seen.add(key)
                 if "%2E" in key:
                     yield Undecodable(
-                        reason="escaped_dot_in_key",
-                        json_path=child_path,
-                        detail="ClickHouse would read %2E in a key as a dot",
+                        "escaped_dot_in_key", child_path, detail="ClickHouse would read %2E in a key as a dot"
                     )
             yield from _problems(child, child_path, skipped=child_skipped)
     elif isinstance(value, list):
         kinds = {"null" if child is None else "array" if _is_array(child) else "other" for child in value}
         if kinds == {"null", "array"} and not skipped:
             yield Undecodable(
-                reason="null_among_arrays",
-                json_path=f"{path}[…]",
-                detail="ClickHouse has no null where the other elements are arrays",
+                "null_among_arrays", f"{path}[…]", detail="ClickHouse has no null where the other elements are arrays"
             )
         for child in value:
             # ClickHouse does so beside a float, or where another row of the block has floats in an array at this path.
             if type(child) is int and 2**53 < abs(child) < 2**64 and not skipped:
                 yield Undecodable(
-                    reason="integer_precision",
-                    json_path=f"{path}[…]",
+                    "integer_precision",
+                    f"{path}[…]",
                     detail="ClickHouse can take an integer above 2^53 in an array for a float",
                 )
             yield from _problems(child, f"{path}[…]", skipped=skipped)
     elif isinstance(value, str):
         if _is_lone(value):
-            yield Undecodable(reason="lone_surrogate", json_path=path)
+            yield Undecodable("lone_surrogate", path)
     elif skipped:
         return
     elif isinstance(value, float):
         if math.isinf(value):
-            yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond a 64-bit float")
+            yield Undecodable("number_out_of_range", path, detail="beyond a 64-bit float")
     elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-        yield Undecodable(reason="number_out_of_range", json_path=path, detail="beyond 64 bits")
+        yield Undecodable("number_out_of_range", path, detail="beyond 64 bits")
 
 
 def _is_array(value: object) -> bool:

@@ -16,8 +16,9 @@ Effects of a small batch can share a commit (`Outbox.one_transaction`), in two g
 The first group must be committed before anything is sent: otherwise a rollback would make sent rows pending again,
 under another `inserted_at`. So whatever asks ClickHouse refuses to run in an open transaction: `send`, and `fetch` of a
 batch whose rows were exported before. An adopted or large batch gains nothing from the first group, which holds the
-ledger's lock and so all other plans until the commit. The second group takes one chunk of `mark_rows` and no throttle.
-If it raises a transient error, nothing of it has happened: call `record_written` and `mark` again, each on its own.
+ledger's lock and so all other plans until the commit. The second group takes one chunk of `mark_rows` and no throttle,
+of one batch at a time, because `mark` renews the lease of the whole plan. If it raises an error, nothing of it has
+happened: call `record_written` and `mark` again, each on its own.
 """
 
 from __future__ import annotations
@@ -288,7 +289,7 @@ def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Bat
     Where rows stay locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, the other rows
     are marked and the batch stays `written`. The returned batch has the reason in `left` and `last_error`. The rows are
     still in this batch, so they are not sent again, and the next run marks them. Raises `LeaseLost`,
-    `OutboxUnavailable`.
+    `OutboxUnavailable`; in an open transaction also `MarkRefused`, and `RowsLocked` without waiting.
     """
     with leases_renewed(outbox, receipt.claim, limits):
         return _mark(outbox, log, receipt, limits)
