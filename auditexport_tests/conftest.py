@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from click.testing import Result
 
 from auditexport_pipeline import schema as setup
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
@@ -155,6 +156,14 @@ def module_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
     """As `stack`, shared by a module whose tests only look at what one drain left."""
     with fresh_stack(mysql_server, clickhouse_server) as fresh:
         yield fresh
+
+
+@pytest.fixture
+def auditexport(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`auditexport("drain", "--once", status=1)` runs the command in this process, on the databases of `stack`."""
+    from auditexport_tests.support.prompts import prompt_in, urls
+
+    return prompt_in({**urls(stack), "COLUMNS": "160"}, monkeypatch)
 
 
 @pytest.fixture
