@@ -28,6 +28,7 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.support import engines
 from auditexport_tests.support.engines import local_clickhouse
 
+pytest.register_assert_rewrite("auditexport_tests.support.builders")
 _numbers = itertools.count(1)
 
 

@@ -18,7 +18,6 @@ from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
 
 FIRST_EVENT_MS = 1_760_000_000_000
-DEFAULTS = Limits()
 NEVER = "before nothing 1"  # a crash point that no run reaches
 Row = tuple[str, str, str]  # workspace_id, event_id, payload
 
@@ -63,7 +62,7 @@ def insert(stack: Stack, rows: Sequence[Row]) -> list[int]:
     with stack.outbox.engine.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-            "VALUES ('audit_log.v1', %s, %s, %s, 1)",
+            "VALUES ('audit_log.v1', %s, %s, %s, UNIX_TIMESTAMP(NOW(3)) * 1000)",
             list(rows),
         )
         found = connection.exec_driver_sql(f"SELECT pk FROM clickhouse_outbox ORDER BY pk DESC LIMIT {len(rows)}")
@@ -104,7 +103,7 @@ def write_and_mark(
     return export.mark(stack.outbox, stack.log, receipt, limits)
 
 
-def runner(limits: Limits, owner: str = "run") -> Callable[..., int]:
+def runner(limits: Limits | None = None, owner: str = "run") -> Callable[..., int]:
     """A function `run(stack, owner, limits, crash_at=…, log=…, **options)` with these defaults: one plan, from claim to
     verification. Returns how many batches it claimed. The options are those of `drain`.
     """
@@ -112,19 +111,19 @@ def runner(limits: Limits, owner: str = "run") -> Callable[..., int]:
     def run(
         stack: Stack,
         owner: str = owner,
-        limits: Limits = limits,
+        limits: Limits | None = limits,
         *,
         crash_at: CrashPoint | None = None,
         log: AuditLog | None = None,
         **options: Any,
     ) -> int:
         outbox, log = crashing(stack, crash_at, log) if crash_at else (stack.outbox, log or stack.log)
-        return len(drain(outbox, log, limits, owner=owner, **options))
+        return len(drain(outbox, log, limits or Limits(), owner=owner, **options))
 
     return run
 
 
-run = runner(DEFAULTS)
+run = runner()
 
 
 def crashing(stack: Stack, crash_at: CrashPoint, log: AuditLog | None = None) -> tuple[Outbox, AuditLog]:
@@ -132,7 +131,7 @@ def crashing(stack: Stack, crash_at: CrashPoint, log: AuditLog | None = None) ->
     return CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(log or stack.log, crash_at)
 
 
-def crash(stack: Stack, place: str, owner: str = "first", limits: Limits = DEFAULTS, **options: Any) -> None:
+def crash(stack: Stack, place: str, owner: str = "first", limits: Limits | None = None, **options: Any) -> None:
     """A run that dies at this crash point."""
     with pytest.raises(Crash):
         run(stack, owner, limits, crash_at=CrashPoint(place), **options)
