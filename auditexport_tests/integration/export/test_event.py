@@ -10,10 +10,9 @@ import json
 import pytest
 
 from auditexport_pipeline.core.event import Event, OutboxRow, Undecodable, explain, normal_form
-from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import ledger, run
 
 VERSION = "audit_log.v1"
 BIG = 2**53 + 1
@@ -60,37 +59,14 @@ def test_an_event_is_its_sort_key_and_its_fingerprint() -> None:
         (with_meta('{"a":Infinity}'), "invalid_json", "$"),
         (with_meta('{"a":01}'), "invalid_json", "$"),
         (with_meta('{"a":"\x01"}'), "invalid_json", "$"),
-        ("[]", "not_an_object", "$"),
-        ("null", "not_an_object", "$"),
-        ('"x"', "not_an_object", "$"),
-        ("{}", "missing_field", "$.event_id"),
         ('{"event_id":"e1","event":"e","time":1}', "missing_field", "$.workspace_id"),
-        ({"event": ""}, "missing_field", "$.event"),
         ({"event": None}, "wrong_type", "$.event"),
-        ({"time": "5"}, "wrong_type", "$.time"),
-        ({"time": 1.0}, "wrong_type", "$.time"),
-        ({"time": True}, "wrong_type", "$.time"),
-        ({"time": 2**63}, "number_out_of_range", "$.time"),
-        ({"time": -(2**63) - 1}, "number_out_of_range", "$.time"),
-        ('{"event_id":"e1","workspace_id":"ws","event":"e","time":1e400}', "number_out_of_range", "$.time"),
-        ({"actor": {"meta": "x"}}, "wrong_type", "$.actor.meta"),
-        ({"targets": [{}, {"id": 5}]}, "wrong_type", "$.targets[1].id"),
-        ({"targets": [None]}, "wrong_type", "$.targets[0]"),
-        ({"event_id": "other"}, "identity_mismatch", "$.event_id"),
-        ({"workspace_id": "other"}, "identity_mismatch", "$.workspace_id"),
         ({"description": "\ud800"}, "lone_surrogate", "$.description"),
         ({"meta": {"a": ["\udc00\ud800"]}}, "lone_surrogate", "$.meta[…][…]"),
         ({"meta": {"\ud800": 1}}, "lone_surrogate", "$.meta[…]"),
         ({"unknown": {"\ud800": "\ud800"}}, "lone_surrogate", "$[…][…]"),
-        ({"meta": {"a%2Eb": 1}}, "escaped_dot_in_key", "$.meta[…]"),
-        (with_meta('{"a\\u00252Eb":1}'), "escaped_dot_in_key", "$.meta[…]"),
-        (with_meta('{"a%\\u0032Eb":1}'), "escaped_dot_in_key", "$.meta[…]"),
-        (with_meta('{"a%2\\u0045b":1}'), "escaped_dot_in_key", "$.meta[…]"),
-        ({"meta": {"a": 2**64}}, "number_out_of_range", "$.meta[…]"),
         ({"meta": {"a": [{"b": -(2**63) - 1}]}}, "number_out_of_range", "$.meta[…][…][…]"),
         (with_meta(f'{{"a":{"9" * 5000}}}'), "number_out_of_range", "$.meta[…]"),
-        ({"meta": {"a": [BIG]}}, "integer_precision", "$.meta[…][…]"),
-        ({"actor": {"meta": {"a": [1.5, -BIG]}}}, "integer_precision", "$.actor.meta[…][…]"),
         ({"targets": [{"meta": {"a": [BIG]}}]}, "integer_precision", "$.targets[…].meta[…][…]"),
         (with_meta("[" * 100_000 + "]" * 100_000), "wrong_type", "$.meta"),
         (with_meta('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "too_deep", "$"),
@@ -98,37 +74,11 @@ def test_an_event_is_its_sort_key_and_its_fingerprint() -> None:
     ids=lambda value: repr(value)[:50],
 )
 def test_what_is_no_event_gets_a_reason_and_a_path(payload: object, reason: str, json_path: str) -> None:
-    """Whoever mends a dead letter has these two words to go by, since the payload is not copied there."""
+    """An operator repairs a dead letter by these two words, since the payload is not copied there.
+
+    These are texts that no server stores, or not every one; `integration.export.test_payloads` has the others.
+    """
     assert problem(decode(payload)) == (reason, json_path)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"meta": {"a": 2**63 - 1, "b": 2**64 - 1, "c": -(2**63), "d": [{"e": BIG}]}},
-        {"meta": {"a": [2**53, 1.5], "b": "12345678901234567890", "c": [" 12345678901234567890"]}},
-        {"meta": {"a": "x%2Ey", "b%2e": 1, "c": "\u0025"}},
-        {"meta": {"a": [1, None, [2]], "b": [None], "c": [[1], [None]]}},
-        {"unknown": [BIG, 1.5, {"a%2Eb": 2**64}]},
-        {"actor": {"unknown": [BIG]}, "targets": [{"unknown": {"a%2Eb": [BIG]}}]},
-        {"description": None, "actor": None, "targets": None, "meta": None, "source": None},
-        {"actor": {"type": None, "meta": None}, "targets": [{}, {"meta": None}]},
-        {"Description": 5, "EVENT": 5},
-        {"time": -(2**63)},
-        {"time": 2**63 - 1},
-    ],
-    ids=repr,
-)
-def test_what_only_looks_suspicious_is_an_event(fields: dict[str, object]) -> None:
-    """A dead letter for a payload that ClickHouse reads right would hold back an audit event for nothing."""
-    assert isinstance(decode(fields), Event)
-
-
-def test_a_repeated_key_is_judged_by_its_last_value() -> None:
-    """MySQL keeps the last one, MariaDB the text, and both must come to the same outcome."""
-    assert isinstance(decode(with_meta(f'{{"id":{BIG},"a":1,"a":2}}')), Event)
-    assert isinstance(decode(with_meta(f'{{"a":[{BIG}],"a":2}}')), Event)
-    assert problem(decode(with_meta(f'{{"a":2,"a":[{BIG}]}}'))) == ("integer_precision", "$.meta[…][…]")
 
 
 @pytest.mark.parametrize(
@@ -152,29 +102,9 @@ def test_a_repeated_key_is_judged_by_its_last_value() -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_the_slow_look_finds_what_clickhouse_would_refuse(text: str, expected: tuple[str, str] | None) -> None:
+def test_explain_finds_what_clickhouse_would_refuse(text: str, expected: tuple[str, str] | None) -> None:
     """ClickHouse's own refusal names no reason that could be shown: its message quotes the payload."""
     assert problem(explain(text.encode())) == expected
-
-
-def test_no_reason_holds_text_of_the_payload() -> None:
-    """Reasons are stored and logged; audited content must be in neither."""
-    secret = "s3cr3t"
-    payloads: list[object] = [
-        f'"{secret}"',
-        f'{{"{secret}',
-        {"time": secret},
-        {"event_id": secret},
-        {"meta": secret},
-        {"targets": [{"id": {secret: secret}}]},
-        {"meta": {f"{secret}%2E": 1, secret: [BIG]}},
-        {"meta": {secret: {secret: 2**64}}},
-        {"description": f"{secret}\ud800"},
-    ]
-    for payload in payloads:
-        decoded = decode(payload)
-        assert isinstance(decoded, Undecodable)
-        assert secret not in repr(decoded)
 
 
 def test_the_normal_form_gives_every_key_once_and_changes_nothing_else() -> None:
@@ -224,16 +154,15 @@ def test_python_and_clickhouse_agree_on_fingerprints_of_awkward_strings(stack: S
     expected = {}
     for number, text in enumerate(awkward):
         event_id = f"e{number}"
+        one = {"type": text, "id": text, "name": text}
         fields = {
             **REQUIRED,
-            **dict.fromkeys(
-                ("event", "bucket", "source", "description", "remote_ip", "user_agent", "correlation_id"), text
-            ),
-            "event": text or "e",
+            **dict.fromkeys(("bucket", "source", "description", "remote_ip", "user_agent", "correlation_id"), text),
             "event_id": event_id,
+            "event": text or "e",
             "time": -number,
-            "actor": {"type": text, "id": text, "name": text},
-            "targets": [{"type": text, "id": text, "name": text}, {}, {"type": text, "id": text, "name": text}],
+            "actor": one,
+            "targets": [one, {}, one],
         }
         payload = json.dumps(fields, ensure_ascii=bool(number % 2))
         rows.append(("ws", event_id, payload))
@@ -241,9 +170,9 @@ def test_python_and_clickhouse_agree_on_fingerprints_of_awkward_strings(stack: S
         assert isinstance(event, Event)
         expected[event_id] = event.fingerprint
     stack.put(*rows)
-    drain(stack.outbox, stack.log, Limits(), owner="test_event")
+    run(stack)
 
-    (batch,) = stack.outbox.batches([1])
+    (batch,) = ledger(stack)
     stored = {entry.key[3]: entry.fingerprint for entry in stack.log.entries_at(batch.blocks[0].inserted_at_ms)}
     assert stored == expected
     assert str(batch.state) == "verified"

@@ -1,32 +1,27 @@
-"""A run that stays, and one that is throttled: what they do, step by step, on real servers.
-
-What belongs here: the loop after a plan, and the rests while marking. What does not: how fast either is
-(`benchmarks`), and Dagster (`integration.dagster`).
-"""
+"""A run that stays, and one that is throttled: the loop after a plan, and the pauses while it marks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from auditexport_pipeline.core import export
-from auditexport_pipeline.core.batch import Batch, Claim, State
+from auditexport_pipeline.core.batch import Batch, Claim
 from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Discrepancy, Marked
 from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.builders import events
-from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
-
-NEVER = CrashPoint("before nothing 1")
+from auditexport_tests.support.builders import NEVER, crash, events, everything_once, ledger, run, states
+from auditexport_tests.support.crashes import CrashingOutbox, CrashPoint, drain
 
 
-class Heard:
-    """`core.drain.Listener` that keeps what it was told."""
+class Recorder:
+    """A `core.drain.Listener` that records its calls."""
 
     def __init__(self) -> None:
         self.exports: list[int] = []
@@ -47,7 +42,7 @@ class Heard:
 
 
 def test_a_run_that_stays_drains_what_arrives_and_leaves_when_told(stack: Stack) -> None:
-    """Each drain is a whole one: what it found is verified before the next look."""
+    """Each plan is exported and verified before the next check for rows."""
     arriving = [events(3, "first"), [], events(2, "second")]
 
     def staying() -> bool:
@@ -56,39 +51,37 @@ def test_a_run_that_stays_drains_what_arrives_and_leaves_when_told(stack: Stack)
         stack.put(*arriving.pop(0))
         return True
 
-    heard = Heard()
-    Drain(stack.outbox, stack.log, owner="one", limits=Limits(linger_poll_ms=20), listener=heard).stay(staying)
-    assert (heard.exports, [[*outcome] for outcome in heard.outcomes]) == ([3, 2], [[1], [2]])
-    assert [batch.state for batch in stack.outbox.batches([1, 2])] == [State.VERIFIED, State.VERIFIED]
-    assert (stack.counts(), stack.pending(), heard.troubles) == ((5, 5), 0, [])
+    recorder = Recorder()
+    Drain(stack.outbox, stack.log, owner="one", limits=Limits(linger_poll_ms=20), listener=recorder).stay(staying)
+    assert (recorder.exports, [[*outcome] for outcome in recorder.outcomes]) == ([3, 2], [[1], [2]])
+    assert (states(stack), recorder.troubles) == (["verified", "verified"], [])
+    everything_once(stack, 5)
 
 
-def test_what_an_earlier_look_left_open_is_taken_up_by_the_next(stack: Stack) -> None:
-    """A step that Dagster tries again stays again, and finds its own batch where it stood."""
+def test_a_batch_that_an_earlier_plan_left_open_is_finished(stack: Stack) -> None:
+    """A step that Dagster retries stays again, and finds its own batch in the state in which it left it."""
     stack.put(*events(2))
-    crash_at = CrashPoint("after insert 1")
-    with pytest.raises(Crash):
-        drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), Limits(), owner="one")
-    looks = iter([True, False])
-    Drain(stack.outbox, stack.log, owner="one", limits=Limits(), listener=Heard()).stay(lambda: next(looks))
-    assert [batch.attempts for batch in stack.outbox.batches([1])] == [2]
-    assert stack.counts() == (2, 2)
+    crash(stack, "after insert 1", "one")
+    staying = iter([True, False])
+    Drain(stack.outbox, stack.log, owner="one", limits=Limits(), listener=Recorder()).stay(lambda: next(staying))
+    assert [batch.attempts for batch in ledger(stack)] == [2]
+    everything_once(stack, 2)
 
 
 class Watched(CrashingOutbox):
-    """Notes the size of every chunk that is marked, and each renewal while that goes on."""
+    """Records the size of every chunk that is marked."""
 
     def __init__(self, stack: Stack) -> None:
-        super().__init__(stack.outbox, NEVER)
+        super().__init__(stack.outbox, CrashPoint(NEVER))
         self.chunks: list[int] = []
 
-    def mark(self, claim: Claim, pks: PkSet, exported_at_ms: int) -> Marked:
+    def mark(self, claim: Claim, pks: PkSet, *arguments: Any) -> Marked:
         self.chunks.append(len(pks))
-        return self.real.mark(claim, pks, exported_at_ms)
+        return self.real.mark(claim, pks, *arguments)
 
-    def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
+    def finish_mark(self, claim: Claim, pks: PkSet, *arguments: Any, ids: int) -> Batch:
         self.chunks.append(len(pks))
-        return self.real.finish_mark(claim, pks, exported_at_ms, before, ids=ids)
+        return self.real.finish_mark(claim, pks, *arguments, ids=ids)
 
 
 def test_a_throttled_run_marks_in_small_chunks_and_rests_for_the_remainder(
@@ -113,6 +106,6 @@ def test_without_a_throttle_nothing_rests(stack: Stack, monkeypatch: pytest.Monk
     stack.put(*events(20))
     rests: list[float] = []
     monkeypatch.setattr(time, "sleep", rests.append)
-    drain(stack.outbox, stack.log, Limits(mark_rows=5), owner="one")
+    run(stack, limits=Limits(mark_rows=5))
     assert sum(rests) == 0
     assert stack.pending() == 0

@@ -1,4 +1,4 @@
-"""Rows that come under the pks of a batch between its seal and its mark: other events, which nobody has exported yet."""
+"""The pks of a batch begin again between its seal and its mark: other events, not exported yet, have them then."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import pytest
 
 from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.export.test_exactly_once import fill, run
-from auditexport_tests.support.builders import merge
-from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.integration.export.test_exactly_once import fill
+from auditexport_tests.support.builders import crash, delete_rows, end_leases, everything_once, merge, runner
+from auditexport_tests.support.crashes import CrashPoint
 
 pytestmark = pytest.mark.mysql_sensitive
 
 ROWS = 20
 LIMITS = Limits(batch_rows=ROWS, mark_rows=5, mark_connections=1)
+run = runner(LIMITS, "second")
 BEGINS_AGAIN = {
     "truncated": ["TRUNCATE TABLE clickhouse_outbox"],
     "renamed": [
@@ -38,22 +39,18 @@ def test_an_event_that_takes_a_sealed_rows_pk_is_exported(stack: Stack, how: str
         assert fill(stack, ROWS, seed=2) == first
 
     crash_at = CrashPoint(point, then=begin_again)
-    drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
+    run(stack, "first", crash_at=crash_at)
     assert crash_at.reached
-    run(stack, limits=LIMITS)
-
-    assert stack.counts() == (2 * ROWS, 2 * ROWS)
-    assert stack.pending() == 0
+    run(stack)
+    everything_once(stack, 2 * ROWS)
 
 
 @pytest.mark.parametrize("recovery", ["one", "two"])
 @pytest.mark.parametrize("how", BEGINS_AGAIN)
 def test_who_recovers_a_batch_marks_no_event_that_is_not_there(stack: Stack, how: str, recovery: str) -> None:
-    """Not even for a moment: a table that is swapped away in that moment takes events with it that bear a mark."""
+    """Not even for a moment: a table that is renamed in that moment would hold events with a wrong mark."""
     fill(stack, ROWS, seed=1)
-    dies = CrashPoint("before mark 1")
-    with pytest.raises(Crash):
-        drain(CrashingOutbox(stack.outbox, dies), CrashingAuditLog(stack.log, dies), LIMITS, owner="one")
+    crash(stack, "before mark 1", "one", LIMITS)
     for statement in BEGINS_AGAIN[how]:
         stack.sql(statement)
     fill(stack, ROWS, seed=2)
@@ -62,21 +59,17 @@ def test_who_recovers_a_batch_marks_no_event_that_is_not_there(stack: Stack, how
         marked = {str(row.event_id) for row in stack.sql("SELECT event_id FROM clickhouse_outbox WHERE deleted_at > 0")}
         assert marked <= {str(event_id) for (event_id,) in stack.clickhouse("SELECT event_id FROM audit_logs_raw_v1")}
 
-    watched = CrashPoint("after mark 1", then=nothing_is_marked_that_is_not_there)
-    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 0")
-    drain(CrashingOutbox(stack.outbox, watched), CrashingAuditLog(stack.log, watched), LIMITS, owner=recovery)
-    run(stack, limits=LIMITS)
-    assert (stack.counts(), stack.pending()) == ((2 * ROWS, 2 * ROWS), 0)
+    end_leases(stack)
+    run(stack, recovery, crash_at=CrashPoint("after mark 1", then=nothing_is_marked_that_is_not_there))
+    run(stack)
+    everything_once(stack, 2 * ROWS)
 
 
 def test_rows_that_others_delete_before_the_mark_cost_the_rest_nothing(stack: Stack) -> None:
     """The sum of a batch differs then, too; those that are left were exported and stay marked."""
     pks = fill(stack, ROWS)
-    crash_at = CrashPoint("before mark 1", then=lambda: stack.sql(f"DELETE FROM clickhouse_outbox WHERE pk = {pks[3]}"))
-
-    drain(CrashingOutbox(stack.outbox, crash_at), CrashingAuditLog(stack.log, crash_at), LIMITS, owner="first")
-
+    run(stack, crash_at=CrashPoint("before mark 1", then=lambda: delete_rows(stack, pks[3])))
     assert stack.pending() == 0
-    run(stack, limits=LIMITS)
+    run(stack)
     merge(stack)
     assert stack.counts() == (ROWS, ROWS)
