@@ -14,8 +14,8 @@ from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch, Bodies, Claim
 from auditexport_pipeline.core.ports import AuditLog, Outbox
 from auditexport_pipeline.core.settings import Limits
-from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingOutbox, CrashPoint, drain
+from auditexport_tests.support.stack import Stack
 
 FIRST_EVENT_MS = 1_760_000_000_000
 NEVER = "before nothing 1"  # a crash point that no run reaches

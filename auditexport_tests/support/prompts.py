@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from auditexport_pipeline.cli import main
-from auditexport_tests.conftest import Stack
+from auditexport_tests.support.stack import Stack
 from auditexport_tests.support.waiting import wait_until
 
 Prompt = Callable[..., Result]
