@@ -159,7 +159,7 @@ def test_nothing_of_the_containers_listens_beyond_the_machine() -> None:
     assert published == ["127.0.0.1:3000:3000"]
 
 
-def test_what_the_image_and_the_containers_take_from_the_repository_is_there() -> None:
+def test_the_files_that_the_image_and_the_containers_take_exist() -> None:
     """An image that names a file that was moved fails on somebody else's machine."""
     containerfile = (DEPLOY / "container" / "Containerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(?:--chown=\S+ )?(.+) \S+$", containerfile, re.MULTILINE)

@@ -234,7 +234,7 @@ def _crashes() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("place", "recovery"), [*_crashes()])
-def test_a_crash_anywhere_costs_and_doubles_nothing(stack: Stack, place: str, recovery: str) -> None:
+def test_a_crash_anywhere_loses_and_duplicates_nothing(stack: Stack, place: str, recovery: str) -> None:
     """The promise itself: at no point between two durable effects is there a wrong moment to die."""
     arriving, dead = prepare(stack, place)
     crash_at = CrashPoint(place)

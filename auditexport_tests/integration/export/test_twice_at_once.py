@@ -62,7 +62,7 @@ def _each_verb_twice(stack: Stack, claim: Claim) -> list[BaseException]:
     return raised
 
 
-def test_a_step_done_twice_at_once_doubles_nothing_and_loses_nothing(stack: Stack) -> None:
+def test_a_step_done_twice_at_once_duplicates_and_loses_nothing(stack: Stack) -> None:
     """Redis gives a task to another worker when its time is over, whether the first one is dead or slow."""
     stack.put(*events(BATCHES * LIMITS.batch_rows))
     claims = claiming.claim(stack.outbox, owner="run_1", dead_owners=(), limits=LIMITS)

@@ -8,9 +8,8 @@ from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
 from auditexport_pipeline.core.settings import Limits, Thresholds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.builders import events
-from auditexport_tests.support.crashes import drain
-from auditexport_tests.support.prompts import prompt_in, urls
+from auditexport_tests.support.builders import events, insert_batch, run
+from auditexport_tests.support.prompts import Prompt
 
 
 def _backlog(stack: Stack) -> Backlog:
@@ -18,9 +17,9 @@ def _backlog(stack: Stack) -> Backlog:
 
 
 def test_letters_whose_rows_were_deleted_hide_no_row(stack: Stack) -> None:
-    """Five hundred of them hid 450 rows for ever: no launch, no error."""
+    """Five hundred of them hid 450 rows for good: no launch, no error."""
     stack.put(*(("ws_1", f"bad_{number}", "{}") for number in range(30)))
-    drain(stack.outbox, stack.log, Limits(), owner="one")
+    run(stack)
     assert _backlog(stack).rows == 0
     stack.sql("DELETE FROM clickhouse_outbox WHERE pk > 10")
     stack.put(*events(15))
@@ -29,13 +28,8 @@ def test_letters_whose_rows_were_deleted_hide_no_row(stack: Stack) -> None:
 
 def test_a_stopped_batch_has_no_owner_at_work(stack: Stack) -> None:
     """Nobody works on it until its lease ends, so it must not keep the next run from starting."""
-    stack.put(*events(2_000))
-    stack.sql(
-        "INSERT INTO clickhouse_outbox_batch (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, "
-        "row_count, entry_count, bytes, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms) "
-        "VALUES (1, 0, 0, 'audit_log.v1', 'stopped', 'gone', UNIX_TIMESTAMP(NOW(3)) * 1000 + 250000, 1, 1, 1, 1, '', '[]', '', '', "
-        "1, 1, '', UNIX_TIMESTAMP(NOW(3)) * 1000)"
-    )
+    stack.put(*events(10))
+    insert_batch(stack, state="stopped", lease_until_ms=stack.upkeep.now_ms() + 250_000)
     assert _backlog(stack).leasing_owners == ()
 
 
@@ -51,7 +45,7 @@ def test_a_stopped_batch_has_no_owner_at_work(stack: Stack) -> None:
     ],
 )
 def test_a_created_at_that_is_no_epoch_milliseconds_hides_no_lag(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, created_at: str
+    stack: Stack, auditexport: Prompt, created_at: str
 ) -> None:
     """In microseconds or in the future it made the lag 0 for ever; in seconds it made it half a century."""
     pks = stack.put(*events(10))
@@ -60,19 +54,13 @@ def test_a_created_at_that_is_no_epoch_milliseconds_hides_no_lag(
     backlog = _backlog(stack)
     assert 3_600 <= backlog.lag_s < 7_200
     assert decide(backlog, Thresholds(), at_work=None, failures=NO_FAILURES).launch
-    prompt = prompt_in(urls(stack), monkeypatch)
-    assert "created_at that is no epoch milliseconds" in prompt("doctor").output.replace("\n", " ")
-    assert f"pk {pks[0]}" in prompt("status", status=1).output
+    assert "created_at that is no epoch milliseconds" in " ".join(auditexport("doctor").output.split())
+    assert f"pk {pks[0]}" in auditexport("status", status=1).output
 
 
-def test_where_no_created_at_is_sound_the_last_claim_tells(stack: Stack) -> None:
-    """Rows that are all in the future are old all the same."""
+def test_where_no_created_at_is_sound_the_last_claim_counts(stack: Stack) -> None:
+    """Rows that are all dated in the future are old all the same."""
     stack.put(*events(3))
     stack.sql("UPDATE clickhouse_outbox SET created_at = created_at + 864000000")
-    stack.sql(
-        "INSERT INTO clickhouse_outbox_batch (batch_id, epoch, generation, version, state, owner, lease_until_ms, claimed_rows, "
-        "row_count, entry_count, bytes, pks, manifest, counts, digest, inserted_at_ms, attempts, last_error, claimed_at_ms) "
-        "VALUES (1, 1, 0, 'audit_log.v1', 'verified', 'one', 0, 1, 1, 1, 1, '', '[]', '', '', 1, 1, '', "
-        "UNIX_TIMESTAMP(NOW(3)) * 1000 - 600000)"
-    )
+    insert_batch(stack, claimed_s_ago=600)
     assert 600 <= _backlog(stack).lag_s < 1_200

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from click.testing import CliRunner
 
-from auditexport_pipeline.cli import main
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.builders import events
-from auditexport_tests.support.prompts import urls
+from auditexport_tests.support.builders import events, everything_once
+from auditexport_tests.support.prompts import Prompt
 
 pytestmark = pytest.mark.mysql_sensitive
 
 
 @pytest.mark.parametrize("moment", ["given back", "before its commit"])
 def test_a_connection_that_is_killed_leaves_no_traceback(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, moment: str
+    stack: Stack, auditexport: Prompt, caplog: pytest.LogCaptureFixture, moment: str
 ) -> None:
-    """SQLAlchemy logged twenty lines, among which an operator looked for what had been lost: nothing."""
+    """SQLAlchemy logged twenty lines, which an operator had to read to see that nothing was lost."""
     stack.put(*events(3))
     administrator = sa.create_engine(stack.mysql_url, isolation_level="AUTOCOMMIT")
     killed: list[int] = []
@@ -41,16 +39,14 @@ def test_a_connection_that_is_killed_leaves_no_traceback(
     engine = stack.outbox.engine
     event, listener = ("reset", at_reset) if moment == "given back" else ("commit", at_commit)
     sa.event.listen(engine, event, listener)
-    for name, value in urls(stack).items():
-        monkeypatch.setenv(name, value)
     try:
         with caplog.at_level(logging.ERROR):
-            done = CliRunner().invoke(main, ["drain"])
+            done = auditexport("drain", status=None)
     finally:
         sa.event.remove(engine, event, listener)
         administrator.dispose()
     assert killed
     assert [record.name for record in caplog.records if record.exc_info] == []
     assert "Traceback" not in done.output
-    assert CliRunner().invoke(main, ["drain"]).exit_code == 0
-    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
+    auditexport("drain")
+    everything_once(stack, 3)

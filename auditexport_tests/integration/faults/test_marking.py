@@ -1,109 +1,105 @@
-"""Marking in a world that resists: rows that the application holds locked, triggers that undo or refuse the mark."""
+"""Rows that cannot be marked: the application locks them, or triggers undo or refuse the mark."""
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from click.testing import CliRunner, Result
 
 from auditexport_pipeline import preflight
-from auditexport_pipeline.cli import main
-from auditexport_pipeline.core import claiming, retries
-from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import Exporter, events, ledger
-from auditexport_tests.support.prompts import started, urls
+from auditexport_tests.integration.dagster.conftest import Exporter
+from auditexport_tests.support.builders import (
+    claim,
+    clear_marks,
+    end_leases,
+    events,
+    everything_once,
+    ledger,
+    lose,
+    open_transaction,
+    states,
+)
+from auditexport_tests.support.prompts import Prompt
 from auditexport_tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.mysql_sensitive
 
 
-def drain(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
-    """`auditexport drain` in this process, whatever its exit status."""
-    for name, value in urls(stack).items():
-        monkeypatch.setenv(name, value)
-    return CliRunner().invoke(main, ["drain", *words])
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain gives up locked rows after the first wait of a second, and retries at once."""
+    monkeypatch.setattr(export, "LOCKED_PATIENCE_S", 0.1)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
 
 
 @contextmanager
-def held(stack: Stack, statement: str) -> Iterator[int]:
-    """A connection of the application that has said this and not ended its transaction; yields its process id."""
-    with stack.outbox.engine.connect() as connection:
-        process = int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
-        connection.exec_driver_sql(statement)
-        try:
-            yield process
-        finally:
-            connection.exec_driver_sql("UNLOCK TABLES")
-            connection.rollback()
-
-
-@contextmanager
-def as_exporter(stack: Stack) -> Iterator[Stack]:
-    """The same databases, for a MySQL user with the exporter's grants and no other."""
+def least_grants(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The commands connect as a MySQL user with the exporter's grants and no others."""
     database = str(sa.make_url(stack.mysql_url).database)
     user = f"least_{database[-20:]}"
     stack.sql(f"CREATE USER {user} IDENTIFIED BY 'least'")
     for table, privileges in MYSQL_GRANTS[Role.EXPORTER].items():
         stack.sql(f"GRANT {', '.join(privileges)} ON `{database}`.{table} TO {user}")
     url = sa.make_url(stack.mysql_url).set(username=user, password="least").render_as_string(hide_password=False)
-    least = MySQLOutbox(url)
+    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", url)
     try:
-        yield replace(stack, mysql_url=url, outbox=least)
+        yield
     finally:
-        least.disconnect()
+        MySQLOutbox(url).disconnect()
         stack.sql(f"DROP USER {user}")
-
-
-def states(stack: Stack) -> list[str]:
-    return [str(batch.state) for batch in ledger(stack)]
 
 
 # ── locked rows ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_locked_row_holds_up_its_own_mark_and_nothing_else(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("locked", "pending", "expected"),
+    [
+        ("pk = {}", 1, ["verified", "written", "verified"]),
+        # The last chunk is marked together with the ledger's row: both have to wait, and nothing else.
+        ("pk >= {} + 3", 2, ["verified", "verified", "written"]),
+    ],
+    ids=["one row", "the last chunk"],
+)
+def test_a_locked_row_holds_up_its_own_mark_and_nothing_else(
+    stack: Stack, auditexport: Prompt, locked: str, pending: int, expected: list[str]
+) -> None:
     """One open SELECT … FOR UPDATE of the application kept every tenant's rows unmarked."""
     pks = stack.put(*events(9))
-    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[4]} FOR UPDATE") as process:
-        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
-        assert stack.pending() == 1, "all but the locked one are marked"
-        assert states(stack) == ["verified", "written", "verified"]
+    lock = f"SELECT * FROM clickhouse_outbox WHERE {locked.format(pks[4])} FOR UPDATE"
+    with open_transaction(stack, lock) as process:
+        done = auditexport("drain", "--batch-rows", "3", "--mark-rows", "2", status=1)
+        assert (stack.pending(), states(stack)) == (pending, expected)
         assert f"process {process} (" in done.output
-        assert done.exit_code == 1
-    again = drain(stack, monkeypatch)
-    assert again.exit_code == 0, again.output
-    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
+    auditexport("drain")
+    everything_once(stack, 9)
     assert [(str(batch.state), batch.last_error) for batch in ledger(stack)] == [("verified", "")] * 3
 
 
-def test_a_drain_finds_a_loss_although_a_row_is_locked(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing at all was verified while somebody held a row: a real loss stayed unseen."""
-    pks = stack.put(*events(6))
-    drain(stack, monkeypatch, "--batch-rows", "3", "--once")
+def test_a_drain_finds_a_loss_although_a_row_is_locked(stack: Stack, auditexport: Prompt) -> None:
+    """While the application held a row, nothing was verified: a real loss stayed unseen."""
+    stack.put(*events(3))
+    auditexport("drain", "--once")
     stack.sql("UPDATE clickhouse_outbox_batch SET state = 'exported', observed = '' WHERE batch_id = 1")
-    stack.clickhouse("DELETE FROM audit_logs_raw_v1 WHERE event_id = 'evt_1'")
+    lose(stack, "evt_1")
     pks = stack.put(*events(3, "later"))
-    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[1]} FOR UPDATE"):
-        drain(stack, monkeypatch)
+    with open_transaction(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[1]} FOR UPDATE"):
+        auditexport("drain", status=1)
         assert states(stack)[0] == "discrepant"
 
 
-def test_a_run_verifies_what_it_could_mark_and_then_fails(
-    stack: Stack, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_verifies_what_it_could_mark_and_then_fails(stack: Stack, exporter: Exporter) -> None:
     """In Dagster the others were exported, nothing was verified, and the error named neither batch nor blocker."""
     pks = stack.put(*events(9))
-    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[4]} FOR UPDATE") as process:
+    with open_transaction(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[4]} FOR UPDATE") as process:
         run = exporter.drain(raise_on_error=False, batch_rows=3)
         assert states(stack) == ["verified", "written", "verified"]
         assert not run.success
@@ -111,36 +107,22 @@ def test_a_run_verifies_what_it_could_mark_and_then_fails(
         assert "batch 2 is in ClickHouse and not marked" in line
         assert f"process {process} (" in line
     assert exporter.drain().success
-    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
+    everything_once(stack, 9)
 
 
-def test_a_user_without_process_learns_what_an_administrator_asks(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
+def test_a_user_without_process_learns_what_to_ask_an_administrator(
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who holds a lock takes a grant that an exporter does not need: it says the SELECT instead of asking for one."""
+    """To see who holds a lock takes a grant that an exporter does not need: the drain prints the SELECT instead."""
     pks = stack.put(*events(2))
-    with as_exporter(stack) as least, held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[0]} FOR UPDATE"):
-        done = drain(least, monkeypatch)
+    lock = f"SELECT * FROM clickhouse_outbox WHERE pk = {pks[0]} FOR UPDATE"
+    with least_grants(stack, monkeypatch), open_transaction(stack, lock):
+        assert "SELECT * FROM information_schema.innodb_trx" in auditexport("drain", status=1).output
         assert stack.pending() == 1
-        assert "SELECT * FROM information_schema.innodb_trx" in done.output
 
 
-def test_the_last_rows_of_a_batch_can_be_the_locked_ones(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last chunk is marked together with the ledger's row: both have to wait, and nothing else."""
-    pks = stack.put(*events(9))
-    with held(stack, f"SELECT * FROM clickhouse_outbox WHERE pk >= {pks[7]} FOR UPDATE") as process:
-        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
-        assert (stack.pending(), states(stack)) == (2, ["verified", "verified", "written"])
-        assert f"process {process} (" in done.output
-        assert done.exit_code == 1
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending()) == ((9, 9), 0)
-
-
-def test_a_holder_is_named_with_what_it_does_and_without_its_values(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A statement's text can hold an event's; its kind tells enough to find it."""
+def test_a_blocker_is_named_with_what_it_runs_and_without_values(stack: Stack, auditexport: Prompt) -> None:
+    """A statement's text can contain an event's; its kind tells enough to find it."""
     pks = stack.put(*events(2))
     with stack.outbox.engine.connect() as connection:
         process = int(connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one())
@@ -153,7 +135,7 @@ def test_a_holder_is_named_with_what_it_does_and_without_its_values(
         thread = threading.Thread(target=busy)
         thread.start()
         try:
-            done = drain(stack, monkeypatch)
+            done = auditexport("drain", status=1)
         finally:
             stack.sql(f"KILL QUERY {process}")
             thread.join()
@@ -167,24 +149,30 @@ def test_a_holder_is_named_with_what_it_does_and_without_its_values(
 
 def names_who_locks_the_table(stack: Stack, process: int, output: str) -> bool:
     """MySQL shows who has a lock on a table; MariaDB does with a plugin only, and shows what ours waits for."""
+    output = " ".join(output.split())
     if getattr(stack.outbox.engine.dialect, "is_mariadb", False):
         return "Ours waits there (Waiting for " in output and "information_schema.metadata_lock_info" in output
     return f"process {process} (" in output
 
 
-def test_rows_of_an_outbox_locked_against_writing_are_exported_and_marked_later(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LOCK TABLES … READ lets everything be read: the first batch's mark ended the drain, five times, with a code for a cause."""
+def test_rows_of_an_outbox_locked_for_writing_are_marked_later(stack: Stack, auditexport: Prompt) -> None:
+    """LOCK TABLES … READ lets everything be read: the first batch's mark ended the drain, with a number for a cause."""
     stack.put(*events(9))
-    with held(stack, "LOCK TABLES clickhouse_outbox READ") as process:
-        done = drain(stack, monkeypatch, "--batch-rows", "3", "--mark-rows", "2")
+    with open_transaction(stack, "LOCK TABLES clickhouse_outbox READ") as process:
+        done = auditexport("drain", "--batch-rows", "3", "--mark-rows", "2", status=1)
     assert (stack.counts(), stack.pending(), states(stack)) == ((9, 9), 9, ["written"] * 3)
     assert "batch 3 is in ClickHouse and not marked: clickhouse_outbox is locked as a whole" in done.output
     assert names_who_locks_the_table(stack, process, done.output)
-    assert done.exit_code == 1
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending(), states(stack)) == ((9, 9), 0, ["verified"] * 3)
+    auditexport("drain")
+    everything_once(stack, 9)
+    assert states(stack) == ["verified"] * 3
+
+
+def alter(stack: Stack) -> None:
+    engine = sa.create_engine(stack.mysql_url)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ALTER TABLE clickhouse_outbox COMMENT = 'another'")
+    engine.dispose()
 
 
 WHOLE = {
@@ -196,87 +184,76 @@ WHOLE = {
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_drain_that_can_do_nothing_ends_and_names_who_holds_the_outbox(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, kind: str
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Error 1205 alone does not say which lock it was, nor whose."""
     monkeypatch.setattr(retries, "RETRIES", 0)
     stack.put(*events(3))
-    altering: threading.Thread | None = None
-    with held(stack, WHOLE[kind]) as process:
+    with ExitStack() as locks:
+        process = locks.enter_context(open_transaction(stack, WHOLE[kind]))
         if "ALTER" in kind:
             altering = threading.Thread(target=alter, args=(stack,))
             altering.start()
-            wait_until(
-                lambda: bool(stack.sql("SELECT 1 FROM information_schema.processlist WHERE info LIKE 'ALTER%'")),
-                what="the ALTER",
-            )
-        done = drain(stack, monkeypatch)
-    if altering is not None:
+            altered = "SELECT 1 FROM information_schema.processlist WHERE info LIKE 'ALTER%'"
+            wait_until(lambda: bool(stack.sql(altered)), what="the ALTER")
+        done = auditexport("drain", status=2)
+    if "ALTER" in kind:
         altering.join()
     assert names_who_locks_the_table(stack, process, done.output), done.output
-    assert done.exit_code == 2
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
+    auditexport("drain")
+    everything_once(stack, 3)
 
 
-def alter(stack: Stack) -> None:
-    engine = sa.create_engine(stack.mysql_url)
-    with engine.connect() as connection:
-        connection.exec_driver_sql("ALTER TABLE clickhouse_outbox COMMENT = 'another'")
-    engine.dispose()
-
-
-def test_an_open_batch_whose_ledger_row_is_locked_lets_the_others_go_on(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_row_locked_before_the_claim_stops_only_its_batch(stack: Stack, auditexport: Prompt) -> None:
     """An operator's SELECT … FOR UPDATE on one batch stopped every plan."""
     stack.put(*events(9))
-    claiming.claim(stack.outbox, owner="a dead run", dead_owners=(), limits=Limits(batch_rows=3))
-    stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
+    claim(stack, "a dead run", batch_rows=3)
+    end_leases(stack)
     stack.put(*events(3, "later"))
-    with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 2 FOR UPDATE"):
-        done = drain(stack, monkeypatch)
+    with open_transaction(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 2 FOR UPDATE"):
+        done = auditexport("drain", status=None)
         assert states(stack) == ["verified", "claimed", "verified", "verified"]
         assert "batch 2 is open (claimed, 3 rows), and its row of clickhouse_outbox_batch is locked" in done.output
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending(), states(stack)) == ((12, 12), 0, ["verified"] * 4)
+    auditexport("drain")
+    everything_once(stack, 12)
+    assert states(stack) == ["verified"] * 4
 
 
-def test_a_batch_whose_ledger_row_is_locked_on_its_way_lets_the_others_go_on(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
+def test_a_ledger_row_locked_after_the_claim_stops_only_its_batch(
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is one for the whole plan, so one locked row stopped all of its batches."""
     real = claiming.claim
     stack.put(*events(6))
+    processes: list[int] = []
     with ExitStack() as locks:
 
-        def claim(*arguments: Any, **named: Any) -> Any:
+        def claim_and_lock(*arguments: Any, **named: Any) -> Any:
             claims = real(*arguments, **named)
-            if not holder:
-                locked = "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 1 FOR UPDATE"
-                holder.append(locks.enter_context(held(stack, locked)))
+            if not processes:
+                lock = "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 1 FOR UPDATE"
+                processes.append(locks.enter_context(open_transaction(stack, lock)))
             return claims
 
-        holder: list[int] = []
-        monkeypatch.setattr(claiming, "claim", claim)
-        done = drain(stack, monkeypatch, "--batch-rows", "3", "--once")
+        monkeypatch.setattr(claiming, "claim", claim_and_lock)
+        done = auditexport("drain", "--batch-rows", "3", "--once", status=1)
         assert states(stack) == ["claimed", "verified"], done.output
-        assert f"process {holder[0]} (" in done.output
-        assert done.exit_code == 1
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending(), states(stack)) == ((6, 6), 0, ["verified"] * 2)
+        assert f"process {processes[0]} (" in done.output
+    auditexport("drain")
+    everything_once(stack, 6)
+    assert states(stack) == ["verified"] * 2
 
 
-def test_who_holds_the_ledgers_lock_is_named(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can plan meanwhile, and "lock wait timeout" does not say whom to ask."""
+def test_who_holds_the_ledgers_lock_is_named(
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run can plan meanwhile, and "lock wait timeout" does not say whom to ask."""
     monkeypatch.setattr(retries, "RETRIES", 0)
     stack.put(*events(3))
-    with held(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 0 FOR UPDATE") as process:
-        done = drain(stack, monkeypatch)
-        assert f"process {process} (" in done.output
-        assert done.exit_code == 2
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
+    with open_transaction(stack, "SELECT * FROM clickhouse_outbox_batch WHERE batch_id = 0 FOR UPDATE") as process:
+        assert f"process {process} (" in auditexport("drain", status=2).output
+    auditexport("drain")
+    everything_once(stack, 3)
 
 
 # ── triggers ─────────────────────────────────────────────────────────────────────────────────────
@@ -293,41 +270,31 @@ UNDOING = {
 }
 
 
+def before_update(stack: Stack, body: str) -> None:
+    stack.sql(f"CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW {body}")
+
+
 @pytest.mark.parametrize("body", UNDOING.values(), ids=UNDOING)
-def test_rows_that_cannot_be_marked_are_not_sent_again(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, body: str
-) -> None:
+def test_rows_that_cannot_be_marked_are_not_sent_again(stack: Stack, auditexport: Prompt, body: str) -> None:
     """A trigger that undid the mark made each drain export the same rows again, and an operator saw green runs."""
     stack.put(*events(3))
-    stack.sql(f"CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW {body}")
-    for _ in range(2):
+    before_update(stack, body)
+    for once in ([], ["--once"]):  # a drain that went on until nothing is pending never ended
         preflight.forget()
-        done = drain(stack, monkeypatch, "--once", "--mark-rows", "1")
-        assert stack.counts() == (3, 3)
-        assert states(stack) == ["written"]
-        assert done.exit_code == 1, done.output
+        done = auditexport("drain", "--mark-rows", "1", *once, status=1)
+        assert (stack.counts(), states(stack)) == ((3, 3), ["written"])
         assert "frozen (BEFORE UPDATE)" in done.output
     stack.sql("DROP TRIGGER frozen")
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending(), states(stack)) == ((3, 3), 0, ["verified"])
+    auditexport("drain")
+    everything_once(stack, 3)
+    assert states(stack) == ["verified"]
 
 
-def test_a_drain_ends_where_a_trigger_undoes_the_mark(stack: Stack) -> None:
-    """It never ended, and sent the same rows at every round."""
-    stack.put(*events(3))
-    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
-    with started(stack, "drain") as process:
-        try:
-            status: int | None = process.wait(30)
-        except subprocess.TimeoutExpired:
-            status = None
-        assert (status, stack.counts()) == (1, (3, 3))
-
-
-def test_a_run_ends_red_where_a_trigger_undoes_the_mark(stack: Stack, exporter: Exporter) -> None:
+@pytest.mark.slow
+def test_a_run_fails_where_a_trigger_undoes_the_mark(stack: Stack, exporter: Exporter) -> None:
     """Each run was green, exported the same rows, and called them verified."""
     stack.put(*events(3))
-    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
+    before_update(stack, UNDOING["clears it"])
     for _ in range(2):
         run = exporter.drain(raise_on_error=False)
         assert not run.success
@@ -337,109 +304,70 @@ def test_a_run_ends_red_where_a_trigger_undoes_the_mark(stack: Stack, exporter: 
 
 
 def test_a_trigger_that_this_user_cannot_see_is_an_administrators_to_find(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MySQL hides triggers from users without TRIGGER, which an exporter does not need."""
     stack.put(*events(2))
-    stack.sql("CREATE TRIGGER frozen BEFORE UPDATE ON clickhouse_outbox FOR EACH ROW SET NEW.deleted_at = NULL")
-    with as_exporter(stack) as least:
-        done = drain(least, monkeypatch, "--once")
-        # MariaDB shows it to whoever may UPDATE the table.
-        assert "FROM information_schema.triggers WHERE" in done.output or "frozen (BEFORE UPDATE)" in done.output
-        assert (states(stack), done.exit_code) == (["written"], 1)
+    before_update(stack, UNDOING["clears it"])
+    with least_grants(stack, monkeypatch):
+        output = auditexport("drain", "--once", status=1).output
+    # MariaDB shows it to every user with UPDATE on the table.
+    assert "FROM information_schema.triggers WHERE" in output or "frozen (BEFORE UPDATE)" in output
+    assert states(stack) == ["written"]
 
 
-def test_doctor_names_update_triggers_and_lets_a_harmless_one_be(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who writes a history of changes by a trigger must not be kept from exporting; who undoes marks is warned before."""
+def test_doctor_names_update_triggers_and_lets_a_harmless_one_be(stack: Stack, auditexport: Prompt) -> None:
+    """A trigger that writes a history of changes does no harm; one that undoes marks is named before a drain."""
     stack.sql("CREATE TABLE changes (pk BIGINT)")
     stack.sql(
         "CREATE TRIGGER history AFTER UPDATE ON clickhouse_outbox FOR EACH ROW INSERT INTO changes VALUES (NEW.pk)"
     )
-    for name, value in urls(stack).items():
-        monkeypatch.setenv(name, value)
-    done = CliRunner().invoke(main, ["doctor"])
-    assert "history (AFTER UPDATE)" in done.output
-    assert done.exit_code == 0, done.output
+    assert "history (AFTER UPDATE)" in auditexport("doctor").output
     stack.put(*events(2))
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts(), stack.pending()) == ((2, 2), 0)
+    auditexport("drain")
+    everything_once(stack, 2)
 
 
-# ── marks that somebody clears ───────────────────────────────────────────────────────────────────
+# ── marks that others clear ──────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def clearing_event(stack: Stack) -> Iterator[None]:
-    """An event of somebody's that clears all marks, every second."""
-    before = stack.sql("SELECT @@GLOBAL.event_scheduler AS on_or_off")[0].on_or_off
-    stack.sql("SET GLOBAL event_scheduler = ON")
-    stack.sql(
-        "CREATE EVENT nightly ON SCHEDULE EVERY 1 SECOND DO UPDATE clickhouse_outbox SET deleted_at = NULL "
-        "WHERE deleted_at IS NOT NULL"
-    )
-    try:
-        yield
-    finally:
-        stack.sql("DROP EVENT IF EXISTS nightly")
-        stack.sql(f"SET GLOBAL event_scheduler = {before}")
-
-
-def said(stack: Stack, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
-    for name, value in urls(stack).items():
-        monkeypatch.setenv(name, value)
-    return CliRunner().invoke(main, [*words]).output
-
-
-def test_a_drain_exports_no_row_twice_though_its_mark_is_cleared_at_once(stack: Stack) -> None:
-    """It never ended: each plan found the rows of the one before it pending."""
+@pytest.mark.parametrize(
+    "options", [("--batch-rows", "3", "--max-batches", "1"), ("--linger-s", "2", "--linger-poll-ms", "100")]
+)
+def test_a_drain_exports_no_row_twice_if_its_mark_is_cleared_at_once(
+    stack: Stack, auditexport: Prompt, options: tuple[str, ...]
+) -> None:
+    """It never ended: each plan found the rows of the one before it pending. One that stays found them at every check."""
     stack.put(*events(6))
-    stack.sql("UPDATE clickhouse_outbox SET created_at = created_at - 600000")
     stack.sql(
-        "CREATE TRIGGER unmark AFTER UPDATE ON clickhouse_outbox_batch FOR EACH ROW UPDATE clickhouse_outbox SET deleted_at = NULL "
+        "CREATE TRIGGER unmark AFTER UPDATE ON clickhouse_outbox_batch FOR EACH ROW UPDATE clickhouse_outbox "
+        "SET deleted_at = NULL "
         "WHERE NEW.state = 'exported' AND OLD.state = 'written' AND deleted_at = NEW.exported_at_ms"
     )
-    with started(stack, "drain", "--batch-rows", "3", "--max-batches", "1") as process:
-        try:
-            output, errors = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            output, errors = "never ended", ""
-    assert (stack.counts(), stack.pending()) == ((6, 6), 6), output
-    assert "rows that this drain has exported are pending again" in output + errors
-    assert "information_schema.events" in output + errors
+    done = auditexport("drain", *options, status=None)
+    everything_once(stack, 6, pending=6)
+    assert "rows that this drain has exported are pending again" in done.output
+    assert "information_schema.events" in done.output
 
 
-def test_an_event_that_clears_marks_is_looked_for(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_that_are_cleared_again_and_again_are_reported(stack: Stack, auditexport: Prompt) -> None:
     """Each drain exported the same rows as a requeue, and status, doctor and log called that healthy."""
     stack.put(*events(3))
-    with clearing_event(stack):
-        for _ in range(5):
-            wait_until(lambda: stack.pending() == 3, what="the three others")
-            done = drain(stack, monkeypatch)
-            assert done.exit_code == 0, done.output
+    auditexport("drain")
+    for _ in range(4):
+        clear_marks(stack)
+        done = auditexport("drain")
     assert "are exported for the 5th time. If nobody requeues them" in done.output
-    assert "cleared 4 times in the last" in said(stack, monkeypatch, "status")
-    assert "cleared 4 times in the last" in said(stack, monkeypatch, "doctor")
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts()[1], stack.pending()) == (3, 0)
+    assert "cleared 4 times in the last" in auditexport("status", status=None).output
+    assert "cleared 4 times in the last" in auditexport("doctor", status=None).output
 
 
-def test_a_run_that_stays_exports_no_row_twice_either(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every look it found its own rows pending."""
-    stack.put(*events(3))
-    with clearing_event(stack):
-        done = drain(stack, monkeypatch, "--linger-s", "5", "--linger-poll-ms", "100")
-    assert stack.counts() == (3, 3)
-    assert "rows that this drain has exported are pending again" in done.output
-    assert drain(stack, monkeypatch).exit_code == 0
-    assert (stack.counts()[1], stack.pending()) == (3, 0)
-
-
-def test_requeues_of_ours_are_nobodys_mistake(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requeues_by_command_are_not_reported_as_cleared_marks(stack: Stack, auditexport: Prompt) -> None:
     """Clearing marks is how rows are exported again, and each time is on record."""
     stack.put(*events(3))
     for _ in range(5):
-        drain(stack, monkeypatch)
-        said(stack, monkeypatch, "requeue", "--from-pk", "0", "--why", "a test")
-    drain(stack, monkeypatch)
-    assert [batch.generation for batch in ledger(stack)][-1] == 5, "they were requeued"
-    assert "were cleared" not in said(stack, monkeypatch, "status")
+        auditexport("drain")
+        auditexport("requeue", "--from-pk", "0", "--why", "a test")
+    auditexport("drain")
+    assert ledger(stack)[-1].generation == 5, "they were requeued"
+    assert "were cleared" not in auditexport("status", status=None).output

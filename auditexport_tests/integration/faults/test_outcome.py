@@ -12,15 +12,11 @@ from auditexport_pipeline.defs import assets
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import Exporter, events, ledger
+from auditexport_tests.integration.dagster.conftest import Exporter
 from auditexport_tests.integration.dagster.test_maintenance import launch
 from auditexport_tests.integration.faults.test_takeover import metadata_of
-from auditexport_tests.support.prompts import Prompt, prompt_in, urls
-
-
-@pytest.fixture
-def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
-    return prompt_in(urls(stack), monkeypatch)
+from auditexport_tests.support.builders import events, everything_once, lose, states
+from auditexport_tests.support.prompts import Prompt
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, verb: str, store: type = MySQLOutbox) -> None:
@@ -44,32 +40,30 @@ def lossy(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Stack:
 
     def mark(*arguments: Any) -> Any:
         batch = real(*arguments)
-        stack.log.client().command(
-            "ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = 'evt_0' SETTINGS mutations_sync = 2"
-        )
+        lose(stack, "evt_0")
         return batch
 
     monkeypatch.setattr(export, "mark", mark)
     return stack
 
 
-def test_a_discrepancy_fails_the_run_whichever_attempt_of_the_step_found_it(
+def test_a_discrepancy_fails_the_run_whichever_attempt_found_it(
     exporter: Exporter, lossy: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt recorded it and died of something else; the second has nothing left to verify."""
+    """The first attempt recorded it and died of another error; the second has nothing left to verify."""
     lossy.put(*events(3))
     fails_once(monkeypatch, "dead_by_reason")
     result = exporter.drain(raise_on_error=False)
-    assert [str(batch.state) for batch in ledger(lossy)] == ["discrepant"]
+    assert states(lossy) == ["discrepant"]
     assert not result.success, "a run that lost an event ended green"
     (line,) = exporter.failures(result.run_id)
     assert "batch 1: 1 missing" in line
 
 
 def test_a_discrepancy_is_a_drains_status_whichever_round_found_it(
-    prompt: Prompt, lossy: Stack, monkeypatch: pytest.MonkeyPatch
+    auditexport: Prompt, lossy: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same at the prompt: a round that failed after its verification had found something."""
+    """The same for the command: a round that failed after its verification had found a loss."""
     real = MySQLOutbox.record_verified
 
     def record(*arguments: Any) -> Any:
@@ -79,8 +73,8 @@ def test_a_discrepancy_is_a_drains_status_whichever_round_found_it(
 
     monkeypatch.setattr(MySQLOutbox, "record_verified", record)
     lossy.put(*events(3))
-    done = prompt("drain", status=1)
-    assert [str(batch.state) for batch in ledger(lossy)] == ["discrepant"]
+    done = auditexport("drain", status=1)
+    assert states(lossy) == ["discrepant"]
     assert "exported 3 rows" in done.output
 
 
@@ -107,11 +101,7 @@ def test_a_run_that_stays_counts_what_every_attempt_exported(
     assert (metadata["rows"], metadata["batches"], metadata["verified_batches"]) == (140, 2, 2)
 
 
-def lose(stack: Stack, event_id: str) -> None:
-    stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{event_id}' SETTINGS mutations_sync = 2")
-
-
-def test_a_sweep_fails_whichever_attempt_of_its_step_found_the_loss(
+def test_a_sweep_fails_whichever_attempt_found_the_loss(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first attempt called the batch discrepant and died; for the second it was not due any more, and the run was green."""
@@ -120,13 +110,13 @@ def test_a_sweep_fails_whichever_attempt_of_its_step_found_the_loss(
     lose(stack, "evt_0")
     fails_once(monkeypatch, "close_letters", MySQLMaintenance)
     result = launch(exporter, "sweep_exported_rows", "sweep_rows", outbox_days=0)
-    assert [str(batch.state) for batch in ledger(stack)] == ["discrepant"]
+    assert states(stack) == ["discrepant"]
     assert not result.success, "a sweep that found a loss ended green"
     (line,) = exporter.failures(result.run_id)
     assert "batch 1: 1 missing" in line
 
 
-def test_a_reconciliation_fails_whichever_attempt_of_its_step_found_the_loss(
+def test_a_reconciliation_fails_whichever_attempt_found_the_loss(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first attempt requeued what was lost and died; the second found rows that are pending, and nothing wrong."""
@@ -147,4 +137,4 @@ def test_a_reconciliation_fails_whichever_attempt_of_its_step_found_the_loss(
     assert stack.pending() == 1, "what was lost is requeued"
     assert not result.success, "a reconciliation that found a loss ended green"
     assert exporter.drain().success
-    assert (stack.counts(), stack.pending()) == ((3, 3), 0)
+    everything_once(stack, 3)

@@ -9,14 +9,13 @@ import dagster as dg
 import pytest
 
 from auditexport_pipeline.core import export
-from auditexport_pipeline.core.batch import Receipt, State
+from auditexport_pipeline.core.batch import Receipt
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import Exporter, events, launchpad, ledger
+from auditexport_tests.integration.dagster.conftest import Exporter, launchpad
 from auditexport_tests.integration.dagster.location import the_export_job
+from auditexport_tests.support.builders import events, everything_once, insert, states
 
 MAX_RUNTIME_S = 60
-ROWS_PER_SECOND = 5
-ROWS = 2 * MAX_RUNTIME_S * ROWS_PER_SECOND
 
 
 def drain(exporter: Exporter, **settings: object) -> dg.ExecuteInProcessResult:
@@ -27,24 +26,23 @@ def drain(exporter: Exporter, **settings: object) -> dg.ExecuteInProcessResult:
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "limits", "most"),
+    [
+        (600, {"max_rows_per_second": 5, "batch_rows": 100}, 300),
+        (60, {"mark_pause_ms": 20_000, "mark_rows": 10, "mark_connections": 1}, 30),
+    ],
+    ids=["rows a second", "pauses"],
+)
 def test_a_throttled_run_takes_what_it_can_mark_in_its_time(
-    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
+    exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch, rows: int, limits: dict[str, int], most: int
 ) -> None:
     """A run that took more was ended before its verification, every time."""
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # the throttle's rests
-    stack.put(*events(ROWS))
-    assert drain(exporter, max_rows_per_second=ROWS_PER_SECOND, batch_rows=100).success
-    exported = ROWS - stack.pending()
-    assert 0 < exported < MAX_RUNTIME_S * ROWS_PER_SECOND
-    assert {batch.state for batch in ledger(stack)} == {State.VERIFIED}
-
-
-def test_a_run_that_pauses_counts_its_pauses(exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten rows every twenty seconds are a throttle too."""
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    stack.put(*events(60))
-    assert drain(exporter, mark_pause_ms=20_000, mark_rows=10, mark_connections=1).success
-    assert 0 < 60 - stack.pending() <= MAX_RUNTIME_S // 20 * 10
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the throttle's pauses
+    insert(stack, events(rows))
+    assert drain(exporter, **limits).success
+    assert 0 < rows - stack.pending() <= most
+    assert set(states(stack)) == {"verified"}
 
 
 def test_no_batch_is_begun_for_which_there_is_no_time(
@@ -65,9 +63,8 @@ def test_no_batch_is_begun_for_which_there_is_no_time(
     monkeypatch.setattr(export, "write", write)
     stack.put(*events(6))
     assert drain(exporter, batch_rows=2).success
-    assert stack.counts() == (2, 2)
-    assert ledger(stack)[0].state is State.VERIFIED
+    assert (stack.counts(), states(stack)[0]) == ((2, 2), "verified")
     late_s = 0.0
     monkeypatch.setattr(export, "write", real)
     assert drain(exporter, batch_rows=2).success
-    assert (stack.counts(), stack.pending()) == ((6, 6), 0)
+    everything_once(stack, 6)

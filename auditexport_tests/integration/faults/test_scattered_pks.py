@@ -1,4 +1,4 @@
-"""Scattered pks: every statement that names them by a list looks them up one by one, whatever the limits are set to."""
+"""Scattered pks: every statement with a list of them looks them up one by one, whatever the limits are."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import pytest
 import sqlalchemy as sa
 
-from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.settings import Limits
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import claim, run, small_event
 
 pytestmark = pytest.mark.mysql_sensitive
 
@@ -27,29 +26,18 @@ LESS_ROOM = {
 
 
 def put_every_second(stack: Stack, rows: int) -> PkSet:
-    """Pending rows, each followed by one of a version that nobody knows, and many of those behind; the pks of the first."""
-    stack.put(("ws_1", "evt", "{}"), version="audit_log.v0")
+    """Pending rows, each followed by one of an unknown version, and many of those behind; the pks of the first."""
+    first = 1_000_001
     columns = "version, workspace_id, event_id, payload, created_at"
     with stack.outbox.engine.begin() as connection:
-        for _ in range((2 * rows).bit_length()):
-            connection.exec_driver_sql(
-                f"INSERT INTO clickhouse_outbox ({columns}) SELECT {columns} FROM clickhouse_outbox LIMIT {2 * rows}"
-            )
-        # Allocation leaves gaps between the statements: pks of our own choice instead.
-        connection.exec_driver_sql("SET @pk := 0")
-        connection.exec_driver_sql("UPDATE clickhouse_outbox SET pk = 1000000 + (@pk := @pk + 1) ORDER BY pk")
-        first = 1_000_001
-        connection.exec_driver_sql(f"DELETE FROM clickhouse_outbox WHERE pk >= {first + 2 * rows}")
         connection.exec_driver_sql(
-            "UPDATE clickhouse_outbox SET version = 'audit_log.v1', event_id = CONCAT('evt_', pk), payload = CONCAT("
-            '\'{"event_id": "evt_\', pk, \'", "time": 1760000000000, "workspace_id": "ws_1", "bucket": "b", '
-            '"source": "s", "event": "key.create", "description": "", "actor": {"type": "user", "id": "u"}}\') '
-            "WHERE MOD(pk, 2) = 1"
+            f"INSERT INTO clickhouse_outbox (pk, {columns}) VALUES (%s, %s, %s, %s, %s, 1)",
+            [(first + n, f"audit_log.v{1 - n % 2}", *small_event(f"evt_{n}")) for n in range(2 * rows)],
         )
         for _ in range(3):
             connection.exec_driver_sql(
-                f"INSERT INTO clickhouse_outbox ({columns}) SELECT 'audit_log.v0', workspace_id, event_id, '{{}}', created_at "
-                "FROM clickhouse_outbox"
+                f"INSERT INTO clickhouse_outbox ({columns}) "
+                "SELECT 'audit_log.v0', workspace_id, event_id, '{}', created_at FROM clickhouse_outbox"
             )
     with stack.outbox.engine.connect() as connection:
         list(connection.exec_driver_sql("ANALYZE TABLE clickhouse_outbox"))
@@ -98,10 +86,10 @@ def not_by_primary_key(stack: Stack, sent: list[tuple[str, object]]) -> set[tupl
 
 
 def test_marks_of_scattered_pks_never_read_the_whole_outbox(stack: Stack) -> None:
-    """At mark_rows of 36,000 each UPDATE read the whole outbox, locked on the way what it read, and so did the sweep."""
+    """At mark_rows of 36,000 each UPDATE read the whole outbox and locked what it read; so did the sweep."""
     pks = put_every_second(stack, ROWS)
     with statements_on_the_outbox() as sent:
-        drain(stack.outbox, stack.log, Limits(mark_rows=ROWS, mark_connections=1), owner="run_1")
+        run(stack, limits=Limits(mark_rows=ROWS, mark_connections=1))
         action_id = stack.upkeep.record_action("requeue", Actor(who="ada", why="a test"), {})
         stack.upkeep.by_workspace(pks)
         stack.upkeep.count_due(pks, 2**62)
@@ -115,8 +103,7 @@ def test_marks_of_scattered_pks_never_read_the_whole_outbox(stack: Stack) -> Non
 def test_a_claim_merges_the_pks_of_open_batches_at_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch by batch, 64 of 50,000 scattered pks took 52 s, and every other planner waited for the ledger's lock."""
     put_every_second(stack, 320)
-    limits = Limits(batch_rows=20, max_batches=16)
-    assert len(claiming.claim(stack.outbox, owner="run_1", dead_owners=(), limits=limits)) == 16
+    assert len(claim(stack, "run_1", batch_rows=20, max_batches=16)) == 16
     merged = 0
     merge = PkSet.__or__
 
@@ -126,5 +113,5 @@ def test_a_claim_merges_the_pks_of_open_batches_at_once(stack: Stack, monkeypatc
         return merge(one, other)
 
     monkeypatch.setattr(PkSet, "__or__", counting)
-    claiming.claim(stack.outbox, owner="run_2", dead_owners=(), limits=limits)
-    assert merged <= 2 * 320, "each of the 320 runs is looked at once or twice, not once for each batch before it"
+    claim(stack, "run_2", batch_rows=20, max_batches=16)
+    assert merged <= 2 * 320, "each of the 320 runs is merged once or twice, not once for each batch before it"

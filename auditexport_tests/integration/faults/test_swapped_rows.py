@@ -47,7 +47,7 @@ def test_an_event_that_takes_a_sealed_rows_pk_is_exported(stack: Stack, how: str
 
 @pytest.mark.parametrize("recovery", ["one", "two"])
 @pytest.mark.parametrize("how", BEGINS_AGAIN)
-def test_who_recovers_a_batch_marks_no_event_that_is_not_there(stack: Stack, how: str, recovery: str) -> None:
+def test_a_recovered_batch_marks_no_event_that_was_not_exported(stack: Stack, how: str, recovery: str) -> None:
     """Not even for a moment: a table that is renamed in that moment would hold events with a wrong mark."""
     fill(stack, ROWS, seed=1)
     crash(stack, "before mark 1", "one", LIMITS)
