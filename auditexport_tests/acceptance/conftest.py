@@ -1,30 +1,24 @@
-"""A world for each test: two fresh databases, made by `auditexport init`."""
+"""A world for each test: two fresh databases, and a directory for what the programs write."""
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from auditexport_tests.acceptance.world import World
-
-_numbers = itertools.count(1)
+from auditexport_tests.conftest import Stack, fresh_stack
 
 
 @pytest.fixture
-def world(mysql_server: str, clickhouse_server: str, tmp_path: Path) -> Iterator[World]:
-    """Both databases with all tables; `mysql_server` and `clickhouse_server` are URLs of servers, ending in a slash."""
-    name = f"auditexport_black_box_{os.getpid()}_{next(_numbers)}"
-    servers = World(mysql_url=mysql_server + "mysql", clickhouse_url=clickhouse_server + "default", home=tmp_path)
-    servers.sql(f"CREATE DATABASE {name}")
-    servers.clickhouse(f"CREATE DATABASE {name}")
-    world = World(mysql_url=mysql_server + name, clickhouse_url=clickhouse_server + name, home=tmp_path)
-    try:
-        world.run("init", "--with-outbox")
-        yield world
-    finally:
-        servers.sql(f"DROP DATABASE {name}")
-        servers.clickhouse(f"DROP DATABASE {name}")
+def world(stack: Stack, tmp_path: Path) -> World:
+    """Both databases with all tables."""
+    return World(mysql_url=stack.mysql_url, clickhouse_url=stack.clickhouse_url, home=tmp_path)
+
+
+@pytest.fixture
+def empty_world(mysql_server: str, clickhouse_server: str, tmp_path: Path) -> Iterator[World]:
+    """Both databases without a table."""
+    with fresh_stack(mysql_server, clickhouse_server, create=False) as empty:
+        yield World(mysql_url=empty.mysql_url, clickhouse_url=empty.clickhouse_url, home=tmp_path)

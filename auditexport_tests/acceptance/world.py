@@ -139,7 +139,7 @@ class World:
         assert "Traceback" not in err, err
         return out
 
-    def told(self, *words: str, status: int = 0, **changes: str) -> dict[str, Any]:
+    def json(self, *words: str, status: int = 0, **changes: str) -> dict[str, Any]:
         """The one JSON object of `auditexport WORDS --json`."""
         found: dict[str, Any] = json.loads(self.run(*words, "--json", status=status, **changes))
         return found
