@@ -1,4 +1,4 @@
-"""The README, CONTRIBUTING and the pages of `auditexport_pipeline/docs`: what they name exists, and what exists they name."""
+"""README, CONTRIBUTING and the pages of `auditexport_pipeline/docs` name what exists, and all that a reader needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from auditexport_pipeline.cli import BAD_OUTCOME, main
 from auditexport_pipeline.core import errors
@@ -19,8 +18,8 @@ from auditexport_pipeline.core.alerts import Policy
 from auditexport_pipeline.core.settings import Limits, Settings, Targets, Variables, format_bounds
 from auditexport_pipeline.definitions import defs
 from auditexport_tests.conftest import Stack
-from auditexport_tests.integration.dagster.conftest import event, events
-from auditexport_tests.support.crashes import drain
+from auditexport_tests.support.builders import event, events, run
+from auditexport_tests.support.prompts import prompt_in, urls
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "auditexport_pipeline"
@@ -72,7 +71,7 @@ def _broken_links(page: Path, text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_anchor_of_a_page_resolves(page: Path) -> None:
-    """A runbook is read at night, by somebody who has no time for a dead link."""
+    """An operator who reads the runbook at night has no time for a dead link."""
     assert not _broken_links(page, page.read_text())
 
 
@@ -155,7 +154,7 @@ def _words(line: str) -> list[str]:
 
 @pytest.mark.parametrize("command", _commands(), ids=str)
 def test_every_command_and_option_of_a_page_exists(command: Command) -> None:
-    """Somebody types it as it stands there."""
+    """A reader types it as it is printed."""
     assert not _unknown_to(_trees()[command.line.split()[0]], _words(command.line))
 
 
@@ -169,7 +168,7 @@ def test_a_command_or_an_option_that_does_not_exist_is_found() -> None:
 
 
 def test_every_command_of_ours_is_on_a_page() -> None:
-    """What no page mentions, nobody finds."""
+    """A command that no page mentions is not found."""
     text = "\n".join(page.read_text() for page in PAGES)
     for name, command in main.commands.items():
         assert f"auditexport {name}" in text or f"make {name}" in text, f"no page names `auditexport {name}`"
@@ -179,7 +178,7 @@ def test_every_command_of_ours_is_on_a_page() -> None:
 
 
 def test_every_make_target_of_a_page_exists() -> None:
-    """`make` is the first thing that anybody types here."""
+    """`make` is the first command that a new reader types."""
     rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     targets = {target for rule in rules for target in rule.split()}
     named = {match for page in PAGES for code in _code(page) for match in re.findall(r"^make ([\w-]+)", code)}
@@ -197,17 +196,30 @@ def _runnable() -> list[str]:
     return [line for line in lines if "--watch" not in line and ("--" in line or line.split()[1] in alone)]
 
 
-def test_every_command_of_the_runbook_runs(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stack with an export, a dead letter and an erasure, none of them is a wrong call."""
-    monkeypatch.setenv("AUDITEXPORT_MYSQL_URL", stack.mysql_url)
-    monkeypatch.setenv("AUDITEXPORT_CLICKHOUSE_URL", stack.clickhouse_url)
-    _export_something(stack)
+@pytest.fixture(scope="module")
+def exported(module_stack: Stack) -> Stack:
+    """Ten events exported and verified, and row 4711 a dead letter."""
+    module_stack.put(*events(10))
+    workspace_id, event_id, payload = event("evt_4711", event=17)
+    module_stack.sql(
+        "INSERT INTO clickhouse_outbox (pk, version, workspace_id, event_id, payload, created_at) "
+        "VALUES (4711, 'audit_log.v1', :workspace_id, :event_id, :payload, 1760000000000)",
+        workspace_id=workspace_id,
+        event_id=event_id,
+        payload=payload,
+    )
+    run(module_stack)
+    return module_stack
+
+
+def test_every_command_of_the_runbook_runs(exported: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an export with a dead letter, none of them is a wrong call."""
+    auditexport = prompt_in(urls(exported), monkeypatch)
     lines = _runnable()
     assert len(lines) >= 12
     for line in lines:
-        done = CliRunner().invoke(main, _words(line))
+        done = auditexport(*_words(line), status=None)
         assert done.exit_code in (0, BAD_OUTCOME), f"{line}: {done.output}"
-        assert done.exception is None or isinstance(done.exception, SystemExit), f"{line}: {done.exception!r}"
 
 
 # BACKUP is left out: it needs a disk for backups, and the embedded ClickHouse has none.
@@ -226,34 +238,19 @@ def _statements() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "statement"), _statements())
-def test_every_statement_of_the_pages_runs(stack: Stack, page: str, statement: str) -> None:
+def test_every_statement_of_the_pages_runs(exported: Stack, page: str, statement: str) -> None:
     """A statement that an operator pastes at night has been run before."""
-    _export_something(stack)
     if re.search(r"audit_logs_raw_v1|\bsystem\.", statement):
-        stack.log.client().command(statement)
+        exported.log.client().command(statement)
     else:
-        stack.sql(statement)
-
-
-def _export_something(stack: Stack) -> None:
-    """Ten events exported and verified, and row 4711 set aside."""
-    stack.put(*events(10))
-    workspace_id, event_id, payload = event("evt_4711")
-    stack.sql(
-        "INSERT INTO clickhouse_outbox (pk, version, workspace_id, event_id, payload, created_at) "
-        "VALUES (4711, 'audit_log.v1', :workspace_id, :event_id, :payload, 1760000000000)",
-        workspace_id=workspace_id,
-        event_id=event_id,
-        payload=payload.replace('"key.create"', "17"),
-    )
-    drain(stack.outbox, stack.log, Limits(), owner="run_1")
+        exported.sql(statement)
 
 
 # ── variables, settings, errors, checks, tests ───────────────────────────────────────────────────
 
 
 def test_every_variable_is_documented_and_every_documented_variable_exists() -> None:
-    """A variable that nobody reads about is not there; one that nobody reads any more is worse."""
+    """A variable without a page is not found; a page about a variable that is gone misleads."""
     name = re.compile(r"\bAUDITEXPORT_[A-Z][A-Z_]*[A-Z]\b")
     sources = [*PACKAGE.rglob("*.py"), TESTS / "conftest.py", Path(__file__).with_name("test_surface.py")]
     used = {found for path in sources for found in name.findall(path.read_text())}
@@ -264,7 +261,7 @@ def test_every_variable_is_documented_and_every_documented_variable_exists() -> 
 
 
 def test_every_setting_of_a_drain_is_in_the_table_of_knobs() -> None:
-    """Whoever scales it looks there and nowhere else."""
+    """It is the one place where operators look for a limit."""
     table = (DOCS / "operations.md").read_text().split("\n## Scaling\n")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in _SPAN.findall(row)}
     assert named == set(Limits.model_fields)
@@ -288,7 +285,7 @@ def test_the_tables_of_targets_and_alerts_have_the_defaults(page: str, settings:
         assert f"| `{name}` | {field.default:g} |" in text
 
 
-def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
+def test_every_job_sensor_and_schedule_is_on_a_page() -> None:
     """A job that no page mentions is found by accident."""
     text = "\n".join(page.read_text() for page in PAGES)
     jobs = {job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")}
@@ -298,41 +295,36 @@ def test_whatever_dagster_can_launch_or_turn_on_is_on_a_page() -> None:
     assert not {name for name in jobs | automation if f"`{name}`" not in text}
 
 
-def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
-    """The name that status gives a finding leads to its section."""
-    about = set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "advice.py").read_text()))
-    assert "lag" in about
-    first_table = RUNBOOK.read_text().split("\n## ")[0]
-    assert not {name for name in about if f"`{name}`" not in first_table}
-
-
 def test_every_alert_rule_leads_to_a_section_of_the_runbook() -> None:
-    """Whoever is called at night has a link in the notice."""
+    """The alert at night has a link to what to do."""
     rules = (PACKAGE / "deploy" / "prometheus-rules.yml").read_text()
     anchors = re.findall(r"runbook: auditexport_pipeline/docs/runbook\.md#(\S+)", rules)
     assert len(anchors) == len(re.findall(r"- alert: ", rules)) > 5
     assert set(anchors) <= _anchors(RUNBOOK)
 
 
-def _raised() -> list[str]:
-    """The errors that are raised themselves: the leaves of the tree, and those with a docstring of their own cause."""
+def test_every_error_has_a_section_in_the_runbook() -> None:
+    """A failed run prints the name of its error; the name must lead to a section."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     roots = {errors.AuditExportError, errors.TransientError, errors.PermanentError}
-    return sorted(kind.__name__ for kind in kinds if kind not in roots)
+    raised = {kind.__name__ for kind in kinds if kind not in roots}
+    assert len(raised) > 5
+    assert not {name for name in raised if name.lower() not in _anchors(RUNBOOK)}
 
 
-@pytest.mark.parametrize("error", _raised())
-def test_every_error_has_a_section_in_the_runbook(error: str) -> None:
-    """A failed run gives an error's name; the name must lead somewhere."""
-    assert error.lower() in _anchors(RUNBOOK)
-
-
-def test_every_asset_check_is_in_the_runbooks_table() -> None:
-    """A check that fails is a question; the runbook has the answer."""
-    checks = {key.name for check in defs.asset_checks or () for key in check.check_keys}
-    assert "recent_exports_reconcile" in checks
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ({key.name for check in defs.asset_checks or () for key in check.check_keys}, "recent_exports_reconcile"),
+        (set(re.findall(r'about="(\w+)"', (PACKAGE / "core" / "advice.py").read_text())), "lag"),
+    ],
+    ids=["asset checks", "findings of status"],
+)
+def test_every_check_and_finding_is_in_the_runbooks_table(names: set[str], known: str) -> None:
+    """The name of a failed check or of a finding leads to its section."""
+    assert known in names
     first_table = RUNBOOK.read_text().split("\n## ")[0]
-    assert not {name for name in checks if f"`{name}`" not in first_table}
+    assert not {name for name in names if f"`{name}`" not in first_table}
 
 
 def _tests_of(path: Path) -> set[str]:
@@ -340,7 +332,7 @@ def _tests_of(path: Path) -> set[str]:
 
 
 def test_every_test_that_a_promise_names_exists() -> None:
-    """A promise whose test was renamed away is not held by anything."""
+    """A promise whose test was renamed or removed is no longer tested."""
     named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (DOCS / "guarantees.md").read_text())
     assert len(named) > 30
     missing = [f"{path}::{name}" for path, name in named if name not in _tests_of(TESTS / path)]
@@ -348,7 +340,7 @@ def test_every_test_that_a_promise_names_exists() -> None:
 
 
 def test_every_promise_names_a_test() -> None:
-    """What is promised in a quoted line is held by the table beneath it."""
+    """The list beneath each quoted promise names its tests."""
     sections = (DOCS / "guarantees.md").read_text().split("\n## ")[1:]
     assert sum("\n> " in section for section in sections) >= 6
     for section in sections:
@@ -356,17 +348,9 @@ def test_every_promise_names_a_test() -> None:
 
 
 def test_the_pages_ship_with_the_package() -> None:
-    """Whoever installs the package has the runbook."""
-    if (ROOT / "pyproject.toml").exists():
-        shipped = (ROOT / "pyproject.toml").read_text()
-        for pattern in (
-            "docs/*.md",
-            "docs/adr/*.md",
-            "docs/images/*.png",
-            "deploy/*.yaml",
-            "deploy/systemd/*",
-            "deploy/container/*",
-            "deploy/kubernetes/*",
-        ):
-            assert f'"{pattern}"' in shipped
-            assert list(PACKAGE.glob(pattern)) or pattern.endswith(".png"), pattern
+    """An installed package has the runbook and the files of the deployment."""
+    shipped = (ROOT / "pyproject.toml").read_text()
+    pages = ("docs/*.md", "docs/adr/*.md", "docs/images/*.png")
+    for pattern in (*pages, "deploy/*.yaml", "deploy/systemd/*", "deploy/container/*", "deploy/kubernetes/*"):
+        assert f'"{pattern}"' in shipped
+        assert list(PACKAGE.glob(pattern)) or pattern.endswith(".png"), pattern
