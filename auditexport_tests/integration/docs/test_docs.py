@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -104,6 +105,7 @@ class Command:
         return f"{self.page}: {self.line}"
 
 
+@lru_cache
 def _trees() -> dict[str, click.Command]:
     from dagster._cli import create_dagster_cli
     from dagster._daemon.cli import create_dagster_daemon_cli
@@ -327,6 +329,7 @@ def test_every_check_and_finding_is_in_the_runbooks_table(names: set[str], known
     assert not {name for name in names if f"`{name}`" not in first_table}
 
 
+@lru_cache
 def _tests_of(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
