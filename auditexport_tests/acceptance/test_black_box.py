@@ -6,10 +6,13 @@ Each command is a process of its own. Those that `integration.cli` runs in the p
 from __future__ import annotations
 
 import json
+from threading import Event
 
 import pytest
 
-from auditexport_tests.acceptance.world import Gate, World, event, until
+from auditexport_tests.acceptance.world import World, event
+from auditexport_tests.support.http_proxy import Answer, Forward, HttpProxy, Request
+from auditexport_tests.support.waiting import wait_until
 
 IDS = [f"ev_{number:03}" for number in range(40)]
 # A run of Dagster takes eight seconds to start: one of them is enough for `make test`.
@@ -51,7 +54,7 @@ def test_a_kill_after_the_insert_doubles_nothing(world: World, run: str) -> None
         with application.cursor() as cursor:
             cursor.execute("SELECT pk FROM clickhouse_outbox FOR UPDATE")
         with world.start("auditexport", "drain") as process:
-            until(lambda: world.entries() == IDS, "the rows are in ClickHouse")
+            wait_until(lambda: world.entries() == IDS, what="the rows in ClickHouse")
             process.kill()
     assert world.pending() == len(IDS)
     export(world, run)
@@ -62,12 +65,22 @@ def test_a_kill_after_the_insert_doubles_nothing(world: World, run: str) -> None
 def test_a_kill_before_the_insert_loses_nothing(world: World, run: str) -> None:
     """The batch is sealed, its INSERT is on the way and never arrives."""
     world.put(*IDS)
+    held, released = Event(), Event()
+
+    def hold(request: Request, forward: Forward) -> Answer:
+        if request.inserts:
+            held.set()
+            released.wait(60)
+            return Answer(status=503)
+        return forward(request)
+
     with (
-        Gate(world.clickhouse_url, hold=b"INSERT INTO audit_logs_raw_v1") as gate,
-        world.start("auditexport", "drain", AUDITEXPORT_CLICKHOUSE_URL=gate.url) as process,
+        HttpProxy(world.clickhouse_url, hold) as proxy,
+        world.start("auditexport", "drain", AUDITEXPORT_CLICKHOUSE_URL=proxy.url) as process,
     ):
-        assert gate.held.wait(30), process.communicate(timeout=5)
+        assert held.wait(30), process.communicate(timeout=5)
         process.kill()
+    released.set()
     assert (world.entries(), world.pending()) == ([], len(IDS))
     export(world, run)
     assert (world.entries(), world.pending()) == (IDS, 0)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,65 +143,8 @@ class World:
 
     def materialize(self, **changes: str) -> str:
         """What Dagster prints while it materializes the asset; fails the test when the run fails."""
-        words = (
-            "dagster",
-            "asset",
-            "materialize",
-            "-m",
-            "auditexport_pipeline.definitions",
-            "--select",
-            "audit_logs_raw_v1",
-        )
-        with self.start(*words, **changes) as process:
+        words = "dagster asset materialize -m auditexport_pipeline.definitions --select audit_logs_raw_v1"
+        with self.start(*words.split(), **changes) as process:
             out, err = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, out + err
         return out + err
-
-
-def until(condition: Callable[[], bool], what: str, within_s: float = 30.0) -> None:
-    """Waits for a condition; fails the test when it does not come true."""
-    ends = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < ends, f"not within {within_s:.0f} s: {what}"
-        time.sleep(0.05)
-
-
-class Gate:
-    """A port before a server that lets everything through, until it is told to hold requests that contain a word."""
-
-    def __init__(self, url: str, hold: bytes) -> None:
-        parts = urlsplit(url)
-        self._behind = (parts.hostname or "127.0.0.1", parts.port or 80)
-        self._hold = hold
-        self.held = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = url.replace(f":{parts.port}/", f":{self._listener.getsockname()[1]}/")
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> Gate:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with suppress(OSError), client, socket.create_connection(self._behind) as server:
-            threading.Thread(target=_pump, args=(server, client), daemon=True).start()
-            while part := client.recv(2**16):
-                if self._hold in part:
-                    self.held.set()
-                    client.recv(1)  # until the client dies
-                    return
-                server.sendall(part)
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while part := source.recv(2**16):
-            target.sendall(part)

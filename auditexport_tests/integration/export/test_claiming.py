@@ -25,14 +25,12 @@ from auditexport_tests.support.builders import (
     claim,
     clear_marks,
     crash,
-    dead_letters,
     delete_rows,
     end_leases,
     everything_once,
     ledger,
     run,
     small_event,
-    states,
     stop_merges,
     write_and_mark,
 )
@@ -181,20 +179,6 @@ def test_unknown_versions_are_left_alone_and_counted(stack: Stack) -> None:
     assert stack.pending() == len(unknown)
 
 
-def test_a_row_with_an_open_dead_letter_is_claimed_only_after_a_retry(stack: Stack) -> None:
-    """Claimed again, it would come back in every run; after a retry it is claimed once more."""
-    put(stack, 2)
-    (bad,) = stack.put(("ws_1", "evt_bad", '{"event_id": 5}'))
-    run(stack)
-    assert dead_letters(stack, "pk", "state", "reason") == [(bad, "open", "wrong_type")]
-    assert claim(stack, "two") == []
-    assert stack.pending() == 1
-    stack.sql("UPDATE clickhouse_outbox_dead_letter SET state = 'discarded'")
-    assert claim(stack, "two") == []
-    stack.sql("UPDATE clickhouse_outbox_dead_letter SET state = 'retried'")
-    assert pks(stack, claim(stack, "three")) == [[bad]]
-
-
 def test_the_application_writes_while_a_plan_is_open(stack: Stack) -> None:
     """The ancestor's row locks stalled the application; a claim holds none, on no row and no gap."""
     rows = put(stack, 30)
@@ -266,18 +250,6 @@ def test_a_batch_that_turns_out_too_large_gives_the_rest_back(stack: Stack, monk
     assert stack.pending() == 12 - fetched.rows
     (two,) = claim(stack, "two")
     assert two.rows == 12 - fetched.rows
-
-
-@pytest.mark.parametrize("every", [2, 3])
-def test_scattered_pks_go_all_the_way(stack: Stack, every: int) -> None:
-    """With auto_increment_increment, or versions interleaved, no two pks of a batch are neighbours."""
-    rows = put(stack, 120)
-    delete_rows(stack, *rows[::every])
-    left = [pk for number, pk in enumerate(rows) if number % every]
-    run(stack, limits=Limits(batch_rows=50, mark_rows=20))
-    assert [pk for batch in ledger(stack) for pk in batch.pks] == left
-    everything_once(stack, len(left))
-    assert set(states(stack)) == {"verified"}
 
 
 def test_a_live_owners_batches_are_left_to_it(stack: Stack) -> None:

@@ -1,4 +1,4 @@
-"""The prompt as a whole: every command can be used by a script and completed by a shell."""
+"""The CLI as a whole: every command can be used by a script and completed by a shell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from auditexport_pipeline.cli import main
 
-# The page in the foreground has nothing to say to a program; a shell's script and Prometheus' text are for programs already.
+# `dev` runs in the foreground for a person; a shell's script and Prometheus' text are for programs already.
 WITHOUT_JSON = {"dev", "completion", "metrics"}
 
 
@@ -28,30 +28,12 @@ COMMANDS = dict(commands(main))
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_json_and_says_its_exit_statuses(name: str) -> None:
-    """Whoever writes a script reads the help, and must not have to read the source."""
+    """The author of a script reads the help, and must not have to read the source."""
     shown = CliRunner().invoke(main, [*name.split(), "--help"])
     assert shown.exit_code == 0
     assert "exit status" in " ".join(shown.output.lower().split())
     flags = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
     assert ("--json" in flags) is (name not in WITHOUT_JSON)
-
-
-def test_the_verbs_of_the_issue_are_there() -> None:
-    """The same words at the prompt as on the page."""
-    verbs = {name.split()[0] for name in COMMANDS}
-    assert verbs >= {
-        "status",
-        "batches",
-        "drain",
-        "requeue",
-        "dead-letters",
-        "sweep",
-        "reconcile",
-        "doctor",
-        "init",
-        "demo",
-        "dev",
-    }
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -65,17 +47,17 @@ def test_a_completion_script_is_printed_for_each_shell(shell: str) -> None:
 
 
 def test_a_shell_completes_commands_and_options() -> None:
-    """The script is only half of it: what it asks the program for has to come back."""
+    """The script asks the program what can come next."""
     asked = {"_AUDITEXPORT_COMPLETE": "bash_complete", "COMP_WORDS": "auditexport batches ", "COMP_CWORD": "2"}
-    told = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
-    assert {line.partition(",")[2] for line in told.split()} == {"list", "show"}
+    answer = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
+    assert {line.partition(",")[2] for line in answer.split()} == {"list", "show"}
     asked |= {"COMP_WORDS": "auditexport drain --batch", "COMP_CWORD": "2"}
-    told = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
-    assert {line.partition(",")[2] for line in told.split()} == {"--batch-rows", "--batch-bytes"}
+    answer = CliRunner().invoke(main, [], env=asked, prog_name="auditexport").output
+    assert {line.partition(",")[2] for line in answer.split()} == {"--batch-rows", "--batch-bytes"}
 
 
 def test_bash_takes_the_script() -> None:
-    """A syntax error would show at every prompt of everybody."""
+    """A syntax error would show in every new shell."""
     script = CliRunner().invoke(main, ["completion", "bash"]).output
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
