@@ -1,4 +1,4 @@
-"""The pipeline: whatever order the callers ask in and whatever fails, every batch is exported once and nobody waits."""
+"""The pipeline: in whatever order the steps come and whatever fails, every batch is exported once and no step hangs."""
 
 from __future__ import annotations
 
@@ -49,27 +49,21 @@ def lose_the_connection() -> None:
     raise OSError("the connection is gone")
 
 
-def assert_all_once(stack: Stack) -> None:
-    everything_once(stack, BATCHES * BATCH_ROWS)
+def write_and_mark(stack: Stack, pipeline: Pipeline, claim: Claim, log: AuditLog | None = None) -> None:
+    receipt = pipeline.write(stack.outbox, log or stack.log, claim, LIMITS)
+    pipeline.mark(stack.outbox, stack.log, receipt, LIMITS)
 
 
-def test_in_order_the_threads_do_the_work(stack: Stack, pipeline: Pipeline) -> None:
-    """What the pipeline is for."""
-    for claim in planned(stack, pipeline):
-        fetch(pipeline, stack.outbox, stack.log, claim)
-        assert pipeline.has_begun(claim)
-        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
-    assert_all_once(stack)
-
-
-def test_what_ran_ahead_is_known_with_when_and_how_long(stack: Stack, pipeline: Pipeline) -> None:
-    """A caller that only takes a result sees milliseconds, whatever the work took; the first batch is the control."""
+def test_the_log_knows_what_was_prefetched_and_how_long_it_took(stack: Stack, pipeline: Pipeline) -> None:
+    """A step that only takes a result lasts milliseconds, however long the work took; the first batch is the control."""
     first, second, *_ = claims = planned(stack, pipeline)
     fetch(pipeline, stack.outbox, stack.log, first)
     wait_until(lambda: pipeline.timing("mark", second.batch_id) is not None, what="the second batch marked ahead")
     for claim in claims:
         fetch(pipeline, stack.outbox, stack.log, claim)
-        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
+        assert pipeline.has_begun(claim)
+        write_and_mark(stack, pipeline, claim)
+    everything_once(stack, BATCHES * BATCH_ROWS)
     for verb in VERBS:
         timing = pipeline.timing(verb, second.batch_id)
         assert timing is not None
@@ -84,16 +78,14 @@ def test_what_ran_ahead_is_known_with_when_and_how_long(stack: Stack, pipeline: 
 
 
 @pytest.mark.parametrize("in_reverse", [False, True])
-def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
-    stack: Stack, pipeline: Pipeline, in_reverse: bool
-) -> None:
+def test_steps_in_another_order_do_not_hang(stack: Stack, pipeline: Pipeline, in_reverse: bool) -> None:
     """Retries, priorities and failed steps change Dagster's order; a run that hangs holds its batches for a lease."""
     claims = planned(stack, pipeline)
     for claim in claims:
         fetch(pipeline, stack.outbox, stack.log, claim)
     for claim in reversed(claims) if in_reverse else claims:
-        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
-    assert_all_once(stack)
+        write_and_mark(stack, pipeline, claim)
+    everything_once(stack, BATCHES * BATCH_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +96,7 @@ def test_steps_in_another_order_wait_for_nothing_that_will_not_come(
     ],
 )
 def test_a_failure_is_raised_in_its_own_step_and_the_others_go_on(stack: Stack, pipeline: Pipeline, place: str) -> None:
-    """An error in a thread that nobody hears of would be a batch that never arrives."""
+    """An error that is lost in a thread would be a batch that never arrives."""
     claims = planned(stack, pipeline)
     point = CrashPoint(place, then=lose_the_connection)
     outbox, log = CrashingOutbox(stack.outbox, point), CrashingAuditLog(stack.log, point)
@@ -123,10 +115,10 @@ def test_a_failure_is_raised_in_its_own_step_and_the_others_go_on(stack: Stack, 
         receipt = step(lambda claim=claim: pipeline.write(outbox, log, claim, LIMITS))  # type: ignore[misc]
         step(lambda receipt=receipt: pipeline.mark(outbox, log, receipt, LIMITS))  # type: ignore[misc]
     assert len(failed) == 1
-    assert_all_once(stack)
+    everything_once(stack, BATCHES * BATCH_ROWS)
 
 
-def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: Stack, pipeline: Pipeline) -> None:
+def test_a_write_that_fails_while_a_step_waits_lets_no_step_hang(stack: Stack, pipeline: Pipeline) -> None:
     """The threads stop at a failure; a step that waits for a later batch would wait for ever."""
     claims = planned(stack, pipeline)
     sending = threading.Event()
@@ -145,8 +137,8 @@ def test_a_write_that_fails_behind_a_waiting_step_leaves_nobody_waiting(stack: S
     for claim in claims:
         if claim != claims[3]:
             fetch(pipeline, stack.outbox, log, claim)
-        pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, log, claim, LIMITS), LIMITS)
-    assert_all_once(stack)
+        write_and_mark(stack, pipeline, claim, log)
+    everything_once(stack, BATCHES * BATCH_ROWS)
 
 
 def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, pipeline: Pipeline) -> None:
@@ -155,8 +147,8 @@ def test_a_batch_whose_steps_never_come_does_not_stop_the_others(stack: Stack, p
     for claim in claims:
         fetch(pipeline, stack.outbox, stack.log, claim)
         if claim not in claims[1:3]:
-            pipeline.mark(stack.outbox, stack.log, pipeline.write(stack.outbox, stack.log, claim, LIMITS), LIMITS)
+            write_and_mark(stack, pipeline, claim)
     pipeline.close()
     for claim in claims[1:3]:
         export.mark(stack.outbox, stack.log, export.write(stack.outbox, stack.log, claim, {}, LIMITS), LIMITS)
-    assert_all_once(stack)
+    everything_once(stack, BATCHES * BATCH_ROWS)
