@@ -86,7 +86,7 @@ def stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def module_stack(mysql_server: str, clickhouse_server: str) -> Iterator[Stack]:
-    """As `stack`, shared by a module whose tests only look at what one drain left."""
+    """As `stack`, shared by a module whose tests only read what one drain left."""
     with fresh_stack(mysql_server, clickhouse_server) as fresh:
         yield fresh
 

@@ -48,7 +48,7 @@ def test_a_drain_prints_what_it_did_for_programs(world: World) -> None:
 
 @RUNS
 def test_a_kill_after_the_insert_doubles_nothing(world: World, run: str) -> None:
-    """ClickHouse has the rows, MySQL has no mark: the next run must look before it sends."""
+    """ClickHouse has the rows, MySQL has no mark: the next run must check before it sends."""
     world.put(*IDS)
     with world.connection() as application:
         with application.cursor() as cursor:

@@ -154,7 +154,7 @@ def delete_rows(stack: Stack, *pks: int) -> None:
 
 
 def lose(stack: Stack, *event_ids: str) -> None:
-    """Deletes these events' entries from ClickHouse, or all entries, as a fault would. Waits for ever where merges are stopped."""
+    """Deletes these events' entries from ClickHouse, or all entries, as a fault would. Hangs if merges are stopped."""
     which = f"event_id IN ({', '.join(map(repr, event_ids))})" if event_ids else "TRUE"
     stack.clickhouse(f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE {which} SETTINGS mutations_sync = 2")
 

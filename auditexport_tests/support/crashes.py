@@ -4,7 +4,7 @@ What belongs here: the crash points, the wrappers, and a drain without Dagster. 
 is a real store, and what it did before the crash stays done.
 
 A crash point is `before X n` or `after X n`: beside the n-th time that a run has the durable effect X.
-`after insert n` is the lost answer: ClickHouse has taken the block and nobody learns of it.
+`after insert n` is the lost answer: ClickHouse has the block, and the run does not know.
 """
 
 from __future__ import annotations

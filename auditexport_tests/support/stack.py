@@ -81,7 +81,7 @@ def _admins(mysql_server: str, clickhouse_server: str) -> tuple[sa.Engine, Click
 
 @contextmanager
 def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = True) -> Iterator[Stack]:
-    """Two fresh databases, with all tables unless told otherwise, dropped afterwards."""
+    """Two fresh databases, with all tables unless not `create`, dropped afterwards."""
     name = f"auditexport_test_{os.getpid()}_{next(_numbers)}"
     admin, admin_log = _admins(mysql_server, clickhouse_server)
     with admin.connect() as connection:
@@ -89,7 +89,7 @@ def fresh_stack(mysql_server: str, clickhouse_server: str, *, create: bool = Tru
     admin_log.client().command(f"CREATE DATABASE {name}")
     outbox = MySQLOutbox(mysql_server + name)
     log = ClickHouseAuditLog(clickhouse_server + name)
-    # Settings are a server's and a user's, whatever the database; old servers answer in a third of a second.
+    # Settings belong to a server and a user, not to a database; old servers take a third of a second to list them.
     log.connection._listed = admin_log.connection.listed()
     if create:
         setup.create(outbox, log, with_outbox=True)

@@ -44,7 +44,7 @@ NOT_IN_CORE = {
 }
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime"}
 NEEDLESS_AT_START = {"pandas", "chdb", "clickhouse_connect", "httpx", "prometheus_client", "rich", "matplotlib"}
-# The report loads what draws it, and is itself loaded only when somebody asks for one.
+# The report loads libraries for charts; it is loaded only when a report is made.
 MAY_BE_HEAVY = {"local", "processes", "celery_worker", "report"}
 REPORT = "auditexport_pipeline.report"
 PRIVATE_TO_DAGSTER = re.compile(r"\bdagster\._|\bdagster_shared\b|\bpath_for_shard\b")
@@ -135,7 +135,7 @@ def stores_are_made_in_three_places(path: str, source: str) -> list[str]:
 
 
 def the_environment_is_not_read_at_import(path: str, source: str) -> list[str]:
-    """Configuration belongs to a run, not to whoever imported a module first."""
+    """Configuration belongs to a run, not to the first import of a module."""
     found = []
     pending: list[ast.AST] = list(ast.parse(source).body)
     while pending:

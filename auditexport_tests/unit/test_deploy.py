@@ -1,7 +1,6 @@
-"""The files of `auditexport_pipeline/deploy`, held against each other, the programs they start and the instance's settings.
+"""The files of `auditexport_pipeline/deploy` fit each other, the programs they start and the instance's settings.
 
-What belongs here: what can be read. What does not: running them; `e2e/test_deployment.py` starts the three services as
-the units do.
+`e2e/test_deployment.py` starts the three services as the units do.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def test_nothing_of_the_containers_listens_beyond_the_machine() -> None:
 
 
 def test_the_files_that_the_image_and_the_containers_take_exist() -> None:
-    """An image that names a file that was moved fails on somebody else's machine."""
+    """An image that names a file that was moved fails only on the machine that builds it."""
     containerfile = (DEPLOY / "container" / "Containerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(?:--chown=\S+ )?(.+) \S+$", containerfile, re.MULTILINE)
     sources = [source for line in copied for source in line.split()]
@@ -247,8 +246,8 @@ def test_dagster_accepts_the_run_launcher(tmp_path: Path, monkeypatch: pytest.Mo
     assert not process_config(K8sRunLauncher.config_type(), {**config, "job_nmaespace": "x"}).success
 
 
-def test_whatever_the_manifests_name_is_there() -> None:
-    """A pod that names a claim, a Secret or a ConfigMap which nobody makes waits for it for ever."""
+def test_everything_that_the_manifests_name_exists() -> None:
+    """A pod that names a claim, a Secret or a ConfigMap that does not exist never starts."""
     there = {(found["kind"], found["metadata"]["name"]) for found in MANIFESTS}
     there |= {("ConfigMap", generated["name"]) for generated in KUSTOMIZATION["configMapGenerator"]}
     launcher = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]["config"]
@@ -275,7 +274,7 @@ def test_whatever_the_manifests_name_is_there() -> None:
 
 
 def test_the_variables_of_the_manifests_are_those_that_we_read() -> None:
-    """A setting under a name that nobody reads is no setting."""
+    """A variable under another name has no effect."""
     pages = (ROOT / "auditexport_pipeline" / "docs" / "operations.md").read_text()
     literals = [text for found in KUSTOMIZATION["configMapGenerator"] for text in found.get("literals", ())]
     set_here = {text.partition("=")[0] for text in literals}

@@ -22,7 +22,7 @@ SNAPSHOT = Path(__file__).with_name("surface.txt")
 def test_the_public_surface_is_as_it_was_written_down(
     stack: Stack, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that changes breaks a dashboard, a script or a code location of somebody's.
+    """A name that changes breaks a user's dashboard, script or code location.
 
     To change it on purpose, run this with AUDITEXPORT_TEST_RENEW_SURFACE=1, and say in CHANGELOG.md what is new.
     """

@@ -345,7 +345,7 @@ def test_renewing_never_deadlocks_with_batches_that_change_their_state(stack: St
 
 
 def test_a_plan_that_dies_before_its_commit_leaves_nothing(stack: Stack) -> None:
-    """Half a plan would hold rows that nobody works on until a lease ends."""
+    """Half a plan would hold rows until a lease ends, and no run would work on them."""
     rows = put(stack, 10)
     crash(stack, "before claim 1")
     assert claiming.open_owners(stack.outbox) == []

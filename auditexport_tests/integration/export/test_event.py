@@ -108,7 +108,7 @@ def test_explain_finds_what_clickhouse_would_refuse(text: str, expected: tuple[s
 
 
 def test_the_normal_form_gives_every_key_once_and_changes_nothing_else() -> None:
-    """It is sent in place of the text, so whatever else it changed would be a change of the event."""
+    """It is sent in place of the text, so any other change would change the event."""
     text = '{ "a": 1, "b": {"x": 1, "x": [1, 1.0, 1e3, true, null, "é😀\\u0000\\n"]}, "a": {"c": -0.0}, "n": 18446744073709551615 }'
     once = normal_form(text.encode())
     assert once.decode() == (

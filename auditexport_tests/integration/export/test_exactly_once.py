@@ -1,4 +1,4 @@
-"""Exactly once, whatever happens: crashes at every point, paused runs, replays, requeues, rows that others change.
+"""Exactly once: crashes at every point, paused runs, replays, requeues, rows that others change.
 
 What belongs here: what both databases hold in the end, counted without FINAL. What does not: which rows a
 claim takes (`integration.export.test_claiming`), how a payload is read (`core.event`), and Dagster.
@@ -219,7 +219,7 @@ RECOVERIES = {
 
 
 def _crashes() -> Iterator[Any]:
-    """Each crash point with each recovery; fast are those that nothing else here stands for.
+    """Each crash point with each recovery; those that others cover are slow tests.
 
     A crash after an effect leaves the databases as one before the next effect does: only a step that is run again can
     tell them apart. And a plan treats all batches that it adopts alike: one recovery a crash point is enough.
@@ -328,7 +328,7 @@ def test_a_process_killed_with_sigkill_is_picked_up(stack: Stack, tmp_path: Path
 
 
 class Blind(CrashingAuditLog):
-    """Sees nothing in ClickHouse: a write that does not look first."""
+    """Sees nothing in ClickHouse: a write that does not check first."""
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         return {}
@@ -477,7 +477,7 @@ def test_every_effect_under_an_adopted_claim_is_refused(stack: Stack) -> None:
 
 
 def test_clickhouse_itself_refuses_an_insert_after_its_deadline(stack: Stack) -> None:
-    """A process frozen between its last look at the lease and its INSERT is beyond the reach of MySQL's fence."""
+    """MySQL cannot fence a process that is frozen between its last check of the lease and its INSERT."""
     fill(stack, 20)
     batch, bodies = sealed(stack)
 
@@ -515,7 +515,7 @@ def test_rows_that_others_delete_or_mark_are_counted(stack: Stack, place: str, e
 
 
 def test_a_batch_of_which_nothing_is_left_ends(stack: Stack) -> None:
-    """An empty batch that could not be closed would be adopted for ever."""
+    """An empty batch that could not be closed would be adopted again and again."""
     pks = fill(stack, 20)
     run(stack, "first", crash_at=CrashPoint("after claim 1", then=lambda: delete_rows(stack, *pks)))
     (batch,) = ledger(stack)
@@ -625,7 +625,7 @@ def test_a_requeue_that_crashes_is_once_in_the_view(stack: Stack) -> None:
 
 
 def test_copies_of_a_requeue_that_was_given_back_are_no_duplicates(stack: Stack) -> None:
-    """Its answer was lost and a row of it deleted: nobody can see whether its copies are in ClickHouse."""
+    """Its answer was lost and one of its rows deleted: no look-up can tell whether its copies are in ClickHouse."""
     pks = fill(stack, 20)
     run(stack, "first")
     clear_marks(stack, pks[4:7])

@@ -124,7 +124,7 @@ def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood
 
 @pytest.mark.parametrize("refused", [None, b"x-flood"], ids=["by the table", "by the parser"])
 def test_each_drain_stays_in_its_budget_and_gets_further(stack: Stack, few_probes: int, refused: bytes | None) -> None:
-    """Bounded work that finds nothing would be the same work for ever."""
+    """Bounded work that finds nothing would be repeated by every drain."""
     if refused is None:
         refuse_floods(stack)
     insert(stack, mixed_in(10, 30, description="x-flood"))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.clickhouse_sensitive
 
 VERSION = "audit_log.v1"
 TIME_MS = 1_700_000_000_000
-# In every payload, where its event does not keep it: whatever else shows it has leaked payload text.
+# In every payload, in an unknown field: a table of ours that shows it has leaked payload text.
 CANARY = "canary5f1e"
 BIG = 2**53 + 1
 GOOD_ROWS = 40
@@ -92,7 +92,7 @@ def rest(name: str, text: str, outcome: Outcome, *, mysql: Outcome | None = None
 
 
 def meta(text: str, *, mysql: Outcome | None = None, outcome: Outcome | None = None, name: str = "") -> Case:
-    """A meta that must come back as it is, unless told otherwise."""
+    """A meta that must come back as it is, unless another outcome is given."""
     return rest(f"meta {name or text[:60]}", f'"meta":{text}', outcome or stored(meta=json.loads(text)), mysql=mysql)
 
 
@@ -252,7 +252,7 @@ CASES = [
         '"description":"a\\"b\\\\c\\nd\\/e\\t\\u0001","bucket":"b\\u0000c","user_agent":"\\ud83d\\ude00","actor":{"name":"é\\u0000"}',
         stored(description='a"b\\c\nd/e\t\x01', bucket="b\0c", user_agent="😀", actor_name="é\0"),
     ),
-    # Both servers refuse half a character wherever it stands; `integration.export.test_event` shows what would become of it.
+    # Both servers refuse half a character anywhere; `integration.export.test_event` has what the decoder makes of it.
     *(
         rest(f"a lone surrogate {where}", text, Refused())
         for where, text in {
@@ -267,7 +267,7 @@ CASES = [
     meta(f'{{"a":{INT64_MAX},"b":{2**63},"c":{2**64 - 1},"d":{INT64_MIN},"e":{BIG}}}'),
     meta(f'{{"list":[{{"a":{BIG}}},{{"a":1.5}}]}}'),
     meta(f'{{"ok":[{2**53},-{2**53},1.5]}}'),
-    # MySQL itself takes an integer beyond 64 bits for a float, before anybody can see it.
+    # MySQL itself takes an integer beyond 64 bits for a float, before we can see it.
     meta(f'{{"a":{2**64}}}', outcome=Dead("number_out_of_range", "$.meta[…]"), mysql=stored(meta={"a": float(2**64)})),
     meta(f'{{"a":{INT64_MIN - 1}}}', outcome=Dead("number_out_of_range", "$.meta[…]"), mysql=stored(meta={"a": float(INT64_MIN)})),
     meta(f'{{"a":{"9" * 5000}}}', outcome=Dead("number_out_of_range", "$.meta[…]"), mysql=Refused()),
@@ -288,7 +288,7 @@ CASES = [
     meta('{"a":1e400}', outcome=Dead("number_out_of_range", "$.meta[…]"), mysql=Refused()),
     meta('{"a":[-1e400]}', outcome=Dead("number_out_of_range", "$.meta[…][…]"), mysql=Refused()),
     rest("1e400 in an unknown field", '"x":1e400', NOTHING, mysql=Refused()),
-    # ── arrays; a key of its own each, since ClickHouse looks at the types that earlier rows had there ──
+    # ── arrays; a key of its own each, since ClickHouse's choice depends on the types of earlier rows there ──
     meta('{"m1":[true,"x"],"m2":[1,true],"m3":[1,"a"],"m4":[1.5,"a",null,{}],"m5":[1,null,true,"s",1.5,[1],{"k":1}]}'),
     meta('{"n1":[[1,2],["a",null],[[]],[],{}],"n2":[],"n3":[[]],"n4":[{}],"n5":[null],"n6":[null,1],"n7":[1,2.5]}'),
     meta('{"o1":["5",5],"o2":["true",true],"o3":[{"x":1},{"x":"y"}],"o4":[[1,[2,["x"]]],{"k":[1,"a"]}],"o5":[{"x":1},null]}'),
@@ -564,12 +564,12 @@ class Metas(Random):
         return self.choice(self.choice(kinds))
 
 
-def kept(value: object) -> object:
-    """What ClickHouse's JSON type keeps: in an object, null and {} are absent; arrays keep theirs."""
+def as_stored(value: object) -> object:
+    """What ClickHouse's JSON type stores: in an object, null and {} are absent; in an array they are not."""
     if isinstance(value, dict):
-        members = {key: kept(child) for key, child in value.items()}
+        members = {key: as_stored(child) for key, child in value.items()}
         return {key: child for key, child in members.items() if child is not None and child != {}}
-    return [kept(child) for child in value] if isinstance(value, list) else value
+    return [as_stored(child) for child in value] if isinstance(value, list) else value
 
 
 def parts(value: object) -> Iterator[object]:
@@ -587,8 +587,8 @@ def too_long(value: object) -> bool:
 def rounds_integers(stack: Stack) -> bool:
     """Whether this server takes an integer for a float where a neighbour has a float, as 25.8 does."""
     two = '{"j":{"n":1.5}}\n{"j":{"n":9007199254740993}}'
-    held = stack.clickhouse("SELECT toJSONString(j) FROM format(JSONEachRow, 'j JSON', {two:String})", two=two)
-    return "9007199254740993" not in str(held)
+    stored_as = stack.clickhouse("SELECT toJSONString(j) FROM format(JSONEachRow, 'j JSON', {two:String})", two=two)
+    return "9007199254740993" not in str(stored_as)
 
 
 def test_an_old_server_that_rounds_integers_is_named(module_stack: Stack) -> None:
@@ -598,7 +598,7 @@ def test_an_old_server_that_rounds_integers_is_named(module_stack: Stack) -> Non
 
 
 def test_two_thousand_random_metas_keep_their_meaning(module_stack: Stack, drained: Drained) -> None:
-    """Nobody lists every shape that applications put into a meta; each must survive beside all the others."""
+    """No list has every shape that applications put into a meta; each must survive beside all the others."""
     stack = module_stack
     source = Metas(20_240_607)
     metas = {f"random_{n}": source.meta() for n in range(2_000)}
@@ -631,7 +631,7 @@ def test_two_thousand_random_metas_keep_their_meaning(module_stack: Stack, drain
     entries = entries_of(stack, "random")
     assert entries.keys() == metas.keys() - dead.keys()
     for event_id, (entry,) in entries.items():
-        expected = kept(metas[event_id])
+        expected = as_stored(metas[event_id])
         assert means_the_same(entry["meta"], expected), event_id
         assert means_the_same(read(entry["meta_text"]), expected), event_id
 

@@ -119,7 +119,7 @@ def test_a_failure_is_raised_in_its_own_step_and_the_others_go_on(stack: Stack, 
 
 
 def test_a_write_that_fails_while_a_step_waits_lets_no_step_hang(stack: Stack, pipeline: Pipeline) -> None:
-    """The threads stop at a failure; a step that waits for a later batch would wait for ever."""
+    """The threads stop at a failure; a step that waits for a later batch would hang."""
     claims = planned(stack, pipeline)
     sending = threading.Event()
 

@@ -27,7 +27,7 @@ def test_letters_whose_rows_were_deleted_hide_no_row(stack: Stack) -> None:
 
 
 def test_a_stopped_batch_has_no_owner_at_work(stack: Stack) -> None:
-    """Nobody works on it until its lease ends, so it must not keep the next run from starting."""
+    """No run works on it until its lease ends, so it must not keep the next run from starting."""
     stack.put(*events(10))
     insert_batch(stack, state="stopped", lease_until_ms=stack.upkeep.now_ms() + 250_000)
     assert _backlog(stack).leasing_owners == ()
@@ -47,7 +47,7 @@ def test_a_stopped_batch_has_no_owner_at_work(stack: Stack) -> None:
 def test_a_created_at_that_is_no_epoch_milliseconds_hides_no_lag(
     stack: Stack, auditexport: Prompt, created_at: str
 ) -> None:
-    """In microseconds or in the future it made the lag 0 for ever; in seconds it made it half a century."""
+    """In microseconds or in the future the lag was always 0; in seconds it made it half a century."""
     pks = stack.put(*events(10))
     hour_ago = "UNIX_TIMESTAMP(NOW(3)) * 1000 - 3600000"
     stack.sql(f"UPDATE clickhouse_outbox SET created_at = CASE pk WHEN {pks[-1]} THEN {hour_ago} ELSE {created_at} END")

@@ -1,4 +1,4 @@
-"""A drain's memory is bounded by what its settings say, whatever the mix of row sizes."""
+"""A drain's settings bound its memory, for every mix of row sizes."""
 
 from __future__ import annotations
 
