@@ -250,3 +250,17 @@ def test_a_circle_is_found() -> None:
     """The control of the rule above."""
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     assert circles(graph) == [["a", "b", "c"]]
+
+
+LONGEST_TEST_NAME = 90  # characters; the aim is 75
+
+
+def test_the_names_of_tests_are_short_sentences() -> None:
+    """A name is read in a list of failures, and in guarantees.md."""
+    names = {
+        name
+        for path in (ROOT / "auditexport_tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(names) > 500
+    assert {name for name in names if len(name) > LONGEST_TEST_NAME} == set()
