@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
-from auditexport_pipeline.core.settings import Limits, Thresholds
+from auditexport_pipeline.core.settings import Thresholds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import events, insert_batch, run
