@@ -15,18 +15,15 @@ from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.clickhouse.catalogue import Catalogue as ClickHouse
 from auditexport_pipeline.clickhouse.checks import clickhouse_checks
 from auditexport_pipeline.clickhouse.table_checks import table_checks as clickhouse_checks_of_every_run
-from auditexport_pipeline.core.batch import VIEW_BARS
-from auditexport_pipeline.core.claiming import LOOK_FOR_WHO_CLEARS
+from auditexport_pipeline.core.advice import Severity, advice
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig, SetupIncomplete
 from auditexport_pipeline.core.findings import Check, Checking, CheckResult, Finding, all_findings, carry_out, warning
-from auditexport_pipeline.core.settings import RETENTION_DAYS
-from auditexport_pipeline.core.status import newest_of_each_view
+from auditexport_pipeline.core.settings import RETENTION_DAYS, Targets
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.mysql.catalogue import Catalogue as MySQL
 from auditexport_pipeline.mysql.checks import mysql_checks, mysql_checks_of_every_run
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_pipeline.mysql.status import SQL as STATUS_SQL
-from auditexport_pipeline.mysql.status import cleared_often, read_open_batches, view_failures
+from auditexport_pipeline.mysql.status import read_status
 from auditexport_pipeline.roles import Role
 from auditexport_pipeline.sql import load
 
@@ -37,6 +34,15 @@ _CLICKHOUSE = load("clickhouse/checks.sql")
 CLEAN_FOR_S = 300.0
 # Clocks with NTP agree to milliseconds.
 SKEW_MS = 60_000
+_BREAKS = {
+    ("views", Severity.ERROR): "no INSERT that this view fails on is stored, and every run with such rows fails",
+    ("views", Severity.WARNING): "the export goes on; the view's target lacks these entries",
+    (
+        "cleared",
+        Severity.WARNING,
+    ): "the same events are exported again by each drain; ClickHouse merges the copies, and readers "
+    "of the raw table see them until then",
+}
 
 # By process and URLs. Threads share it: each access is one operation of the dictionary.
 _clean_until_s: dict[tuple[int, str, str], float] = {}
@@ -64,8 +70,7 @@ def examine(
     if not any(result.about.endswith(" connection") for result in results):
         results.append(Check("clocks", _clocks(outbox, log, host_ms)).carry_out())
     with suppress(AuditExportError):  # a ledger that is missing, or that our user may not read, is a finding above
-        results.append(Check("materialized views", _views(outbox)).carry_out())
-        results.append(Check("cleared marks", _cleared(outbox)).carry_out())
+        results.extend(_of_ledger(outbox))
     return results
 
 
@@ -140,45 +145,19 @@ def _answers(server: str, carry_out_all: Callable[[], list[CheckResult]]) -> lis
         return [CheckResult(about=f"{server} connection", seen=seen, findings=(finding,))]
 
 
-def _views(outbox: MySQLOutbox) -> Checking:
-    """No materialized view has failed within the last day, and none keeps a batch from being stored; from the ledger."""
-    with outbox.transaction("reading the ledger") as connection:
-        now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
-        failures = view_failures(connection, now_ms)
-        barred = [one for one in read_open_batches(connection, now_ms) if one.last_error.startswith(VIEW_BARS)]
-    for batch in barred[:1]:
-        yield warning(
-            what=f"batch {batch.batch_id}: {batch.last_error}",
-            breaks="no INSERT on which this view fails is stored, and every run with such rows fails",
-            fix="fix or drop the view; the next run sends the rows",
+def _of_ledger(outbox: MySQLOutbox) -> Iterator[CheckResult]:
+    """Materialized views that failed within the last day, and marks that are cleared again and again, as in `core.advice`."""
+    advised = advice(read_status(outbox), Targets())
+    for name, about, clean in (
+        ("materialized views", "views", "none failed in the last day"),
+        ("cleared marks", "cleared", "none that keep being cleared"),
+    ):
+        findings = tuple(
+            warning(what=one.what, breaks=_BREAKS[about, one.severity], fix=one.fix)
+            for one in advised
+            if one.about == about
         )
-    for batch_id, note in newest_of_each_view(failures).items():
-        yield warning(
-            what=f"batch {batch_id}: {note}",
-            breaks="the export goes on; the view's target lacks these entries",
-            fix="fix or drop the view, then fill its target as runbook.md says under A view fails",
-        )
-    if barred:
-        return f"{len(barred):,} {'batch is' if len(barred) == 1 else 'batches are'} not stored because of a view"
-    if failures:
-        return f"failed on {len(failures):,} {'batch' if len(failures) == 1 else 'batches'} of the last day"
-    return "none failed in the last day"
-
-
-def _cleared(outbox: MySQLOutbox) -> Checking:
-    """Marks are not cleared again and again, as an event or a job of the application can do."""
-    with outbox.transaction("reading the time") as connection:
-        now_ms = int(connection.execute(STATUS_SQL["now_ms"]).scalar_one())
-    often = cleared_often(outbox, now_ms)
-    if often is None:
-        return "no marks are cleared again and again"
-    yield warning(
-        what=str(often),
-        breaks="each drain exports the same events again; ClickHouse merges the copies, and readers of the raw table see them "
-        "until then",
-        fix=LOOK_FOR_WHO_CLEARS,
-    )
-    return "cleared again and again"
+        yield CheckResult(about=name, seen="see below" if findings else clean, findings=findings)
 
 
 def _clocks(outbox: MySQLOutbox, log: ClickHouseAuditLog, host_ms: Callable[[], float]) -> Checking:

@@ -1,6 +1,7 @@
-"""`auditexport`, the command: its group (`cli.group`) and every command, one module a theme.
+"""`auditexport`, the command: its group (`cli.group`), and a module for each theme of commands.
 
-A command hands the work to the one function that does it. Heavy imports wait until a command needs them.
+A command is its options, one call into `core` or a store, and one table or JSON. Heavy imports wait until a command needs
+them.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 # Each module adds its commands to the group when it is imported.
 from auditexport_pipeline.cli import (  # noqa: F401
     batches,
-    completion,
     dead_letters,
-    doctor,
     drain,
-    init,
     local,
     maintenance,
     metrics,
+    setup,
     status,
 )
 from auditexport_pipeline.cli.group import BAD_CALL, BAD_OUTCOME, main

@@ -16,19 +16,20 @@ from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import (
     Age,
     Command,
+    answer,
     by,
     dry_run_option,
     json_option,
-    moment,
     print_fields,
-    print_json,
     print_table,
     table,
     who_option,
+    with_options,
 )
 from auditexport_pipeline.cli.stores import outbox
-from auditexport_pipeline.core.dead_letters import HELD, PAGE_LETTERS, DeadLetterFilter, LetterState
+from auditexport_pipeline.core.dead_letters import KEEPS_ROW_OUT, PAGE_LETTERS, DeadLetterFilter, LetterState
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.format import counted, format_time
 from auditexport_pipeline.core.pks import PkSet
 
 if TYPE_CHECKING:
@@ -39,32 +40,23 @@ _ANY = "any"
 
 def _filters(*states: str) -> Callable[[Command], Command]:
     """The options that select dead letters; the first state is the default."""
-
-    def added(command: Command) -> Command:
-        for option in (
-            click.option("--pk", "pks", type=click.IntRange(min=0), multiple=True, help="Of the row; may be repeated."),
-            click.option("--older-than", "older_than_s", type=Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
-            click.option("--version", help="The payload's version."),
-            click.option("--reason", help="As `list` shows it, such as wrong_type."),
-            click.option("--workspace", "workspace_id", help="Of one workspace."),
-            click.option("--state", type=click.Choice(states), default=states[0], show_default=True),
-        ):
-            command = option(command)
-        return command
-
-    return added
+    return with_options(
+        click.option("--state", type=click.Choice(states), default=states[0], show_default=True),
+        click.option("--workspace", "workspace_id", help="Of one workspace."),
+        click.option("--reason", help="As `list` shows it, such as wrong_type."),
+        click.option("--version", help="The payload's version."),
+        click.option("--older-than", "older_than_s", type=Age(), help="Set aside longer ago: 90s, 15m, 6h, 30d."),
+        click.option("--pk", "pks", type=click.IntRange(min=0), multiple=True, help="Of the row; may be repeated."),
+    )
 
 
-def _acting(command: Command) -> Command:
-    for option in (
-        json_option,
-        dry_run_option,
-        click.option("--all", "everything", is_flag=True, help="Every letter in that state: needed without a filter."),
-        click.option("--at-most", type=click.IntRange(min=1), help="Stop after this many, oldest row first."),
-        who_option,
-    ):
-        command = option(command)
-    return command
+_acting = with_options(
+    who_option,
+    click.option("--at-most", type=click.IntRange(min=1), help="Stop after this many, oldest row first."),
+    click.option("--all", "everything", is_flag=True, help="Every letter in that state: needed without a filter."),
+    dry_run_option,
+    json_option,
+)
 
 
 @main.group("dead-letters")
@@ -89,17 +81,22 @@ def list_letters(letters: int, newest: bool, beyond_pk: int | None, as_json: boo
     mysql = outbox()
     counts = store.count(mysql, which)
     found = store.page(mysql, which, letters=letters, newest_first=newest, beyond_pk=beyond_pk)
-    if as_json:
-        print_json({"counts": asdict(counts), "letters": [asdict(letter) for letter in found]})
-        return
-    _print_letters(found, counts, which)
-    if len(found) == letters and counts.letters > letters:
-        click.echo(f"more: --beyond {found[-1].pk}{' --newest' if newest else ''}")
+
+    def show_list() -> None:
+        _print_counts(counts)
+        click.echo(_letters(counts.letters, f"{which.state} " if which.state is not None else ""))
+        if found:
+            columns = ("pk", "state", "set aside (UTC)", "workspace", "event", "reason", "where", "detail")
+            print_table(table(columns, map(_cells, found)))
+        if len(found) == letters and counts.letters > letters:
+            click.echo(f"more: --beyond {found[-1].pk}{' --newest' if newest else ''}")
+
+    answer(as_json, lambda: {"counts": counts, "letters": found}, show_list)
 
 
 @dead_letters.command()
 @click.argument("pk", type=click.IntRange(min=0))
-@click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox holds it now.")
+@click.option("--payload", "with_payload", is_flag=True, help="Also print the payload, as the outbox has it now.")
 @json_option
 def show(pk: int, with_payload: bool, as_json: bool) -> None:
     """Show the dead letter of one outbox row, the state of the row now, and the last action on it.
@@ -112,20 +109,20 @@ def show(pk: int, with_payload: bool, as_json: bool) -> None:
     if details is None:
         click.echo(f"auditexport: row {pk} has no dead letter", err=True)
         sys.exit(BAD_OUTCOME)
-    if as_json:
-        payload = details.payload.decode(errors="replace") if details.payload is not None else None
-        print_json({**asdict(details), "payload": payload})
-        return
-    _print_details(details)
-    if with_payload and details.payload is None:
-        click.echo("payload: none, the row is not in the outbox any more")
-    elif details.payload is not None:
-        click.echo("payload:")
-        click.echo(details.payload.decode(errors="replace"))
+    payload = details.payload.decode(errors="replace") if details.payload is not None else None
+
+    def show_letter() -> None:
+        _print_details(details)
+        if payload is not None:
+            click.echo(f"payload:\n{payload}")
+        elif with_payload:
+            click.echo("payload: none, the row is not in the outbox any more")
+
+    answer(as_json, lambda: {**asdict(details), "payload": payload}, show_letter)
 
 
 @dead_letters.command()
-@_filters(*(str(state) for state in HELD))
+@_filters(*map(str, KEEPS_ROW_OUT))
 @_acting
 @click.option("--why", default="retry", show_default=True, help="What was fixed.")
 def retry(**options: Any) -> None:
@@ -163,28 +160,30 @@ def _act(
     from auditexport_pipeline.mysql import dead_letters as store
 
     which = _which(**filters)
-    whose = by(who, why)
+    actor = by(who, why)
     if which.everything and not everything:
         raise InvalidConfig(
-            f"no filter is given; name what to {verb}, or say --all for every {which.state} dead letter"
+            f"no filter is given; name what to {verb}, or give --all for every {which.state} dead letter"
         )
     mysql = outbox()
     if dry_run:
         counts = store.count(mysql, which)
-        if as_json:
-            print_json({"dry_run": True, "counts": asdict(counts)})
-        else:
+
+        def show_plan() -> None:
             _print_counts(counts)
             would = min(counts.letters, at_most) if at_most else counts.letters
-            click.echo(f"would be {done}: {would:,} dead letters; nothing was changed")
+            click.echo(f"would be {done}: {_letters(would)}; nothing was changed")
+
+        answer(as_json, lambda: {"dry_run": True, "counts": counts}, show_plan)
         return
-    acted = (store.retry if verb == "retry" else store.discard)(mysql, which, whose, at_most=at_most)
-    if as_json:
-        print_json({"dry_run": False, **asdict(acted)})
-        return
-    gone = f"; {acted.gone:,} more are gone, their rows are no longer pending" if acted.gone else ""
-    under = ", ".join(map(str, acted.action_ids[:3])) + (" …" if len(acted.action_ids) > 3 else "")
-    click.echo(f"{done}: {acted.changed:,} dead letters{f' (action {under})' if under else ''}{gone}")
+    acted = (store.retry if verb == "retry" else store.discard)(mysql, which, actor, at_most=at_most)
+
+    def show_done() -> None:
+        gone = f"; {acted.gone:,} more {'is' if acted.gone == 1 else 'are'} gone with their rows" if acted.gone else ""
+        ids = ", ".join(map(str, acted.action_ids[:3])) + (" …" if len(acted.action_ids) > 3 else "")
+        click.echo(f"{done}: {_letters(acted.changed)}{f' (action {ids})' if ids else ''}{gone}")
+
+    answer(as_json, lambda: {"dry_run": False, **asdict(acted)}, show_done)
 
 
 def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> DeadLetterFilter:
@@ -196,55 +195,35 @@ def _which(*, state: str, pks: tuple[int, ...], **filters: Any) -> DeadLetterFil
 # ── printing ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def _letters(letters: int, state: str = "") -> str:
+    return counted(letters, f"{state}dead letter")
+
+
 def _print_counts(counts: LetterCounts) -> None:
-    shown = table("dead letters", "by", "", left=("by", ""))
-    shown.columns[0].justify = "right"
-    for what, numbers in (
-        ("reason", counts.by_reason),
-        ("workspace", counts.by_workspace),
-        ("version", counts.by_version),
-    ):
-        for name, number in numbers.items():
-            shown.add_row(f"{number:,}", what, name)
+    by_what = {"reason": counts.by_reason, "workspace": counts.by_workspace, "version": counts.by_version}
+    rows = [(number, what, name) for what, numbers in by_what.items() for name, number in numbers.items()]
     if counts.letters:
-        print_table(shown)
+        print_table(table((">dead letters", "by", ""), rows))
 
 
-def _print_letters(letters: list[Letter], counts: LetterCounts, which: DeadLetterFilter) -> None:
-    _print_counts(counts)
-    state = f"{which.state} " if which.state is not None else ""
-    click.echo(f"{counts.letters:,} {state}dead letters")
-    if not letters:
-        return
-    columns = ("pk", "state", "set aside (UTC)", "workspace", "event", "reason", "where", "detail")
-    shown = table(*columns, left=columns)
-    for letter in letters:
-        shown.add_row(
-            str(letter.pk),
-            str(letter.state),
-            moment(letter.created_at_ms),
-            letter.workspace_id,
-            letter.event_id,
-            letter.reason,
-            letter.json_path,
-            letter.detail,
-        )
-    print_table(shown)
+def _cells(letter: Letter) -> tuple[object, ...]:
+    at = format_time(letter.created_at_ms)
+    where = (letter.workspace_id, letter.event_id, letter.reason, letter.json_path, letter.detail)
+    return str(letter.pk), letter.state, at, *where
 
 
 def _print_details(details: LetterDetails) -> None:
-    letter = details.letter
-    exported = f" since {moment(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
+    letter, action = details.letter, details.action
+    exported = f" since {format_time(details.exported_at_ms)} UTC" if details.exported_at_ms is not None else ""
+    created, updated = format_time(letter.created_at_ms), format_time(letter.updated_at_ms)
     fields = {
         "row": f"{letter.pk}, {details.row}{exported}",
-        "state": f"{letter.state}, set aside {moment(letter.created_at_ms)}, changed {moment(letter.updated_at_ms)} UTC",
+        "state": f"{letter.state}, set aside {created}, changed {updated} UTC",
         "event": f"{letter.event_id} of workspace {letter.workspace_id}, {letter.version}",
         "reason": f"{letter.reason} at {letter.json_path}{f': {letter.detail}' if letter.detail else ''}",
         "batch": f"{letter.batch_id}",
     }
-    if details.action is not None:
-        action = details.action
-        fields["action"] = (
-            f"{action.action_id}: {action.verb} by {action.by.who}, {moment(action.at_ms)} UTC: {action.by.why}"
-        )
+    if action is not None:
+        at = format_time(action.at_ms)
+        fields["action"] = f"{action.action_id}: {action.verb} by {action.by.who}, {at} UTC: {action.by.why}"
     print_fields(fields, width=8)

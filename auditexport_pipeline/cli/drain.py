@@ -1,4 +1,4 @@
-"""`auditexport drain`: a run in the foreground, without Dagster. Options from `core.settings.Limits`, progress, signals, totals."""
+"""`auditexport drain`: a run in the foreground, without Dagster. Options of `core.settings.Limits`, progress, signals, totals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import click
 
 from auditexport_pipeline import processes
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
-from auditexport_pipeline.cli.shared import console, interactive, json_option, print_json, setting_options
+from auditexport_pipeline.cli.shared import console, interactive, json_option, print_json, say, setting_options
 from auditexport_pipeline.cli.stores import audit_log, outbox
-from auditexport_pipeline.core.claiming import held_line
+from auditexport_pipeline.core.claiming import leased_line
+from auditexport_pipeline.core.format import batches, counted, format_duration
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.status import format_duration
 from auditexport_pipeline.core.versions import VERSIONS
 
 if TYPE_CHECKING:
@@ -27,17 +27,19 @@ if TYPE_CHECKING:
     from auditexport_pipeline.core.drain import Drained
     from auditexport_pipeline.core.ports import Discrepancy
 
-# As a shell has it for what Ctrl-C ended.
+# A shell's exit status for a program that Ctrl-C ended.
 INTERRUPTED = 130
-# Nothing is wrong, and not all of it was this drain's to export.
+# Nothing is wrong, and another run exports the rest.
 LEFT_TO_OTHERS = 3
-# A bar hides it.
+# The progress bar hides the cursor.
 SHOW_CURSOR = b"\x1b[?25h\n"
+STOPPING = b"auditexport: stopping after the batch at hand; once more to stop at once, and leave it to its lease\n"
+STOPPED = b"auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them\n"
 COUNT_BACKLOG_TO = 1_000_000
 
 
 def _known_versions(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Looked up when a drain is asked for: installed packages register theirs at the first look."""
+    """Checks --versions when a drain starts: installed packages register theirs only then."""
     for version in given:
         if version not in VERSIONS:
             raise click.BadParameter(f"{version!r} is not one of {', '.join(VERSIONS)}", context, parameter)
@@ -45,7 +47,7 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
 
 
 @main.command()
-@click.option("--once", is_flag=True, help="One plan only: at most max_batches, and what is left waits.")
+@click.option("--once", is_flag=True, help="One plan only: at most max_batches; the rest waits.")
 @json_option
 @setting_options(Limits, without=("versions",))
 @click.option(
@@ -57,16 +59,16 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
     help=f"{Limits.model_fields['versions'].description}  [default: all that are known]",
 )
 def drain(once: bool, as_json: bool, **limits: Any) -> None:
-    """Export what is pending, here and now: claim, fetch, write, mark, verify, as a Dagster run does.
+    """Export pending rows in this process: claim, fetch, write, mark, verify, as a Dagster run does.
 
-    Ends when everything that was pending at the start is exported, or with --linger-s after that time. A Dagster run or
-    another drain may be at work meanwhile: the ledger gives each batch to one of them, and both finish sooner. Ctrl-C
-    finishes the batch at hand and gives the others back; a second one leaves them to their lease. Whatever ends it, the
-    next drain picks up. No heartbeat is sent: that is the business of what runs by itself.
+    Ends when everything that was pending at the start is exported, or with --linger-s after that time. Dagster runs and
+    other drains may run at the same time: the ledger gives each batch to one of them. Ctrl-C finishes the current batch and
+    gives the others back; a second Ctrl-C leaves them to their lease. The next drain continues in any case. No heartbeat
+    is sent.
 
     Exit status: 0 drained, 1 ClickHouse does not hold a batch that it acknowledged, a batch was altered or its rows could not
-    be marked, 2 the call, the setup or a database is wrong, 3 rows are left to another run, which took a batch over or holds
-    all that is pending, 130 interrupted.
+    be marked, 2 the call, the setup or a database is wrong, 3 rows are left to another run, which took a batch over or has
+    all pending rows, 130 interrupted.
     """
     from auditexport_pipeline.core.drain import Drain
     from auditexport_pipeline.mysql.dead_letters import release_held
@@ -103,43 +105,38 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     if as_json:
         print_json(totals(done, left, owner=owner, seconds=seconds))
     else:
-        _say(done, left, seconds)
+        _print_totals(done, left, seconds)
     if done.discrepant or done.altered or done.unmarked or done.waiting:
         sys.exit(BAD_OUTCOME)
     if done.interrupted:
         sys.exit(INTERRUPTED)
-    if (done.lost and (once or done.held)) or (done.held and not done.rows):
+    if (done.lost and (once or done.leased_by_others)) or (done.leased_by_others and not done.rows):
         sys.exit(LEFT_TO_OTHERS)
 
 
 @contextmanager
 def _stoppable() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks to stop, the second one ends the process as it stands.
+    """The first Ctrl-C or SIGTERM asks to stop, the second one ends the process at once.
 
-    A handler runs in the middle of whatever the main thread does, which may be printing, or holding the bar's lock: so it
-    speaks to the file descriptors, and waits for nobody.
+    A handler can interrupt the main thread while it prints or has the bar's lock: so it takes no lock, and writes to the file
+    descriptors.
     """
-    asked = 0
+    signals = 0
 
-    def ask(*_: object) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+    def stop(*_: object) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
             if interactive():
                 os.write(1, SHOW_CURSOR)
-            os.write(
-                2,
-                b"auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them\n",
-            )
-            # Threads may be in an INSERT that takes a minute: what the ledger says is enough to go on from.
+            os.write(2, STOPPED)
+            # Threads may be in an INSERT that takes a minute. The next drain continues from the ledger.
             os._exit(INTERRUPTED)
-        os.write(
-            2, b"auditexport: stopping after the batch at hand; once more to stop at once, and leave it to its lease\n"
-        )
+        os.write(2, STOPPING)
 
-    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked > 0
+        yield lambda: signals > 0
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
@@ -159,11 +156,10 @@ class _Progress:
 
     def __enter__(self) -> _Progress:
         others = self._backlog.leasing_owners
-        self._line(
-            f"{self._backlog.shown_rows} rows pending, lag {format_duration(self._backlog.lag_s)}; draining as {self._owner}"
-        )
+        self._line(f"{self._backlog}; draining as {self._owner}")
         if others:
-            self._line(f"{', '.join(others)} is at work as well: the ledger gives each batch to one of us")
+            are = "is" if len(others) == 1 else "are"
+            self._line(f"{', '.join(others)} {are} at work as well: the ledger gives each batch to one of us")
         if not self._quiet and interactive():
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -186,14 +182,15 @@ class _Progress:
             self._bar = None
 
     def claimed(self, claims: Sequence[Claim]) -> None:
+        if not claims:
+            return
         adopted = sum(1 for claim in claims if claim.adopted)
         rows = sum(claim.rows for claim in claims)
-        taken = f"; {adopted} of them adopted from owners that are dead" if adopted else ""
-        if claims and self._bar is None:
-            self._line(f"claimed {len(claims)} batches, {rows:,} rows{taken}")
-        elif claims:
-            total = max(self._backlog.rows, self._rows + rows)
-            self._bar.update(self._task, total=total, description="exporting")
+        if self._bar is not None:
+            self._bar.update(self._task, total=max(self._backlog.rows, self._rows + rows), description="exporting")
+        else:
+            from_dead = f"; {adopted} of them adopted from owners that are dead" if adopted else ""
+            self._line(f"claimed {batches(len(claims))}, {counted(rows, 'row')}{from_dead}")
 
     def exported(self, batch: Batch) -> None:
         if batch.view_note:
@@ -205,11 +202,9 @@ class _Progress:
         if self._bar is not None:
             total = max(self._bar.tasks[0].total or 0, self._rows)
             self._bar.update(self._task, completed=self._rows, total=total, pace=pace)
-            return
-        self._line(
-            f"exported batch {batch.batch_id}: {batch.marked_rows:,} rows, {batch.counts.dead:,} dead letters; "
-            f"{self._rows:,} in all, {pace}"
-        )
+        else:
+            exported = f"{counted(batch.marked_rows, 'row')}, {counted(batch.counts.dead, 'dead letter')}"
+            self._line(f"exported batch {batch.batch_id}: {exported}; {self._rows:,} in all, {pace}")
 
     def verified(self, outcome: dict[int, Discrepancy]) -> None:
         for batch_id, found in outcome.items():
@@ -220,7 +215,7 @@ class _Progress:
         if self._bar is not None:
             self._bar.console.print(what, style="yellow")
         else:
-            click.echo(f"auditexport: {what}", err=True)
+            say(f"auditexport: {what}", err=True)
 
     def _line(self, text: str) -> None:
         if not self._quiet:
@@ -244,50 +239,42 @@ def totals(done: Drained, left: Backlog, *, owner: str, seconds: float) -> dict[
         "seconds": round(seconds, 3),
         "rows_per_s": round(done.rows / seconds, 1) if seconds else 0.0,
         "verified_batches": len(done.verified) - len(done.discrepant),
-        "discrepant": {str(batch_id): found for batch_id, found in done.discrepant.items()},
-        "altered": {str(batch_id): why for batch_id, why in done.altered.items()},
-        "unmarked": {str(batch_id): why for batch_id, why in done.unmarked.items()},
-        "waiting": {str(batch_id): str(why) for batch_id, why in done.waiting.items()},
-        "views_failed": {str(batch_id): note for batch_id, note in done.views.items()},
+        "discrepant": done.discrepant,
+        "altered": done.altered,
+        "unmarked": done.unmarked,
+        "waiting": {batch_id: str(why) for batch_id, why in done.waiting.items()},
+        "views_failed": done.views,
         "lost_batches": done.lost,
-        "held_by_others_rows": sum(holder.rows for holder in done.held),
-        "held_by": "; ".join(map(str, done.held)) or "nobody",
+        "held_by_others_rows": sum(holder.rows for holder in done.leased_by_others),
+        "held_by": "; ".join(map(str, done.leased_by_others)) or "nobody",
         "released_batches": done.released,
         "interrupted": done.interrupted,
-        "backlog_rows": left.rows,
-        "lag_s": round(left.lag_s, 1),
-        "unknown_rows": left.unknown_rows,
-        "unknown_versions": ", ".join(left.unknown_versions) or "none",
-        "dead_letters_standing": left.dead_rows,
-        "held_rows": left.held_rows,
-        "open_batches": left.open_batches,
+        **left.numbers,
     }
 
 
-def _say(done: Drained, left: Backlog, seconds: float) -> None:
+def _print_totals(done: Drained, left: Backlog, seconds: float) -> None:
     rate = done.rows / seconds if seconds else 0.0
     click.echo(
-        f"exported {done.rows:,} rows in {done.batches:,} batches, {format_duration(seconds)}, {rate:,.0f} rows/s; "
-        f"{done.dead_letters:,} dead letters; {len(done.verified) - len(done.discrepant):,} batches verified"
+        f"exported {counted(done.rows, 'row')} in {batches(done.batches)}, {format_duration(seconds)}, {rate:,.0f} rows/s; "
+        f"{counted(done.dead_letters, 'dead letter')}; {batches(len(done.verified) - len(done.discrepant))} verified"
     )
     if left.held_rows:
-        click.echo(
-            f"{left.held_rows:,} rows are held because the ClickHouse table refuses them; auditexport status says why",
-            err=True,
-        )
+        refused = counted(left.held_rows, "row is held", "rows are held")
+        say(f"{refused} because the ClickHouse table refuses them; `auditexport status` says why", err=True)
     if done.interrupted:
-        given = f"{len(done.released):,} batches were given back, " if done.released else ""
-        click.echo(f"interrupted: {given}the next drain goes on from here")
-    click.echo(
-        f"{left.shown_rows} rows still pending, lag {format_duration(left.lag_s)}, {left.open_batches} open batches"
-    )
+        released = counted(len(done.released), "batch was given back", "batches were given back")
+        click.echo(f"interrupted: {f'{released}, ' if done.released else ''}the next drain goes on from here")
+    pending = f"{left.shown_rows} {'row' if left.rows == 1 else 'rows'} still pending"
+    open_batches = counted(left.open_batches, "open batch", "open batches")
+    click.echo(f"{pending}, lag {format_duration(left.lag_s)}, {open_batches}")
     for batch_id, why in done.unmarked.items():
-        click.echo(f"batch {batch_id} is in ClickHouse and not marked: {why}", err=True)
+        say(f"batch {batch_id} is in ClickHouse and not marked: {why}", err=True)
     if done.lost:
-        click.echo(
-            f"batches {', '.join(map(str, done.lost))} were taken over by another run, which exports them", err=True
-        )
-    if done.held:
-        click.echo(held_line(done.held))
+        one = len(done.lost) == 1
+        lost = f"{'batch' if one else 'batches'} {', '.join(map(str, done.lost))} {'was' if one else 'were'}"
+        click.echo(f"{lost} taken over by another run, which exports {'it' if one else 'them'}", err=True)
+    if done.leased_by_others:
+        click.echo(leased_line(done.leased_by_others))
     if done.discrepant:
-        click.echo("to do: `auditexport reconcile --repair`, then drain, then reconcile again", err=True)
+        say("to do: `auditexport reconcile --repair`, then drain, then reconcile again", err=True)

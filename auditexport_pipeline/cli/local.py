@@ -1,7 +1,4 @@
-"""`auditexport demo` and `dev`: the local stack.
-
-What belongs here: the commands and their signals. What does not: the stack and what is shown (`local`).
-"""
+"""`auditexport demo` and `dev`: options and signals. `local` has the stack and prints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`auditexport metrics`: the numbers for Prometheus, printed once, kept in a file, or served.
+"""`auditexport metrics`: the numbers for Prometheus, printed, written to a file, or served.
 
-prometheus-client writes the text and the file and answers requests; this module gives it a collector that reads MySQL.
-When MySQL does not answer, `auditexport_up` is 0 and the other numbers are absent rather than old.
+prometheus-client writes the text and the file and answers requests; the collector here reads MySQL. When MySQL does not
+answer, `auditexport_up` is 0 and the other numbers are absent rather than old.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import click
 
 from auditexport_pipeline.cli.group import BAD_OUTCOME, main
 from auditexport_pipeline.cli.shared import until_stopped
-from auditexport_pipeline.cli.stores import Chosen, chosen, every
+from auditexport_pipeline.cli.stores import chosen, every
 from auditexport_pipeline.core.errors import AuditExportError, InvalidConfig
 from auditexport_pipeline.core.metrics import NAMES, Reading, Totals, samples
 
@@ -66,10 +66,9 @@ _LABEL = re.compile(r"((?!__)[a-zA-Z_][a-zA-Z0-9_]*)=(.*)", re.DOTALL)
 def metrics(
     path: Path | None, every_s: float | None, listen: str | None, of_all: bool, labels: tuple[str, ...]
 ) -> None:
-    """Metrics in Prometheus' text format: printed once, kept in a file for the node exporter, or served.
+    """Metrics in Prometheus' text format: printed, written to a file for the node exporter, or served.
 
-    Reads AUDITEXPORT_MYSQL_URL as a user that may only read; ClickHouse is not asked. An
-    outbox of the file AUDITEXPORT_OUTBOXES has its name as the label outbox.
+    Reads MySQL only, with SELECT. An outbox of the file AUDITEXPORT_OUTBOXES has its name as the label outbox.
 
     Exit status: 0 MySQL answered, or the command was stopped; 1 MySQL did not answer, for at least one outbox (its
     auditexport_up is 0); 2 the call is wrong.
@@ -83,12 +82,20 @@ def metrics(
     if path is not None and path.suffix != ".prom":
         raise click.UsageError("--file must end in .prom: the node exporter reads no other")
     given = _labels(labels)
+    outboxes = every() if of_all else [chosen()]
     if not of_all:
-        chosen().outbox()  # a wrong setup of the only outbox ends here
-    if "outbox" in given and (of_all or chosen().name):
+        outboxes[0].outbox()  # a wrong setup of the only outbox ends here
+    if "outbox" in given and (of_all or outboxes[0].name):
         raise click.UsageError("--label outbox=… is the outbox's own name here; take another label")
     collector = OutboxCollector(
-        [_reader(which, given) for which in (every() if of_all else [chosen()])],
+        [
+            OutboxReader(
+                open_outbox=which.outbox,
+                targets=which.targets(),
+                labels={**given, **({"outbox": which.name} if which.name else {})},
+            )
+            for which in outboxes
+        ],
         within_s=None if listen is None and every_s is None else ANSWER_WITHIN_S,
     )
     registry = CollectorRegistry()
@@ -105,11 +112,6 @@ def metrics(
         if collector.error:
             click.echo(f"auditexport: {collector.error}", err=True)
             sys.exit(BAD_OUTCOME)
-
-
-def _reader(which: Chosen, labels: Mapping[str, str]) -> OutboxReader:
-    own = {"outbox": which.name} if which.name else {}
-    return OutboxReader(open_outbox=which.outbox, targets=which.targets(), labels={**labels, **own})
 
 
 def _labels(given: tuple[str, ...]) -> dict[str, str]:
@@ -137,7 +139,7 @@ def _address(text: str) -> tuple[str, int]:
 class OutboxReader:
     """Reads one outbox, one reading at a time. A request during a reading, or within CACHE_S after it, gets that reading."""
 
-    # Called for every reading: an outbox whose URL is wrong is one that does not answer.
+    # Called for every reading: a URL that has become wrong gives `auditexport_up 0`.
     open_outbox: Callable[[], MySQLOutbox]
     targets: Targets
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -148,7 +150,7 @@ class OutboxReader:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> threading.Thread:
-        """The reading to wait for. It has a thread because a wait can end in time, and a call to a hanging MySQL can not."""
+        """The reading to wait for, in a thread: a call to a MySQL that hangs cannot be ended."""
         with self._lock:
             thread = self._thread
             if thread is None or (not thread.is_alive() and time.monotonic() - self._ended_s >= CACHE_S):
@@ -163,7 +165,7 @@ class OutboxReader:
             self.result = None, str(error)
         except Exception as error:
             # The error's own text may quote anything.
-            self.result = None, f"{type(error).__name__}: a defect of this program, or of its surroundings"
+            self.result = None, f"{type(error).__name__}: a defect of this program or its environment"
         self._ended_s = time.monotonic()
 
     def _read(self) -> Reading:
@@ -199,7 +201,7 @@ class OutboxCollector:
         """Every family, with `auditexport_up 0` for an outbox that fails or that does not answer within `within_s`."""
         families = self._families()
         until_s = None if self._within_s is None else time.monotonic() + self._within_s
-        # All readings begin before the first is waited for: an outbox that does not answer delays no other.
+        # All readings begin before the first wait: an outbox that does not answer delays no other.
         begun = [(reader, reader.begin()) for reader in self._readers]
         errors = []
         for reader, thread in begun:
@@ -225,7 +227,7 @@ class OutboxCollector:
         return made
 
 
-# ── handing out ──────────────────────────────────────────────────────────────────────────────────
+# ── writing and serving ──────────────────────────────────────────────────────────────────────────
 
 
 def _write_every(every_s: float, path: Path, registry: CollectorRegistry, collector: OutboxCollector) -> None:
@@ -233,7 +235,7 @@ def _write_every(every_s: float, path: Path, registry: CollectorRegistry, collec
     with until_stopped(signal.SIGTERM, signal.SIGINT) as wait:
         while True:
             _write(path, registry)
-            if collector.error != shown:  # once: a line each time would fill a log
+            if collector.error != shown:  # only changes: a line each time would fill a log
                 shown = collector.error
                 click.echo(f"auditexport: {shown or 'MySQL answers again'}", err=True)
             if not wait(every_s):
@@ -266,8 +268,8 @@ def _serve(registry: CollectorRegistry, host: str, port: int) -> None:
 def server_for(registry: CollectorRegistry, host: str, port: int) -> ThreadingHTTPServer:
     """A server of /metrics and /healthz, bound and not yet serving. Raises `InvalidConfig` if it cannot be bound.
 
-    `prometheus_client.start_http_server` would answer every path with metrics, wait for ever for a client that sends
-    nothing, and print a traceback when a client goes away.
+    `prometheus_client.start_http_server` answers every path with metrics, waits without end for a client that sends
+    nothing, and prints a traceback when a client disconnects.
     """
     import socket
 
@@ -282,7 +284,7 @@ def server_for(registry: CollectorRegistry, host: str, port: int) -> ThreadingHT
             if path == "/metrics":
                 super().do_GET()
             elif path == "/healthz":
-                # This process is well, whatever MySQL is: a restart would not help MySQL.
+                # About this process, not MySQL: a restart of it does not help MySQL.
                 self.do_HEAD()
                 self.wfile.write(b"ok\n")
             else:
@@ -297,7 +299,7 @@ def server_for(registry: CollectorRegistry, host: str, port: int) -> ThreadingHT
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request: object, client_address: object) -> None:
-            """A client that goes away is no news."""
+            """Prints nothing for a client that disconnects."""
 
     Handler.registry = registry
     try:

@@ -1,7 +1,6 @@
-"""The two stores of a command: of the one outbox of the environment, or of one that AUDITEXPORT_OUTBOXES lists.
+"""The stores of a command: which outbox it is about, its URLs, and the stores over both databases.
 
-What belongs here: which outbox a command is about, reading the URLs and constructing the stores, once for all commands.
-What does not: the file's form (`outboxes`), and what a command does with the stores.
+The outbox is the only one, of the environment, or one of the file AUDITEXPORT_OUTBOXES, which `outboxes` reads.
 """
 
 from __future__ import annotations
@@ -22,24 +21,16 @@ if TYPE_CHECKING:
     from auditexport_pipeline.outboxes import Outboxes, OutboxSettings
 
 
-# What each of them looks like, for whoever has not set it.
+# The form of each variable, for the message that it is not set.
 FORMS = {
     "AUDITEXPORT_MYSQL_URL": "mysql+pymysql://user:password@host:port/database",
     "AUDITEXPORT_CLICKHOUSE_URL": "http[s]://user:password@host:port/database",
 }
 
 
-def required(name: str) -> str:
-    """The value of an environment variable; raises `InvalidConfig` when it is not set."""
-    value = os.environ.get(name)
-    if not value:
-        raise InvalidConfig(f"{name} is not set; write {FORMS.get(name, 'a URL')}")
-    return value
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """One outbox as the prompt sees it: an entry of the file, or without one that of the environment."""
+    """One outbox: an entry of the file, or the one of the environment."""
 
     outboxes: Outboxes | None = None
     entry: OutboxSettings | None = None
@@ -70,11 +61,13 @@ class Chosen:
     def _url(self, key: str, variable: str) -> str:
         if self.outboxes is not None and self.entry is not None:
             return self.outboxes.url(self.entry, key)
-        return required(variable)
+        if url := os.environ.get(variable):
+            return url
+        raise InvalidConfig(f"{variable} is not set; write {FORMS[variable]}")
 
 
 def every() -> list[Chosen]:
-    """Every outbox there is: those of the file, in its order, or the one of the environment."""
+    """All outboxes of the file, in its order, or the one of the environment."""
     from auditexport_pipeline.outboxes import read_outboxes
 
     outboxes = read_outboxes()
@@ -84,24 +77,35 @@ def every() -> list[Chosen]:
 
 
 def chosen() -> Chosen:
-    """The outbox that --outbox or AUDITEXPORT_OUTBOX names; where there is one only, that one.
+    """The outbox that --outbox or AUDITEXPORT_OUTBOX names, or the only one. Raises `InvalidConfig`, with the names."""
+    from auditexport_pipeline.outboxes import OUTBOXES_VARIABLE
 
-    Raises `InvalidConfig`, with the names that there are.
-    """
-    from auditexport_pipeline.outboxes import OUTBOXES_VARIABLE, read_outboxes
-
-    context = click.get_current_context(silent=True)
-    name = context.find_root().params.get("outbox_name") if context is not None else None
-    outboxes = read_outboxes()
+    found, name = every(), _given_name()
+    outboxes = found[0].outboxes
     if outboxes is None:
         if name:
             raise InvalidConfig(f"--outbox {name}: there is no list of outboxes; {OUTBOXES_VARIABLE} names its file")
-        return Chosen()
-    if not name and len(outboxes.entries) > 1:
+        return found[0]
+    if name:
+        return Chosen(outboxes=outboxes, entry=outboxes.named(name))
+    if len(found) > 1:
         raise InvalidConfig(
             f"{outboxes.path} has several outboxes; say which with --outbox: {', '.join(outboxes.names)}"
         )
-    return Chosen(outboxes=outboxes, entry=outboxes.named(name) if name else outboxes.entries[0])
+    return found[0]
+
+
+def outbox_name() -> str:
+    """The name of the chosen outbox; empty without one, or when it cannot be known."""
+    try:
+        return chosen().name
+    except InvalidConfig:
+        return ""
+
+
+def _given_name() -> str:
+    context = click.get_current_context(silent=True)
+    return (context.find_root().params.get("outbox_name") or "") if context is not None else ""
 
 
 def outbox() -> MySQLOutbox:
@@ -109,8 +113,8 @@ def outbox() -> MySQLOutbox:
     return chosen().outbox()
 
 
-def upkeep() -> MySQLMaintenance:
-    """The same database, looked back at."""
+def maintenance() -> MySQLMaintenance:
+    """The store for requeues, sweeps and reconciliations, over the same database."""
     from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 
     return MySQLMaintenance(outbox())

@@ -1,17 +1,16 @@
-"""Alerts: what is wrong now, when it was notified, and when it is over.
+"""Alerts: fire, repeat, resolve.
 
 An alert fires when something is wrong, and again for each new cause. While it is active it is repeated after hours. When it
 is over, one recovery is sent. A notice that cannot be sent waits, in order, for the next tick.
 
-`RunAlerts` and `NumberAlerts` are the cursors of two sensors, as JSON; a field's `name=` is what stored cursors call it. The
-sentences are in `core.advice`; reading runs and numbers, and sending, in `defs.alerts`.
+`RunAlerts` and `NumberAlerts` are the cursors of two sensors, as JSON; a field's `name=` is what stored cursors call it.
+`core.advice` has the sentences; `defs.alerts` reads runs and numbers, and sends.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -29,16 +28,17 @@ from auditexport_pipeline.core.advice import (
     unreachable,
 )
 from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.format import counted, format_duration, format_time
 from auditexport_pipeline.core.settings import Settings, Targets
-from auditexport_pipeline.core.status import Status, format_duration
+from auditexport_pipeline.core.status import Status
 
-# Notices that wait for a webhook that does not answer; older ones are dropped and counted.
+# Notices that wait while the webhook does not answer; older ones are dropped and counted.
 UNSENT = 20
-# Causes of one alert that are notified one by one; further ones only repeat it.
+# Causes of one alert that are each notified; a further cause is not.
 CAUSES = 8
-# Notices are read on telephones: longer lines are cut. Slack refuses 3,000 characters.
+# Characters of a line: notices are read on telephones, and Slack refuses 3,000.
 LINE = 600
-# Ended runs that are remembered: more than two overlapping ticks see.
+# Ended runs that are remembered, more than two overlapping ticks read.
 SEEN = 500
 # Dagster stores the end of a run first, and a moment later whether it will retry the run.
 RETRY_KNOWN_WITHIN_MS = 60_000
@@ -50,19 +50,25 @@ class Policy(Settings):
     a_setting: ClassVar[str] = "a setting of alert_policy"
 
     repeat_hours: float = Field(
-        default=6.0, ge=0.1, le=8_760, description="What still fails is repeated after this long."
+        default=6.0, ge=0.1, le=8_760, description="An error that is still active is repeated after this long."
     )
     repeat_warning_hours: float = Field(
         default=24.0, ge=0.1, le=8_760, description="A warning that is still active is repeated after this long."
     )
     not_shrinking_minutes: float = Field(
-        default=10.0, ge=1, le=1_440, description="The lag is above its target and rows have not fallen, this long."
+        default=10.0,
+        ge=1,
+        le=1_440,
+        description="An alert fires when the lag is above its target and the rows have not fallen for this long.",
     )
     unreachable_minutes: float = Field(
-        default=3.0, ge=0, le=1_440, description="MySQL may be away this long, as in a failover."
+        default=3.0, ge=0, le=1_440, description="An alert fires when MySQL is away for longer; a failover is shorter."
     )
     retry_minutes: float = Field(
-        default=5.0, ge=1, le=1_440, description="A run that Dagster said it would launch again is, within this long."
+        default=5.0,
+        ge=1,
+        le=1_440,
+        description="An alert fires when a retry that Dagster promised has not started within this long.",
     )
 
     def repeat_ms(self, severity: Severity) -> float:
@@ -71,7 +77,7 @@ class Policy(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """One evaluation of a sensor: of which outbox (and its drain job), by which policy, when."""
+    """One evaluation of a sensor: its time, its policy, the outbox and its drain job."""
 
     policy: Policy
     now_ms: int
@@ -83,7 +89,7 @@ class Tick:
 
 
 class _Content(msgspec.Struct, kw_only=True):
-    """What an alert says. Ids, counts and an error's own line; never a payload."""
+    """The content of an alert: ids, counts and an error's own line; never a payload."""
 
     severity: Severity
     headline: str = ""
@@ -94,16 +100,12 @@ class _Content(msgspec.Struct, kw_only=True):
     link: str = ""
 
 
-def _content(alert: _Content) -> dict[str, Any]:
-    return {name: getattr(alert, name) for name in _Content.__struct_fields__}
-
-
 class Notice(_Content, kw_only=True):
     """One message."""
 
     kind: str  # alert, still, recovered
-    about: str  # a job, or the `about` of an advice: stable, for whoever routes notices
-    outbox: str  # the name of the outbox in its code location, or empty
+    about: str  # a job, or the `about` of an advice: a stable name, by which notices can be routed
+    outbox: str  # its name in the code location, or empty
     since_ms: int
     at_ms: int
 
@@ -113,21 +115,25 @@ class Notice(_Content, kw_only=True):
         return f"[{mark}] auditexport{f' {self.outbox}' if self.outbox else ''}: {self.headline}"
 
     @property
+    def _since(self) -> str:
+        return f"{format_time(self.since_ms)} UTC"
+
+    @property
     def text(self) -> str:
-        """The message in lines, with what Slack would take for markup escaped."""
+        """The message in lines; Slack's markup is escaped."""
         lines = [
             f"*{_escape(self.title)}*",
             _escape(self.what),
             f"Run: {self.run_id} {self.link}".rstrip() if self.run_id else "",
-            f"Since: {_format_time(self.since_ms)} ({format_duration((self.at_ms - self.since_ms) / 1000)})",
+            f"Since: {self._since} ({format_duration((self.at_ms - self.since_ms) / 1000)})",
             f"Do: {_escape(self.todo)}" if self.todo else "",
         ]
         return "\n".join(line for line in lines if line)
 
     @property
     def body(self) -> dict[str, object]:
-        """What incoming webhooks of Slack, Mattermost, Discord (/slack) and most others take: `text` says everything,
-        `attachments` the same by fields, for colour and for programs.
+        """For the incoming webhooks of Slack, Mattermost, Discord (/slack) and most others: `text` is the whole notice,
+        `attachments` has the same as fields, with a colour.
         """
         fields = {
             "kind": self.kind,
@@ -136,7 +142,7 @@ class Notice(_Content, kw_only=True):
             "outbox": self.outbox,
             "job": self.job,
             "run": self.run_id,
-            "since": _format_time(self.since_ms),
+            "since": self._since,
         }
         failing = "danger" if self.severity is Severity.ERROR else "warning"
         return {
@@ -154,17 +160,13 @@ class Notice(_Content, kw_only=True):
 
 
 def _escape(text: str) -> str:
-    """As Slack asks: a name that an application chose could otherwise mention a whole channel."""
+    """Slack's rule: otherwise a name that an application chose could mention a whole channel."""
     cut = text if len(text) <= LINE else text[: LINE - 1] + "…"
     return cut.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _format_time(at_ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at_ms / 1000))
-
-
 class ActiveAlert(_Content, kw_only=True):
-    """An alert that was notified and is not over, with what was last known of it."""
+    """An alert that was notified and is not over, with its latest content."""
 
     since_ms: int
     notified_ms: int = msgspec.field(name="told_ms")
@@ -173,7 +175,7 @@ class ActiveAlert(_Content, kw_only=True):
 
 
 class AlertState(msgspec.Struct, kw_only=True):
-    """Which alerts are active, and which notices have yet to be sent."""
+    """The active alerts, and the notices that wait to be sent."""
 
     active: dict[str, ActiveAlert] = msgspec.field(default_factory=dict, name="standing")
     unsent: list[Notice] = []
@@ -182,7 +184,7 @@ class AlertState(msgspec.Struct, kw_only=True):
     def fire(
         self, one: Advice, tick: Tick, *, cause: str = "", since_ms: int | None = None, run: EndedRun | None = None
     ) -> None:
-        """It is wrong (again): notified when it is new, or when its cause is."""
+        """Something is wrong, or still wrong: notifies if the alert or its cause is new."""
         since_ms = tick.now_ms if since_ms is None else since_ms
         alert = self.active.setdefault(
             one.about, ActiveAlert(severity=one.severity, since_ms=since_ms, notified_ms=tick.now_ms)
@@ -190,8 +192,9 @@ class AlertState(msgspec.Struct, kw_only=True):
         alert.times += 1
         if one.severity is Severity.ERROR:
             alert.severity = one.severity
+        one = one.for_outbox(tick.outbox)
         alert.headline = one.headline or one.about.replace("_", " ")
-        alert.what, alert.todo = one.what, replace(one, outbox=tick.outbox).todo
+        alert.what, alert.todo = one.what, one.todo
         if run is not None:
             alert.job, alert.run_id, alert.link = run.subject, run.run_id, run.link
         cause = cause or str(one.severity)
@@ -200,14 +203,14 @@ class AlertState(msgspec.Struct, kw_only=True):
             self._notify("alert", one.about, alert, tick)
 
     def repeat(self, tick: Tick, abouts: Collection[str] | None = None) -> None:
-        """Notifies again of what is active for long: of all alerts, or of these."""
+        """Notifies again of alerts that are active for long: of all, or of these."""
         for about, alert in self.active.items():
             due = tick.now_ms - alert.notified_ms >= tick.policy.repeat_ms(alert.severity)
             if due and (abouts is None or about in abouts):
                 self._notify("still", about, alert, tick)
 
     def resolve(self, about: str, how: str, tick: Tick, run: EndedRun | None = None) -> None:
-        """It is over: notified once, if it was active."""
+        """Ends an active alert, with one notice."""
         alert = self.active.pop(about, None)
         if alert is not None:
             alert.what, alert.todo = how, ""
@@ -217,8 +220,9 @@ class AlertState(msgspec.Struct, kw_only=True):
 
     def _notify(self, kind: str, about: str, alert: ActiveAlert, tick: Tick) -> None:
         alert.notified_ms = tick.now_ms
+        content: dict[str, Any] = {name: getattr(alert, name) for name in _Content.__struct_fields__}
         notice = Notice(
-            kind=kind, about=about, outbox=tick.outbox, since_ms=alert.since_ms, at_ms=tick.now_ms, **_content(alert)
+            kind=kind, about=about, outbox=tick.outbox, since_ms=alert.since_ms, at_ms=tick.now_ms, **content
         )
         if kind == "still" and alert.job:
             notice.what = f"still failing, {alert.times} failed so far: {alert.what}"
@@ -232,16 +236,16 @@ class AlertState(msgspec.Struct, kw_only=True):
 
 
 class Retry(str, Enum):
-    """What Dagster says about launching a failed run again."""
+    """Whether Dagster launches a failed run again."""
 
     NO = "no"
-    WILL = "will"  # and has not yet
+    WILL = "will"  # it has not yet
     LAUNCHED = "launched"
-    UNKNOWN = "unknown"  # not said yet, or never
+    UNKNOWN = "unknown"  # Dagster has not decided yet, or never does
 
 
 class EndedRun(Failure, frozen=True, kw_only=True):
-    """A run that has ended; without `error` it succeeded. `subject` is what failed: however launched, all drains are one."""
+    """A run that has ended; without `error` it succeeded. All drains, however launched, have one `subject`."""
 
     subject: str
     ended_ms: int
@@ -251,15 +255,15 @@ class EndedRun(Failure, frozen=True, kw_only=True):
 
 
 class RunAlerts(msgspec.Struct, kw_only=True):
-    """What the sensor on runs remembers."""
+    """The memory of the sensor on runs."""
 
     from_ms: int  # runs that ended before are ignored
     looked_ms: int
     state: AlertState = msgspec.field(default_factory=AlertState, name="board")
     seen: dict[str, int] = {}
-    waiting: dict[str, EndedRun] = {}  # failed runs that Dagster said it would retry: muted
-    good_ms: dict[str, int] = {}  # when a run of a subject last succeeded
-    fail_owed: bool = False  # the heartbeat's /fail that could not be sent yet
+    waiting: dict[str, EndedRun] = {}  # failed runs whose retry is awaited: no alert yet
+    good_ms: dict[str, int] = {}  # the last success of each subject
+    fail_owed: bool = False  # the heartbeat's /fail is still to be sent
 
     def is_new(self, run_id: str, ended_ms: int) -> bool:
         """Whether to observe an ended run: once, and again while its retry is awaited."""
@@ -282,11 +286,11 @@ class RunAlerts(msgspec.Struct, kw_only=True):
             del self.seen[run_id]
 
     def observe_missing_retries(self, tick: Tick) -> None:
-        """Dagster's daemon can lose a retry: the muted failure then fires."""
+        """Fires for failed runs whose retry did not come: Dagster's daemon can lose one."""
         for run_id, run in list(self.waiting.items()):
             if tick.now_ms - run.ended_ms >= tick.policy.retry_minutes * 60_000:
                 del self.waiting[run_id]
-                line = f"{run.line} — Dagster said that it would launch it again, and has not"
+                line = f"{run.line} — Dagster has not launched the retry that it promised"
                 self._failed(msgspec.structs.replace(run, run_id=run_id, line=line, rerun_helps=None), tick)
 
     def _failed(self, run: EndedRun, tick: Tick) -> None:
@@ -305,7 +309,7 @@ class RunAlerts(msgspec.Struct, kw_only=True):
         if run.subject == tick.drain_job:
             self.fail_owed = False
         alert = self.state.active.get(run.subject)
-        failed = f"; {alert.times} runs had failed" if alert is not None and alert.times > 1 else ""
+        failed = f"; {counted(alert.times, 'run')} had failed" if alert is not None and alert.times > 1 else ""
         self.state.resolve(run.subject, f"a run of {run.subject} has succeeded{failed}", tick, run)
 
 
@@ -317,23 +321,23 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     at_ms: int
     rows: int
-    capped: bool  # counting had stopped
+    capped: bool  # there are more rows than were counted
     lag_s: float
 
     def is_below(self, other: Sample) -> bool:
-        """Whether there are fewer rows; where both counts had stopped, the lag decides: it grows while the oldest row stays."""
+        """Whether there are fewer rows. If both counts stopped early, the lag decides: it grows while the oldest row stays."""
         return self.lag_s < other.lag_s if self.capped and other.capped else self.rows < other.rows
 
 
 class NumberAlerts(msgspec.Struct, kw_only=True):
-    """What the sensor on numbers remembers."""
+    """The memory of the sensor on numbers."""
 
     state: AlertState = msgspec.field(default_factory=AlertState, name="board")
     lowest: Sample | None = None
     away_since_ms: int | None = None
 
     def observe(self, status: Status, targets: Targets, drains: Callable[[], Drains], tick: Tick) -> None:
-        """MySQL has answered: fires what is wrong, and resolves the rest. `drains` is only asked for a stuck backlog."""
+        """MySQL has answered: fires what is wrong, and resolves the rest. `drains` is called for a stuck backlog only."""
         self.away_since_ms = None
         backlog = status.backlog
         wrong: set[str] = set()
@@ -351,11 +355,10 @@ class NumberAlerts(msgspec.Struct, kw_only=True):
         self.state.repeat(tick, wrong)
         for about in set(self.state.active) - wrong:
             if about != "lag" or not late:  # a backlog that shrinks and is still late is not over
-                how = f"it is over: {backlog.shown_rows} rows pending, lag {format_duration(backlog.lag_s)}"
-                self.state.resolve(about, how, tick)
+                self.state.resolve(about, f"it is over: {backlog}", tick)
 
     def observe_error(self, error: str, tick: Tick, *, permanent: bool) -> None:
-        """MySQL could not be asked. Nothing is known of the rest: what is active stays active."""
+        """MySQL did not answer. The numbers are not known, so all active alerts stay active."""
         if self.away_since_ms is None:
             self.away_since_ms = tick.now_ms
         if permanent or tick.now_ms - self.away_since_ms >= tick.policy.unreachable_minutes * 60_000:
@@ -364,8 +367,8 @@ class NumberAlerts(msgspec.Struct, kw_only=True):
             self.state.repeat(tick, ("mysql",))
 
     def _lowest(self, backlog: Backlog, tick: Tick) -> Sample:
-        """The last tick at which the backlog had fallen below all earlier ones since it was late: often this one."""
+        """The last tick at which the backlog was below all earlier ticks since it was late: often this one."""
         now = Sample(at_ms=tick.now_ms, rows=backlog.rows, capped=backlog.rows_at_least, lag_s=round(backlog.lag_s, 1))
         lowest = self.lowest
-        # A time to come is from before the clock was set back.
+        # A time in the future: the clock was set back since.
         return now if lowest is None or lowest.at_ms > now.at_ms or now.is_below(lowest) else lowest

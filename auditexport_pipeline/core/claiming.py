@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
 from auditexport_pipeline.core.batch import OPEN, SMALLEST_BLOCK_ROWS, Claim, State
+from auditexport_pipeline.core.format import counted
 from auditexport_pipeline.core.origins import ORIGIN_SPANS
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import Holder, Outbox, PlannedBlock, Planning
@@ -121,15 +122,16 @@ def open_owners(outbox: Outbox) -> list[str]:
     return sorted({name for holder in outbox.batch_holders() for name in (holder.owner, holder.process) if name})
 
 
-def held_by_others(outbox: Outbox, owner: str) -> list[Holder]:
-    """The other owners of open batches: runs at work, or dead runs whose lease has not ended."""
+def leased_by_others(outbox: Outbox, owner: str) -> list[Holder]:
+    """The other owners of leases on pending rows: runs at work, or dead runs whose lease has not ended."""
     return [holder for holder in outbox.batch_holders() if holder.owner != owner]
 
 
-def held_line(holders: Sequence[Holder]) -> str:
-    """A line about rows in batches of other owners, for the end of a run."""
+def leased_line(holders: Sequence[Holder]) -> str:
+    """The line about rows that others have leased, for the end of a run."""
+    rows = counted(sum(holder.rows for holder in holders), "row is", "rows are")
     return (
-        f"{sum(holder.rows for holder in holders):,} rows are held by {'; '.join(map(str, holders))}. Each is at work, or has died: "
+        f"{rows} leased by {'; '.join(map(str, holders))}. Each is at work, or has died: "
         "then the first run after that time exports them"
     )
 

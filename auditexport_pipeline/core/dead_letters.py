@@ -26,7 +26,7 @@ PAGE_LETTERS = 50
 
 
 class LetterState(str, Enum):
-    """The state of a dead letter. No batch takes a row whose letter is in a `HELD` state."""
+    """The state of a dead letter. Letters in a state of `KEEPS_ROW_OUT` keep their row out of batches."""
 
     OPEN = "open"
     DISCARDED = "discarded"
@@ -38,7 +38,7 @@ class LetterState(str, Enum):
         return self.value
 
 
-HELD = (LetterState.OPEN, LetterState.DISCARDED, LetterState.HELD)
+KEEPS_ROW_OUT = (LetterState.OPEN, LetterState.DISCARDED, LetterState.HELD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

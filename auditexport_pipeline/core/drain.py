@@ -64,7 +64,7 @@ class Drained:
     since: Moment | None = None
     lost: list[int] = field(default_factory=list)  # adopted by another run
     released: list[int] = field(default_factory=list)  # claimed and given back, because the drain was interrupted
-    held: list[Holder] = field(default_factory=list)  # the other owners of open batches
+    leased_by_others: list[Holder] = field(default_factory=list)  # the other owners of open batches
     interrupted: bool = False
 
     @property
@@ -91,7 +91,7 @@ class Drained:
         self.deleted_by_others_rows = self.marked_by_others_rows = 0
         for batch in outcome.batches:
             self.add(batch)
-        self.held = claiming.held_by_others(outbox, owner)
+        self.leased_by_others = claiming.leased_by_others(outbox, owner)
 
     def add(self, batch: Batch) -> None:
         self.batches += 1

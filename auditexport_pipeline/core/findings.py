@@ -1,6 +1,6 @@
 """Checks of the setup, as values: what a check saw, what is wrong, what breaks because of it, and the fix.
 
-The checks themselves are in `preflight` and in the `checks` and `table_checks` of both databases; `cli.doctor` prints them.
+The checks themselves are in `preflight` and in the `checks` and `table_checks` of both databases; `cli.setup` prints them.
 """
 
 from __future__ import annotations

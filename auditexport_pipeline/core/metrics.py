@@ -48,7 +48,7 @@ class Reading:
 
 # Every metric in the order in which it is shown: (name, meaning, label names). A name that ends in _total is a counter.
 NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("auditexport_up", "1 when MySQL answered this look; 0 when nothing below is known.", ()),
+    ("auditexport_up", "1 when MySQL answered; 0 when the numbers below are not known.", ()),
     ("auditexport_read_timestamp_seconds", "When these numbers were read: a file that nobody writes any more is old.", ()),
     ("auditexport_read_seconds", "How long reading these numbers took, in seconds.", ()),
     ("auditexport_backlog_rows", "Pending rows of known versions, without those that dead letters hold.", ()),
@@ -76,7 +76,7 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_last_sweep_timestamp_seconds", "When a sweep deleted something last.", ()),
     ("auditexport_last_sweep_rows", "Rows that it deleted.", ()),
     ("auditexport_last_reconcile_timestamp_seconds", "When both stores were reconciled last.", ()),
-    ("auditexport_last_reconcile_entries", "Entries in which they differed then, or before where nobody has looked again, by kind.", ("kind",)),
+    ("auditexport_last_reconcile_entries", "Entries that differed then, or earlier if not reconciled again since, by kind.", ("kind",)),
     ("auditexport_reconcile_target_seconds", "How often they should be (target reconcile_hours).", ()),
     ("auditexport_advice", "1 for each thing that needs an operator, as auditexport status names it.", ("about", "severity")),
 )  # fmt: skip
@@ -104,7 +104,8 @@ def _values(reading: Reading, targets: Targets) -> dict[str, Value]:
     status, backlog, totals = reading.status, reading.status.backlog, reading.totals
     by_state = Counter(batch.state for batch in status.open_batches)
     by_state[State.EXPORTED], by_state[State.DISCREPANT] = status.unverified_batches, status.discrepant_batches
-    values: dict[str, Value] = {
+    swept, reconciled = status.last_sweep, status.last_reconcile
+    return {
         "auditexport_read_seconds": reading.seconds,
         "auditexport_backlog_rows": backlog.rows,
         "auditexport_backlog_capped": backlog.rows_at_least,
@@ -125,19 +126,18 @@ def _values(reading: Reading, targets: Targets) -> dict[str, Value]:
         "auditexport_last_export_timestamp_seconds": _seconds(status.last_exported_at_ms),
         "auditexport_last_verified_timestamp_seconds": _seconds(reading.last_verified_at_ms),
         "auditexport_oldest_unswept_seconds": status.oldest_unswept_age_s,
+        "auditexport_last_sweep_timestamp_seconds": _seconds(swept.at_ms if swept else None),
+        "auditexport_last_sweep_rows": swept.rows if swept else None,
+        "auditexport_last_reconcile_timestamp_seconds": _seconds(reconciled.at_ms if reconciled else None),
+        "auditexport_last_reconcile_entries": {
+            (kind,): getattr(status.differing, kind) for kind in ("missing", "duplicated", "unexpected", "altered")
+        }
+        if reconciled
+        else None,
         "auditexport_advice": {
             (one.about, str(one.severity)): 1 for one in advice(status, targets) if one.severity is not Severity.NOTE
         },
     }
-    if status.last_sweep is not None:
-        values["auditexport_last_sweep_timestamp_seconds"] = _seconds(status.last_sweep.at_ms)
-        values["auditexport_last_sweep_rows"] = status.last_sweep.rows
-    if status.last_reconcile is not None:
-        values["auditexport_last_reconcile_timestamp_seconds"] = _seconds(status.last_reconcile.at_ms)
-        values["auditexport_last_reconcile_entries"] = {
-            (kind,): getattr(status.differing, kind) for kind in ("missing", "duplicated", "unexpected", "altered")
-        }
-    return values
 
 
 def _seconds(at_ms: int | None) -> float | None:

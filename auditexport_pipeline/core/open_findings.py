@@ -100,5 +100,10 @@ def _finding(record: dict[str, int], prefix: str, at_ms: int) -> OpenFinding:
         at_ms=record.get(f"{prefix}at_ms", at_ms),
         from_ms=record.get(f"{prefix}from_ms", 0),
         to_ms=record.get(f"{prefix}to_ms", 0),
-        found=Discrepancy(**{kind: record.get(f"{prefix}{kind}", 0) for kind in KINDS}, event_ids=()),
+        found=discrepancy_in(record, prefix),
     )
+
+
+def discrepancy_in(record: dict[str, int], prefix: str = "") -> Discrepancy:
+    """The entries of each kind, from the keys of an action's record that begin with the prefix."""
+    return Discrepancy(**{kind: record.get(f"{prefix}{kind}", 0) for kind in KINDS}, event_ids=())

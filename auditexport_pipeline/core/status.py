@@ -1,8 +1,6 @@
-"""Status: how the export stands at one moment.
+"""The status of an export at one moment, as numbers.
 
-What belongs here: the numbers as a value, what follows from them alone, and how a number reads. What does not: what they
-should be (`core.settings`) and what to do (`core.advice`), how they are read (`mysql.status`), how they are shown (the
-prompt, asset checks, metrics), and whether a run is worth starting (`core.backlog`).
+`mysql.status` reads them, `core.settings` has their targets, `core.advice` says what to do about them.
 """
 
 from __future__ import annotations
@@ -14,16 +12,17 @@ from dataclasses import dataclass, field
 from auditexport_pipeline.core.actions import Action
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, VIEW_NOTE, State
-from auditexport_pipeline.core.open_findings import OpenFinding, record_in
+from auditexport_pipeline.core.format import counted, format_duration
+from auditexport_pipeline.core.open_findings import OpenFinding, discrepancy_in, record_in
 from auditexport_pipeline.core.ports import Discrepancy
 
-# What "recently" means for the rate: a few drains of the sensor's or one of the schedule's.
+# The rate is taken over this time: a few drains of the sensor, or one of the schedule.
 RATE_WINDOW_S = 900
-# The name of the view in a note on one, however many a note tells of.
+# The name of each view in a note, which can name several.
 _VIEW = re.compile(rf"(?:^|; ){VIEW_NOTE}(.+?) failed \(")
-# How long a view that failed is shown: whoever looks once a day sees it.
+# A failed view is shown for this long: a daily check of the status sees it.
 VIEWS_WINDOW_S = 86_400
-# From the worst for whoever looks on: what needs a person, what is under way, what is done.
+# The state of a run is the first of these that one of its batches has.
 _WORST_FIRST = (
     State.DISCREPANT,
     State.STOPPED,
@@ -36,12 +35,9 @@ _WORST_FIRST = (
 )
 
 
-# ── what is so ───────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBatchStatus:
-    """A batch that holds its rows. `age_s` counts from its claim; a lease that has ended is 0 s or less."""
+    """An open batch. `age_s` counts from its claim; `lease_left_s` is 0 or less when the lease has ended."""
 
     batch_id: int
     state: State
@@ -50,7 +46,7 @@ class OpenBatchStatus:
     owner: str
     age_s: float
     lease_left_s: float
-    attempts: int  # of writing
+    attempts: int  # to write it
     last_error: str
 
     @property
@@ -60,7 +56,7 @@ class OpenBatchStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTimes:
-    """One batch as the ledger's clockwork: what `runs_of` and `rate_of` are made from. `rows` are rows marked."""
+    """The times of one batch, from which `runs_of` and `rate_of` are computed. `rows` are rows marked."""
 
     batch_id: int
     epoch: int
@@ -68,23 +64,23 @@ class BatchTimes:
     state: State
     rows: int
     claimed_at_ms: int
-    last_at_ms: int  # the latest of its states
+    last_at_ms: int  # of its latest state
     leased: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """One owner of the ledger: a Dagster run (its root run's id) or a process at the prompt."""
+    """One owner of batches: a Dagster run (the id of its root run) or a process of the CLI."""
 
     owner: str
     batches: int
     open_batches: int
     rows: int  # exported
     started_at_ms: int
-    ended_at_ms: int  # of one that is at work: this moment
+    ended_at_ms: int  # now, while it is at work
     at_work: bool  # it has an open batch and a lease on it
     worst: State
-    partial: bool  # older batches of it lie beyond what was looked at
+    partial: bool  # it may have older batches, which were not read
 
     @property
     def seconds(self) -> float:
@@ -110,7 +106,7 @@ class LastSweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastReconcile:
-    """The last reconciliation: its window of `inserted_at`, and what differed, in entries."""
+    """The last reconciliation: its window of `inserted_at`, and the differences in entries."""
 
     at_ms: int
     who: str
@@ -125,20 +121,13 @@ class LastReconcile:
 
     @classmethod
     def of(cls, action: Action) -> LastReconcile:
-        """From the record that `core.reconcile` leaves; what an older record does not tell counts as 0."""
-        told = record_in(action)
+        """From the record that `core.reconcile` leaves; a number that an older record lacks counts as 0."""
+        record = record_in(action)
         return cls(
             at_ms=action.at_ms,
             who=action.by.who,
-            from_ms=told.get("from_ms", 0),
-            to_ms=told.get("to_ms", 0),
-            batches=told.get("batches", 0),
-            found=Discrepancy(
-                missing=told.get("missing", 0),
-                duplicated=told.get("duplicated", 0),
-                unexpected=told.get("unexpected", 0),
-                altered=told.get("altered", 0),
-            ),
+            **{name: record.get(name, 0) for name in ("from_ms", "to_ms", "batches")},
+            found=discrepancy_in(record),
         )
 
 
@@ -152,37 +141,38 @@ class ClearedOften:
 
     def __str__(self) -> str:
         return (
-            f"the marks of rows of batch {self.batch_id} ({self.rows:,} rows) were cleared {self.times:,} times in the last "
-            f"{format_duration(VIEWS_WINDOW_S)}, not by a requeue of ours, and each time they were exported again"
+            f"the marks of rows of batch {self.batch_id} ({counted(self.rows, 'row')}) were cleared "
+            f"{counted(self.times, 'time')} in the last {format_duration(VIEWS_WINDOW_S)}, not by a requeue of ours, and each time "
+            "they were exported again"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How the export stands at `at_ms`, by MySQL's clock. Ids and counts; read from MySQL alone."""
+    """The status of an export at `at_ms`, by MySQL's clock, read from MySQL alone. Ids and counts."""
 
     at_ms: int
-    backlog: Backlog
-    recent_rows: int  # exported within the last RATE_WINDOW_S
-    rows_per_s: float  # of that time, while a drain was at work; 0 when none was
-    open_batches: tuple[OpenBatchStatus, ...]  # oldest first; as many as were looked at
-    runs: tuple[RunStatus, ...]  # newest first
-    dead_by_reason: Mapping[str, int]  # open dead letters, most frequent first
-    unverified_batches: int  # exported, and nobody has looked into ClickHouse yet
-    unverified_age_s: float  # of the oldest of them
-    discrepant: Mapping[int, str]  # batch id → what ClickHouse does not hold; as many as were looked at
-    last_exported_at_ms: int | None
-    first_claimed_at_ms: int | None  # of the oldest batch: since when there is something to reconcile
-    oldest_unswept_age_s: float  # since the oldest rows that a sweep could take were exported; 0 when there are none
-    last_sweep: LastSweep | None
-    last_reconcile: LastReconcile | None
-    # Batch id → what failed, of batches exported within VIEWS_WINDOW_S: stored, but a materialized view lacks rows.
+    backlog: Backlog = Backlog()  # noqa: RUF009 - it is frozen
+    recent_rows: int = 0  # exported within the last RATE_WINDOW_S
+    rows_per_s: float = 0.0  # of that time, while a drain was at work; 0 when none was
+    open_batches: tuple[OpenBatchStatus, ...] = ()  # oldest first, up to a limit
+    runs: tuple[RunStatus, ...] = ()  # newest first
+    dead_by_reason: Mapping[str, int] = field(default_factory=dict)  # open dead letters, most frequent first
+    unverified_batches: int = 0  # exported, and not yet verified in ClickHouse
+    unverified_age_s: float = 0.0  # of the oldest of them
+    discrepant: Mapping[int, str] = field(default_factory=dict)  # batch id → what ClickHouse lacks, up to a limit
+    last_exported_at_ms: int | None = None
+    first_claimed_at_ms: int | None = None  # of the oldest batch: since then there is something to reconcile
+    oldest_unswept_age_s: float = 0.0  # since the oldest rows that a sweep could take were exported; 0 without a row
+    last_sweep: LastSweep | None = None
+    last_reconcile: LastReconcile | None = None
+    # Batch id → note, of batches exported within VIEWS_WINDOW_S that are stored while a materialized view failed.
     view_failures: Mapping[int, str] = field(default_factory=dict)
     cleared_often: ClearedOften | None = None
     held_by_detail: Mapping[str, int] = field(default_factory=dict)  # rows that the table refuses, by what refuses them
-    # What earlier reconciliations found beside batches, and no later one has looked at again; oldest first.
+    # Findings of earlier reconciliations that belong to no batch and were not checked again; oldest first.
     open_findings: tuple[OpenFinding, ...] = ()
-    # Whether this user may read what operators did: not so for one with the exporter's grants only.
+    # False for a user with the exporter's grants only: it may not read the table of actions.
     actions_read: bool = True
 
     @property
@@ -207,7 +197,7 @@ class Status:
 
     @property
     def differing(self) -> Discrepancy:
-        """In entries, what the last reconciliation found and what earlier ones did that nobody has looked at again."""
+        """In entries: what the last reconciliation found, and earlier findings that are still open."""
         total = self.last_reconcile.found if self.last_reconcile is not None else Discrepancy()
         for finding in self.open_findings:
             total += finding.found
@@ -215,36 +205,29 @@ class Status:
 
     @property
     def numbers(self) -> dict[str, int | float | str | None]:
-        """The one-number-a-name form, under the names that runs and checks use in the Dagster UI."""
+        """The single numbers, under the names that runs and checks have in the Dagster UI."""
+        reconciled = self.last_reconcile
         return {
-            "backlog_rows": self.backlog.rows,
-            "lag_s": round(self.backlog.lag_s, 1),
+            **self.backlog.numbers,
             "odd_created_rows": self.backlog.odd_created_rows,
             "rows_per_s": round(self.rows_per_s, 1),
             "eta_s": None if self.eta_s is None else round(self.eta_s, 1),
             "recent_rows": self.recent_rows,
-            "unknown_rows": self.backlog.unknown_rows,
-            "unknown_versions": ", ".join(self.backlog.unknown_versions) or "none",
-            "dead_letters_standing": self.backlog.dead_rows,
-            "held_rows": self.backlog.held_rows,
-            "open_batches": self.backlog.open_batches,
             "oldest_open_batch_s": round(self.oldest_open_age_s, 1),
             "unverified_batches": self.unverified_batches,
             "discrepant_batches": self.discrepant_batches,
             "view_failures": len(self.view_failures),
             "oldest_unswept_s": round(self.oldest_unswept_age_s, 1),
             "open_findings": len(self.open_findings),
-            "reconciled_s_ago": None
-            if self.last_reconcile is None
-            else (self.at_ms - self.last_reconcile.at_ms) / 1000,
+            "reconciled_s_ago": None if reconciled is None else (self.at_ms - reconciled.at_ms) / 1000,
         }
 
 
 def runs_of(batches: Sequence[BatchTimes], *, now_ms: int, complete: bool) -> tuple[RunStatus, ...]:
     """The owners of these batches as runs, newest first; `complete` says that no older batch was left out.
 
-    A plan claims its new batches at one moment, which is also the latest claim among those that it adopted: so a
-    run begins with the latest claim of its earliest plan, and not with the claim of a run that died before it.
+    A run begins with the claims of its earliest plan. A plan claims its new batches at one moment, which is later than the
+    claims of the batches that it adopts.
     """
     by_owner: dict[str, list[BatchTimes]] = {}
     for batch in sorted(batches, key=lambda one: -one.batch_id):
@@ -255,12 +238,13 @@ def runs_of(batches: Sequence[BatchTimes], *, now_ms: int, complete: bool) -> tu
         plans: dict[int, int] = {}
         for batch in owned:
             plans[batch.epoch] = max(plans.get(batch.epoch, 0), batch.claimed_at_ms)
-        at_work = any(batch.leased and batch.state in OPEN for batch in owned)
+        opened = [batch for batch in owned if batch.state in OPEN]
+        at_work = any(batch.leased for batch in opened)
         runs.append(
             RunStatus(
                 owner=owner,
                 batches=len(owned),
-                open_batches=sum(1 for batch in owned if batch.state in OPEN),
+                open_batches=len(opened),
                 rows=sum(batch.rows for batch in owned if batch.state not in OPEN),
                 started_at_ms=min(plans.values()),
                 ended_at_ms=now_ms if at_work else max(batch.last_at_ms for batch in owned),
@@ -275,8 +259,8 @@ def runs_of(batches: Sequence[BatchTimes], *, now_ms: int, complete: bool) -> tu
 def rate_of(exported: Sequence[BatchTimes], leased: Sequence[BatchTimes], *, now_ms: int) -> tuple[int, float]:
     """(rows exported within the window, rows per second of the time in which a drain was at work).
 
-    `exported` are the batches exported within RATE_WINDOW_S, `leased` the open ones that are being worked on. Time
-    in which nobody drained does not count: an idle quarter of an hour does not make the next backlog look slow.
+    `exported` are the batches exported within RATE_WINDOW_S, `leased` the open batches with a lease. Idle time does not
+    count: otherwise an idle quarter of an hour would make the next backlog look slow.
     """
     from_ms = now_ms - RATE_WINDOW_S * 1000
     rows = sum(batch.rows for batch in exported)
@@ -292,30 +276,8 @@ def rate_of(exported: Sequence[BatchTimes], leased: Sequence[BatchTimes], *, now
     return rows, rows / busy_ms * 1000 if busy_ms else 0.0
 
 
-# ── how numbers read ────────────────────────────────────────────────────────────────────────────────
-
-
-def format_name(name: str) -> str:
-    """A name that an application chose, on one line and without anything that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name) or "(empty)"
-
-
-def format_counts(counts: Mapping[str, int]) -> str:
-    """Names with their counts, in their order."""
-    return ", ".join(f"{format_name(name)} {count:,}" for name, count in counts.items())
-
-
-def format_duration(seconds: float) -> str:
-    """A time that a person reads at a glance: 0.4 s, 45 s, 12 min, 3.5 h, 12 days."""
-    for unit, length_s, until_s in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
-        if seconds < until_s:
-            shown = seconds / length_s
-            return f"{shown:.{int(shown < 9.95)}f} {unit}".replace(".0 ", " ")
-    return f"{seconds / 86_400:,.0f} days"
-
-
 def newest_of_each_view(failures: Mapping[int, str]) -> dict[int, str]:
-    """Of batches with notes on views that failed, newest first, those that name a view which no newer one names."""
+    """Of notes on failed views, by batch and newest first: those that name a view which no newer note names."""
     named: set[str] = set()
     newest = {}
     for batch_id, note in failures.items():

@@ -107,7 +107,7 @@ def _number_alerts(names: Names, targets: Targets, policy: Policy) -> dg.SensorD
             numbers = str(error)
             cursor.observe_error(numbers, tick, permanent=not isinstance(error, TransientError))
         else:
-            numbers = f"{status.backlog.shown_rows} pending rows, lag {status.backlog.lag_s:.0f} s"
+            numbers = str(status.backlog)
             cursor.observe(status, targets, lambda: _drains(context, names), tick)
         done = _send(cursor.state, to)
         return _skip(f"{done}: {numbers}", cursor)

@@ -11,6 +11,7 @@ import dagster as dg
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import Severity, advice, needs_operator
 from auditexport_pipeline.core.dead_letters import DeadLetterFilter
+from auditexport_pipeline.core.format import counted, for_outbox
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.units import DAY_MS
@@ -132,8 +133,11 @@ def _no_duplicates_recently(names: Names) -> dg.AssetChecksDefinition:
         return dg.AssetCheckResult(
             passed=copies == 0,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"{copies:,} of {entries:,} entries repeat an event, {same_slot:,} of them under the same inserted_at. To do: "
-            "`auditexport reconcile` tells requeues and repetitions in the outbox from the rest"
+            description=for_outbox(
+                f"{copies:,} of {entries:,} entries repeat an event, {same_slot:,} of them under the same inserted_at. To do: "
+                "`auditexport reconcile` tells requeues and repetitions in the outbox from the rest",
+                names.name,
+            )
             if copies
             else "each event once",
             metadata={"entries": entries, "duplicated": copies, "duplicated_same_inserted_at": same_slot},
@@ -181,12 +185,11 @@ def _no_dead_letters_standing(names: Names) -> dg.AssetChecksDefinition:
             outbox = names.outbox(context)
             gone = dead_letters.close_gone(outbox)
             counts = dead_letters.count(outbox, DeadLetterFilter())
+        open_letters = f"{counted(counts.letters, 'open dead letter')}: `auditexport dead-letters list`"
         return dg.AssetCheckResult(
             passed=counts.letters == 0,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"{counts.letters:,} open dead letters: `auditexport dead-letters list`"
-            if counts.letters
-            else "no open dead letter",
+            description=for_outbox(open_letters, names.name) if counts.letters else "no open dead letter",
             metadata={
                 "dead_letters_standing": counts.letters,
                 "dead_letters_gone": gone,

@@ -30,10 +30,10 @@ import dagster as dg
 from auditexport_pipeline import processes
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core.advice import Command
 from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
 from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, IncompleteRun, VerificationFailed
+from auditexport_pipeline.core.format import batches, counted, for_outbox
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
 from auditexport_pipeline.core.outcome import Outcome, outcome_of
 from auditexport_pipeline.core.pipeline import VERBS, Pipeline
@@ -181,7 +181,7 @@ def _plan_batches(names: Names) -> dg.OpDefinition:
         step.pipeline.plan(claims, time_for(context, limits))
         adopted = sum(claim.adopted for claim in claims)
         context.log.info(
-            f"claimed {len(claims)} batches, {sum(claim.rows for claim in claims):,} rows"
+            f"claimed {batches(len(claims))}, {counted(sum(claim.rows for claim in claims), 'row')}"
             + (f"; {adopted} of them adopted from runs that ended before they were done" if adopted else "")
         )
         for claim in claims:
@@ -210,7 +210,7 @@ def _fetch_batch(names: Names) -> dg.OpDefinition:
         timing = step.pipeline.timing("fetch", claim.batch_id)
         context.log.info(
             f"fetched batch {claim.batch_id}: {fetched.rows:,} of {claim.rows:,} rows sealed, "
-            f"{fetched.dead:,} dead letters, {fetched.seconds:.2f} s{format_prefetch(timing)}"
+            f"{counted(fetched.dead, 'dead letter')}, {fetched.seconds:.2f} s{format_prefetch(timing)}"
         )
         metadata = {
             "rows": fetched.rows,
@@ -235,9 +235,9 @@ def _write_clickhouse(names: Names) -> dg.OpDefinition:
             receipt = step.pipeline.write(step.outbox, step.audit_log, claim, step.limits)
         timing = step.pipeline.timing("write", claim.batch_id)
         context.log.info(
-            f"wrote batch {claim.batch_id}: {receipt.entries:,} entries in {receipt.blocks} block{'s' * (receipt.blocks != 1)}, "
-            f"{receipt.bytes:,} bytes, {receipt.seconds:.2f} s"
-            + (f"; {receipt.found} blocks were there already" if receipt.found else "")
+            f"wrote batch {claim.batch_id}: {counted(receipt.entries, 'entry', 'entries')} in "
+            f"{counted(receipt.blocks, 'block')}, {receipt.bytes:,} bytes, {receipt.seconds:.2f} s"
+            + (f"; {counted(receipt.found, 'block was', 'blocks were')} there already" if receipt.found else "")
             + format_prefetch(timing)
         )
         if receipt.note:
@@ -270,7 +270,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
             "given back": counts.released,
         }
         context.log.info(
-            f"marked batch {batch.batch_id}: {batch.marked_rows:,} rows"
+            f"marked batch {batch.batch_id}: {counted(batch.marked_rows, 'row')}"
             + (f", {timing.seconds:.2f} s" if timing else "")
             + "".join(f"; {count:,} {what}" for what, count in others.items() if count)
             + format_prefetch(timing)
@@ -278,7 +278,7 @@ def _mark_exported(names: Names) -> dg.OpDefinition:
         observation = dg.AssetObservation(
             names.asset,
             description=f"batch {batch.batch_id}, exported",
-            metadata=batch_metadata(batch, write_s=receipt.seconds, timings=timings),
+            metadata=batch_metadata(batch, write_s=receipt.seconds, timings=timings, outbox=names.name),
         )
         context.log_event(observation)
         return dg.Output(batch.batch_id, metadata={"rows": batch.marked_rows, **timing_metadata({"mark": timing})})
@@ -307,17 +307,21 @@ def _finish_export(names: Names) -> dg.OpDefinition:
                 verified |= _stay(context, names, step, planned.started_at_s, batch_ids)
             done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
             backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
-            held = claiming.held_by_others(outbox, _owner(context))
+            leased = claiming.leased_by_others(outbox, _owner(context))
             seconds = time.time() - planned.started_at_s
             context.add_output_metadata(
-                run_metadata(done.batches, done.verified, backlog, outbox.dead_by_reason(), seconds, held)
+                run_metadata(done.batches, done.verified, backlog, outbox.dead_by_reason(), seconds, leased)
             )
             _raise_if_wrong(done, names.name)
         waiting = sum(batch.state is not State.WRITTEN for batch in done.left)
         context.log.info(
-            f"verified {len(done.verified)} batches; {backlog.shown_rows} rows still pending, lag {backlog.lag_s:.0f} s"
-            + (f"; {waiting} batches wait for the next run, there was no time for them" if waiting else "")
-            + (f"; {claiming.held_line(held)}" if held else "")
+            f"verified {batches(len(done.verified))}; {backlog}"
+            + (
+                f"; {counted(waiting, 'batch waits', 'batches wait')} for the next run, for lack of time"
+                if waiting
+                else ""
+            )
+            + (f"; {claiming.leased_line(leased)}" if leased else "")
         )
         step.heartbeat.success()
 
@@ -389,9 +393,9 @@ def _raise_if_wrong(done: Outcome, outbox: str) -> None:
         f"batch {batch_id} is in ClickHouse and not marked: {why}" for batch_id, why in unmarked(done.left).items()
     )
     if done.wrong:
-        repair = Command("reconcile --repair").format(outbox)
+        repair = for_outbox("`auditexport reconcile --repair`", outbox)
         raise VerificationFailed(
-            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; `{repair}`, then a drain, "
+            f"ClickHouse acknowledged and does not hold as sealed: {done.why()}. The rows are marked; {repair}, then a drain, "
             "exports again what is missing, under the same inserted_at" + (f". Also: {left}" if left else "")
         )
     if left:

@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from auditexport_pipeline.core.format import for_outbox
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.outboxes import GROUP as GROUP
 
@@ -89,7 +90,7 @@ def outbox_spec(names: Names, links: Mapping[str, str], **about: Any) -> dg.Asse
 def attributes(names: Names, links: Mapping[str, str]) -> dict[str, Any]:
     """Arguments of `graph_asset` for `audit_logs_raw_v1`."""
     return {
-        "description": _AUDIT_LOG.format(requeue=names.of("requeue_events")),
+        "description": for_outbox(_AUDIT_LOG.format(requeue=names.of("requeue_events")), names.name),
         "kinds": {"clickhouse"},
         "metadata": {
             "dagster/column_schema": ENTRY_COLUMNS,

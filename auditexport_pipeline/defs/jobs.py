@@ -16,6 +16,7 @@ import dagster as dg
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.errors import SetupIncomplete, VerificationFailed
 from auditexport_pipeline.core.excuses import TTL_UNKNOWN_TODO
+from auditexport_pipeline.core.format import batches, counted, for_outbox
 from auditexport_pipeline.core.reconcile import Report, reconcile
 from auditexport_pipeline.core.requeue import requeue
 from auditexport_pipeline.core.retries import RETRIES
@@ -99,7 +100,7 @@ def requeue_job(names: Names) -> dg.JobDefinition:
                 dry_run=config.dry_run,
             )
         context.log.info(
-            f"{'would requeue' if config.dry_run else 'requeued'} {done.rows:,} rows of {len(done.by_batch)} batches"
+            f"{'would requeue' if config.dry_run else 'requeued'} {counted(done.rows, 'row')} of {batches(len(done.by_batch))}"
             + (f", action {done.action_id}" if done.action_id else "")
         )
         context.add_output_metadata(requeue_metadata(done))
@@ -134,8 +135,8 @@ def sweep_job(names: Names) -> dg.JobDefinition:
             )
             context.add_output_metadata(sweep_metadata(done))
             context.log.info(
-                f"{'would sweep' if config.dry_run else 'swept'} {done.rows:,} rows of {len(done.by_batch)} batches; "
-                f"{done.held_back} batches held back, {done.compacted} compacted"
+                f"{'would sweep' if config.dry_run else 'swept'} {counted(done.rows, 'row')} of {batches(len(done.by_batch))}; "
+                f"{batches(done.held_back)} held back, {done.compacted} compacted"
             )
             # What an earlier attempt of this step found is not due any more.
             earlier = done.standing if context.retry_number else {}
@@ -148,7 +149,7 @@ def sweep_job(names: Names) -> dg.JobDefinition:
             if done.ttl_unknown:
                 raise VerificationFailed(
                     "batches past retention were not swept, because ClickHouse lacks entries of them and its TTL cannot be "
-                    f"evaluated: {_first_ten(done.ttl_unknown)}. {TTL_UNKNOWN_TODO}"
+                    + for_outbox(f"evaluated: {_first_ten(done.ttl_unknown)}. {TTL_UNKNOWN_TODO}", names.name)
                 )
 
     return _job(
@@ -176,7 +177,7 @@ def _found_before(context: dg.OpExecutionContext, maintenance: MySQLMaintenance,
                 if action.by.who != who or action.at_ms < began_ms:
                     continue
                 if verb == "repair" and action.rows:
-                    found.append(f"{action.rows:,} rows were requeued (action {action.action_id})")
+                    found.append(f"{counted(action.rows, 'row was', 'rows were')} requeued (action {action.action_id})")
                 differing = LastReconcile.of(action).found if verb == "reconcile" else None
                 if differing:
                     found.append(f"{differing} (action {action.action_id})")
@@ -217,14 +218,16 @@ def reconcile_job(names: Names, targets: Targets) -> dg.JobDefinition:
                 from auditexport_pipeline.report.figures import gather
 
                 path = Path(config.report_path).resolve()
-                figures = gather(outbox, audit_log, report.from_ms, report.to_ms, targets)
+                figures = gather(outbox, audit_log, report.from_ms, report.to_ms, targets, names.name)
                 made_by = f"Dagster run {context.run_id[:8]} of {context.job_name}"
                 page.write(path, page.of_reconciliation(report, figures, made_by))
                 metadata["page"] = dg.MetadataValue.path(path)
                 context.log.info(f"the report is {path}")
             context.log_event(dg.AssetObservation(names.asset, metadata=metadata))
             context.add_output_metadata(metadata)
-            context.log.info(f"reconciled {len(report.batches)} batches, {report.slots} blocks: {report.found}")
+            context.log.info(
+                f"reconciled {batches(len(report.batches))}, {counted(report.slots, 'block')}: {report.found}"
+            )
             if report.unrecorded:
                 context.log.warning(f"this reconciliation is not recorded: {report.unrecorded}")
             _raise_if_different(report, _found_before(context, maintenance, by.who))
@@ -242,7 +245,7 @@ def _raise_if_different(report: Report, earlier: str) -> None:
     if not report.clean:
         todo = "Missing: run again with repair. Altered: requeue those events. Duplicated: merges collapse them"
         if report.repaired and report.repaired.action_id:
-            todo = f"{report.repaired.rows:,} rows were requeued; run again after the next drain"
+            todo = f"{counted(report.repaired.rows, 'row was', 'rows were')} requeued; run again after the next drain"
         raise VerificationFailed(
             f"outbox and ClickHouse differ: {report.found}, events {', '.join(report.found.event_ids)}. {todo}"
         )
@@ -267,13 +270,11 @@ def retry_job(names: Names) -> dg.JobDefinition:
             outbox = names.outbox(context)
             if config.dry_run:
                 letters, gone = dead_letters.count(outbox, which).letters, 0
-                context.log.info(f"would be retried: {letters:,} dead letters; nothing was changed")
+                context.log.info(f"would be retried: {counted(letters, 'dead letter')}; nothing was changed")
             else:
                 acted = dead_letters.retry(outbox, which, by)
                 letters, gone = acted.changed, acted.gone
-                context.log.info(
-                    f"retried: {letters:,} dead letters; {gone:,} are gone, their rows are no longer pending"
-                )
+                context.log.info(f"retried: {counted(letters, 'dead letter')}; {gone:,} more are gone with their rows")
         context.add_output_metadata({"dead_letters": letters, "gone": gone, "dry_run": config.dry_run})
 
     return _job(
@@ -309,7 +310,7 @@ def purge_job(names: Names, jobs: list[str]) -> dg.JobDefinition:
         for run_id in purged if not config.dry_run else ():
             _delete(instance, run_id)
         context.log.info(
-            f"{'would purge' if config.dry_run else 'purged'} {len(purged):,} runs that were created more than "
+            f"{'would purge' if config.dry_run else 'purged'} {counted(len(purged), 'run')} created more than "
             f"{config.run_days:g} days ago"
         )
         context.add_output_metadata({"runs": len(purged), "dry_run": config.dry_run})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 
 import dagster as dg
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import Batch
+from auditexport_pipeline.core.format import for_outbox, format_time, is_date
 from auditexport_pipeline.core.pipeline import Timing, Verb
 from auditexport_pipeline.core.ports import Discrepancy, Holder
 from auditexport_pipeline.core.reconcile import Report
@@ -22,15 +22,7 @@ TABLE_ROWS = 100
 
 def backlog_metadata(backlog: Backlog) -> Metadata:
     """The outbox as the probe saw it; `backlog_rows` stops at the probe's limit."""
-    return {
-        "backlog_rows": backlog.rows,
-        "lag_s": round(backlog.lag_s, 1),
-        "unknown_rows": backlog.unknown_rows,
-        "unknown_versions": ", ".join(backlog.unknown_versions) or "none",
-        "dead_letters_standing": backlog.dead_rows,
-        **({"held_rows": backlog.held_rows} if backlog.held_rows else {}),
-        "open_batches": backlog.open_batches,
-    }
+    return {name: value for name, value in backlog.numbers.items() if value or name != "held_rows"}
 
 
 def run_metadata(
@@ -39,7 +31,7 @@ def run_metadata(
     backlog: Backlog,
     dead_by_reason: Mapping[str, int],
     seconds: float,
-    held: Sequence[Holder] = (),
+    leased_by_others: Sequence[Holder] = (),
 ) -> Metadata:
     """A run's result. `rows` are outbox rows marked, `entries` rows of ClickHouse, `bytes` payload bytes sent."""
     rows = sum(batch.marked_rows for batch in batches)
@@ -58,8 +50,8 @@ def run_metadata(
         "rows_per_s": round(rows / seconds, 1) if seconds else 0.0,
         "verified_batches": sum(1 for found in verified.values() if not found),
         **backlog_metadata(backlog),
-        "held_by_others_rows": sum(holder.rows for holder in held),
-        "held_by": "; ".join(map(str, held)) or "nobody",
+        "held_by_others_rows": sum(holder.rows for holder in leased_by_others),
+        "held_by": "; ".join(map(str, leased_by_others)) or "nobody",
         "dead_letters_by_reason": dg.MetadataValue.md(counts_table("reason", dead_by_reason)),
         "per_batch": dg.MetadataValue.md(batch_table(batches, verified)),
     }
@@ -67,7 +59,7 @@ def run_metadata(
         metadata["views_failed"] = "\n".join(f"batch {batch_id}: {note}" for batch_id, note in views.items())
     for name, at_ms in (("oldest_event", min(oldest, default=None)), ("newest_event", max(newest, default=None))):
         if at_ms is not None:
-            metadata[name] = dg.MetadataValue.timestamp(at_ms / 1000) if _datable(at_ms) else str(at_ms)
+            metadata[name] = dg.MetadataValue.timestamp(at_ms / 1000) if is_date(at_ms) else str(at_ms)
     return metadata
 
 
@@ -89,7 +81,9 @@ def format_prefetch(timing: Timing | None) -> str:
     return f"; ahead: started {timing.ahead_s:.2f} s before this step{beside}"
 
 
-def batch_metadata(batch: Batch, *, write_s: float, timings: Mapping[Verb, Timing | None]) -> Metadata:
+def batch_metadata(
+    batch: Batch, *, write_s: float, timings: Mapping[Verb, Timing | None], outbox: str = ""
+) -> Metadata:
     """One exported batch, for its observation; `batch_id` is the key of its row in the ledger."""
     return {
         "batch_id": batch.batch_id,
@@ -103,7 +97,7 @@ def batch_metadata(batch: Batch, *, write_s: float, timings: Mapping[Verb, Timin
         "write_s": round(write_s, 3),
         **timing_metadata(timings),
         "digest": batch.digest,
-        "in_the_ledger": f"auditexport batches show {batch.batch_id}",
+        "in_the_ledger": for_outbox(f"`auditexport batches show {batch.batch_id}`", outbox).strip("`"),
         **({"view_failed": batch.view_note} if batch.view_note else {}),
     }
 
@@ -203,14 +197,5 @@ def _in_cell(name: str) -> str:
     return "".join(letter if letter.isprintable() and letter not in "|`<" else "?" for letter in name)
 
 
-def _datable(at_ms: int) -> bool:
-    """Event times are any 64-bit integer; only years 1 to 9999 are dates to Python and to the Dagster UI."""
-    return -62_135_596_800_000 <= at_ms < 253_402_300_800_000
-
-
 def _when(at_ms: int | None) -> str:
-    if at_ms is None:
-        return ""
-    if not _datable(at_ms):
-        return f"{at_ms} ms"
-    return datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return format_time(at_ms) if at_ms is not None else ""

@@ -1,8 +1,4 @@
-"""The backlog probe: how far behind the export is, in statements whose cost does not grow with the table.
-
-What belongs here: counting what is pending, dead, unknown and open. What does not: what a sensor makes of the
-numbers (`core.backlog`).
-"""
+"""The probe of the backlog, in statements whose cost does not grow with the table. `core.backlog` decides on the numbers."""
 
 from __future__ import annotations
 
@@ -14,44 +10,41 @@ from auditexport_pipeline.core.backlog import Backlog, Lease
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.mysql.statements import SQL
 
-# The probe steps through the versions that are pending; more than this is a misuse of the column.
-VERSIONS_LOOKED_AT = 50
-# Rows of one version, as the column's collation compares, among which others are looked for: some ten milliseconds.
-ALIKE_LOOKED_AT = 10_000
-# The oldest pending rows of a version whose created_at is looked at: each is one look-up by primary key.
-ROWS_LOOKED_AT = 100
+# Pending versions that are read; more of them are a misuse of the column.
+MOST_VERSIONS = 50
+# Rows that the collation takes for one version, and that are searched for other spellings: some ten milliseconds.
+SEARCHED_ROWS = 10_000
+# The oldest pending rows of a version whose created_at is read: each is one look-up by primary key.
+OLDEST_ROWS = 100
 
 
 def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Backlog:
-    """How far behind the export is; counts pending rows up to `count_to`, without those that dead letters hold.
+    """The backlog; pending rows are counted up to `count_to`, without those that dead letters keep out of batches.
 
-    Source: `drainer_pending_idx`, the ledger's `state_idx`. No lock, and nothing
-    that grows with the table.
+    Source: `drainer_pending_idx`, the ledger's `state_idx`. No lock.
     """
     dead = list(connection.execute(SQL["count_dead"]))
     dead_rows = sum(row.n for row in dead if row.state == "open")
     held_rows = sum(row.n for row in dead if row.state == "held")
-    # A letter holds the row that it was made of, which may be gone: so rows are counted, and letters are not subtracted.
+    # The row of a letter may be gone: so rows without a letter are counted, and letters are not subtracted.
     count = SQL["count_beside_letters" if dead else "count_pending"]
     rows = odd_rows = 0
     lags_ms: list[int] = []
     odd_pk: int | None = None
     for version in versions:
         rows += connection.execute(count, {"version": version, "row_limit": count_to}).scalar_one()
-        oldest = connection.execute(
-            SQL["oldest_pending"], {"version": version, "row_limit": ROWS_LOOKED_AT}
-        ).one_or_none()
+        oldest = connection.execute(SQL["oldest_pending"], {"version": version, "row_limit": OLDEST_ROWS}).one_or_none()
         if oldest is None:
             continue
         if oldest.odd_rows:
             odd_rows += int(oldest.odd_rows)
             odd_pk = oldest.odd_pk if odd_pk is None else min(odd_pk, oldest.odd_pk)
-        # Rows that say nothing sound have waited since the last claim at the longest.
+        # Without a sound created_at, a row has waited since the last claim at most.
         lag_ms = oldest.lag_ms if oldest.lag_ms is not None else connection.execute(SQL["last_claim_ago"]).scalar_one()
         lags_ms.append(int(lag_ms))
     unknown = _unknown(connection, versions, count_to)
     open_batches = list(connection.execute(SQL["open_batches"]))
-    # Nobody works on a stopped batch: it waits for the end of its lease.
+    # A stopped batch only waits for the end of its lease.
     worked_on = [row for row in open_batches if row.state != State.STOPPED.value]
     return Backlog(
         rows=rows,
@@ -73,14 +66,14 @@ def probe(connection: Connection, versions: Sequence[str], count_to: int) -> Bac
 
 def _unknown(connection: Connection, versions: Sequence[str], count_to: int) -> dict[str, int]:
     unknown: dict[str, int] = {}
-    # The empty text is a version too, and where a collation pads with spaces, control characters sort below it.
+    # The empty text is a version too. If a collation pads with spaces, control characters sort below it.
     found = connection.execute(SQL["pending_version_to_empty"]).scalar()
     if found is None:
         found = connection.execute(SQL["next_pending_version"], {"version": ""}).scalar()
-    for _ in range(VERSIONS_LOOKED_AT):
+    for _ in range(MOST_VERSIONS):
         if found is None:
             break
-        values = {"version": found, "row_limit": ALIKE_LOOKED_AT if found in versions else count_to}
+        values = {"version": found, "row_limit": SEARCHED_ROWS if found in versions else count_to}
         for row in connection.execute(SQL["versions_like"], values):
             version = bytes(row.exact).decode()
             if version not in versions:

@@ -1,7 +1,6 @@
-"""Who holds a lock that we want: asked while one of our connections waits for it.
+"""Who has a lock that one of our connections waits for, from the server's own tables of locks.
 
-What belongs here: the look at the server's own tables of locks, which needs grants that an exporter does not have to have.
-What does not: deciding what a lock means (`core.export`, `core.drain`).
+These take grants that an exporter need not have. `core.export` and `core.drain` decide what a lock means.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from auditexport_pipeline.mysql.statements import statements
 
 _SQL = statements("mysql/blockers.sql")
-# MariaDB keeps an answer about locks for a tenth of a second; the shortest wait for a lock is a second.
+# MariaDB caches its answer about locks for a tenth of a second; the shortest wait for a lock is a second.
 ASK_EVERY_S = 0.1
 WAIT_S = 1
-_ADMINISTRATORS_LOOK = {
+_FOR_ADMINISTRATORS = {
     "mysql": "SELECT * FROM sys.innodb_lock_waits; SELECT * FROM performance_schema.metadata_locks; and SELECT * FROM "
     "information_schema.innodb_trx ORDER BY trx_started",
     "mariadb": "SELECT * FROM information_schema.innodb_trx ORDER BY trx_started; SHOW PROCESSLIST; "
@@ -29,11 +28,11 @@ _ADMINISTRATORS_LOOK = {
 
 
 def holders(engine: Engine, statement: str, values: Any = None) -> str:
-    """Who holds the lock that this statement waits for: process, user, transaction, and what kind of statement it runs; or
-    what an administrator can ask to see it.
+    """Who has the lock that this statement waits for: process, user, transaction, and the kind of statement that it runs; or
+    what an administrator can ask.
 
-    Takes a second at most: one connection says the statement again and waits, another one looks at whom it waits for.
-    Nothing of it is kept.
+    Takes a second at most: one connection sends the statement again and waits, another one reads whom it waits for. The
+    statement is rolled back.
     """
     family = "mariadb" if getattr(engine.dialect, "is_mariadb", False) else "mysql"
     found: list[str] = []
@@ -48,7 +47,7 @@ def holders(engine: Engine, statement: str, values: Any = None) -> str:
                 try:
                     waiting.exec_driver_sql(statement, values).close()
                 except SQLAlchemyError:
-                    pass  # nobody gave it up meanwhile, which is what is looked at here
+                    pass  # the lock was not released within the second
                 finally:
                     ended.set()
 
@@ -61,43 +60,43 @@ def holders(engine: Engine, statement: str, values: Any = None) -> str:
             finally:
                 ended.wait()
                 thread.join()
-                waiting.invalidate()  # with its short wait, and without what it changed
+                waiting.invalidate()  # rolls back, and no other user of the pool gets the short time-out
     except SQLAlchemyError:
-        pass  # what was seen before is said
+        pass  # report what was found before
     if found:
         return "; ".join(found)
     if not state:
-        return "Nobody holds it any more"
+        return "The lock is free again"
     return (
-        f"Ours waits there ({state}), and this server or the grants of this user do not show who holds it (it takes the PROCESS "
-        f"privilege); an administrator can ask: {_ADMINISTRATORS_LOOK[family]}"
+        f"Ours waits there ({state}), and this server or the grants of this user do not show who has the lock (it takes the PROCESS "
+        f"privilege); an administrator can ask: {_FOR_ADMINISTRATORS[family]}"
     )
 
 
 def _state(asking: Connection, waiting: int) -> str:
-    """What our connection is doing, in the server's words; "" when it does nothing."""
+    """What our connection waits for, in the server's words; empty when it does not wait."""
     state = asking.execute(_SQL["state"], {"waiting": waiting}).scalar()
     asking.rollback()
     return str(state or "")
 
 
 def _found(asking: Connection, family: str, waiting: int) -> list[str]:
-    """Who has what we wait for, a row's lock or a table's; none where this user may not see it."""
+    """Who has the lock, of a row or of a table; empty where this user may not see it."""
     for question in (family, f"{family}_table"):
         with suppress(SQLAlchemyError):
             found = list(asking.execute(_SQL[question], {"waiting": waiting}))
             if found:
-                return [_said(row) for row in found]
+                return [_described(row) for row in found]
         asking.rollback()
     return []
 
 
-def _said(row: Any) -> str:
+def _described(row: Any) -> str:
     who = f"process {row.process} ({row.user or 'unknown'}@{row.host or 'unknown'})"
     kind = re.match(r"\s*([A-Za-z]+)", row.info or "")
     does = f", which runs {kind[1].upper()}" if kind else ", which is idle"
     if not getattr(row, "granted", True):
-        return f"Before us waits {who}{does}"
+        return f"Before us, {who}{does}, waits for it"
     if row.trx_id is None:
-        return f"It is held by {who}{does}, for {row.since_s} s"
-    return f"It is held by {who}{does}, in transaction {row.trx_id} that is open for {row.open_s} s"
+        return f"It is locked by {who}{does}, for {row.since_s} s"
+    return f"It is locked by {who}{does}, in transaction {row.trx_id} that is open for {row.open_s} s"

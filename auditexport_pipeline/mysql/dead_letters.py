@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, TextClause
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.dead_letters import (
-    HELD,
+    KEEPS_ROW_OUT,
     PAGE_LETTERS,
     Acted,
     DeadLetterFilter,
@@ -159,7 +159,7 @@ def retry(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: int 
     pending), and the action is recorded, in one transaction. Interrupted, it leaves whole chunks; run it again.
     Raises `OutboxUnavailable`.
     """
-    return _act(outbox, which, by, "retry", LetterState.RETRIED, HELD, at_most)
+    return _act(outbox, which, by, "retry", LetterState.RETRIED, KEEPS_ROW_OUT, at_most)
 
 
 def discard(outbox: Database, which: DeadLetterFilter, by: Actor, *, at_most: int | None = None) -> Acted:
@@ -177,11 +177,11 @@ def close_gone(outbox: Database) -> int:
     a row: two look-ups by primary key each.
     """
     gone = 0
-    for state in HELD:
+    for state in KEEPS_ROW_OUT:
         for pks in _chunks(outbox, DeadLetterFilter(state=state)):
             with outbox.transaction("looking for the rows of dead letters") as connection:
                 if without_row := pks - _pending(connection, pks):
-                    gone += _set_gone(connection, _locked(connection, without_row, HELD))
+                    gone += _set_gone(connection, _locked(connection, without_row, KEEPS_ROW_OUT))
     return gone
 
 

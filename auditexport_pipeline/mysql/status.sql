@@ -1,5 +1,5 @@
--- What `mysql/status.py` asks MySQL beside the backlog's probe. Every statement is bounded: by an index it reads in order,
--- and by a limit. READ COMMITTED on every connection; plain SELECTs lock nothing. Times are the server's.
+-- Statements of `mysql/status.py`, beside the probe of the backlog. Every statement is bounded by an index that it reads in
+-- order, and by a limit. READ COMMITTED on every connection; plain SELECTs lock nothing. Times are the server's.
 
 -- name: now_ms
 SELECT CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) AS now_ms
@@ -46,30 +46,30 @@ SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (state_idx)
 WHERE state = 'discrepant' ORDER BY batch_id LIMIT :row_limit
 
 -- name: view_failures
--- exported_idx, from its end; at most as many entries of it as `looked_at`, among them the batches with a note on a view.
+-- exported_idx, from its end, `searched` entries at most: the batches with a note on a view.
 SELECT batch_id, last_error
 FROM (
   SELECT batch_id, last_error FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
-  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :searched
 ) AS recent
 WHERE last_error LIKE 'view %' LIMIT :row_limit
 
 -- name: cleared_often
--- exported_idx, from its end; at most as many entries of it as `looked_at`. The batch of the last day whose rows were exported most
--- often, and how many batches of that day exported rows of its range again.
+-- exported_idx, from its end, `searched` entries at most. The batch of the last day whose rows were exported most often, and how
+-- many batches of that day exported rows of its range again.
 SELECT often.batch_id, often.row_count, often.generation,
        SUM(recent.first_pk <= often.last_pk AND recent.last_pk >= often.first_pk) AS again
 FROM (
   SELECT batch_id, row_count, generation, first_pk, last_pk
   FROM (
     SELECT batch_id, row_count, generation, first_pk, last_pk FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
-    WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+    WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :searched
   ) AS day
   WHERE generation > :often ORDER BY generation DESC LIMIT 1
 ) AS often
 JOIN (
   SELECT generation, first_pk, last_pk FROM clickhouse_outbox_batch FORCE INDEX (exported_idx)
-  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :looked_at
+  WHERE exported_at_ms >= :from_ms ORDER BY exported_at_ms DESC LIMIT :searched
 ) AS recent ON recent.generation > 0
 GROUP BY 1, 2, 3
 

@@ -19,11 +19,11 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from auditexport_pipeline.core.format import format_duration
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
-from auditexport_pipeline.report.format import format_seconds, format_tick
 
-# Okabe and Ito's colours, which readers of every kind of colour vision tell apart; each means the same everywhere, in
-# tables too. By day and by night: a chart is drawn in the first, and its SVG then names the page's variable.
+# The colours of Okabe and Ito, which people with any colour vision can tell apart; each has one meaning on the whole page.
+# (day, night): a chart is drawn in the first, and its SVG then names the page's variable.
 PALETTE = {
     "ink": ("#1c2126", "#e8eaed"),
     "muted": ("#5b646e", "#a3acb6"),
@@ -61,6 +61,7 @@ _STYLE: dict[str, Any] = {
     "xtick.major.pad": 6,
     "timezone": "UTC",
 }
+_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))
 _TICKS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
     *(60 * n for n in (1, 2, 5, 10, 15, 30)),
@@ -99,6 +100,15 @@ def _svg(name: str, described: str, height_in: float, draw: Callable[[Figure], N
     for variable, colour in _COLOUR.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r"\s*\n\s*", " ", svg)
+
+
+def format_tick(seconds: float) -> str:
+    """A duration as the label of an axis, in the largest unit that it is a multiple of: `0.5 s`, `5 min`, `2 d`."""
+    seconds = round(seconds, 6)
+    for length_s, unit in _UNITS:
+        if seconds >= length_s and not seconds % length_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{seconds:,.4g} s"
 
 
 def _count_axis(axis: Any) -> None:
@@ -201,7 +211,7 @@ def lag(points: pd.DataFrame, now_s: float) -> str:
         axes.plot(
             times, points["mean_s"], color=_COLOUR["fetch"], linewidth=1.4, linestyle="--", label="mean of batches"
         )
-        now = f"now: {format_seconds(now_s)}"
+        now = f"now: {format_duration(now_s)}"
         axes.axhline(now_s, color=_COLOUR["clickhouse"], linewidth=1.6, linestyle=":", label=now)
         axes.set_title("Lag: age of a batch's first row when it was exported")
         if lag_is_logarithmic(points, now_s):
@@ -219,7 +229,7 @@ def lag(points: pd.DataFrame, now_s: float) -> str:
         _time_axis(axes.xaxis)
         axes.set_xlabel("time of export, UTC")
 
-    return _svg("lag", f"Lag over time: at worst {format_seconds(worst_s)}, now {format_seconds(now_s)}", 3.0, draw)
+    return _svg("lag", f"Lag over time: at worst {format_duration(worst_s)}, now {format_duration(now_s)}", 3.0, draw)
 
 
 def batches(frame: pd.DataFrame) -> str:
@@ -247,7 +257,7 @@ def batches(frame: pd.DataFrame) -> str:
         ):
             below.bar(places, stages[stage], bottom=floors[stage], color=_COLOUR[colour], label=label)
         below.set_ylim(0, cut_s)
-        note = f" ({taller} taller than shown, up to {format_seconds(most_s)})" if taller else ""
+        note = f" ({taller} taller than shown, up to {format_duration(most_s)})" if taller else ""
         below.set_title(f"Time per batch{note}")
         _duration_axis(below.yaxis, cut_s)
         _legend(below)
@@ -259,7 +269,7 @@ def batches(frame: pd.DataFrame) -> str:
         below.set_xlabel("batch, by its number in the ledger; oldest claim first")
 
     described = (
-        f"The newest {len(shown)} batches: at most {shown['row_count'].max():,} rows and {format_seconds(most_s)} each"
+        f"The newest {len(shown)} batches: at most {shown['row_count'].max():,} rows and {format_duration(most_s)} each"
     )
     return _svg("batches", described, 4.4, draw)
 

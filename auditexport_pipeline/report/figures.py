@@ -1,7 +1,6 @@
-"""The numbers of a report: what both databases hold over a window of exports, and how the export stands now.
+"""The numbers of a report: what both databases hold over a window of exports, and the status now.
 
-Reads with plain SELECTs in bounded steps, and locks nothing. What counts as a discrepancy is `core.reconcile`'s; how
-numbers look is `page`'s and `charts`'.
+Reads with plain SELECTs in bounded steps, without locks. `core.reconcile` decides what a discrepancy is.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from auditexport_pipeline.core.reconcile import SLOTS_APART_MS
 from auditexport_pipeline.core.settings import Targets
 from auditexport_pipeline.core.status import Status
 from auditexport_pipeline.core.units import DAY_MS, HOUR_MS
-from auditexport_pipeline.core.versions import VERSIONS, PayloadVersion
+from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.mysql.maintenance import SCAN_PKS, MySQLMaintenance
 from auditexport_pipeline.mysql.marking import by_shape
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
+from auditexport_pipeline.mysql.statements import SQL as STORE_SQL
 from auditexport_pipeline.mysql.statements import statements
 from auditexport_pipeline.mysql.status import read_status
 from auditexport_pipeline.sql import load
@@ -35,18 +35,18 @@ from auditexport_pipeline.sql import load
 SQL = statements("report/outbox.sql")
 _PIECES = load("report/audit_log.sql")
 
-# A longer window is counted by day: columns of less than three pixels show nothing.
+# A longer window is counted by day: a column needs three pixels.
 MOST_STEPS = 14 * 24
-# An event is often older than its export: the hours before the window that get a column of their own.
+# An event is often older than its export: so long before the window, hours have columns too.
 HOURS_BEFORE_MS = DAY_MS
-# Rows whose hour is read from the outbox: some ten seconds of reading by primary key, as a reconciliation of them takes.
-# Of a busier window the newest exports are counted, and the page says since when.
+# Rows whose hour is read from the outbox: some ten seconds of reading by primary key, as long as a reconciliation of them.
+# Of a busier window only the newest exports are counted, and the page says since when.
 ROWS_COUNTED = 1_000_000
 PENDING_COUNTED = 200_000
-# Batches whose blocks are read, and how many per statement: their pks can take a megabyte each.
+# Batches whose blocks are read, and how many per statement: the pks of a batch can take a megabyte.
 BATCHES_COUNTED = 20_000
 BATCHES_AT_ONCE = 200
-# `inserted_at`s that ClickHouse leaves out: the list travels in one form field, of 128 KB at most.
+# `inserted_at`s that ClickHouse leaves out: the list is sent in one form field, of 128 KB at most.
 MOST_EXCLUDED = 7_000
 LETTERS_COUNTED = 200_000
 # Points of the line of lags, and batches whose stages are listed.
@@ -59,10 +59,7 @@ AHEAD_MS = DAY_MS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Consecutive hours (or days) of UTC. Bin 0 is everything before them, the last bin everything after them.
-
-    Event times are any 64-bit integer, so those outside the grid are counted in the bins at its ends.
-    """
+    """Consecutive hours (or days) of UTC. Event times before the grid are counted in bin 0, later ones in the last bin."""
 
     starts_ms: int
     step_ms: int
@@ -81,15 +78,12 @@ class Grid:
     @property
     def bounds(self) -> dict[str, int]:
         """Parameters of the statements that count by bin: times are clamped to [low_ms, high_ms]."""
-        return {"low_ms": self.starts_ms - self.step_ms, "high_ms": self.ends_ms, "step_ms": self.step_ms}
-
-    @property
-    def ends_ms(self) -> int:
-        return self.starts_ms + self.steps * self.step_ms
+        low_ms, *_, high_ms = self.starts
+        return {"low_ms": low_ms, "high_ms": high_ms, "step_ms": self.step_ms}
 
     @property
     def starts(self) -> list[int]:
-        """When each bin begins, the two at the ends included."""
+        """The begin of each bin, with the two at the ends."""
         return [self.starts_ms + (number - 1) * self.step_ms for number in range(self.steps + 2)]
 
 
@@ -97,11 +91,10 @@ class Grid:
 class Window:
     """The first exports that are counted on both sides: rows of the outbox by pk, entries by `inserted_at`.
 
-    `excluded` are the `inserted_at`s in [from_ms, to_ms) that only ClickHouse could count: those of open batches, and
-    of swept ones, whose rows are gone.
+    `excluded` are the `inserted_at`s of open batches and of swept batches, whose rows are gone.
     """
 
-    from_ms: int  # later than asked for where there are more batches or rows than are counted
+    from_ms: int  # later than that of the figures, if there are more batches or rows than are counted
     to_ms: int
     pks: PkSet
     excluded: Sequence[int]
@@ -113,11 +106,12 @@ class Window:
 class Figures:
     """The numbers of a window of exports, [from_ms, to_ms), and of now."""
 
+    outbox: str  # its name; empty for the only one
     from_ms: int
     to_ms: int
     servers: Mapping[str, str]  # family, version and database of each; no host, no user
     status: Status
-    advice: Sequence[Advice]  # what needs an operator
+    advice: Sequence[Advice]  # errors and warnings
     window: Window
     grid: Grid
     bins: pd.DataFrame  # rows, entries, pending, difference by bin of the grid; the index is the bin's start in ms
@@ -140,26 +134,26 @@ class Figures:
     def cut_short(self) -> bool:
         return self.window.from_ms > self.from_ms
 
-    @property
-    def lag_s(self) -> float:
-        return max(0.0, self.status.backlog.lag_s)
-
 
 def gather(
-    outbox: MySQLOutbox, log: ClickHouseAuditLog, from_ms: int, to_ms: int, targets: Targets | None = None
+    outbox: MySQLOutbox,
+    log: ClickHouseAuditLog,
+    from_ms: int,
+    to_ms: int,
+    targets: Targets | None = None,
+    name: str = "",
 ) -> Figures:
-    """The numbers of the exports in [from_ms, to_ms), and of now. A user that may only read can ask.
+    """The numbers of the exports in [from_ms, to_ms), and of now. SELECT is the only grant that they need.
 
-    The window is cut to what there can be: from the first export, or the table's TTL, up to now. The advice compares with
-    `targets`, the defaults unless given. Raises as the stores do.
+    The window is cut: it begins with the first export, or where the table's TTL ends, and ends now. The advice compares with
+    `targets`, the defaults unless given, and has the commands of the outbox `name`. Raises as the stores do.
     """
     status = read_status(outbox)
-    found = advice(status, targets or Targets())
-    kept_ms = log.kept_ms()
-    first_ms = MySQLMaintenance(outbox).first_inserted_ms()
+    found = advice(status, targets or Targets(), name)
+    ttl_ms, first_ms = log.kept_ms(), MySQLMaintenance(outbox).first_inserted_ms()
     to_ms = min(to_ms, status.at_ms)
-    from_ms = max(from_ms, to_ms if first_ms is None else first_ms, 0 if kept_ms is None else status.at_ms - kept_ms)
-    from_ms = min(from_ms, to_ms)
+    starts_ms = (from_ms, to_ms if first_ms is None else first_ms, 0 if ttl_ms is None else status.at_ms - ttl_ms)
+    from_ms = min(to_ms, max(starts_ms))
     window = read_window(outbox, from_ms, to_ms)
     grid = Grid.over(window.from_ms - HOURS_BEFORE_MS, to_ms)
     pending = pending_pks(outbox) - window.pks
@@ -169,10 +163,11 @@ def gather(
         "pending": rows_by_hour(outbox, pending, grid),
     }
     bins = pd.DataFrame(
-        {name: [counted[number] for number in range(grid.steps + 2)] for name, counted in counts.items()},
+        {side: [counted[number] for number in range(grid.steps + 2)] for side, counted in counts.items()},
         index=grid.starts,
     )
     return Figures(
+        outbox=name,
         from_ms=from_ms,
         to_ms=to_ms,
         servers=_servers(outbox, log),
@@ -212,7 +207,7 @@ def _servers(outbox: MySQLOutbox, log: ClickHouseAuditLog) -> dict[str, str]:
 
 
 def read_window(outbox: MySQLOutbox, from_ms: int, to_ms: int) -> Window:
-    """The first exports of [from, to) that both sides can be counted for, newest first until a limit is reached.
+    """The first exports in [from_ms, to_ms) that can be counted on both sides, the newest up to a limit.
 
     Source: the ledger, by `inserted_idx`, a few hundred batches a statement. No lock.
     """
@@ -222,7 +217,7 @@ def read_window(outbox: MySQLOutbox, from_ms: int, to_ms: int) -> Window:
     since_ms = from_ms
     for batches, row in enumerate(_first_exports(outbox, from_ms, to_ms)):
         if batches >= BATCHES_COUNTED or rows >= ROWS_COUNTED or len(excluded) >= MOST_EXCLUDED:
-            # All blocks read so far lie above those of this batch, but for a few that were split.
+            # All blocks read so far are later than those of this batch, except a few that were split.
             since_ms = row.inserted_at_ms + 1
             break
         blocks = [block for block in blocks_from_text(row.manifest)[0] if from_ms <= block.inserted_at_ms < to_ms]
@@ -257,7 +252,7 @@ def _first_exports(outbox: MySQLOutbox, from_ms: int, to_ms: int) -> Iterator[Ro
 
 
 def rows_by_hour(outbox: MySQLOutbox, pks: PkSet, grid: Grid) -> Counter[int]:
-    """How many of these rows the outbox holds in each bin of the grid, by the time of the event.
+    """How many of these rows the outbox has in each bin of the grid, by the time of the event.
 
     Source: the outbox by primary key, some thousand rows a statement. No lock.
     """
@@ -272,17 +267,18 @@ def rows_by_hour(outbox: MySQLOutbox, pks: PkSet, grid: Grid) -> Counter[int]:
 
 
 def pending_pks(outbox: MySQLOutbox) -> PkSet:
-    """The oldest pending rows of known versions that no dead letter holds, `PENDING_COUNTED` of each version at most."""
+    """The oldest pending rows of known versions, without those that dead letters keep; PENDING_COUNTED of each version."""
     pks = PkSet()
     for version in VERSIONS:
+        values = {"version": version, "from_pk": 0, "row_limit": PENDING_COUNTED}
         with outbox.transaction("reading pending rows") as connection:
-            rows = connection.execute(SQL["pending"], {"version": version, "row_limit": PENDING_COUNTED})
-            pks |= PkSet.of(row.pk for row in rows)
+            found = connection.execute(STORE_SQL["candidates_beside_letters"], values)
+            pks |= PkSet(tuple((row.first_pk, row.last_pk) for row in found))
     return pks
 
 
 def entries_by_hour(log: ClickHouseAuditLog, window: Window, grid: Grid) -> Counter[int]:
-    """How many events of these exports ClickHouse holds in each bin; copies count once, as in `audit_logs`."""
+    """How many events of these exports ClickHouse has in each bin; copies count once, as in `audit_logs`."""
     counts: Counter[int] = Counter()
     parameters = {
         **grid.bounds,
@@ -291,22 +287,18 @@ def entries_by_hour(log: ClickHouseAuditLog, window: Window, grid: Grid) -> Coun
         "excluded": list(window.excluded) or [-1],  # an empty list has no type; no inserted_at is negative
     }
     for version in VERSIONS.values():
-        found = log.rows(
-            "counting entries by hour", _by_hour(version), parameters, {"max_execution_time": LOOK_UP_TIMEOUT_S}
-        )
+        statement = Template(_PIECES["entries_by_hour"]).substitute(table=version.table)
+        limit = {"max_execution_time": LOOK_UP_TIMEOUT_S}
+        found = log.rows("counting entries by hour", statement, parameters, limit)
         counts.update({int(number): int(entries) for number, entries in found})
     return counts
-
-
-def _by_hour(version: PayloadVersion) -> str:
-    return Template(_PIECES["entries_by_hour"]).substitute(table=version.table)
 
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _lag(outbox: MySQLOutbox, from_ms: int, to_ms: int) -> pd.DataFrame:
-    """Lags of the first exports; where the batches lie close together, only their part of the window, in finer steps."""
+    """Lags of the first exports. If all batches are in a small part of the window, only that part, in finer steps."""
     points: pd.DataFrame = pd.DataFrame()
     for _ in range(4):
         step_ms = max(1, -(-(to_ms - from_ms) // LAG_POINTS))

@@ -1,5 +1,5 @@
--- What a report asks MySQL: counts by hour, by batch and by day over a window of exports.
--- Plain SELECTs at READ COMMITTED: no lock. Their cost grows with the window and stops at a limit.
+-- Counts by hour, by batch and by day over a window of exports, for a report.
+-- Plain SELECTs at READ COMMITTED: no lock. Their cost grows with the window up to a limit.
 
 -- name: server
 SELECT VERSION() AS version, DATABASE() AS database_name
@@ -23,21 +23,6 @@ FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk BETWEEN :first_pk AND :las
 SELECT (LEAST(GREATEST(CAST(JSON_UNQUOTE(JSON_EXTRACT(payload, '$.time')) AS SIGNED), :low_ms), :high_ms) - :low_ms)
          DIV :step_ms AS bin, COUNT(*) AS n
 FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks GROUP BY bin
-
--- name: pending
--- drainer_pending_idx in order, the first row_limit rows that no dead letter holds; no lock.
-SELECT outbox.pk
-FROM clickhouse_outbox AS outbox FORCE INDEX (drainer_pending_idx)
-LEFT JOIN clickhouse_outbox_dead_letter AS letter FORCE INDEX (PRIMARY)
-  ON letter.pk = outbox.pk AND letter.state IN ('open', 'discarded', 'held')
-LEFT JOIN clickhouse_outbox AS held FORCE INDEX (PRIMARY)
-  ON held.pk = letter.pk
-  AND CAST(CONVERT(held.version USING utf8mb4) AS BINARY) = CAST(letter.version AS BINARY)
-  AND CAST(CONVERT(held.workspace_id USING utf8mb4) AS BINARY) = CAST(letter.workspace_id AS BINARY)
-  AND CAST(CONVERT(held.event_id USING utf8mb4) AS BINARY) = CAST(letter.event_id AS BINARY)
-WHERE outbox.deleted_at IS NULL AND outbox.version = :version AND held.pk IS NULL
-  AND CAST(CONVERT(outbox.version USING utf8mb4) AS BINARY) = CAST(:version AS BINARY)
-ORDER BY outbox.pk LIMIT :row_limit
 
 -- name: lag
 -- exported_idx for the window, then one row of the outbox by primary key for each batch; no lock. A batch's lag is the age

@@ -1,4 +1,4 @@
-"""The tables of a report. pandas writes them as HTML, and escapes whatever an application chose."""
+"""The tables of a report. pandas writes them as HTML, and escapes all text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from auditexport_pipeline.core.format import format_bytes, format_duration, format_time, join_counts, printable
 from auditexport_pipeline.core.reconcile import Report
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.report.figures import Figures
-from auditexport_pipeline.report.format import (
-    format_bytes,
-    format_seconds,
-    format_time,
-    join_counts,
-    printable,
-)
 
 # Lines of a table; `auditexport reconcile --json` has everything.
 MOST_LINES = 50
@@ -37,13 +31,13 @@ def _day(at_ms: int) -> str:
 
 
 def _html(frame: pd.DataFrame, classes: str, *, most: int = MOST_LINES, rest: str = "of them") -> str:
-    """A frame of texts as an HTML table; empty without a line. `rest` is HTML: what the lines beyond `most` are, or where."""
+    """A frame of texts as an HTML table; empty without a line. `rest` is HTML that follows the number of lines left out."""
     if frame.empty:
         return ""
     with pd.option_context("display.max_colwidth", None):
         html = frame.head(most).to_html(index=False, escape=True, border=0, classes=classes, justify="unset")
     more = len(frame) - most
-    return f'<div class="wide">{html}</div>' + (f'<p class="said">…and {more:,} more {rest}.</p>' if more > 0 else "")
+    return f'<div class="wide">{html}</div>' + (f'<p class="note">…and {more:,} more {rest}.</p>' if more > 0 else "")
 
 
 def places(report: Report) -> str:
@@ -64,7 +58,7 @@ def places(report: Report) -> str:
             day=frame["day"].map(_day),
             rows=frame["rows"].map(_count),
             entries=frame["entries"].map(_count),
-            # The zeros should not catch the eye.
+            # A dot for 0, so that other numbers stand out.
             **{name: frame[name].map(lambda number: f"{number:,}" if number else "·") for name in _FOUND},
         ),
         "t2",
@@ -73,7 +67,7 @@ def places(report: Report) -> str:
 
 
 def wrong_batches(report: Report) -> str:
-    """Batches that differ, then those of which something was explained."""
+    """Batches that differ, then batches with explained differences."""
     wrong = [line for line in report.batches if line.found or line.explained]
     return _html(
         pd.DataFrame(
@@ -93,7 +87,7 @@ def wrong_batches(report: Report) -> str:
 
 
 def discrepant(found: Mapping[int, str]) -> str:
-    """Batches that the ledger calls discrepant, newest first."""
+    """The discrepant batches of the ledger, newest first."""
     lines = [(batch_id, printable(found[batch_id].removeprefix("in ClickHouse: "))) for batch_id in sorted(found)[::-1]]
     return _html(pd.DataFrame(lines, columns=["batch", "in ClickHouse"]), "last")
 
@@ -122,10 +116,10 @@ def wrong_hours(figures: Figures) -> str:
 
 
 def stages(batches: pd.DataFrame) -> str:
-    """How long each stage takes: the median, the 95th percentile and the longest of these batches."""
+    """The seconds of each stage: median, 95th percentile and longest of these batches."""
     seconds = batches[["fetch_s", "write_s", "mark_s"]]
     seconds = seconds.assign(all=seconds.sum(axis="columns").where(seconds["mark_s"].notna()))
-    shown = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_seconds)
+    shown = seconds.quantile([0.5, 0.95, 1.0]).T.map(format_duration)
     shown.columns = pd.Index(["median", "95 %", "longest"])
     shown.insert(0, "stage", pd.Series(_STAGES))
     shown.insert(1, "batches", seconds.count().map(_count))
@@ -146,9 +140,9 @@ def batches(frame: pd.DataFrame) -> str:
                 "entries": newest["entry_count"].map(_count),
                 "payloads": newest["bytes"].map(format_bytes),
                 "attempts": newest["attempts"].map(_count),
-                "fetch": newest["fetch_s"].map(format_seconds),
-                "write": newest["write_s"].map(format_seconds),
-                "mark, verify": newest["mark_s"].map(format_seconds),
+                "fetch": newest["fetch_s"].map(format_duration),
+                "write": newest["write_s"].map(format_duration),
+                "mark, verify": newest["mark_s"].map(format_duration),
             }
         ),
         "t3",
@@ -156,7 +150,7 @@ def batches(frame: pd.DataFrame) -> str:
 
 
 def letters(frame: pd.DataFrame) -> str:
-    """Dead letters by reason: how many are in which state, and the first and the last day; most frequent first."""
+    """Dead letters by reason: how many are in each state, and the first and the last day; most frequent first."""
     if frame.empty:
         return ""
     wide = frame.pivot_table(index="reason", columns="state", values="letters", aggfunc="sum", fill_value=0)

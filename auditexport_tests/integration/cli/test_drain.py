@@ -1,4 +1,4 @@
-"""`auditexport drain`: a run at the prompt, killed and interrupted at will, beside others, exactly once."""
+"""`auditexport drain`: killed, interrupted, and beside other drains, every event is exported exactly once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.cli.drain import totals
 from auditexport_pipeline.core import claiming, export, retries
 from auditexport_pipeline.core.batch import Batch, Claim
 from auditexport_pipeline.core.drain import Drain, Drained
@@ -26,7 +25,6 @@ from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.prompts import Prompt, at_a_terminal, prompt_in, started, urls
 from auditexport_tests.support.waiting import wait_until
-from auditexport_tests.unit.core.test_backlog import IDLE
 
 # Slow enough to be met in the middle: a batch takes half a second.
 SLOWLY = ("--batch-rows", "50", "--max-rows-per-second", "100")
@@ -55,38 +53,25 @@ def is_exactly_once(stack: Stack, events: int) -> None:
     assert states(stack) == {"verified"}
 
 
-def test_a_drain_exports_verifies_and_says_so_in_the_words_of_a_run(prompt: Prompt, stack: Stack) -> None:
-    """The totals go into the same dashboards as a run's metadata."""
-    seed_outbox(stack.mysql_url, seed=1, events=120, malformed=3, unknown=2, writers=1)
-    told = json.loads(prompt("drain", "--batch-rows", "50", "--json").output)
-    assert (told["rows"], told["entries"], told["dead_letters"], told["verified_batches"]) == (120, 120, 3, 3)
-    assert (told["backlog_rows"], told["unknown_rows"], told["dead_letters_standing"]) == (0, 2, 3)
-    backlog = stack.outbox.backlog(tuple(VERSIONS), count_to=1_000)
-    run = run_metadata(stack.outbox.batches([1, 2, 3]), {}, backlog, {}, 1.0)
-    tables = {"per_batch", "dead_letters_by_reason", "oldest_event", "newest_event"}
-    assert set(run) - tables <= set(told)
-    assert {name: told[name] for name in ("rows", "entries", "batches", "bytes", "dead_letters")} == {
-        name: run[name] for name in ("rows", "entries", "batches", "bytes", "dead_letters")
-    }
-    assert stack.counts() == (120, 120)
-    nothing = prompt("drain").output
-    assert "exported 0 rows in 0 batches" in nothing
-
-
-def test_it_goes_on_until_the_backlog_is_empty_and_once_is_one_plan(prompt: Prompt, stack: Stack) -> None:
-    """A plan is bounded; what an operator wants gone is not."""
-    seed_outbox(stack.mysql_url, seed=2, events=100, writers=1)
+def test_a_drain_empties_the_backlog_and_once_is_one_plan(prompt: Prompt, stack: Stack) -> None:
+    """A plan is bounded, a backlog is not. The totals have the names of a run's metadata, for the same dashboards."""
+    seed_outbox(stack.mysql_url, seed=2, events=100, malformed=3, unknown=2, writers=1)
     once = json.loads(prompt("drain", "--batch-rows", "10", "--max-batches", "2", "--once", "--json").output)
-    assert (once["rounds"], once["batches"], once["rows"], once["backlog_rows"]) == (1, 2, 20, 80)
+    assert (once["rounds"], once["batches"], once["backlog_rows"]) == (1, 2, 103 - 20)
+    run = run_metadata(stack.outbox.batches([1, 2]), {}, stack.outbox.backlog(tuple(VERSIONS), count_to=1_000), {}, 1.0)
+    shared = set(run) - {"per_batch", "dead_letters_by_reason", "oldest_event", "newest_event"}
+    assert shared <= set(once)
+    sums = ("rows", "entries", "batches", "bytes", "dead_letters", "unknown_rows", "dead_letters_standing")
+    assert {name: once[name] for name in sums} == {name: run[name] for name in sums}
     shown = prompt("drain", "--batch-rows", "10", "--max-batches", "2").output
-    assert "80 rows pending" in shown
-    assert "exported 80 rows in 8 batches" in shown
-    assert "0 rows still pending" in shown
-    is_exactly_once(stack, 100)
+    for text in ("83 rows pending", "in 9 batches", "0 rows still pending"):
+        assert text in shown
+    assert "exported 0 rows in 0 batches" in prompt("drain").output
+    assert stack.counts() == (100, 100)
 
 
-def test_every_limit_is_an_option_and_a_wrong_one_is_refused_by_name(prompt: Prompt, stack: Stack) -> None:
-    """The launchpad and the prompt are made from one table, and neither starts with nonsense."""
+def test_every_limit_is_an_option_and_a_wrong_value_is_refused(prompt: Prompt, stack: Stack) -> None:
+    """The launchpad and the CLI have the same settings and bounds."""
     shown = " ".join(prompt("drain", "--help").output.split())
     for name, limit in Limits.model_fields.items():
         assert f"--{name.replace('_', '-')}" in shown
@@ -99,7 +84,7 @@ def test_every_limit_is_an_option_and_a_wrong_one_is_refused_by_name(prompt: Pro
 
 
 def test_a_setup_that_is_not_ready_claims_nothing(prompt: Prompt, stack: Stack) -> None:
-    """The same preflight as a run's: refused before anything moves."""
+    """The same preflight as that of a run, before any row is claimed."""
     seed_outbox(stack.mysql_url, seed=4, events=10, writers=1)
     stack.log.client().command("ALTER TABLE audit_logs_raw_v1 MODIFY SETTING non_replicated_deduplication_window = 0")
     refused = prompt("drain", status=2).output
@@ -108,7 +93,7 @@ def test_a_setup_that_is_not_ready_claims_nothing(prompt: Prompt, stack: Stack) 
 
 
 def test_killed_in_the_middle_and_run_again_is_exactly_once(stack: Stack, prompt: Prompt) -> None:
-    """Nobody may have to look after a drain: kill it, start it again, and every event is there once."""
+    """A killed drain needs no repair: start it again, and every event is in ClickHouse once."""
     seed_outbox(stack.mysql_url, seed=5, events=400, malformed=4, writers=1)
     with started(stack, "drain", *SLOWLY) as process:
         wait_until(lambda: exported(stack) >= 2, what="two batches")
@@ -118,16 +103,16 @@ def test_killed_in_the_middle_and_run_again_is_exactly_once(stack: Stack, prompt
     assert left.open_batches >= 1
     assert left.leasing_owners, "its lease has not ended: the next drain must not have to wait for it"
     # On this machine the process is known to be dead, so its batches are taken up at once.
-    told = json.loads(prompt("drain", "--json").output)
-    assert told["adopted_batches"] == left.open_batches
-    assert told["open_batches"] == 0
+    values = json.loads(prompt("drain", "--json").output)
+    assert values["adopted_batches"] == left.open_batches
+    assert values["open_batches"] == 0
     assert stack.counts() == (400, 400)
     assert stack.pending() == 4  # the dead letters
     assert states(stack) == {"verified"}
 
 
-def test_ctrl_c_finishes_the_batch_at_hand_and_gives_the_others_back(stack: Stack, prompt: Prompt) -> None:
-    """An operator who stops a drain wants neither a mess nor to wait for all of it."""
+def test_ctrl_c_finishes_the_current_batch_and_gives_the_others_back(stack: Stack, prompt: Prompt) -> None:
+    """A stop takes one batch, and the others are free for the next drain."""
     seed_outbox(stack.mysql_url, seed=6, events=400, writers=1)
     with started(stack, "drain", *SLOWLY) as process:
         wait_until(lambda: exported(stack) >= 1, what="a batch")
@@ -148,8 +133,8 @@ def leasing(stack: Stack) -> tuple[str, ...]:
     return stack.outbox.backlog(tuple(VERSIONS), count_to=10).leasing_owners
 
 
-def test_a_second_ctrl_c_leaves_it_to_the_lease_and_says_so(stack: Stack, prompt: Prompt) -> None:
-    """When something hangs, the way out must not hang as well."""
+def test_a_second_ctrl_c_leaves_the_batches_to_their_lease(stack: Stack, prompt: Prompt) -> None:
+    """When something hangs, the way out must not hang too."""
     seed_outbox(stack.mysql_url, seed=7, events=400, writers=1)
     with started(stack, "drain", "--batch-rows", "400", "--max-rows-per-second", "10") as process:
         wait_until(lambda: "written" in states(stack), what="a batch that is being marked")
@@ -165,19 +150,20 @@ def test_a_second_ctrl_c_leaves_it_to_the_lease_and_says_so(stack: Stack, prompt
     is_exactly_once(stack, 400)
 
 
+@pytest.mark.slow
 def test_two_drains_at_once_share_the_work(stack: Stack) -> None:
-    """A Dagster run may be at work when somebody drains by hand; the ledger gives each batch to one of them."""
+    """A Dagster run may be at work during a drain by hand; the ledger gives each batch to one of them."""
     seed_outbox(stack.mysql_url, seed=8, events=600, writers=1)
     small = ("--batch-rows", "50", "--max-batches", "2", "--max-rows-per-second", "100", "--json")
     with started(stack, "drain", *small) as one, started(stack, "drain", *small) as other:
-        told = [json.loads(process.communicate(timeout=120)[0]) for process in (one, other)]
-    assert sum(drained["rows"] for drained in told) == 600
-    assert all(drained["rows"] for drained in told), "one of them did all of it"
+        totals = [json.loads(process.communicate(timeout=120)[0]) for process in (one, other)]
+    assert sum(drained["rows"] for drained in totals) == 600
+    assert all(drained["rows"] for drained in totals), "one of them did all of it"
     is_exactly_once(stack, 600)
 
 
-def test_whoever_else_is_at_work_is_named(stack: Stack, prompt: Prompt) -> None:
-    """Otherwise somebody wonders why a drain ends and rows are still pending."""
+def test_another_owner_at_work_is_named(stack: Stack, prompt: Prompt) -> None:
+    """It explains why a drain ends while rows are still pending."""
     seed_outbox(stack.mysql_url, seed=9, events=20, writers=1)
     claiming.claim(stack.outbox, owner="run-1", dead_owners=(), limits=Limits())
     shown = prompt("drain", status=3).output
@@ -185,8 +171,8 @@ def test_whoever_else_is_at_work_is_named(stack: Stack, prompt: Prompt) -> None:
     assert "20 rows still pending" in shown
 
 
-def test_what_clickhouse_lost_meanwhile_is_exit_status_1(stack: Stack) -> None:
-    """An acknowledgement is no proof: a drain that ends green over a loss would hide it."""
+def test_a_loss_during_the_drain_is_exit_status_1(stack: Stack) -> None:
+    """An acknowledgement is no proof: the drain verifies what ClickHouse has."""
     seed_outbox(stack.mysql_url, seed=10, events=200, writers=1)
     with started(stack, "drain", *SLOWLY, "--json") as process:
         wait_until(lambda: exported(stack) >= 1, what="a batch")
@@ -202,8 +188,8 @@ def test_what_clickhouse_lost_meanwhile_is_exit_status_1(stack: Stack) -> None:
     assert "batch 1 is not in ClickHouse as it was sealed: 1 missing" in errors
 
 
-def test_a_batch_whose_rows_were_altered_is_stopped_and_the_others_go_on(stack: Stack, prompt: Prompt) -> None:
-    """One tampered row must not keep everybody else's events back, and must not be exported as if nothing were."""
+def test_a_batch_with_altered_rows_stops_and_the_others_go_on(stack: Stack, prompt: Prompt) -> None:
+    """One altered row is not exported, and does not delay other events."""
     seed_outbox(stack.mysql_url, seed=11, events=40, writers=1)
     claims = claiming.claim(stack.outbox, owner="run-1", dead_owners=(), limits=Limits(batch_rows=20))
     export.fetch(stack.outbox, stack.log, claims[0], Limits())
@@ -211,17 +197,18 @@ def test_a_batch_whose_rows_were_altered_is_stopped_and_the_others_go_on(stack: 
     first = stack.outbox.batches([1])[0].pks.first
     stack.sql("UPDATE clickhouse_outbox SET payload = JSON_SET(payload, '$.description', 'x') WHERE pk = :pk", pk=first)
     stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
-    told = json.loads(prompt("drain", "--json", status=1).output.splitlines()[-1])
-    assert list(told["altered"]) == ["1"]
-    assert told["rows"] == 20
+    values = json.loads(prompt("drain", "--json", status=1).output.splitlines()[-1])
+    assert list(values["altered"]) == ["1"]
+    assert values["rows"] == 20
     # After the lease the next drain resolves it.
     stack.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1, inserts_until_ms = 1 WHERE state = 'stopped'")
     prompt("drain")
     is_exactly_once(stack, 40)
 
 
+@pytest.mark.slow
 def test_lingering_exports_what_arrives(stack: Stack) -> None:
-    """The same setting as on the page: stay, and export within a second of the commit."""
+    """As in a run: the drain stays, and exports within a second of the commit."""
     with started(stack, "drain", "--linger-s", "600", "--linger-poll-ms", "50", "--json") as process:
         for wanted in (10, 20):
             seed_outbox(stack.mysql_url, seed=wanted, events=10, writers=1)
@@ -235,9 +222,10 @@ def test_lingering_exports_what_arrives(stack: Stack) -> None:
     is_exactly_once(stack, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals of other systems differ")
-def test_at_a_terminal_there_is_a_bar_with_rows_and_pace(stack: Stack) -> None:
-    """Whoever waits wants to know how long."""
+def test_a_terminal_shows_a_bar_with_rows_and_pace(stack: Stack) -> None:
+    """A person who waits wants to know how long."""
     seed_outbox(stack.mysql_url, seed=12, events=200, writers=1)
     with at_a_terminal(stack, "drain", *SLOWLY) as terminal:
         terminal.wait_for("exported 200 rows")
@@ -251,8 +239,8 @@ def test_at_a_terminal_there_is_a_bar_with_rows_and_pace(stack: Stack) -> None:
 # ── the rounds themselves ────────────────────────────────────────────────────────────────────────
 
 
-class Heard:
-    """`core.drain.Listener` that keeps what it was told, and may do something at a claim."""
+class Recorder:
+    """A `core.drain.Listener` that records troubles, and can act at a claim."""
 
     def __init__(self, at_claim: Any = lambda claims: None) -> None:
         self.troubles: list[str] = []
@@ -271,20 +259,20 @@ class Heard:
         self.troubles.append(what)
 
 
-def rounds(stack: Stack, outbox: Outbox, log: AuditLog, listener: Heard) -> Drained:
+def rounds(stack: Stack, outbox: Outbox, log: AuditLog, listener: Recorder) -> Drained:
     work = Drain(outbox, log, owner="me", limits=Limits(batch_rows=20), listener=listener)
     return work.until_empty(lambda: stack.outbox.backlog(tuple(VERSIONS), count_to=1))
 
 
 def test_a_batch_that_another_run_took_over_is_left_to_it(stack: Stack) -> None:
-    """A zombie wastes work and corrupts nothing; and the drain that lost it does not fail over it."""
+    """The drain that lost a batch changes nothing of it, and does not fail."""
     seed_outbox(stack.mysql_url, seed=13, events=60, writers=1)
 
     def take_over(claims: Sequence[Claim]) -> None:
         if claims:
             claiming.claim(stack.outbox, owner="other", dead_owners=("me",), limits=Limits())
 
-    listener = Heard(take_over)
+    listener = Recorder(take_over)
     done = rounds(stack, stack.outbox, stack.log, listener)
     assert (done.rows, sorted(done.lost)) == (0, [1, 2, 3])
     assert all("is held by plan" in what for what in listener.troubles)
@@ -292,7 +280,7 @@ def test_a_batch_that_another_run_took_over_is_left_to_it(stack: Stack) -> None:
 
 
 class Faltering:
-    """A real outbox whose `record_written` fails once, before it does anything, as in a failover."""
+    """A real outbox whose `record_written` fails some times, before it changes anything, as in a failover."""
 
     def __init__(self, real: Outbox, times: int) -> None:
         self._real = real
@@ -308,24 +296,22 @@ class Faltering:
         return self._real.record_written(claim, digest)
 
 
-def test_a_failover_in_the_middle_is_waited_for_and_gone_on_after(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A restart of a database is not a reason to call anybody; and what was written is not written twice."""
+def test_a_drain_waits_for_a_failover_and_continues(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart of a database needs no operator, and no row is written twice."""
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     seed_outbox(stack.mysql_url, seed=14, events=60, writers=1)
-    listener = Heard()
+    listener = Recorder()
     done = rounds(stack, Faltering(stack.outbox, 2), stack.log, listener)
     assert done.rows == 60
     assert len(listener.troubles) == 2
     is_exactly_once(stack, 60)
     seed_outbox(stack.mysql_url, seed=15, events=20, writers=1)
     with pytest.raises(OutboxUnavailable):
-        rounds(stack, Faltering(stack.outbox, 100), stack.log, Heard())
+        rounds(stack, Faltering(stack.outbox, 100), stack.log, Recorder())
 
 
 def test_an_owner_is_dead_only_when_this_kernel_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taking a living drain's batches away would make both of them waste their work."""
+    """If a living drain lost its batches, both drains would waste their work."""
     me = processes.this_process()
     assert me.startswith(f"{processes._host()}:{os.getpid()}:")
     gone = subprocess.run(
@@ -349,9 +335,3 @@ def test_an_owner_is_dead_only_when_this_kernel_knows_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(processes, "_boot", lambda: "")
     assert processes.dead([gone, given_again]) == set()
     assert processes.this_process() != me
-
-
-def test_the_totals_of_nothing_are_zero() -> None:
-    """A drain that took no time must not divide by it."""
-    nothing = totals(Drained(), IDLE, owner="me", seconds=0.0)
-    assert (nothing["rows_per_s"], nothing["verified_batches"]) == (0.0, 0)

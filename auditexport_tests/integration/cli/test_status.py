@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,15 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline import schema as setup
-from auditexport_pipeline.cli.screen import layout
 from auditexport_pipeline.cli.shared import console
-from auditexport_pipeline.core import claiming
+from auditexport_pipeline.cli.status import layout
 from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.core.settings import Limits, Targets
 from auditexport_pipeline.core.status import RunStatus
-from auditexport_pipeline.defs.report import backlog_metadata
 from auditexport_pipeline.local.generator import seed_outbox
 from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
-from auditexport_pipeline.roles import Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.monitoring.test_status import as_role  # noqa: F401
 from auditexport_tests.support.builders import settings_file
@@ -48,13 +44,13 @@ RUN = RunStatus(
 
 @pytest.fixture
 def prompt(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Prompt:
-    """The prompt without a ClickHouse: a status must not need one."""
+    """Without a ClickHouse: a status must not need one."""
     monkeypatch.delenv("AUDITEXPORT_CLICKHOUSE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     return prompt_in({"AUDITEXPORT_MYSQL_URL": stack.mysql_url}, monkeypatch)
 
 
-def test_an_idle_export_is_healthy_and_the_status_of_a_script_is_0(prompt: Prompt, stack: Stack) -> None:
+def test_an_idle_export_is_healthy_and_the_exit_status_is_0(prompt: Prompt, stack: Stack) -> None:
     """An alarm that is on from the first minute is switched off in the second."""
     shown = prompt("status").output
     assert shown.startswith("healthy: 0 rows pending, lag 0 s")
@@ -67,8 +63,8 @@ def test_an_idle_export_is_healthy_and_the_status_of_a_script_is_0(prompt: Promp
     )
 
 
-def test_trouble_is_shown_with_its_remedy_and_the_status_is_1(prompt: Prompt, stack: Stack) -> None:
-    """The number that is wrong, and the command that mends it, on the screen that is looked at first."""
+def test_trouble_is_shown_with_its_fix_and_the_exit_status_is_1(prompt: Prompt, stack: Stack) -> None:
+    """The wrong number, and the command that fixes it, on the first screen."""
     seed_outbox(stack.mysql_url, seed=2, events=40, malformed=3, unknown=2, writers=1)
     shown = prompt("status", status=1).output  # the generator's events are an hour old
     assert "needs an operator: 1 error, 1 warning" in shown
@@ -79,29 +75,17 @@ def test_trouble_is_shown_with_its_remedy_and_the_status_is_1(prompt: Prompt, st
     assert "→ auditexport dead-letters list" in shown
     assert "3 dead letters (" in shown
     assert "audit_log.v99 2" in shown
-    told = json.loads(prompt("status", "--json", status=1).output)
-    assert [(one["severity"], one["about"]) for one in told["todo"]] == [
+    values = json.loads(prompt("status", "--json", status=1).output)
+    assert [(one["severity"], one["about"]) for one in values["todo"]] == [
         ("warning", "dead_letters"),
         ("warning", "unknown_versions"),
     ]
-    assert (told["healthy"], told["dead_letters_standing"], told["unknown_by_version"]) == (
+    assert (values["healthy"], values["dead_letters_standing"], values["unknown_by_version"]) == (
         False,
         3,
         {"audit_log.v99": 2},
     )
-    assert [(run["owner"], run["rows"], run["worst"]) for run in told["runs"]] == [("run-1", 40, "verified")]
-
-
-def test_the_numbers_have_the_names_and_values_of_the_page(prompt: Prompt, stack: Stack) -> None:
-    """Whoever compares the prompt with the page must not have to translate."""
-    seed_outbox(stack.mysql_url, seed=3, events=30, malformed=2, unknown=1, writers=1)
-    claiming.claim(stack.outbox, owner="run-1", dead_owners=(), limits=Limits(batch_rows=10))
-    told = json.loads(prompt("status", "--json", status=1).output)
-    page = backlog_metadata(stack.outbox.backlog(("audit_log.v1",), count_to=1_000_000))
-    page.pop("lag_s")  # goes on while we look
-    assert {name: told[name] for name in page} == page
-    assert told["lag_s"] > 3_000
-    assert {batch["owner"] for batch in told["open"]} == {"run-1"}
+    assert [(run["owner"], run["rows"], run["worst"]) for run in values["runs"]] == [("run-1", 40, "verified")]
 
 
 def test_the_targets_of_the_file_decide_and_a_wrong_one_is_refused(
@@ -117,22 +101,8 @@ def test_the_targets_of_the_file_decide_and_a_wrong_one_is_refused(
     assert (refused.count("\n"), "targets.lag_s" in refused) == (1, True)
 
 
-def test_a_reader_can_ask(
-    stack: Stack,
-    as_role: Callable[[Role], MySQLOutbox],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A dashboard's user has SELECT and nothing else."""
-    seed_outbox(stack.mysql_url, seed=5, events=20, writers=1)
-    drain(stack.outbox, stack.log, Limits(), owner="run-1")
-    ask = prompt_in({"AUDITEXPORT_MYSQL_URL": as_role(Role.READER).url}, monkeypatch)
-    assert ask("status").output.startswith("healthy")
-    assert "run-1" in ask("batches", "list").output
-    assert "run-1" in ask("batches", "show", "1").output
-
-
-def test_everything_that_stands_fits_a_small_terminal() -> None:
-    """24 lines are what a console over a serial line has, and --watch shows no more than the screen."""
+def test_a_busy_status_fits_a_small_terminal() -> None:
+    """A serial console has 24 lines, and --watch shows no more than the screen."""
     busy = replace(
         QUIET,
         backlog=replace(QUIET.backlog, rows=5_000, open_batches=64, leasing_owners=(RUN.owner,), dead_rows=2),
@@ -154,7 +124,7 @@ def test_everything_that_stands_fits_a_small_terminal() -> None:
         assert any("last run" in line for line in lines)
         assert sum("6,400,000" in line for line in lines) >= 2
         assert any("open batch (+" in line for line in lines)
-    # With nothing to say there is no table, and a file gets all there is.
+    # A file has no height, and gets everything.
     with screen.capture() as captured:
         screen.print(layout(busy, [], width=80, height=None))
     assert captured.get().count("6,400,000") == 5
@@ -173,10 +143,8 @@ def test_every_trouble_is_laid_out_within_the_width(name: str) -> None:
     assert len(lines) < 24
 
 
-def test_a_mysql_that_is_down_is_one_line_and_watching_goes_on_after_it(
-    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """During a failover an operator watches, and wants to see it end."""
+def test_watching_survives_a_mysql_that_is_down(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator watches a failover, and sees its end."""
     with LocalMySQL(tmp_path / "own") as server:
         with sa.create_engine(server.url, isolation_level="AUTOCOMMIT").connect() as connection:
             connection.exec_driver_sql("CREATE DATABASE own")
@@ -203,7 +171,7 @@ def test_a_mysql_that_is_down_is_one_line_and_watching_goes_on_after_it(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals of other systems differ")
 def test_watching_refreshes_in_place_until_ctrl_c(stack: Stack) -> None:
-    """Whoever watches sees a change without doing anything, and gets the terminal back as it was."""
+    """The screen shows a change by itself, and the terminal comes back as it was."""
     with at_a_terminal(stack, "status", "--watch", "0.2") as terminal:
         terminal.wait_for("healthy: 0 rows pending")
         stack.put(("ws_1", "evt_1", "{}"), version="audit_log.v99")

@@ -136,7 +136,7 @@ def test_the_sensor_skips_while_a_run_is_in_flight(sensor: Sensor, exporter: Exp
         assert requests(result) == []
         doing = "at work" if status in ("STARTED", "CANCELING") else "queued" if status == "QUEUED" else "being started"
         assert reason(result).startswith(f"run {run.run_id[:8]} is {doing}, waiting until ")
-        assert ": 1 pending rows" in reason(result)
+        assert ": 1 pending row (" in reason(result)
         exporter.instance.delete_run(run.run_id)
     assert len(requests(sensor.tick())) == 1
 
@@ -182,7 +182,7 @@ def test_the_sensor_skips_while_another_process_holds_a_lease(sensor: Sensor, ov
     assert reason(result).startswith("the process cli-host-4711 is at work, waiting until ")
     assert " UTC, when its lease ends unless it renews it: " in reason(result)
     overdue.sql("UPDATE clickhouse_outbox_batch SET lease_until_ms = 1 WHERE batch_id > 0")
-    assert reason(sensor.tick()).startswith("1 batches were left open: ")
+    assert reason(sensor.tick()).startswith("1 batch was left open: ")
 
 
 def test_the_sensor_launches_at_once_when_a_run_left_batches_open(
@@ -194,7 +194,7 @@ def test_the_sensor_launches_at_once_when_a_run_left_batches_open(
     claiming.claim(stack.outbox, owner=run.run_id, dead_owners=[], limits=Limits())
     result = sensor.tick()
     assert len(requests(result)) == 1
-    assert reason(result).startswith("1 batches were left open: ")
+    assert reason(result).startswith("1 batch was left open: ")
 
 
 # ── what the tick says ───────────────────────────────────────────────────────────────────────────
@@ -210,7 +210,7 @@ def test_rows_of_unknown_versions_and_dead_letters_are_in_the_reason(
     age(stack, 3600)
     result = sensor.tick()
     assert requests(result) == []
-    assert reason(result).endswith("2 rows of unknown versions audit_log.v9, 1 dead letters")
+    assert reason(result).endswith("2 rows of unknown versions audit_log.v9, 1 dead letter")
 
 
 def test_the_outbox_is_observed_now_and_then_or_when_it_needs_a_person(

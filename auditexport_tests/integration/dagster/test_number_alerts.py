@@ -47,7 +47,7 @@ def test_a_backlog_that_does_not_shrink_fires_with_numbers_and_reasons(
     numbers.tick()
     assert hook.texts() == []
     exporter.drain()
-    assert numbers.tick() == "alerts: 1 sent, 0 active: 0 pending rows, lag 0 s"
+    assert numbers.tick() == "alerts: 1 sent, 0 active: 0 rows pending, lag 0 s"
     (text,) = hook.texts()
     assert text.startswith(
         "*[RECOVERED] auditexport: the backlog is not shrinking*\nit is over: 0 rows pending, lag 0 s"

@@ -185,7 +185,7 @@ def test_a_failure_that_dagster_retries_is_muted_until_the_retry_fails(
     assert hook.titles() == []
     clock.ahead_s += 301
     runs.tick()
-    assert "Dagster said that it would launch it again, and has not" in hook.texts()[0]
+    assert "Dagster has not launched the retry that it promised" in hook.texts()[0]
 
 
 @pytest.mark.parametrize(

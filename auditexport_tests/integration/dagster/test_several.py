@@ -68,7 +68,9 @@ def test_each_outbox_has_every_definition_under_its_own_name(both: dg.Definition
         assert {f"{name}_mysql", f"{name}_clickhouse", f"{name}_heartbeat"} <= set(both.resources or {})
     assert graph.get(dg.AssetKey(["us", "audit_logs_raw_v1"])).owners == ["team:audit"]
     assert "runbook" in graph.get(dg.AssetKey(["us", "clickhouse_outbox"])).metadata
-    assert not graph.get(dg.AssetKey(["eu", "audit_logs_raw_v1"])).owners
+    eu = graph.get(dg.AssetKey(["eu", "audit_logs_raw_v1"]))
+    assert not eu.owners
+    assert "`auditexport --outbox eu requeue`" in (eu.description or "")
     dg.Definitions.validate_loadable(both)
 
 
@@ -90,7 +92,7 @@ def test_a_drain_takes_its_own_outbox_and_leaves_the_other(
     metadata = [record.asset_observation.metadata for record in observed if record.asset_observation]
     assert sorted(int(str(each["rows"].value)) for each in metadata) == [1, 3, 3]
     assert {str(each["in_the_ledger"].value) for each in metadata} == {
-        f"auditexport batches show {batch_id}" for batch_id in (1, 2, 3)
+        f"auditexport --outbox us batches show {batch_id}" for batch_id in (1, 2, 3)
     }
 
 

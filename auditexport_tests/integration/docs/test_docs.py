@@ -297,6 +297,15 @@ def test_every_job_sensor_and_schedule_is_on_a_page() -> None:
     assert not {name for name in jobs | automation if f"`{name}`" not in text}
 
 
+def test_whatever_status_advises_about_is_in_the_runbooks_table() -> None:
+    """The name that status gives a finding leads to its section."""
+    source = (PACKAGE / "core" / "advice.py").read_text()
+    about = set(re.findall(r'(?:_error\(|_warning\(|of_severity\(|Severity\.NOTE,)\s*"(\w+)"', source))
+    assert {"lag", "discrepant", "open_batches", "dead_letters", "actions"} <= about
+    first_table = RUNBOOK.read_text().split("\n## ")[0]
+    assert not {name for name in about if f"`{name}`" not in first_table}
+
+
 def test_every_alert_rule_leads_to_a_section_of_the_runbook() -> None:
     """The alert at night has a link to what to do."""
     rules = (PACKAGE / "deploy" / "prometheus-rules.yml").read_text()
@@ -354,6 +363,7 @@ def test_the_pages_ship_with_the_package() -> None:
     """An installed package has the runbook and the files of the deployment."""
     shipped = (ROOT / "pyproject.toml").read_text()
     pages = ("docs/*.md", "docs/adr/*.md", "docs/images/*.png")
-    for pattern in (*pages, "deploy/*.yaml", "deploy/systemd/*", "deploy/container/*", "deploy/kubernetes/*"):
+    deploy = ("*.json", "*.yaml", "*.yml", "systemd/*", "container/*", "kubernetes/*")
+    for pattern in (*pages, *(f"deploy/{files}" for files in deploy)):
         assert f'"{pattern}"' in shipped
         assert list(PACKAGE.glob(pattern)) or pattern.endswith(".png"), pattern

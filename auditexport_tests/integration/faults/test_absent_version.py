@@ -81,7 +81,7 @@ def test_exported_batches_of_an_uninstalled_version_are_left_alone(stack: Stack,
     stack.put(*events(3))
     auditexport("drain")
     assert states(stack) == ["exported", "verified"]
-    assert f"not compared: 1 batches of {NAME}" in auditexport("reconcile").output
+    assert f"not compared: 1 batch of {NAME}" in auditexport("reconcile").output
 
     stack.sql("UPDATE clickhouse_outbox_batch SET state = 'verified', exported_at_ms = 1 WHERE batch_id = 1")
     stack.sql("UPDATE clickhouse_outbox SET deleted_at = 1 WHERE version = :version", version=NAME)

@@ -302,7 +302,7 @@ def test_a_dagster_run_reports_who_holds_the_rows_that_it_leaves(exporter: Expor
     claiming.claim(stack.outbox, owner="elsewhere", dead_owners=(), limits=Limits())
     result = exporter.drain()
     line = last_line(exporter, result.run_id)
-    assert "7 rows are held by elsewhere" in line
+    assert "7 rows are leased by elsewhere" in line
     assert "UTC, in " in line
     metadata = metadata_of(result)
     assert (metadata["held_by_others_rows"], str(metadata["held_by"])[:9]) == (7, "elsewhere")
@@ -313,7 +313,7 @@ def test_a_drain_reports_who_holds_the_rows_that_it_leaves(prompt: Prompt, stack
     stack.put(*events(7))
     claiming.claim(stack.outbox, owner="elsewhere", dead_owners=(), limits=Limits())
     done = prompt("drain", status=3)
-    assert "7 rows are held by elsewhere" in done.output.splitlines()[-1]
+    assert "7 rows are leased by elsewhere" in done.output.splitlines()[-1]
 
 
 @pytest.fixture

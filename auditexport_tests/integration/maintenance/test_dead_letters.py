@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.dead_letters import HELD, DeadLetterFilter, LetterState, RowState
+from auditexport_pipeline.core.dead_letters import KEEPS_ROW_OUT, DeadLetterFilter, LetterState, RowState
 from auditexport_pipeline.core.errors import InvalidConfig
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.versions import VERSIONS
@@ -373,7 +373,7 @@ def test_counting_open_letters_reads_an_index_only(many: Stack) -> None:
 def test_letters_are_changed_by_their_primary_key(many: Stack) -> None:
     """By an index that has the state, two operators who change states would deadlock."""
     pks = list(range(8, 400, 8))
-    values = {"pks": pks, "states": [str(state) for state in HELD], "state": "retried", "action_id": 1}
+    values = {"pks": pks, "states": [str(state) for state in KEEPS_ROW_OUT], "state": "retried", "action_id": 1}
     for name in ("lock", "change", "gone"):
         step = plan(many, dead_letters.SQL[name].text, values)
         assert (step["key"], step["type"]) == ("PRIMARY", "range"), f"{name}: {step}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -12,35 +11,22 @@ from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.advice import advice
 from auditexport_pipeline.core.batch import State
+from auditexport_pipeline.core.ledger import BatchFilter
 from auditexport_pipeline.core.reconcile import reconcile
 from auditexport_pipeline.core.settings import Limits, Retention, Targets
 from auditexport_pipeline.core.status import LastReconcile
 from auditexport_pipeline.core.sweep import sweep
 from auditexport_pipeline.core.units import DAY_MS
 from auditexport_pipeline.local.generator import seed_outbox
+from auditexport_pipeline.mysql import ledger
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.status import read_status
 from auditexport_pipeline.roles import MYSQL_GRANTS, Role
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.crashes import drain
-from auditexport_tests.unit.core.test_advice import QUIET, behind
 
-
-def test_targets_decide_what_is_late() -> None:
-    """A target that nothing compares with would silence an alert."""
-    late = Targets(lag_s=20, dead_letters=5)
-    assert (late.lag_s, late.dead_letters, late.reconcile_hours) == (20.0, 5.0, 36.0)
-    assert advice(replace(QUIET, backlog=behind(1, 21.0)), late)
-    assert not advice(replace(QUIET, backlog=replace(QUIET.backlog, dead_rows=5)), late)
-
-
-# ── read from real servers ───────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def by() -> Actor:
-    return Actor(who="ada", why="test")
+BY = Actor(who="ada", why="test")
 
 
 def test_an_empty_installation_is_healthy(stack: Stack) -> None:
@@ -50,7 +36,7 @@ def test_an_empty_installation_is_healthy(stack: Stack) -> None:
     assert (status.runs, status.open_batches, status.eta_s, status.first_claimed_at_ms) == ((), (), 0.0, None)
 
 
-def test_what_a_drain_did_is_in_the_status(stack: Stack, by: Actor) -> None:
+def test_what_a_drain_did_is_in_the_status(stack: Stack) -> None:
     """Backlog, rate, runs, letters and versions come from one ledger, and must agree with what was put in."""
     seed_outbox(stack.mysql_url, seed=5, events=120, malformed=4, unknown=6, writers=1)
     before = read_status(stack.outbox)
@@ -69,7 +55,7 @@ def test_what_a_drain_did_is_in_the_status(stack: Stack, by: Actor) -> None:
 
 
 def test_open_batches_have_owner_lease_and_state(stack: Stack) -> None:
-    """On call asks first whether a run is at work, and which."""
+    """The first question on call is whether a run is at work, and which."""
     seed_outbox(stack.mysql_url, seed=6, events=60, writers=1)
     (claim,) = claiming.claim(stack.outbox, owner="web-1:77", dead_owners=(), limits=Limits(lease_s=600))
     (batch,) = read_status(stack.outbox).open_batches
@@ -86,13 +72,13 @@ def test_open_batches_have_owner_lease_and_state(stack: Stack) -> None:
     assert one.about == "unverified"
 
 
-def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack, by: Actor) -> None:
-    """Without a trace nobody can tell whether the proof was ever asked for."""
+def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack) -> None:
+    """Otherwise nobody can tell when both stores were last compared."""
     seed_outbox(stack.mysql_url, seed=7, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
     now_ms = stack.upkeep.now_ms()
 
-    def look(**options: object) -> LastReconcile | None:
+    def compared(**options: object) -> LastReconcile | None:
         reconcile(
             stack.outbox,
             stack.upkeep,
@@ -103,9 +89,9 @@ def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack, by: Ac
         )
         return read_status(stack.outbox).last_reconcile
 
-    assert look() is None
-    assert look(by=by, dry_run=True) is None
-    clean = look(by=by)
+    assert compared() is None
+    assert compared(by=BY, dry_run=True) is None
+    clean = compared(by=BY)
     assert clean is not None
     assert (clean.who, clean.batches, clean.clean, clean.from_ms) == ("ada", 1, True, now_ms - DAY_MS)
     assert advice(read_status(stack.outbox), Targets()) == []
@@ -113,7 +99,7 @@ def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack, by: Ac
     stack.log.client().command(
         f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE event_id = '{event_id}'", settings={"mutations_sync": 2}
     )
-    found = look(by=by)
+    found = compared(by=BY)
     assert found is not None
     assert found.found.missing == 1
     status = read_status(stack.outbox)
@@ -121,7 +107,7 @@ def test_a_reconciliation_leaves_when_who_and_what_it_found(stack: Stack, by: Ac
     assert [one.about for one in advice(status, Targets())] == ["discrepant", "reconcile"]
 
 
-def test_the_last_sweep_and_a_late_sweep_are_in_the_status(stack: Stack, by: Actor) -> None:
+def test_the_last_sweep_and_a_late_sweep_are_in_the_status(stack: Stack) -> None:
     """An outbox that grows for ever fills the application's disk."""
     seed_outbox(stack.mysql_url, seed=8, events=40, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
@@ -129,7 +115,7 @@ def test_the_last_sweep_and_a_late_sweep_are_in_the_status(stack: Stack, by: Act
     stack.sql("UPDATE clickhouse_outbox_batch SET exported_at_ms = exported_at_ms - 33 * 86400000 WHERE batch_id > 0")
     (one,) = [one for one in advice(read_status(stack.outbox), Targets()) if one.about == "sweep"]
     assert "33.0 days" in one.what
-    sweep(stack.outbox, stack.upkeep, stack.log, Retention(), by)
+    sweep(stack.outbox, stack.upkeep, stack.log, Retention(), BY)
     status = read_status(stack.outbox)
     assert status.last_sweep is not None
     assert (status.last_sweep.rows, status.last_sweep.who, status.oldest_unswept_age_s) == (40, "ada", 0.0)
@@ -157,24 +143,25 @@ def as_role(stack: Stack) -> Iterator[Callable[[Role], MySQLOutbox]]:
 
 
 def test_an_exporter_reads_all_but_the_actions(stack: Stack, as_role: Callable[[Role], MySQLOutbox]) -> None:
-    """A dashboard must not need an operator's user, and an asset check has the drain's."""
+    """A dashboard's user has SELECT and nothing else, and an asset check has the exporter's grants."""
     seed_outbox(stack.mysql_url, seed=9, events=20, malformed=2, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
-    assert read_status(as_role(Role.READER)).actions_read
+    reader = as_role(Role.READER)
+    assert read_status(reader).actions_read
+    assert [line.owner for line in ledger.list_batches(reader, BatchFilter(), 10)] == ["one"]
+    assert ledger.show(reader, 1) is not None
     status = read_status(as_role(Role.EXPORTER))
     assert (status.actions_read, status.backlog.dead_rows) == (False, 2)
     assert [one.about for one in advice(status, Targets())] == ["dead_letters", "actions"]
 
 
-def test_a_reconciliation_that_cannot_be_recorded_is_made(
-    stack: Stack, by: Actor, as_role: Callable[[Role], MySQLOutbox]
-) -> None:
+def test_a_reconciliation_that_cannot_be_recorded_is_made(stack: Stack, as_role: Callable[[Role], MySQLOutbox]) -> None:
     """What was found must not be lost over a grant on the table of records."""
     seed_outbox(stack.mysql_url, seed=10, events=20, writers=1)
     drain(stack.outbox, stack.log, Limits(), owner="one")
     sweeper = as_role(Role.SWEEPER)
     stack.sql(f"REVOKE INSERT ON clickhouse_outbox_action FROM '{sa.make_url(sweeper.url).username}'@'127.0.0.1'")
-    report = reconcile(sweeper, MySQLMaintenance(sweeper), stack.log, from_ms=0, to_ms=2**62, by=by)
+    report = reconcile(sweeper, MySQLMaintenance(sweeper), stack.log, from_ms=0, to_ms=2**62, by=BY)
     assert report.clean
     assert "INSERT command denied" in report.unrecorded
-    assert not reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62, by=by).unrecorded
+    assert not reconcile(stack.outbox, stack.upkeep, stack.log, from_ms=0, to_ms=2**62, by=BY).unrecorded

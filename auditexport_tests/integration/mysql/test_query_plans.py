@@ -300,6 +300,3 @@ def test_a_page_reads_the_window_that_it_shows_and_not_the_outbox(busy: MySQLOut
     (step,) = [step for step in letters if step.table == "clickhouse_outbox_dead_letter"]
     assert (step.key, step.access) == ("PRIMARY", "index"), step  # backwards, until the limit
     assert "filesort" not in step.extra, step
-    pending = explain(busy, "pending", V1 | {"row_limit": 50}, report.SQL)
-    assert [step.key for step in pending] == ["drainer_pending_idx", "PRIMARY", "PRIMARY"], pending
-    assert not any("filesort" in step.extra or step.access == "ALL" for step in pending), pending

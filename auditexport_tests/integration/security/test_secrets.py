@@ -7,8 +7,8 @@ does not: how to search (`canaries`).
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +20,10 @@ from threading import Thread
 import dagster as dg
 import pytest
 
-from auditexport_pipeline.local.processes import free_port
+from auditexport_pipeline.local.processes import Child, free_port
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter
 from auditexport_tests.integration.dagster.test_launches import LOCATION, START_SENSOR, Page
-from auditexport_tests.integration.dagster.test_launches import _stop as stop
 from auditexport_tests.integration.security.canaries import Search, Watch, encodings, new_canary
 from auditexport_tests.integration.security.conftest import Servers
 from auditexport_tests.integration.security.gate import Gate, Mode
@@ -205,22 +204,20 @@ def test_nothing_is_found_around_a_run_that_the_daemon_launches(site: Site, hear
     with (
         Gate(site.servers.clickhouse.url, site.password("ClickHouse password"), site.search, "pass") as passing,
         Watch(site.search, site.directory / "tmp") as watch,
-        (site.directory / "output" / "dev").open("wb") as output,
     ):
         passing.on_insert = watch.look
-        server = subprocess.Popen(
-            [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)],
-            cwd=ROOT,
+        command = ["dev", "-w", str(ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
+        server = Child(
+            "Dagster",
+            [sys.executable, "-m", "dagster", *command],
+            log=site.directory / "output" / "dev",
             env={
                 **site.environment(),
                 **Steps(site, heartbeat, passing).always,
                 "AUDITEXPORT_EXECUTOR": "multiprocess",
                 "AUDITEXPORT_OUTBOXES": settings_file(site.directory, sensor_rows=1),
             },
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            stop_signal=signal.SIGINT,
         )
         watch.pid = server.pid
         try:
@@ -232,7 +229,7 @@ def test_nothing_is_found_around_a_run_that_the_daemon_launches(site: Site, hear
                 assert page.wait_for(record.dagster_run.run_id).is_success
             assert not reachable_from_elsewhere(listening(server.pid))
         finally:
-            stop(server)
+            server.stop()
     site.record_statements(on=False)
     dead = len(site.stack.sql("SELECT pk FROM clickhouse_outbox_dead_letter"))
     assert site.stack.counts() == (rows - dead, rows - dead)

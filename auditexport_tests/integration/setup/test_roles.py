@@ -216,7 +216,7 @@ def test_the_reader_sees_everything_and_changes_nothing(ground: Ground, tmp_path
         assert "auditexport_up 1.0" in prompt("metrics").output
         report = json.loads(prompt("reconcile", "--dry-run", "--json", status=1).output)
         assert (report["missing"], report["event_ids"]) == (1, [lost])
-        assert "would requeue 1 rows" in prompt("reconcile", "--dry-run", "--repair", status=1).output
+        assert "would requeue 1 row;" in prompt("reconcile", "--dry-run", "--repair", status=1).output
         for words in (("status",), ("reconcile", "--dry-run")):
             page = tmp_path / f"{words[0]}.html"
             prompt(*words, "--report", str(page), status=1)

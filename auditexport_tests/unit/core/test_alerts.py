@@ -1,4 +1,4 @@
-"""Alerts: when they fire, repeat and resolve, tick by tick, without Dagster and without a server."""
+"""Alerts: when they fire, repeat and resolve, tick by tick."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from auditexport_pipeline.core.advice import Advice, Drains, Failure, Severity, likely_reasons, run_failed
+from auditexport_pipeline.core.advice import Advice, Drains, Failure, Severity, likely_reasons
 from auditexport_pipeline.core.alerts import (
     LINE,
     SEEN,
@@ -58,7 +58,7 @@ def memory() -> RunAlerts:
 
 
 def test_a_streak_is_one_alert_and_one_recovery(memory: RunAlerts) -> None:
-    """A hundred failed runs in a night are one thing."""
+    """A hundred failed runs in a night are one alert."""
     assert observe(memory, *(run(n, AWAY) for n in range(100)), run(200), run(201)) == ["alert", "recovered"]
     alert, recovered = memory.state.unsent
     assert alert.since_ms == recovered.since_ms == NOW_MS
@@ -67,19 +67,19 @@ def test_a_streak_is_one_alert_and_one_recovery(memory: RunAlerts) -> None:
 
 
 def test_failure_and_recovery_within_one_tick_are_both_notified(memory: RunAlerts) -> None:
-    """A daemon that was down comes back to a history, and a failure that healed is still news."""
+    """After an outage the daemon reads a history, and a failure that is over is still news."""
     assert observe(memory, run(1, AWAY), run(2), run(3, AWAY)) == ["alert", "recovered", "alert"]
 
 
 def test_a_failure_older_than_a_success_fires_nothing(memory: RunAlerts) -> None:
-    """Two hosts' runs are stored in another order than they ended; the alert would never be resolved."""
+    """Runs of two hosts are stored out of order; such an alert would never be resolved."""
     assert observe(memory, run(5), run(4, AWAY)) == []
     assert (memory.state.active, memory.fail_owed) == ({}, False)
     assert observe(memory, run(6, AWAY)) == ["alert"]
 
 
 def test_each_cause_is_notified_once(memory: RunAlerts) -> None:
-    """Two errors of one outage that alternate would page at every run."""
+    """Two errors of one outage can alternate, and would page at every run."""
     failures = AWAY, *(msgspec.structs.replace(AWAY, **change) for change in ({"error": "Other"}, {"step": "mark"}))
     assert observe(memory, *(run(n, failures[n % 3]) for n in range(30))) == ["alert"] * 3
     many = (run(100 + n, msgspec.structs.replace(AWAY, error=f"Error{n}")) for n in range(50))
@@ -87,7 +87,7 @@ def test_each_cause_is_notified_once(memory: RunAlerts) -> None:
 
 
 def test_what_still_fails_is_repeated_after_hours(memory: RunAlerts) -> None:
-    """A message that was missed at night must come again, whether or not another run failed since."""
+    """A notice that was missed must come again, even without another failed run."""
     observe(memory, run(1, AWAY), run(2, AWAY))
     memory.state.unsent.clear()
     for hours in (5.9, 6.1, 12.0, 12.2):
@@ -97,7 +97,7 @@ def test_what_still_fails_is_repeated_after_hours(memory: RunAlerts) -> None:
 
 
 def test_a_retry_is_awaited_and_its_own_end_notified(memory: RunAlerts) -> None:
-    """From the death of a worker to the end of its retry nobody is called; a retry that fails too fires."""
+    """A retry that succeeds needs no operator; a retry that fails fires."""
     assert observe(memory, run(1, AWAY, Retry.WILL)) == []
     assert memory.is_new("run-1", NOW_MS + 1)
     assert observe(memory, run(1, AWAY, Retry.LAUNCHED)) == []
@@ -108,7 +108,7 @@ def test_a_retry_is_awaited_and_its_own_end_notified(memory: RunAlerts) -> None:
 
 
 def test_before_dagster_has_decided_on_a_retry_nothing_fires(memory: RunAlerts) -> None:
-    """The end of a run is stored a moment before the tag: a tick between the two must not page."""
+    """Dagster stores the end of a run before the tag: a tick between them must not page."""
     undecided = run(1, AWAY, Retry.UNKNOWN)
     assert observe(memory, undecided) == []
     assert memory.is_new("run-1", NOW_MS + 1)
@@ -117,14 +117,14 @@ def test_before_dagster_has_decided_on_a_retry_nothing_fires(memory: RunAlerts) 
 
 
 def test_a_missing_retry_fires_unless_another_run_succeeded(memory: RunAlerts) -> None:
-    """Dagster's daemon can lose one; the next drain does its work all the same."""
+    """Dagster's daemon can lose a retry; the next drain does its work."""
     observe(memory, run(1, AWAY, Retry.WILL))
     memory.observe_missing_retries(at(4 * MINUTE_MS))
     assert memory.state.unsent == []
     memory.observe_missing_retries(at(6 * MINUTE_MS))
     (notice,) = memory.state.unsent
     assert (notice.kind, notice.run_id, memory.fail_owed) == ("alert", "run-1", True)
-    assert notice.what.endswith("Dagster said that it would launch it again, and has not")
+    assert notice.what.endswith("Dagster has not launched the retry that it promised")
     observe(memory, run(2), run(3, AWAY, Retry.WILL), run(4))
     assert (memory.waiting, memory.fail_owed) == ({}, False)
 
@@ -152,11 +152,17 @@ def test_the_memory_of_runs_is_bounded(memory: RunAlerts) -> None:
     ],
 )
 def test_each_kind_of_failure_says_what_to_do(memory: RunAlerts, failure: Failure, todo: str) -> None:
-    """An alert needs a next step, and with several outboxes the command has to name the right one."""
+    """An alert needs a next step, with the command of its outbox."""
     observe(memory, run(1, failure), tick=at(outbox="eu"))
     (notice,) = memory.state.unsent
     assert todo in notice.todo
-    assert replace(run_failed(DRAIN, failure), outbox="eu").todo == notice.todo
+
+
+def test_the_error_of_a_run_names_the_outbox_too(memory: RunAlerts) -> None:
+    """The line of an error can have a command, which an operator copies as well."""
+    failure = msgspec.structs.replace(AWAY, line="MySQL is away; `auditexport doctor` looks at both databases")
+    observe(memory, run(1, failure), tick=at(outbox="eu"))
+    assert "`auditexport --outbox eu doctor` looks" in memory.state.unsent[0].what
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +176,7 @@ def backlog(rows: int, lag_s: float, *, capped: bool = False, unknown: int = 0) 
 
 
 class Watch:
-    """The sensor on numbers, a tick a minute."""
+    """The sensor on numbers, one tick per minute."""
 
     def __init__(self, **policy: float) -> None:
         self.memory = NumberAlerts()
@@ -178,7 +184,7 @@ class Watch:
         self.policy = policy
 
     def sees(self, *statuses: Status | str) -> list[tuple[str, str]]:
-        """(kind, about) of the notices that these ticks bring; a text is why MySQL could not be asked."""
+        """(kind, about) of the notices of these ticks; a text is MySQL's error."""
         before = len(self.memory.state.unsent)
         for status in statuses:
             tick = at(self.now_ms, **self.policy)
@@ -212,12 +218,12 @@ class Watch:
 def test_a_backlog_is_stuck_when_late_and_no_smaller_for_long(
     ticks: list[Status], notified: list[tuple[str, str]]
 ) -> None:
-    """The alert for an exporter that does nothing must not fire for one that has much to do."""
+    """The alert for an idle exporter must not fire for a busy one."""
     assert Watch().sees(*ticks) == notified
 
 
 def test_a_stuck_backlog_is_over_only_when_the_lag_is_within_its_target() -> None:
-    """Once it shrinks nothing is repeated, and the recovery waits until all is well."""
+    """While it shrinks nothing is repeated, and the recovery waits for the target."""
     watch = Watch()
     assert watch.sees(*[backlog(1_000, 400 + n) for n in range(11)]) == [("alert", "lag")]
     assert watch.sees(*[backlog(1_000 - n, 8_000) for n in range(1, 600)]) == []
@@ -225,7 +231,7 @@ def test_a_stuck_backlog_is_over_only_when_the_lag_is_within_its_target() -> Non
 
 
 def test_a_warning_repeats_less_often_than_an_error() -> None:
-    """What nobody has fixed is sent again; a warning can wait longer."""
+    """Alerts that are active are sent again; a warning can wait longer."""
     policy = {"repeat_hours": 1, "repeat_warning_hours": 3}
     unknown = [backlog(0, 0, unknown=5)] * 400
     assert Watch(**policy).sees(*unknown) == [(kind, "unknown_versions") for kind in ("alert", "still", "still")]
@@ -233,7 +239,7 @@ def test_a_warning_repeats_less_often_than_an_error() -> None:
 
 
 def test_an_unreachable_mysql_resolves_nothing() -> None:
-    """Not knowing is not recovery."""
+    """Unknown numbers are no recovery."""
     watch = Watch()
     assert watch.sees(backlog(0, 0, unknown=5)) == [("alert", "unknown_versions")]
     assert watch.sees(*["MySQL is away"] * 10) == [("alert", "mysql")]
@@ -241,7 +247,7 @@ def test_an_unreachable_mysql_resolves_nothing() -> None:
 
 
 def test_a_clock_that_is_set_back_fires_nothing() -> None:
-    """A stepped clock is not ten minutes."""
+    """The step of a clock is no time that passed."""
     watch = Watch()
     watch.sees(backlog(9, 400))
     watch.now_ms -= 24 * HOUR_MS
@@ -249,13 +255,8 @@ def test_a_clock_that_is_set_back_fires_nothing() -> None:
     assert watch.sees(backlog(9, 400)) == [("alert", "lag")]
 
 
-def test_a_note_fires_nothing() -> None:
-    """An exporter's user may not read the actions: that is worth knowing, and nobody has to get up for it."""
-    assert Watch().sees(replace(QUIET, actions_read=False)) == []
-
-
-def test_of_two_troubles_of_one_name_the_worst_is_notified() -> None:
-    """A batch that nobody works on must not hide behind one that is only slow."""
+def test_the_worst_of_two_troubles_of_one_name_is_notified() -> None:
+    """A batch without an owner must not hide behind a slow one."""
     watch = Watch()
     slow, abandoned = replace(OPEN, batch_id=1, lease_left_s=9.0), replace(OPEN, batch_id=2)
     assert watch.sees(replace(QUIET, open_batches=(slow, abandoned))) == [("alert", "open_batches")]
@@ -278,18 +279,18 @@ def test_of_two_troubles_of_one_name_the_worst_is_notified() -> None:
     ],
 )  # fmt: skip
 def test_the_likely_reasons_name_what_is_at_work(drains: Drains, status: Status, reasons: list[str]) -> None:
-    """Each has another remedy, and on call should not have to try them all."""
+    """Each reason has its own fix."""
     text = "; ".join(likely_reasons(status, drains))
     assert all(reason in text for reason in reasons), text
 
 
-# ── messages, settings and stored memories ───────────────────────────────────────────────────────
+# ── messages and stored memories ─────────────────────────────────────────────────────────────────
 
 
 def notices(severity: Severity = Severity.ERROR, what: str = "w", todo: str = "t") -> list[Notice]:
     """An alert 90 s after it began, and its recovery."""
     state = AlertState()
-    one = Advice(severity=severity, about="dead_letters", what=what, steps=(todo,))
+    one = Advice(severity=severity, about="dead_letters", what=what, fix=todo)
     state.fire(one, at(90_000, outbox="eu"), since_ms=NOW_MS)
     for _ in range(2):
         state.resolve("dead_letters", "over", at(HOUR_MS, outbox="eu"))
@@ -297,7 +298,7 @@ def notices(severity: Severity = Severity.ERROR, what: str = "w", todo: str = "t
 
 
 def test_a_name_that_an_application_chose_mentions_nobody() -> None:
-    """A version named <!channel> would wake a whole company, and the chat refuses a line of a megabyte."""
+    """A version named <!channel> would notify a whole company, and Slack refuses long lines."""
     text = notices(what="version <!channel> & <@U1>", todo="x" * 10_000)[0].text
     assert "version &lt;!channel&gt; &amp; &lt;@U1&gt;" in text
     assert len(text) < 2 * LINE
@@ -306,7 +307,7 @@ def test_a_name_that_an_application_chose_mentions_nobody() -> None:
 
 
 def test_the_body_is_what_slack_takes() -> None:
-    """`text` alone has to say it; colour is read before any word, and the fields are for whoever routes by them."""
+    """`text` has everything; the fields are for routing."""
     warning, recovery = notices(Severity.WARNING)
     (attachment,) = msgspec.json.decode(msgspec.json.encode(warning.body))["attachments"]
     assert set(warning.body) == {"text", "attachments"}
@@ -339,7 +340,7 @@ STORED_NUMBERS = """{"board":{"standing":{"lag":{"severity":"error","headline":"
 
 
 def test_a_memory_of_the_release_before_is_read() -> None:
-    """An upgrade must neither send an alert again, nor lose one that waits, nor forget to say that it is over."""
+    """An upgrade must send no alert again, lose none that waits, and send the recovery."""
     runs = msgspec.json.decode(STORED_RUNS, type=RunAlerts)
     assert ([notice.run_id for notice in runs.state.unsent], runs.state.dropped, runs.fail_owed) == (["run-1"], 2, True)
     assert observe(runs, run(5, AWAY)) == []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from auditexport_pipeline.core.batch import State
-from auditexport_pipeline.core.status import RATE_WINDOW_S, BatchTimes, format_duration, rate_of, runs_of
+from auditexport_pipeline.core.format import format_duration
+from auditexport_pipeline.core.status import RATE_WINDOW_S, BatchTimes, rate_of, runs_of
 
 NOW_MS = 1_800_000_000_000
 
@@ -70,9 +71,10 @@ def test_a_run_begins_with_its_own_plan() -> None:
 
 def test_durations_read_as_a_person_says_them() -> None:
     """A lag of 93,600 s is a number that nobody reads at night."""
-    assert [format_duration(seconds) for seconds in (0, 0.42, 45.4, 300, 5_400, 40_000, 300_000)] == [
+    assert [format_duration(seconds) for seconds in (0, 0.05, 0.42, 45.4, 300, 5_400, 40_000, 300_000)] == [
         "0 s",
-        "0.4 s",
+        "50 ms",
+        "0.42 s",
         "45 s",
         "5 min",
         "90 min",
