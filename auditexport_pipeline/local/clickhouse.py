@@ -12,7 +12,7 @@ from pathlib import Path
 
 from auditexport_pipeline.local.processes import LocalServer, headers_of
 
-# The package is imported from where this file lies, whatever the working directory and whether or not it is installed.
+# The child imports the package from this file's directory, whether or not it is installed.
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); "
@@ -24,9 +24,9 @@ PASSWORD_VARIABLE = "AUDITEXPORT_EMBEDDED_CLICKHOUSE_PASSWORD"
 class LocalClickHouse(LocalServer):
     """An embedded ClickHouse on `directory`.
 
-    `config` is a ClickHouse configuration file for the next `start()`; without one, the only user may do everything. `python` is
-    the interpreter whose environment has the engine, by default this one. `password` is the only user's, random unless given; an
-    empty one lets every program of this machine in.
+    `config` is a ClickHouse configuration file for the next `start()`; without one, the only user has all rights. `python` is
+    the interpreter whose environment has the engine, by default this one. `password` is the only user's, random unless given;
+    an empty one admits every program of this machine.
     """
 
     def __init__(

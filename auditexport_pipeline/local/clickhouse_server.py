@@ -1,13 +1,13 @@
 """The embedded ClickHouse: the chDB engine behind ClickHouse's HTTP interface, on loopback only.
 
-It turns one HTTP request into one statement of the engine, and the outcome into the answer of a ClickHouse server. `clickhouse.py`
-starts and stops this program.
+One HTTP request becomes one statement of the engine, and the outcome becomes the answer of a ClickHouse server.
+`clickhouse.py` starts and stops this program.
 
-Three decisions carry it. *One engine connection per request*: opening one costs 0.2 ms, its settings end with it, and requests run
-side by side. *A body is complete before its statement starts*, decompressed, the data of an INSERT in a file without a name: an
-upload that breaks off never becomes a short INSERT, the blocks do not depend on how the network cut the data, and not even SIGKILL
-leaves a file behind. *The data of an INSERT is found with the server's own rule* (`split_insert`), because a byte too many or too few
-is silent damage.
+* Each request has an engine connection of its own: opening one costs 0.2 ms, its settings end with it, and requests run in
+  parallel.
+* A body is complete before its statement starts, so that an upload that breaks off never becomes a shorter INSERT. The data
+  of an INSERT goes into a file without a name, which not even SIGKILL leaves behind.
+* `split_insert` finds the data of an INSERT by the server's own rule: a byte too many or too few is silent damage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import asyncio
 import base64
 import contextlib
 import email
-import enum
 import gzip
 import hmac
 import json
@@ -32,10 +31,11 @@ import tempfile
 import threading
 import uuid
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import lz4.frame  # type: ignore[import-untyped]
@@ -50,18 +50,16 @@ from auditexport_pipeline.local.clickhouse import PASSWORD_VARIABLE
 
 HOST: Final = "127.0.0.1"
 
-# Statements that run at once; the engine itself spreads each over all cores, so more only queue.
+# Statements that run at once. The engine spreads each over all cores, so more would only queue.
 MAX_STATEMENTS: Final = 16
 # A server's http_max_field_value_size: what it would refuse must not pass here.
 FIELD_LIMIT_BYTES: Final = 131_072
-# The data of an INSERT begins within its first bytes, or it has none.
+# The data of an INSERT begins within its first bytes, or the INSERT has none.
 INSERT_TEXT_LIMIT_BYTES: Final = 1 << 20
-# Statements are held in memory, data is not; `INSERT … VALUES` counts as statement.
-STATEMENT_LIMIT_BYTES: Final = 64 << 20
 # Running statements get this long after SIGTERM, and then end with the process, as in a crash.
 SHUTDOWN_GRACE_S: Final = 3
 
-# URL parameters that are not settings (ClickHouse, HTTPHandler). Those without an effect here are ignored, for each client sends some.
+# URL parameters that are not settings (ClickHouse, HTTPHandler). Those without an effect here are ignored: each client sends some.
 RESERVED_PARAMETERS: Final = frozenset(
     """query database default_format user password quota_key query_id session_id session_timeout
     session_check close_session stacktrace role buffer_size wait_end_of_query compress decompress
@@ -70,49 +68,44 @@ RESERVED_PARAMETERS: Final = frozenset(
 # chDB's own defaults that a server does not share.
 SERVER_SETTINGS: Final = {"implicit_select": "0"}
 
-# For our own questions: the answer is complete whatever the profile of a test's user says.
-UNLIMITED: Final = (
-    " SETTINGS limit = 0, offset = 0, additional_result_filter = '', use_query_cache = 0, max_result_rows = 0, "
-    "max_rows_to_read = 0"
+# The answer is complete whatever the profile of a test's user says.
+ABOUT: Final = (
+    "SELECT version(), timezone(), arrayStringConcat(groupArray(name), ' ') FROM system.table_functions "
+    "SETTINGS limit = 0, offset = 0, additional_result_filter = '', use_query_cache = 0, max_result_rows = 0, max_rows_to_read = 0"
 )
 
-
-class Code(enum.IntEnum):
-    """ClickHouse's codes of the errors that this server raises itself."""
-
-    BAD_ARGUMENTS = 36
-    NOT_IMPLEMENTED = 48
-    SYNTAX_ERROR = 62
-    CANNOT_DECOMPRESS = 271
-    QUERY_IS_TOO_LARGE = 307
-    ACCESS_DENIED = 497
-    AUTHENTICATION_FAILED = 516
-    POCO_EXCEPTION = 1000
-    UNKNOWN_EXCEPTION = 1002
-
-
+# ClickHouse's codes of the errors that this server raises itself.
+CODES: Final = {
+    "BAD_ARGUMENTS": 36,
+    "NOT_IMPLEMENTED": 48,
+    "SYNTAX_ERROR": 62,
+    "CANNOT_DECOMPRESS": 271,
+    "ACCESS_DENIED": 497,
+    "AUTHENTICATION_FAILED": 516,
+    "POCO_EXCEPTION": 1000,
+    "UNKNOWN_EXCEPTION": 1002,
+}
 # ClickHouse, exceptionCodeToHTTPStatus.cpp; a code that is not listed there gives 500.
 STATUS_OF_CODE: Final = {
     **dict.fromkeys((6, 15, 25, 26, 27, 36, 38, 41, 44, 53, 62, 72, 117, 321, 376, 427, 441), 400),
     **dict.fromkeys((192, 193, 497, 516), 403),
     **dict.fromkeys((46, 47, 50, 56, 60, 63, 73, 81, 115), 404),
-    159: 408,
-    307: 413,
-    48: 501,
     **dict.fromkeys((76, 209, 439), 503),
+    159: 408,
+    48: 501,
 }
 
 
 class Refused(RuntimeError):
-    """A request that ends with an error of this server, in the words of ClickHouse. The engine raises `RuntimeError` itself."""
+    """A request that this server refuses, as ClickHouse words it. The engine raises `RuntimeError` itself."""
 
-    def __init__(self, code: Code, reason: str) -> None:
-        super().__init__(f"Code: {code.value}. DB::Exception: {reason}. ({code.name})")
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"Code: {CODES[name]}. DB::Exception: {reason}. ({name})")
 
 
 # --- The text of a request ------------------------------------------------------------------------
 
-# As ClickHouse's Lexer reads: all that is not ASCII is blank but for typographic quotes, and `//` begins a comment.
+# As ClickHouse's Lexer reads: all that is not ASCII is blank except typographic quotes, and `//` begins a comment.
 BLANK: Final = (
     rb"(?: [\x00-\x20\x7f] | (?!\xe2\x80[\x98-\x9f])[\x80-\xff] | (?:--|//|\#[\ !])[^\n]*(?:\n|\Z) "
     rb"| /\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/ )"
@@ -120,7 +113,8 @@ BLANK: Final = (
 TOKEN = re.compile(
     rb"""
     (?P<blank>   (?:BLANK)+ )
-  | (?P<name>    [A-Za-z_][\w$]* | "(?:[^"\\]|\\.|"")*" | `(?:[^`\\]|\\.|``)*` )
+  | (?P<name>    [A-Za-z_][\w$]* )
+  | (?P<quoted>  "(?:[^"\\]|\\.|"")*" | `(?:[^`\\]|\\.|``)*` )
   | (?P<text>    '(?:[^'\\]|\\.|'')*' | \$(?P<tag>\w*)\$.*?\$(?P=tag)\$ )
   | (?P<number>  [0-9][\w$]* )
   | (?P<unclear> /\* | \xe2\x80[\x98-\x9f] )
@@ -131,7 +125,7 @@ TOKEN = re.compile(
 FORMAT_NAME = re.compile(BLANK + rb"+ ([A-Za-z]\w*)", re.VERBOSE)
 # ParserInsertQuery: after the format's name blanks, then at most one line end, then data. A Native block of ten columns
 # begins with a line feed of its own.
-DATA_START = re.compile(rb"[ \t\f]*(\r?\n)?")
+DATA_START = re.compile(rb"[ \t\f]*(?:\r?\n)?")
 LAST_FORMAT = re.compile(rb"\bFORMAT\s+([A-Za-z]\w*)\s*(?:SETTINGS\b[^()]*)?;?\s*\Z", re.IGNORECASE)
 ASSIGNMENT = re.compile(rb"\s*[A-Za-z_]\w*\s*=")
 # Statements whose answer is rows; a client tells an empty result from no result by the format header.
@@ -143,6 +137,13 @@ DROP_SYNC = re.compile(rb"\A(\s*DROP\b.*\S)\s+SYNC\s*\Z", re.IGNORECASE | re.DOT
 # What may follow a *column* called format; a format of that name does not exist.
 NOT_A_FORMAT = frozenset(b"FROM AS ASC DESC AND OR IN IS LIKE NOT UNION WHERE GROUP ORDER LIMIT SETTINGS".split())
 DEPTH: Final = {b"(": 1, b"[": 1, b"{": 1, b")": -1, b"]": -1, b"}": -1}
+
+
+def tokens(text: bytes) -> Iterator[tuple[str, bytes, int, int]]:
+    """Kind, text in capitals, start and end of each token that is not blank."""
+    for token in TOKEN.finditer(text):
+        if token.lastgroup != "blank":
+            yield token.lastgroup or "", token[0].upper(), token.start(), token.end()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,7 @@ class Insert:
         """The statement that reads the same rows from a file descriptor."""
         sql = self.sql
         if not self.inputs:
-            # By a path, for FROM INFILE knows no descriptors; the path leads to the file without a name.
+            # FROM INFILE takes no descriptor; this path leads to the file without a name.
             source = b" FROM INFILE '/proc/self/fd/%d' COMPRESSION 'none' " % descriptor
             return sql[: self.target_end] + source + sql[self.target_end :] + b" FORMAT " + self.format
         # input() reads nothing from data in the text, and raises no error: the rows have to come from a file.
@@ -179,18 +180,15 @@ def split_insert(text: bytes) -> Insert | None:
     insert = select = False
     inputs: list[tuple[int, int]] = []
     settings_at: int | None = None
-    before: re.Match[bytes] | None = None
-    for token in TOKEN.finditer(text):
-        kind, word = token.lastgroup, token[0].upper()
-        if kind == "blank":
-            continue
+    before, before_at = b"", 0
+    for kind, word, start, end in tokens(text):
         # Another statement follows, or a quote has no end: the engine says so.
-        if word in (b";", b"'", b'"', b"`") or (before is None and word not in (b"INSERT", b"WITH")):
+        if word in (b";", b"'", b'"', b"`") or (not before and word not in (b"INSERT", b"WITH")):
             return None
         depth += DEPTH.get(word, 0)
-        if word == b"(" and insert and before is not None and before[0].upper() == b"INPUT":
-            inputs.append((before.start(), token.end()))
-        before = token
+        if word == b"(" and insert and before == b"INPUT":
+            inputs.append((before_at, end))
+        before, before_at = word, start
         if kind != "name" or depth > 0:
             continue
         if not insert:
@@ -201,20 +199,20 @@ def split_insert(text: bytes) -> Insert | None:
             select = True
         elif word == b"VALUES" and not select:
             return None
-        elif word == b"SETTINGS" and ASSIGNMENT.match(text, token.end()):
-            settings_at = settings_at or token.start()
+        elif word == b"SETTINGS" and ASSIGNMENT.match(text, end):
+            settings_at = settings_at or start
         elif word == b"FORMAT" and (inputs or not select):
-            name = FORMAT_NAME.match(text, token.end())
+            name = FORMAT_NAME.match(text, end)
             if name is None or name[1].upper() in NOT_A_FORMAT:
                 continue
             data = DATA_START.match(text, name.end())
             assert data is not None  # it matches nothing, too
             return Insert(
-                sql=text[: token.start()],
+                sql=text[:start],
                 format=name[1],
                 data_at=data.end(),
                 inputs=tuple(inputs),
-                target_end=settings_at or token.start(),
+                target_end=settings_at or start,
             )
     return None
 
@@ -225,30 +223,29 @@ def quoted(text: str, quote: str = "'") -> str:
 
 # --- What a request may not reach -----------------------------------------------------------------
 
-# Table functions and engines that stay inside this server. Whatever else the engine has reaches files, programs or networks, and a
-# request gets none of it. Remote has a rule of its own, for it can be this server itself.
+# Table functions that stay inside this server. All others reach files, programs or networks. `remote` has a rule of its own.
 SAFE_FUNCTIONS: Final = frozenset(
     """clusterless dictionary format fuzzjson fuzzquery generate_series generateseries generaterandom input loop merge
     mergetreeanalyzeindexes mergetreeindex mergetreeparts mergetreeprojection mergetreetextindex null numbers numbers_mt
     primes remote remotesecure timeseriesdata timeseriesmetrics timeseriesselector timeseriestags values view viewexplain
     viewifpermitted zeros zeros_mt""".split()  # noqa: SIM905 - a list of quoted words hides the words
 )
-SAFE_ENGINES = re.compile(
-    rb"(?:Replicated|Shared)?(?:(?:Replacing|Summing|Aggregating|Collapsing|VersionedCollapsing|Coalescing|Graphite)?"
-    rb"MergeTree)|Memory|Null|Set|Join|Buffer|Distributed|Dictionary|Merge|View|MaterializedView|GenerateRandom|"
-    rb"EmbeddedRocksDB|KeeperMap|Log|TinyLog|StripeLog|Atomic|Ordinary|Lazy|Replicated|Remote",
-    re.IGNORECASE,
-)
-SAFE_SOURCES: Final = frozenset((b"CLICKHOUSE", b"NULL"))
-# Functions and engines that are no table functions and reach files or programs, or a network.
+# Functions that are no table functions, and reach files, programs or networks.
 READING_FUNCTIONS: Final = frozenset(("file", "catboostevaluate", "python", "filesystem", "executable", "disk"))
 LOOPBACK = re.compile(rb"\s*'(?:(?:127\.0\.0\.\d{1,3}|localhost)(?::\d+)?[,|]?)+'")
-# First words of statements, and pairs of words, that move data out or in by a way of their own.
-FORBIDDEN_STATEMENTS: Final = frozenset((b"BACKUP", b"RESTORE"))
-FORBIDDEN_PAIRS: Final = frozenset(
-    (b"INTO OUTFILE", b"FROM INFILE", b"NAMED COLLECTION", b"SYSTEM SHUTDOWN", b"SYSTEM KILL", b": IDENTIFIER")
+SAFE_ENGINES: Final = (
+    rb"(?:REPLICATED|SHARED)?(?:REPLACING|SUMMING|AGGREGATING|COLLAPSING|VERSIONEDCOLLAPSING|COALESCING|GRAPHITE)?MERGETREE|"
+    rb"MEMORY|NULL|SET|JOIN|BUFFER|DISTRIBUTED|DICTIONARY|MERGE|VIEW|MATERIALIZEDVIEW|GENERATERANDOM|EMBEDDEDROCKSDB|KEEPERMAP|"
+    rb"LOG|TINYLOG|STRIPELOG|ATOMIC|ORDINARY|LAZY|REPLICATED|REMOTE"
 )
-DEFINING: Final = frozenset((b"CREATE", b"ATTACH", b"REPLACE", b"EXECUTE"))
+# In a statement of capitals, one blank between two words, all texts empty.
+FORBIDDEN = re.compile(
+    rb"\A(?:BACKUP|RESTORE)\b"
+    rb"|\b(?:INTO OUTFILE|FROM INFILE|NAMED COLLECTION|SYSTEM SHUTDOWN|SYSTEM KILL)\b|: IDENTIFIER\b"
+    rb"|\bSOURCE \( (?!(?:CLICKHOUSE|NULL) )\w+"
+    rb"|\A(?:CREATE|ATTACH|REPLACE|EXECUTE) .*\bENGINE (?:= )?(?!(?:" + SAFE_ENGINES + rb")(?: |\Z))[A-Z_]\w*",
+    re.DOTALL,
+)
 TABLES_FOLLOW: Final = frozenset(b"FROM JOIN INTO TABLE DESCRIBE DESC EXISTS".split())
 TABLES_END: Final = frozenset(
     b"SELECT WITH WHERE PREWHERE ON USING GROUP ORDER LIMIT SETTINGS VALUES HAVING UNION WINDOW QUALIFY FORMAT".split()
@@ -258,78 +255,59 @@ TABLES_END: Final = frozenset(
 def one_statement(sql: bytes, reaching: frozenset[bytes]) -> bytes:
     """`sql` without its final semicolon.
 
-    Raises `Refused` when there is no statement, or a second one (the engine would run both), or when the statement names what reaches
-    files, programs or networks. `reaching` has the names, in capitals, of all functions that do. Names are compared as ClickHouse
-    reads them: without comments, in any case, and quoted ones too.
+    Raises `Refused` when there is no statement, or a second one (the engine would run both), or when the statement reaches
+    files, programs or networks: the engine has the rights of the user who started it. `reaching` has the names, in
+    capitals, of all functions that do. Names are compared as ClickHouse reads them: without comments, in any case, and
+    quoted ones too.
     """
-    end: int | None = None
-    earlier = before = first = b""
+    statement_end: int | None = None
+    words = [b"", b""]
     # For each open bracket, whether names of tables are read there: this engine reads a table's name as a path, too.
     tables = [False]
-    for token in TOKEN.finditer(sql):
-        kind, word = token.lastgroup, token[0].upper()
-        if kind == "blank":
-            continue
+    for kind, word, start, end in tokens(sql):
         if word == b";":
-            end = token.start() if end is None else end
+            statement_end = start if statement_end is None else statement_end
             continue
-        if end is not None:
-            raise Refused(Code.SYNTAX_ERROR, "Syntax error (Multi-statements are not allowed)")
+        if statement_end is not None:
+            raise Refused("SYNTAX_ERROR", "Syntax error (Multi-statements are not allowed)")
         if kind == "unclear":
             _refuse(b"comment in a comment and no typographic quote")
-        is_quoted = word[:1] in b'"`' and kind == "name"
-        if is_quoted:
-            word = word[1:-1]
-        if b"/" in word and (is_quoted or (kind == "text" and tables[-1])):
+        if (kind == "quoted" or (kind == "text" and tables[-1])) and re.search(rb"[/\\]", word):
             _refuse(b"path as a table")
-        if is_quoted and b"\\" in word:
-            _refuse(b"a quoted name with a backslash")
-        if kind in ("text", "number"):
-            continue
         if kind == "name":
-            if not is_quoted:
-                tables[-1] = word in TABLES_FOLLOW or (tables[-1] and word not in TABLES_END)
-                first = first or word
-            pair = before + b" " + word
-            if first in FORBIDDEN_STATEMENTS or pair in FORBIDDEN_PAIRS:
-                _refuse(word)
-            is_engine = before == b"ENGINE" or (earlier, before) == (b"ENGINE", b"=")
-            if is_engine and first in DEFINING and not SAFE_ENGINES.fullmatch(word):
-                _refuse(b"ENGINE = " + word)
-            if (earlier, before) == (b"SOURCE", b"(") and word not in SAFE_SOURCES:
-                _refuse(b"SOURCE " + word)
+            tables[-1] = word in TABLES_FOLLOW or (tables[-1] and word not in TABLES_END)
+        elif kind == "quoted":
+            word = word[1:-1]
+        elif kind == "text":
+            word = b"''"
         elif word == b"(":
-            if before in reaching and earlier != b"INDEX":
-                _refuse(before)
-            if before in (b"REMOTE", b"REMOTESECURE") and not LOOPBACK.match(sql, token.end()):
-                _refuse(before)
-        if word in DEPTH and DEPTH[word] > 0:
-            tables.append(word == b"(" and tables[-1] and before in (*TABLES_FOLLOW, b",", b"("))
-        elif word in DEPTH and len(tables) > 1:
+            if words[-1] in reaching and words[-2] != b"INDEX":
+                _refuse(words[-1])
+            if words[-1] in (b"REMOTE", b"REMOTESECURE") and not LOOPBACK.match(sql, end):
+                _refuse(words[-1])
+        if kind == "sign" and DEPTH.get(word) == 1:
+            tables.append(word == b"(" and tables[-1] and words[-1] in (*TABLES_FOLLOW, b",", b"("))
+        elif kind == "sign" and word in DEPTH and len(tables) > 1:
             tables.pop()
-        earlier, before = before, word
-    statement = sql[:end]
-    if not statement.strip():
-        raise Refused(Code.SYNTAX_ERROR, "Syntax error: Empty query")
-    return statement
+        words.append(word)
+    if len(words) == 2:
+        raise Refused("SYNTAX_ERROR", "Syntax error: Empty query")
+    if found := FORBIDDEN.search(b" ".join(words[2:])):
+        _refuse(found[0][-60:])
+    return sql[:statement_end]
 
 
-def _refuse(name: bytes) -> None:
-    what = name.decode(errors="replace")
-    raise Refused(
-        Code.ACCESS_DENIED, f"the embedded ClickHouse takes no {what} from a request: it reaches outside of it"
-    )
+def _refuse(what: bytes) -> None:
+    name = what.decode(errors="replace")
+    raise Refused("ACCESS_DENIED", f"the embedded ClickHouse takes no {name} from a request: it reaches outside of it")
 
 
 # --- Bodies ---------------------------------------------------------------------------------------
 
 DECODERS: Final[dict[str, Any]] = {
-    "": None,
-    "identity": None,
     "lz4": lz4.frame.LZ4FrameDecompressor,
     "zstd": lambda: zstandard.ZstdDecompressor().decompressobj(),
     "gzip": lambda: zlib.decompressobj(wbits=31),
-    "deflate": zlib.decompressobj,
 }
 # The first that the client accepts: on loopback the cheapest wins.
 ENCODERS: Final[dict[str, Any]] = {
@@ -337,93 +315,44 @@ ENCODERS: Final[dict[str, Any]] = {
     "zstd": lambda data: zstandard.ZstdCompressor(level=1).compress(data),
     "gzip": lambda data: gzip.compress(data, compresslevel=1),
 }
+PIECE_BYTES: Final = 1 << 17
 
 
-class Decoder:
-    """Turns compressed bytes into plain ones. Clients send one frame per block, so a frame's end is not the body's end."""
-
-    def __init__(self, encoding: str) -> None:
-        if encoding not in DECODERS:
-            names = ", ".join(filter(None, DECODERS))
-            raise Refused(
-                Code.NOT_IMPLEMENTED, f"Content-Encoding {encoding!r} is not supported here; send one of {names}"
-            )
-        self._new_frame = DECODERS[encoding]
-        self._frame: Any = None
-
-    def decode(self, part: bytes) -> bytes:
-        if self._new_frame is None:
-            return part
-        plain = []
-        try:
-            while part:
-                self._frame = self._frame or self._new_frame()
-                plain.append(self._frame.decompress(part))
-                if not self._frame.eof:
+def decompressed(body: bytes, encoding: str) -> Iterator[bytes]:
+    """The plain body in pieces. Clients send a frame for each block, so the end of a frame is not the end of the body."""
+    if encoding and encoding not in DECODERS:
+        names = ", ".join(DECODERS)
+        raise Refused("NOT_IMPLEMENTED", f"Content-Encoding {encoding!r} is not supported here; send one of {names}")
+    frame: Any = None
+    try:
+        for start in range(0, len(body), PIECE_BYTES):
+            piece = body[start : start + PIECE_BYTES]
+            if not encoding:
+                yield piece
+                continue
+            while piece:
+                frame = frame or DECODERS[encoding]()
+                yield frame.decompress(piece)
+                if not frame.eof:
                     break
-                part = self._frame.unused_data or b""
-                self._frame = None
-        except (RuntimeError, zstandard.ZstdError, zlib.error, EOFError) as error:
-            raise Refused(Code.CANNOT_DECOMPRESS, f"the request body cannot be decompressed: {error}") from error
-        return b"".join(plain)
-
-    def finish(self) -> None:
-        if self._frame is not None:
-            raise Refused(Code.CANNOT_DECOMPRESS, "the request body ends inside a compressed frame")
+                piece, frame = frame.unused_data or b"", None
+    except (RuntimeError, zstandard.ZstdError, zlib.error, EOFError) as error:
+        raise Refused("CANNOT_DECOMPRESS", f"the request body cannot be decompressed: {error}") from error
+    if frame is not None:
+        raise Refused("CANNOT_DECOMPRESS", "the request body ends inside a compressed frame")
 
 
-class Body:
-    """What a request says: its statement in memory, and the data of an INSERT in a file without a name.
-
-    Used by one thread at a time. `close()` frees the file, and so does the end of the process.
-    """
-
-    def __init__(self, decoder: Decoder, spool: Path, query: str) -> None:
-        self._decoder = decoder
-        self._spool = spool
-        # The server joins URL and body the same way, so that `?query=INSERT … FORMAT CSV` has data.
-        self._text = bytearray(query.encode() + b"\n" if query else b"")
-        self._searched = False
-        self._insert: Insert | None = None
-        self._data: IO[bytes] | None = None
-
-    def add(self, part: bytes) -> None:
-        plain = self._decoder.decode(part)
-        if self._data is not None:
-            self._data.write(plain)
-            return
-        self._text += plain
-        if len(self._text) >= INSERT_TEXT_LIMIT_BYTES:
-            self._find_data()
-        if len(self._text) > STATEMENT_LIMIT_BYTES:
-            reason = f"a statement may have {STATEMENT_LIMIT_BYTES} bytes; send data with FORMAT"
-            raise Refused(Code.QUERY_IS_TOO_LARGE, reason)
-
-    def statement(self, reaching: frozenset[bytes]) -> bytes:
-        """What the engine shall run, once the whole request has been added. Raises `Refused`, as `one_statement` does."""
-        self._decoder.finish()
-        self._find_data()
-        if self._insert is None or self._data is None:
-            return one_statement(bytes(self._text), reaching)
-        one_statement(self._insert.sql, reaching)
-        self._data.flush()
-        self._data.seek(0)
-        return self._insert.reading(self._data.fileno())
-
-    def close(self) -> None:
-        if self._data is not None:
-            self._data.close()
-
-    def _find_data(self) -> None:
-        if self._searched:
-            return
-        self._searched = True
-        self._insert = split_insert(bytes(self._text[:INSERT_TEXT_LIMIT_BYTES]))
-        if self._insert is not None:
-            # No name, mode 0600: private, and gone with the last descriptor.
-            self._data = tempfile.TemporaryFile(dir=self._spool)  # noqa: SIM115 - closed by close()
-            self._data.write(memoryview(self._text)[self._insert.data_at :])
-            self._text = bytearray()
+def read_form(content_type: str, body: bytes) -> dict[str, str]:
+    """The fields of a multipart form: clickhouse-connect sends long query parameters in one."""
+    # Not by a newer policy, which parses each header by a grammar: that took most of a short statement's time.
+    message = email.message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode("latin-1") + body)
+    fields: dict[str, str] = {}
+    parts: Any = message.get_payload() if message.is_multipart() else ()
+    for part in parts:
+        if part.get_filename() is not None:
+            raise Refused("NOT_IMPLEMENTED", "External tables are not supported here")
+        fields[str(part.get_param("name", header="content-disposition"))] = part.get_payload(decode=True).decode()
+    return fields
 
 
 # --- The engine -----------------------------------------------------------------------------------
@@ -443,12 +372,12 @@ class Scope:
         for name, value in parameters.items():
             if len(value.encode()) > FIELD_LIMIT_BYTES:
                 reason = f"HTML Form Exception: Field value too long: {name}, over {FIELD_LIMIT_BYTES} bytes"
-                raise Refused(Code.POCO_EXCEPTION, reason)
+                raise Refused("POCO_EXCEPTION", reason)
             if name in ("compress", "decompress") and value not in ("0", "false"):
-                reason = f"{name}=1 (ClickHouse's own block compression); use HTTP compression"
-                raise Refused(Code.NOT_IMPLEMENTED, reason)
+                reason = f"{name}=1 (ClickHouse's own block compression) is not supported here; use HTTP compression"
+                raise Refused("NOT_IMPLEMENTED", reason)
             if name not in RESERVED_PARAMETERS and not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise Refused(Code.BAD_ARGUMENTS, f"Bad setting name {name!r}")
+                raise Refused("BAD_ARGUMENTS", f"Bad setting name {name!r}")
         settings = {name: value for name, value in parameters.items() if name not in RESERVED_PARAMETERS}
         if request.method == "GET":
             settings.setdefault("readonly", "2")
@@ -459,9 +388,9 @@ class Scope:
         )
 
     def statements(self) -> list[str]:
-        """What a fresh connection has to be told first. Parameters are settings named `param_…`."""
-        # A parameter can be long, and two long ones in a statement would exceed max_query_size. `readonly` comes last, for it
-        # forbids every setting after it.
+        """What a new connection executes first. Parameters are settings named `param_…`."""
+        # A parameter can be long, and two long ones in a statement would exceed max_query_size. `readonly` comes last,
+        # because it forbids every setting after it.
         alone = [name for name in self.settings if name.startswith("param_")]
         alone += [name for name in self.settings if name == "readonly"]
         together = [name for name in self.settings if name not in alone]
@@ -473,37 +402,40 @@ class Scope:
 
 
 class Engine:
-    """The chDB engine on one directory. Thread-safe: each statement runs on a connection of its own."""
+    """The chDB engine on `directory`/data. Thread-safe: each statement runs on a connection of its own."""
 
     def __init__(self, directory: Path, config: Path | None = None) -> None:
         from chdb import _chdb  # half a second, and only this process
 
         self._connect: Any = _chdb.connect  # type: ignore[attr-defined]  # an extension module
-        self._path = f"{directory}?config-file={config}" if config is not None else str(directory)
+        self._path = f"{directory / 'data'}" + (f"?config-file={config}" if config else "")
         # The engine stops with its last connection; this one keeps it running between requests.
         self._anchor = self._connect(self._path)
-        about = self._anchor.query(f"SELECT version(), timezone(){UNLIMITED}", "TabSeparated")
-        self.version, self.timezone = about.bytes().decode().strip().split("\t")
-        functions = self._anchor.query(f"SELECT name FROM system.table_functions{UNLIMITED}", "TabSeparated")
-        names = {*functions.bytes().decode().lower().split()} - SAFE_FUNCTIONS | READING_FUNCTIONS
+        about = self._anchor.query(ABOUT, "TabSeparated")
+        self.version, self.timezone, functions = about.bytes().decode().strip().split("\t")
+        names = {*functions.lower().split()} - SAFE_FUNCTIONS | READING_FUNCTIONS
         self._reaching = frozenset(name.upper().encode() for name in names)
         # chDB before 26.9 counts what an INSERT writes only where the data follows, and never runs the task for which
         # DROP … SYNC waits.
         self._is_recent = hasattr(about, "rows_written")
+        # Emptied only now: the engine's lock on its directory says that no other server uses this one.
+        self._spool = directory / "tmp"
+        shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool.mkdir(mode=0o700)
+        os.chdir(self._spool)  # the engine reads the name of a table that does not exist as a path relative to this
 
-    def run(self, body: Body, scope: Scope) -> tuple[bytes, dict[str, str]]:
-        """Runs the statement of a complete request and closes `body`; returns the rows and the answer's headers.
+    def run(self, query: str, body: Iterator[bytes], scope: Scope) -> tuple[bytes, dict[str, str]]:
+        """Runs the statement of a complete request; returns the rows and the answer's headers.
 
-        Raises `RuntimeError` with the text of ClickHouse's error. `body` is closed here, not by the caller: the engine reads its
-        file by the descriptor, and one that is closed too early ends an INSERT in the middle as if that were its end.
+        Raises `RuntimeError` with the text of ClickHouse's error.
         """
-        connection = self._connect(self._path)
-        try:
-            statement = body.statement(self._reaching)
+        # The file is closed after the connection: an INSERT whose file is closed too early ends in the middle of its data.
+        with contextlib.ExitStack() as closing:
+            statement = self._statement(query, body, closing)
+            connection = self._connect(self._path)
+            closing.callback(connection.close)
             for sql in scope.statements():
                 connection.query(sql, "TabSeparated")
-            if not self._is_recent:
-                statement = DROP_SYNC.sub(rb"\1", statement)
             answer = connection.query(statement, scope.default_format)
             if answer.has_error():
                 raise RuntimeError(answer.error_message())
@@ -522,14 +454,31 @@ class Engine:
                 "result_bytes": len(data),
                 "elapsed_ns": int(answer.elapsed() * 1e9),
             }
-        finally:
-            connection.close()
-            body.close()
         headers = {"X-ClickHouse-Summary": json.dumps({name: str(figure) for name, figure in summary.items()})}
         if rows_follow:
             named = LAST_FORMAT.search(statement)
             headers["X-ClickHouse-Format"] = named[1].decode() if named else scope.default_format
         return data, headers
+
+    def _statement(self, query: str, body: Iterator[bytes], files: contextlib.ExitStack) -> bytes:
+        """What the engine executes; the data of an INSERT is in one of `files` then. Raises `Refused`."""
+        # The server joins URL and body in the same way, so that `?query=INSERT … FORMAT CSV` has data.
+        text = query.encode() + b"\n" if query else b""
+        for piece in body:
+            text += piece
+            if len(text) >= INSERT_TEXT_LIMIT_BYTES:
+                break
+        insert = split_insert(text[:INSERT_TEXT_LIMIT_BYTES])
+        if insert is None:
+            statement = one_statement(text + b"".join(body), self._reaching)
+            return statement if self._is_recent else DROP_SYNC.sub(rb"\1", statement)
+        one_statement(insert.sql, self._reaching)
+        # No name, mode 0600: private, and gone with the last descriptor.
+        data = files.enter_context(tempfile.TemporaryFile(dir=self._spool))  # noqa: SIM115 - closed with `files`
+        data.write(memoryview(text)[insert.data_at :])
+        data.writelines(body)
+        data.seek(0)  # flushes
+        return insert.reading(data.fileno())
 
     def close(self) -> None:
         self._anchor.close()
@@ -537,60 +486,44 @@ class Engine:
 
 # --- HTTP -----------------------------------------------------------------------------------------
 
-
-def read_form(content_type: str, body: bytes) -> dict[str, str]:
-    """The fields of a multipart form: clickhouse-connect moves long query parameters into one."""
-    # Not by a newer policy, which parses each header by a grammar: that took most of a short statement's time.
-    message = email.message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode("latin-1") + body)
-    fields: dict[str, str] = {}
-    parts_of_it: Any = message.get_payload() if message.is_multipart() else ()
-    for part in parts_of_it:
-        if part.get_filename() is not None:
-            raise Refused(Code.NOT_IMPLEMENTED, "External tables are not supported here")
-        fields[str(part.get_param("name", header="content-disposition"))] = part.get_payload(decode=True).decode()
-    return fields
-
-
 # No DNS server can lead one of these here.
 ADDRESS = re.compile(r"localhost | \d+\.\d+\.\d+\.\d+ | [\da-f:.]*:[\da-f:.]*", re.VERBOSE)
 
 
 def refuse_other_sites(request: Request) -> None:
-    """Refuses what a browser sends for a web page, and names that lead here only by DNS rebinding."""
+    """Refuses the requests of web pages, also those that reach this server by DNS rebinding."""
     host = urlsplit("//" + request.headers.get("host", "")).hostname or ""
     site = request.headers.get("sec-fetch-site", "none")
     if not ADDRESS.fullmatch(host) or "origin" in request.headers or site != "none":
         raise Refused(
-            Code.ACCESS_DENIED,
+            "ACCESS_DENIED",
             "requests come from programs of this machine, not from web pages: Host must be an address, without Origin",
         )
 
 
-def authenticate(request: Request, wanted: str) -> None:
-    """Lets in `default` with the password of this start, the only user."""
+def authenticate(request: Request, expected: str) -> None:
+    """Admits the only user, `default`, with the password of this start."""
     user, password = "default", ""
     _, _, token = request.headers.get("authorization", "").partition(" ")
-    if token:
-        try:
-            user, _, password = base64.b64decode(token, validate=True).decode().partition(":")
-        except ValueError:
+    with contextlib.suppress(ValueError):
+        if token:
             user = ""
+            user, _, password = base64.b64decode(token, validate=True).decode().partition(":")
     user = request.query_params.get("user", request.headers.get("x-clickhouse-user", user))
     password = request.query_params.get("password", request.headers.get("x-clickhouse-key", password))
-    if user != "default" or not hmac.compare_digest(password.encode(), wanted.encode()):
+    if user != "default" or not hmac.compare_digest(password.encode(), expected.encode()):
         reason = f"{user}: Authentication failed: password is incorrect, or there is no user with such name"
-        raise Refused(Code.AUTHENTICATION_FAILED, reason)
+        raise Refused("AUTHENTICATION_FAILED", reason)
 
 
 class Server:
-    """The HTTP application over one engine; `spool` is a private directory for request bodies."""
+    """The HTTP application over one engine."""
 
-    def __init__(self, engine: Engine, spool: Path, password: str) -> None:
+    def __init__(self, engine: Engine, password: str) -> None:
         self._engine = engine
-        self._spool = spool
         self._password = password
         self._statements = ThreadPoolExecutor(MAX_STATEMENTS, thread_name_prefix="statement")
-        # The process id lets the starter tell this server from another one on the same port.
+        # By the process id the starter knows this server from another one on the same port.
         self._name = {"X-ClickHouse-Server-Display-Name": f"embedded-{os.getpid()}"}
         self.app = Starlette(
             routes=[
@@ -612,46 +545,38 @@ class Server:
             **self._name,
         }
         try:
-            data, more = await self._answer(request)
+            refuse_other_sites(request)
+            authenticate(request, self._password)
+            body = await request.body()
+            answering = asyncio.get_running_loop().run_in_executor(self._statements, self._answer, request, body)
+            data, more = await answering
         except RuntimeError as error:
             text = str(error)
             found = re.search(r"Code: (\d+)\..*", text, re.DOTALL)
-            code = int(found[1]) if found else Code.UNKNOWN_EXCEPTION.value
+            code = int(found[1]) if found else CODES["UNKNOWN_EXCEPTION"]
             text = found[0] if found else f"Code: {code}. DB::Exception: {text}"
             headers["X-ClickHouse-Exception-Code"] = str(code)
             text = f"{text} (version {self._engine.version} (embedded))\n"
             return PlainTextResponse(text, STATUS_OF_CODE.get(code, 500), headers)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it; the statement has not been started
+            return Response(status_code=499)  # the client is gone, and the statement was not started
         return Response(data, headers={**headers, **more}, media_type="application/octet-stream")
 
-    async def _answer(self, request: Request) -> tuple[bytes, dict[str, str]]:
-        refuse_other_sites(request)
-        authenticate(request, self._password)
-        loop = asyncio.get_running_loop()
+    def _answer(self, request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
+        plain = decompressed(body, request.headers.get("content-encoding", "").strip().lower())
         query = request.query_params.get("query", "")
-        decoder = Decoder(request.headers.get("content-encoding", "").strip().lower())
         form: dict[str, str] = {}
         content_type = request.headers.get("content-type", "")
-        if is_form := content_type.startswith("multipart/form-data"):
-            form = read_form(content_type, decoder.decode(await request.body()))
+        if content_type.startswith("multipart/form-data"):
+            form, plain = read_form(content_type, b"".join(plain)), iter(())
             query += form.pop("query", "")
         scope = Scope.of(request, form)
-        body = Body(decoder, self._spool, query)
-        try:
-            if request.method == "POST" and not is_form:
-                async for part in request.stream():
-                    body.add(part)  # one read of the socket: no thread is worth it
-        except BaseException:
-            body.close()
-            raise
-        data, headers = await loop.run_in_executor(self._statements, self._engine.run, body, scope)
+        data, headers = self._engine.run(query, plain, scope)
         if data and scope.settings.get("enable_http_compression", "0") not in ("0", "false"):
             accepted = {name.split(";")[0].strip() for name in request.headers.get("accept-encoding", "").split(",")}
             for encoding, encode in ENCODERS.items():
                 if encoding in accepted:
-                    data = await loop.run_in_executor(None, encode, data)
-                    return data, {**headers, "Content-Encoding": encoding}
+                    return encode(data), {**headers, "Content-Encoding": encoding}
         return data, headers
 
 
@@ -662,14 +587,9 @@ def serve(directory: Path, port: int, password: str, config: Path | None = None)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((HOST, port))
-    engine = Engine(directory / "data", config)
-    # Emptied only now: the engine's lock on its directory says that no other server uses this one.
-    spool = directory / "tmp"
-    shutil.rmtree(spool, ignore_errors=True)
-    spool.mkdir(mode=0o700)
-    os.chdir(spool)  # the engine reads the name of a table that does not exist as a file's, from here
+    engine = Engine(directory, config)
     serving = uvicorn.Config(
-        Server(engine, spool, password).app,
+        Server(engine, password).app,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -690,19 +610,19 @@ def serve(directory: Path, port: int, password: str, config: Path | None = None)
     os._exit(0)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="An embedded ClickHouse on 127.0.0.1, for development and tests.")
-    parser.add_argument("--directory", type=Path, required=True, help="where the data lives; one server each")
+    parser.add_argument("--directory", type=Path, required=True, help="where the data is; one server each")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--config", type=Path, help="a ClickHouse configuration file, such as for its user's grants")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     # A part of JSON columns is some ten files a path; the usual soft limit of 1,024 is soon reached in a merge.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS calls the hard limit unlimited and then refuses that
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     password = os.environ.pop(PASSWORD_VARIABLE, None)
     if password is None:
-        parser.error(f"{PASSWORD_VARIABLE} must hold the password of the user default; it may be empty")
+        parser.error(f"{PASSWORD_VARIABLE} must be the password of the user default; it may be empty")
     serve(options.directory.resolve(), options.port, password, options.config and options.config.resolve())
 
 
