@@ -1,7 +1,7 @@
 """The demo: a hundred thousand events from MySQL to ClickHouse through Dagster, and proof of it.
 
-The proof is independent of the exporter: it compares the event ids in MySQL with those in ClickHouse, and asks neither the ledger nor
-the fingerprints.
+The proof does not depend on the exporter: it compares the event ids in MySQL with those in ClickHouse, and reads neither the
+ledger nor the fingerprints.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from rich.table import Table
 
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.versions import VERSIONS
-from auditexport_pipeline.local.generator import Seeded, seed_outbox
+from auditexport_pipeline.local.generator import MALFORMED_KINDS, Seeded, seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 
 SEED = 20_260
-MALFORMED = 19  # one of each kind the generator knows
 UNKNOWN = 25
 WRITERS = 4
-WORKSPACES_SHOWN = 5
+BUSIEST = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +38,12 @@ class Tally:
     seeded: Seeded
     expected: int
     stored: int
-    distinct: int
+    duplicated: int
     missing: int
     unexpected: int
     unmarked: int
     dead_by_reason: dict[str, int]
     backlog: Backlog
-
-    @property
-    def duplicates(self) -> int:
-        return self.stored - self.distinct
 
     @property
     def dead(self) -> int:
@@ -57,8 +52,8 @@ class Tally:
     @property
     def adds_up(self) -> bool:
         return (
-            self.expected == self.stored == self.distinct == self.seeded.events
-            and self.missing == self.unexpected == 0
+            self.expected == self.stored == self.seeded.events
+            and self.duplicated == self.missing == self.unexpected == 0
             and self.dead == sum(self.seeded.malformed.values())
             and self.backlog.unknown_rows == self.seeded.unknown
             and self.unmarked == self.dead + self.seeded.unknown
@@ -68,7 +63,7 @@ class Tally:
 def run(directory: Path, events: int, *, as_json: bool = False) -> int:
     """Runs the demo on a fresh stack under `directory`; returns 0 only if every number adds up.
 
-    With `as_json` the numbers are one JSON object on standard output, and the story goes to the standard error.
+    With `as_json` the numbers are one JSON object on standard output, and the tables go to standard error.
     """
     console = Console(stderr=as_json)
     started = time.monotonic()
@@ -79,12 +74,13 @@ def run(directory: Path, events: int, *, as_json: bool = False) -> int:
         ((version,),) = stack.log.client().query("SELECT version()").result_rows
         console.print(f"  {stack.mysql.family} {stack.mysql.version} · ClickHouse {version} · tables created")
         with _progress(console) as progress:
-            task = progress.add_task(f"{WRITERS} writers fill the outbox", total=events + MALFORMED + UNKNOWN)
+            malformed = len(MALFORMED_KINDS)
+            task = progress.add_task(f"{WRITERS} writers fill the outbox", total=events + malformed + UNKNOWN)
             seeded = seed_outbox(
                 stack.outbox.url,
                 seed=SEED,
                 events=events,
-                malformed=MALFORMED,
+                malformed=malformed,
                 unknown=UNKNOWN,
                 writers=WRITERS,
                 progress=lambda rows: progress.update(task, completed=rows),
@@ -97,26 +93,21 @@ def run(directory: Path, events: int, *, as_json: bool = False) -> int:
             return 1
         dagster_s = time.monotonic() - draining
         tally = _count(stack, seeded)
-        rows_per_s, drain_s = _run_numbers(stack)
+        rows_per_s, drain_s = stack.last_drain()
+        console.print()
+        numbers = _numbers(tally)
+        how = f"the drain: {drain_s:.1f} s; with Dagster's start-up {dagster_s:.1f} s"
+        numbers.add_row("rows per second", f"{rows_per_s:,.0f}", how)
+        numbers.add_row("lag left", f"{tally.backlog.lag_s:.0f} s", f"{tally.backlog.rows} rows pending")
         verdict = (
             "[green]every event is in ClickHouse exactly once[/green]"
             if tally.adds_up
             else "[red]the numbers do not add up[/red]"
         )
-        numbers = _numbers(tally)
-        numbers.add_row(
-            "rows per second",
-            f"{rows_per_s:,.0f}",
-            f"the drain: {drain_s:.1f} s; with Dagster's start-up {dagster_s:.1f} s",
-        )
-        numbers.add_row("lag left", f"{tally.backlog.lag_s:.0f} s", f"{tally.backlog.rows} rows pending")
-        console.print()
         total_s = time.monotonic() - started
         console.print(Panel(numbers, title=verdict, subtitle=f"{total_s:.0f} s in all", expand=False))
         console.print(_busiest(stack))
-        console.print(
-            "\nNext:  [bold]make dev[/bold]   the same stack with the Dagster UI and a live trickle of events"
-        )
+        console.print("\nNext:  [bold]make dev[/bold]   the same stack with the Dagster UI and new events all the time")
         console.print("       [bold]make test[/bold]  the tests, against the same kind of servers\n")
         if as_json:
             values = {
@@ -124,7 +115,7 @@ def run(directory: Path, events: int, *, as_json: bool = False) -> int:
                 "rows": seeded.rows,
                 "expected": tally.expected,
                 "stored": tally.stored,
-                "duplicated": tally.duplicates,
+                "duplicated": tally.duplicated,
                 "missing": tally.missing,
                 "unexpected": tally.unexpected,
                 "dead_letters_by_reason": tally.dead_by_reason,
@@ -158,14 +149,12 @@ def _drain(console: Console, stack: LocalStack, log: Path, events: int) -> int:
         )
         try:
             while dagster.poll() is None:
-                progress.update(task, completed=_exported_rows(stack))
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     dagster.wait(0.25)
-            progress.update(task, completed=_exported_rows(stack))
+                progress.update(task, completed=_exported_rows(stack))
         finally:
-            if dagster.poll() is None:
-                dagster.terminate()
-                dagster.wait()
+            dagster.terminate()
+            dagster.wait()
     return dagster.returncode
 
 
@@ -182,56 +171,42 @@ def _count(stack: LocalStack, seeded: Seeded) -> Tally:
         "SELECT event_id FROM clickhouse_outbox WHERE version IN :versions AND pk NOT IN "
         "(SELECT pk FROM clickhouse_outbox_dead_letter)"
     ).bindparams(sa.bindparam("versions", list(VERSIONS), expanding=True))
-    pending = sa.text("SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL")
     with stack.outbox.transaction("counting events") as connection:
         expected = set(connection.execute(known).scalars())
-        unmarked = connection.execute(pending).scalar_one()
-    stored = [
-        event_id for (event_id,) in stack.log.client().query("SELECT event_id FROM audit_logs_raw_v1").result_rows
-    ]
-    distinct = set(stored)
+        pending = sa.text("SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL")
+        unmarked = int(connection.execute(pending).scalar_one())
+    entries = stack.log.client().query("SELECT event_id FROM audit_logs_raw_v1").result_rows
+    stored = {event_id for (event_id,) in entries}
     return Tally(
         seeded=seeded,
         expected=len(expected),
-        stored=len(stored),
-        distinct=len(distinct),
-        missing=len(expected - distinct),
-        unexpected=len(distinct - expected),
-        unmarked=int(unmarked),
+        stored=len(entries),
+        duplicated=len(entries) - len(stored),
+        missing=len(expected - stored),
+        unexpected=len(stored - expected),
+        unmarked=unmarked,
         dead_by_reason=stack.outbox.dead_by_reason(),
         backlog=stack.outbox.backlog(tuple(VERSIONS), count_to=1_000_000),
     )
 
 
-def _run_numbers(stack: LocalStack) -> tuple[float, float]:
-    """(rows per second, seconds) of the drain itself, as its materialization says."""
-    import dagster as dg
-
-    with dg.DagsterInstance.from_config(str(stack.dagster_home)) as instance:
-        event = instance.get_latest_materialization_event(dg.AssetKey("audit_logs_raw_v1"))
-        assert event is not None
-        assert event.asset_materialization is not None
-        metadata = event.asset_materialization.metadata
-        return float(str(metadata["rows_per_s"].value)), float(str(metadata["seconds"].value))
-
-
 def _numbers(tally: Tally) -> Table:
     seeded, backlog = tally.seeded, tally.backlog
-    origin = f"{WRITERS} writers, {seeded.workspaces} workspaces, {seeded.late_transactions:,} late commits"
-    unknown = f"{', '.join(backlog.unknown_versions)}: untouched, visible"
+    origin = f"{WRITERS} writers, {len(seeded.workspace_ids)} workspaces, {seeded.late_transactions:,} late commits"
+    unknown = f"{', '.join(backlog.unknown_versions)}: not touched, but counted"
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("seeded", f"{seeded.rows:,}", origin)
     table.add_row("exported", f"{tally.stored:,}", "entries in audit_logs_raw_v1")
-    table.add_row("dead letters", f"{tally.dead:,}", "malformed payloads, set aside; neighbours went on")
+    table.add_row("dead letters", f"{tally.dead:,}", "malformed payloads, set aside; all other rows were exported")
     for reason, count in tally.dead_by_reason.items():
         table.add_row(f"  {reason}", f"{count:,}", "")
     table.add_row("unknown versions", f"{backlog.unknown_rows:,}", unknown)
     for name, count, how in (
-        ("duplicates", tally.duplicates, "counted without FINAL"),
-        ("missing", tally.missing + tally.unexpected, "event ids in MySQL against event ids in ClickHouse"),
+        ("duplicates", tally.duplicated, "counted without FINAL"),
+        ("missing", tally.missing + tally.unexpected, "event ids in MySQL compared with event ids in ClickHouse"),
     ):
         table.add_row(name, f"[{'red' if count else 'green'}]{count:,}[/]", how)
     return table
@@ -240,9 +215,9 @@ def _numbers(tally: Tally) -> Table:
 def _busiest(stack: LocalStack) -> Table:
     rows = stack.log.client().query(
         "SELECT workspace_id, count() AS events, uniqExact(event), (max(time) - min(time)) / 60000 "
-        f"FROM audit_logs GROUP BY workspace_id ORDER BY events DESC LIMIT {WORKSPACES_SHOWN}"
+        f"FROM audit_logs GROUP BY workspace_id ORDER BY events DESC LIMIT {BUSIEST}"
     )
-    title = f"The {WORKSPACES_SHOWN} busiest workspaces, read from the view audit_logs"
+    title = f"The {BUSIEST} busiest workspaces, read from the view audit_logs"
     table = Table("workspace", title=title, title_justify="left", box=None)
     for column in ("events", "kinds", "minutes"):
         table.add_column(column, justify="right")

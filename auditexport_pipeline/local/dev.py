@@ -17,17 +17,16 @@ from auditexport_pipeline.local.generator import trickle
 from auditexport_pipeline.local.processes import Child, free_port, headers_of, is_free
 from auditexport_pipeline.local.stack import PROJECT, LocalStack
 
-# A backlog worth a run within seconds, so that one sees the sensor work.
-SENSOR_ROWS = 2_000
-SENSOR_LAG_S = 20
-PAGE_WITHIN_S = 90.0
+# Low limits, so that the sensor starts a run within seconds.
+SENSOR_ROWS, SENSOR_LAG_S = 2_000, 20
+UI_WITHIN_S = 90.0
 
 
 def run(directory: Path, *, port: int, events_per_s: float, automation: bool = True) -> int:
-    """Runs until Ctrl-C; the stack keeps what a demo or an earlier dev left in it.
+    """Runs until Ctrl-C; the stack keeps the data of a demo or an earlier dev.
 
-    `events_per_s` 0 is an application that is silent. Without `automation` the sensor and the schedule stay as
-    they are: off, on a fresh stack.
+    With `events_per_s` 0 no events are written. Without `automation` the sensor and the schedules stay as they are: off,
+    on a fresh stack.
     """
     console = Console()
     stop = threading.Event()
@@ -42,14 +41,14 @@ def run(directory: Path, *, port: int, events_per_s: float, automation: bool = T
         dagster = start_dagster(stack, environment, port)
         running.callback(dagster.stop)
         running.callback(stop.set)
-        with console.status("starting Dagster: page, daemon and code location"):
-            dagster.wait_until(lambda: headers_of(port, "/server_info") is not None, within_s=PAGE_WITHIN_S)
+        with console.status("starting Dagster: the UI, the daemon and the code location"):
+            dagster.wait_until(lambda: headers_of(port, "/server_info") is not None, within_s=UI_WITHIN_S)
         if events_per_s:
             seed = int(time.time())
             threading.Thread(
                 target=lambda: trickle(stack.outbox.url, seed=seed, events_per_s=events_per_s, stop=stop), daemon=True
             ).start()
-        with console.status("setting the pool of drains" + (", switching the sensor and the schedule on" * automation)):
+        with console.status("setting the pool" + ", starting the sensor and the schedules" * automation):
             switch_on(environment, automation=automation)
         console.print(
             f"\n  Dagster       [bold]{url}[/bold]\n"
@@ -57,9 +56,9 @@ def run(directory: Path, *, port: int, events_per_s: float, automation: bool = T
             f"  the sensor    {url}/locations/auditexport/sensors/outbox_backlog_sensor\n"
             f"  MySQL         {stack.outbox.url}\n"
             f"  ClickHouse    {stack.log.url}\n\n"
-            f"  An application commits about {events_per_s:g} events a second; the sensor"
-            f"{'' if automation else ', once you turn it on,'} starts a drain at "
-            f"the thresholds of {environment['AUDITEXPORT_OUTBOXES']}.\n"
+            f"  An application commits about {events_per_s:g} events a second. The sensor"
+            f"{'' if automation else ', once you start it,'} starts a drain at {SENSOR_ROWS:,} pending rows, or when the "
+            f"oldest is {SENSOR_LAG_S} s old ({settings}).\n"
             "  Ctrl-C stops everything.\n"
         )
         while dagster.running:
@@ -75,12 +74,12 @@ def start_dagster(stack: LocalStack, environment: dict[str, str], port: int) -> 
         [sys.executable, "-m", "dagster", *arguments],
         log=stack.directory / "dagster-dev.log",
         env=environment,
-        stop_signal=signal.SIGINT,  # at SIGTERM `dagster dev` ends and leaves its page and daemon behind
+        stop_signal=signal.SIGINT,  # at SIGTERM `dagster dev` ends and leaves its web server and daemon running
     )
 
 
 def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
-    """Sets the pool that admits one drain; starts the sensor and the schedule. Raises `LocalServerFailed`."""
+    """Sets the pool to one drain at a time; starts the sensor and the schedules. Raises `LocalServerFailed`."""
     workspace = ["-w", str(PROJECT / "workspace.yaml")]
     commands = [["instance", "concurrency", "set", "audit_log_export", "1"]]  # before the first runs are queued: README
     if automation:
@@ -89,8 +88,11 @@ def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
             ["schedule", "start", "audit_log_export_schedule", *workspace],
             ["schedule", "start", "checks_schedule", *workspace],
         ]
-    for what in commands:
-        done = subprocess.run([sys.executable, "-m", "dagster", *what], env=environment, capture_output=True, text=True)
-        # One that an earlier dev switched on stays on.
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "dagster", *command], env=environment, capture_output=True, text=True
+        )
+        # A sensor that an earlier dev started is still on.
         if done.returncode != 0 and "already running" not in done.stdout + done.stderr:
-            raise LocalServerFailed(f"`dagster {' '.join(what[:4])}` failed: {done.stderr.strip().splitlines()[-1:]}")
+            why = done.stderr.strip().splitlines()[-1:]
+            raise LocalServerFailed(f"`dagster {' '.join(command[:4])}` failed: {why}")

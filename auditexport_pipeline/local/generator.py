@@ -1,7 +1,7 @@
 """Realistic outbox rows from a seed, and writers that insert them as applications do.
 
-It holds the vocabulary of an API-key product's audit log, broken and unknown rows on request, and writers that roll back and
-commit out of pk order. The caller creates the outbox.
+The events are those of an API-key product. Writers roll back some transactions and commit others late. The caller creates
+the outbox. A library of fake data would be slower, and would give other rows after an upgrade.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property
 from ipaddress import IPv6Address
 from itertools import accumulate, cycle, islice
 from random import Random
@@ -28,19 +27,22 @@ Event = dict[str, object]
 VERSION = "audit_log.v1"
 UNKNOWN_VERSION = "audit_log.v99"
 PLATFORM_BUCKET = "unkey_mutations"
+WORKSPACES = 40
+# The n-th workspace has 1/n of the first one's events.
+SKEW = list(accumulate(1 / rank for rank in range(1, WORKSPACES + 1)))
 
 # 2026-01-05 09:00 UTC. A fixed start, so that the same seed gives the same rows on every day.
 START_MS = 1_767_603_600_000
 
+# `seed_outbox` covers the hour before now.
+SPAN_MS = 3_600_000
+
 # Applications commit one or a few rows. The large sizes are there because a million small commits take long.
 TRANSACTION_ROWS = (1, 2, 5, 20, 100, 400, 700, 1400, 2100)
-# One transaction in so many is rolled back; one in so many stays open while later ones commit.
+# One transaction in 25 is rolled back; one in 8 commits after the next one.
 ROLLED_BACK_ONE_IN = 25
 LATE_ONE_IN = 8
-LATE_BY_TRANSACTIONS = (1, 2, 4)
 
-# MySQL errors after which a writer goes on, as an application would: refused, gone away, lost, lock wait, deadlock, shutdown.
-TRANSIENT_CODES = frozenset({2003, 2006, 2013, 1205, 1213, 1053})
 RECONNECT_AFTER_S = 0.5
 
 
@@ -169,7 +171,7 @@ def _meta(random: Random) -> Event:
 
 
 def _thing(kind: str, random: Random, meta: Event) -> Event:
-    """An actor or a target: some leave a field out, some have null there; both mean absent."""
+    """An actor or a target. Some fields are missing and some are null; both mean absent."""
     thing: Event = {"type": kind, "id": _id(f"{kind.lower()}_", random)}
     name = random.choice(PEOPLE if kind in {"user", "identity"} else THINGS)
     _fill(thing, random, (("name", name, 0.85), ("meta", meta, 0.12)))
@@ -177,7 +179,7 @@ def _thing(kind: str, random: Random, meta: Event) -> Event:
 
 
 def _fill(event: Event, random: Random, fields: Iterable[tuple[str, object, float]]) -> None:
-    """Sets each field (name, value, probability); one in fourteen is null, and the others stay absent."""
+    """Sets each field (name, value, probability). One in fourteen is null; the others stay absent."""
     for name, value, probability in fields:
         chance = random.random()
         if chance < probability:
@@ -187,7 +189,7 @@ def _fill(event: Event, random: Random, fields: Iterable[tuple[str, object, floa
 
 
 class _Workspace:
-    """One tenant's people, keys and things: what its events can be about."""
+    """One tenant's actors and targets."""
 
     def __init__(self, seed: int, rank: int) -> None:
         random = Random(f"{seed}:workspace:{rank}")
@@ -201,7 +203,7 @@ class _Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxRow:
-    """One row of `clickhouse_outbox` as its writer gives it: pk and `deleted_at` are the database's."""
+    """One row of `clickhouse_outbox` as its writer inserts it: the database sets pk and `deleted_at`."""
 
     version: str
     workspace_id: str
@@ -211,18 +213,16 @@ class OutboxRow:
 
 
 class Generator:
-    """Rows of version `audit_log.v1`, the same for the same arguments on every machine.
+    """Rows of version `audit_log.v1`, the same for the same arguments on each machine.
 
-    Workspaces are skewed as tenants are (the n-th has 1/n of the first one's events) and depend on `seed` alone. Each
-    `stream` of a seed gives other events about the same workspaces, for several writers. Times begin at `start_ms`, advance
-    by `step_ms` on average and stop at `end_ms`. Payloads have 600 bytes on average; `payload_bytes` cuts or pads them to
-    that size, down to about 230 bytes.
+    Workspaces depend on `seed` alone. Each `stream` of a seed gives other events about the same workspaces, for several
+    writers. Times begin at `start_ms`, advance by `step_ms` on average and stop at `end_ms`. Payloads have 600 bytes on
+    average; with `payload_bytes` they are padded to that size.
     """
 
     def __init__(
         self,
         seed: int,
-        workspaces: int = 40,
         *,
         stream: int = 0,
         start_ms: int = START_MS,
@@ -234,29 +234,28 @@ class Generator:
         self._random = Random(f"{seed}:stream:{stream}")
         self._at_ms, self._step_ms, self._end_ms = float(start_ms), step_ms, end_ms
         self._payload_bytes = payload_bytes
-        self._ranks = range(workspaces)
-        self._skew = list(accumulate(1 / (rank + 1) for rank in self._ranks))
         self._workspaces: dict[int, _Workspace] = {}
         shared = Random(f"{seed}:shared")
         self._metas = [_meta(shared) for _ in range(400)]
         self._ips = [".".join(str(shared.randrange(1, 255)) for _ in range(4)) for _ in range(200)]
         self._ips += [str(IPv6Address(0x2A02 << 112 | shared.getrandbits(96))) for _ in range(56)]
+        self._words = [_id("key_", shared, 8) for _ in range(400)]
         self._request: tuple[_Workspace, Event, str] | None = None
 
     def events(self, n: int) -> Iterator[OutboxRow]:
-        """The next n rows, every one of them decodable."""
+        """The next n rows, all decodable."""
         return (self.event() for _ in range(n))
 
     def event(self, at_ms: int | None = None) -> OutboxRow:
-        """One decodable row, of the time `at_ms` if given."""
-        return self._row(self._fit, at_ms)
+        """One decodable row, with the time `at_ms` if given."""
+        return self._row(self._padded, at_ms)
 
     def malformed(self, kinds: Iterable[str]) -> Iterator[OutboxRow]:
         """One row for each name of `MALFORMED_KINDS`: the json column takes it, `audit_log.v1` does not."""
         return (self._row(MALFORMED_KINDS[kind]) for kind in kinds)
 
     def unknown_version(self, n: int) -> Iterator[OutboxRow]:
-        """Rows of a version that nobody here knows, in a shape of their own."""
+        """Rows of a version without a decoder, in another shape."""
         return (
             self._row(lambda event: {"v": 99, "envelope": {"id": event["event_id"]}}, version=UNKNOWN_VERSION)
             for _ in range(n)
@@ -280,9 +279,10 @@ class Generator:
         chance, choice = random.random, random.choice
         # One request of an application often writes several events.
         if self._request is None or chance() < 0.7:
-            (rank,) = random.choices(self._ranks, cum_weights=self._skew)
-            workspace = self._workspaces.get(rank) or _Workspace(self._seed, rank)
-            self._workspaces[rank] = workspace
+            (rank,) = random.choices(range(WORKSPACES), cum_weights=SKEW)
+            if rank not in self._workspaces:
+                self._workspaces[rank] = _Workspace(self._seed, rank)
+            workspace = self._workspaces[rank]
             self._request = workspace, choice(workspace.actors), _id("req_", random, 14)
         workspace, actor, request_id = self._request
         tenant = chance() * TENANT_ONE_IN < 1
@@ -315,34 +315,23 @@ class Generator:
         )
         return event
 
-    def _fit(self, event: Event) -> Event:
-        """The event cut or padded towards the asked size; the required fields stay."""
+    def _padded(self, event: Event) -> Event:
+        """The event in a payload of `payload_bytes`, if those are given and it is smaller."""
         if self._payload_bytes is None:
             return event
-        for name in ("meta", "targets", "user_agent", "correlation_id", "remote_ip"):
-            if len(_encode(event)) > self._payload_bytes:
-                event.pop(name, None)
-        meta = event.get("meta")
-        padded: Event = {**meta, "diff": ""} if isinstance(meta, dict) else {"diff": ""}
-        room = self._payload_bytes - len(_encode({**event, "meta": padded}))
-        if room > 0:
-            offset = self._random.randrange(len(self._filler) - room)
-            event["meta"] = {**padded, "diff": self._filler[offset : offset + room]}
+        event["meta"] = {"diff": ""}
+        padding_bytes = max(0, self._payload_bytes - len(_encode(event)))
+        # Different words for each event, so that they compress as text does.
+        words = self._random.choices(self._words, k=1 + padding_bytes // len(self._words[0]))
+        event["meta"] = {"diff": " ".join(words)[:padding_bytes]}
         return event
-
-    @cached_property
-    def _filler(self) -> str:
-        # Words with numbers among them: it compresses about as text does, not as one repeated letter would.
-        random = Random(f"{self._seed}:filler")
-        text = " ".join(f"{random.choice(KINDS).event} {_id('key_', random, 8)} was" for _ in range(4_000))
-        return text * (1 + 2 * (self._payload_bytes or 0) // len(text))
 
 
 def _without(name: str) -> Callable[[Event], object]:
     return lambda event: {field: value for field, value in event.items() if field != name}
 
 
-# Name of the fault → what it makes of a sound event. Every result is valid JSON and no `audit_log.v1`.
+# By name, what makes a sound event malformed. Each result is valid JSON, and not an `audit_log.v1`.
 MALFORMED_KINDS: dict[str, Callable[[Event], object]] = {
     "array_not_object": lambda event: [event],
     "string_not_object": lambda event: f"see {event['event_id']}",
@@ -368,12 +357,11 @@ MALFORMED_KINDS: dict[str, Callable[[Event], object]] = {
 
 @dataclass(slots=True, kw_only=True)
 class Seeded:
-    """What `seed_outbox` committed, and the ids of what it rolled back."""
+    """What `seed_outbox` committed, and the event ids that it rolled back."""
 
     events: int
     malformed: dict[str, int]
     unknown: int
-    transactions: int = 0
     late_transactions: int = 0
     workspace_ids: set[str] = field(default_factory=set)
     rolled_back_event_ids: set[str] = field(default_factory=set)
@@ -382,10 +370,6 @@ class Seeded:
     def rows(self) -> int:
         """Rows that are in the table."""
         return self.events + sum(self.malformed.values()) + self.unknown
-
-    @property
-    def workspaces(self) -> int:
-        return len(self.workspace_ids)
 
 
 def seed_outbox(
@@ -396,57 +380,73 @@ def seed_outbox(
     malformed: int = 0,
     unknown: int = 0,
     writers: int = 4,
-    workspaces: int = 40,
     payload_bytes: int | None = None,
-    end_ms: int | None = None,
-    span_ms: int = 3_600_000,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Seeded:
     """Fills the existing table `clickhouse_outbox` of that database, as `writers` applications at once.
 
     Sizes of transactions vary; some are rolled back, some commit after later ones. The same arguments commit the same event
-    ids, so a second call writes them again; pks differ, and times follow `end_ms`. `created_at` covers the `span_ms` before
-    `end_ms` (default: now). `progress` gets the number of committed rows after each commit, one call at a time, from a
-    writer's thread.
+    ids; pks and times differ. `created_at` covers the last hour. `progress` gets the number of committed rows after each
+    commit, one call at a time, from a writer's thread.
     """
-    end_ms = time.time_ns() // 1_000_000 if end_ms is None else end_ms
-    broken = list(islice(cycle(MALFORMED_KINDS), malformed))
-    seeded = Seeded(events=events, malformed=dict(Counter(broken)), unknown=unknown)
+    end_ms = time.time_ns() // 1_000_000
+    kinds = list(islice(cycle(MALFORMED_KINDS), malformed))
+    seeded = Seeded(events=events, malformed=dict(Counter(kinds)), unknown=unknown)
     lock, stop = threading.Lock(), threading.Event()
     committed_rows = 0
 
-    def committed(rows: list[OutboxRow], *, late: bool) -> None:
+    def commit(connection: Connection, rows: list[OutboxRow], *, late: bool) -> None:
         nonlocal committed_rows
+        connection.commit()
         with lock:
             committed_rows += len(rows)
-            seeded.transactions += 1
             seeded.late_transactions += late
             seeded.workspace_ids.update(row.workspace_id for row in rows)
             progress(committed_rows)
 
     def write(writer: int) -> None:
-        counts = [len(range(writer, wanted, writers)) for wanted in (events, malformed, unknown)]
+        """One application, on two connections: a transaction can stay open while the next one commits."""
+        counts = [len(range(writer, count, writers)) for count in (events, malformed, unknown)]
         total = sum(counts)
         if not total:
             return
         generator = Generator(
             seed,
-            workspaces,
             stream=writer,
-            start_ms=end_ms - span_ms,
-            step_ms=span_ms / total,
+            start_ms=end_ms - SPAN_MS,
+            step_ms=SPAN_MS / total,
             end_ms=end_ms,
             payload_bytes=payload_bytes,
         )
         random = Random(f"{seed}:writer:{writer}")
         sources = (
             generator.events(counts[0]),
-            generator.malformed(broken[writer::writers]),
+            generator.malformed(kinds[writer::writers]),
             generator.unknown_version(counts[2]),
         )
         order = random.sample(sources, total, counts=counts)
         rows = (next(source) for source in order if not stop.is_set())
-        seeded.rolled_back_event_ids.update(_write(engine, rows, generator, random, total, committed))
+        # A small outbox gets small transactions rather than few.
+        sizes = [size for size in TRANSACTION_ROWS if size <= max(1, total // 10)]
+        open_rows: list[OutboxRow] = []
+        with engine.connect() as steady, engine.connect() as late:
+            while chunk := list(islice(rows, random.choice(sizes))):
+                if random.random() * ROLLED_BACK_ONE_IN < 1:
+                    undone = list(generator.events(random.choice(sizes)))
+                    _insert(steady, undone)
+                    steady.rollback()
+                    seeded.rolled_back_event_ids.update(row.event_id for row in undone)
+                if not open_rows and random.random() * LATE_ONE_IN < 1:
+                    _insert(late, chunk)
+                    open_rows = chunk
+                    continue
+                _insert(steady, chunk)
+                commit(steady, chunk, late=False)
+                if open_rows:
+                    commit(late, open_rows, late=True)
+                    open_rows = []
+            if open_rows:
+                commit(late, open_rows, late=False)
 
     engine = _engine(engine_url, connections=2 * writers)
     try:
@@ -461,55 +461,13 @@ def seed_outbox(
     return seeded
 
 
-def _write(
-    engine: Engine,
-    rows: Iterator[OutboxRow],
-    generator: Generator,
-    random: Random,
-    total: int,
-    committed: Callable[..., None],
-) -> list[str]:
-    """Writes as one application does, on two connections: one transaction can stay open while others commit.
-
-    Returns the ids of the events that were rolled back, which are no part of `rows`.
-    """
-    # A small outbox gets small transactions rather than few.
-    sizes = [size for size in TRANSACTION_ROWS if size <= max(1, total // 10)]
-    held: list[OutboxRow] = []
-    overtaken_by = late_by = 0
-    rolled_back = []
-    with engine.connect() as steady, engine.connect() as late:
-        while chunk := list(islice(rows, random.choice(sizes))):
-            if random.random() * ROLLED_BACK_ONE_IN < 1:
-                undone = list(generator.events(random.choice(sizes)))
-                _insert(steady, undone)
-                steady.rollback()
-                rolled_back += [row.event_id for row in undone]
-            if not held and random.random() * LATE_ONE_IN < 1:
-                _insert(late, chunk)
-                held, overtaken_by, late_by = chunk, 0, random.choice(LATE_BY_TRANSACTIONS)
-                continue
-            _insert(steady, chunk)
-            steady.commit()
-            committed(chunk, late=False)
-            overtaken_by += 1
-            if held and overtaken_by >= late_by:
-                late.commit()
-                committed(held, late=True)
-                held = []
-        if held:
-            late.commit()
-            committed(held, late=overtaken_by > 0)
-    return rolled_back
-
-
 def trickle(engine_url: str, *, seed: int, events_per_s: float, stop: threading.Event) -> int:
     """Commits small transactions in real time until `stop` is set; returns the number of committed rows.
 
-    When the database goes away, the transaction is lost and the next one follows, as in an application; other errors are
-    raised. Events of two calls differ, also with one seed, so that a restart writes no duplicates.
+    When the database goes away, the transaction is lost and the next one follows, as in an application. Events of two calls
+    differ, also with one seed, so that a restart writes no duplicates.
     """
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import OperationalError
 
     generator = Generator(seed, stream=time.time_ns())
     random = Random(seed)
@@ -527,9 +485,7 @@ def trickle(engine_url: str, *, seed: int, events_per_s: float, stop: threading.
                 with engine.begin() as connection:
                     _insert(connection, [generator.event(now_ms) for _ in range(rows)])
                 committed += rows
-            except DBAPIError as error:
-                if not (error.orig and error.orig.args and error.orig.args[0] in TRANSIENT_CODES):
-                    raise
+            except OperationalError:
                 due = time.monotonic() + RECONNECT_AFTER_S
     finally:
         engine.dispose()
@@ -550,7 +506,7 @@ def _engine(url: str, *, connections: int) -> Engine:
 
 
 class _Payload(NamedTuple):
-    """A payload as a bound value, quoted 15 times faster than the driver quotes text that is not ASCII."""
+    """A payload as a bound value. `quoted` is 15 times faster than the driver is on text that is not ASCII."""
 
     text: str
 
@@ -567,7 +523,7 @@ INSERT = (
 
 
 def _insert(connection: Connection, rows: list[OutboxRow]) -> None:
-    # The driver makes multi-row statements of at most 1 MB of these, below every max_allowed_packet.
+    # The driver makes multi-row statements of at most 1 MB each, below every max_allowed_packet.
     connection.exec_driver_sql(
         INSERT,
         [(row.version, row.workspace_id, row.event_id, _Payload(row.payload), row.created_at_ms) for row in rows],

@@ -20,17 +20,15 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 
 # The application's database in the private MySQL.
 DATABASE = "app"
-# Beside the package in a checkout; an installed package has neither and takes its Dagster settings as shipped.
+# The checkout; the demo and dev need its dagster.yaml and workspace.yaml.
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 class LocalStack:
-    """Both servers, started, with all tables. Use as a context manager.
+    """Both servers, started, with all tables; a context manager.
 
-    `fresh` deletes what an earlier stack left; `mysql_options` go to the MySQL server.
-
-    Raises `LocalServerFailed` when the directory is in use by another stack, `LocalServerMissing` when
-    there is no MySQL or MariaDB binary.
+    `fresh` deletes the data of an earlier stack. `mysql_options` go to the MySQL server. Raises `LocalServerFailed` when
+    another stack uses the directory, `LocalServerMissing` when there is no MySQL or MariaDB binary.
     """
 
     def __init__(self, directory: Path, *, fresh: bool = False, mysql_options: Sequence[str] = ()) -> None:
@@ -65,13 +63,24 @@ class LocalStack:
         self._running.close()
 
     def environment(self) -> dict[str, str]:
-        """An environment like ours, pointed at the stack: for Dagster processes started from here."""
+        """The environment for Dagster processes that use the stack."""
         return {
             **os.environ,
             "AUDITEXPORT_MYSQL_URL": self.outbox.url,
             "AUDITEXPORT_CLICKHOUSE_URL": self.log.url,
             "DAGSTER_HOME": str(self.dagster_home),
         }
+
+    def last_drain(self) -> tuple[float, float]:
+        """(rows per second, seconds) of the last drain in Dagster, as its materialization records them."""
+        import dagster as dg
+
+        with dg.DagsterInstance.from_config(str(self.dagster_home)) as instance:
+            event = instance.get_latest_materialization_event(dg.AssetKey("audit_logs_raw_v1"))
+            assert event is not None
+            assert event.asset_materialization is not None
+            metadata = event.asset_materialization.metadata
+            return float(str(metadata["rows_per_s"].value)), float(str(metadata["seconds"].value))
 
     def _prepare_dagster_home(self) -> None:
         self.dagster_home.mkdir(parents=True, exist_ok=True)
