@@ -1,6 +1,6 @@
-"""Installs a MySQL or MariaDB server binary when this machine has none, for `make`: Debian's, as root.
+"""For `make`: installs Debian's MariaDB server, as root, when this machine has no MySQL or MariaDB server.
 
-The packages hold binaries alone: no service is set up or started.
+The packages have the binaries only: no service is set up or started.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _check() -> None:
 
 
 def apt_install(packages: Sequence[str]) -> bool:
-    """Installs Debian's packages as root; says on standard error what failed, if it did."""
+    """Installs Debian's packages as root; prints an error to standard error and returns False when that fails."""
     print(f"installing {' and '.join(packages)} (once)", flush=True)
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for arguments in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):

@@ -21,16 +21,16 @@ Family = Literal["mariadb", "mysql"]
 
 SERVER_VARIABLE = "AUDITEXPORT_MYSQLD"
 SERVER_NAMES = ("mariadbd", "mysqld")
-# Where packages put a server without putting it on everybody's PATH; the last two are Homebrew's.
+# Packages install a server there; not all are on PATH. The last two are Homebrew's.
 SERVER_DIRECTORIES = ("/usr/sbin", "/usr/local/sbin", "/usr/local/mysql/bin", "/opt/homebrew/bin", "/usr/local/bin")
 HOW_TO_GET_ONE = (
     "no MySQL or MariaDB server on this machine: Debian/Ubuntu `apt-get install mariadb-server`, "
     f"macOS `brew install mariadb`, or {SERVER_VARIABLE}=path of a mysqld or mariadbd"
 )
 
-# Initialising takes 0.5 s (MariaDB) to 3 s (MySQL); the rest is room for a loaded machine.
+# Initialising takes 0.5 s (MariaDB) to 3 s (MySQL); the rest is for a loaded machine.
 INITIALISED_WITHIN_S = 120.0
-# A server whose starter died is being stopped by its supervisor, which kills it after 15 s.
+# Its supervisor stops a server whose starter died, and kills it after 15 s.
 ORPHAN_GONE_WITHIN_S = 20.0
 
 SETTINGS = (
@@ -38,16 +38,15 @@ SETTINGS = (
     # Names of the local host differ between machines; 127.0.0.1 does not.
     "--skip-name-resolve",
     "--character-set-server=utf8mb4",
-    # Row images in the binary log cost what they cost in production (MySQL logs by default, MariaDB does
-    # not), so that a statement too large for replication is slow here too, and not only there.
+    # As in production: MySQL writes a binary log by default, MariaDB does not.
     "--server-id=1",
     "--log-bin=binlog",
     "--binlog-format=ROW",
     "--binlog-row-image=FULL",
-    # A million events write about 1 GB of it; whatever stays on disk beyond an hour is of use to nobody.
+    # A million events write about 1 GB of it.
     "--max-binlog-size=256M",
     "--binlog-expire-logs-seconds=3600",
-    # The default durability: a commit that was answered survives SIGKILL.
+    # The default: a commit that was answered survives SIGKILL.
     "--innodb-flush-log-at-trx-commit=1",
     "--innodb-buffer-pool-size=256M",
     "--max-allowed-packet=64M",
@@ -79,27 +78,20 @@ def find_server() -> Path:
 
 
 class LocalMySQL(LocalServer):
-    """A MySQL or MariaDB server on one directory, which holds its data and its log and nothing of the host's.
+    """A MySQL or MariaDB server whose data and log are in one directory. It reads no configuration of the host.
 
-    The first `start()` initialises the data directory, later ones reuse it, after a crash too. `options` are appended to the
-    server's command line and so win over ours. Root has no password and can only come from 127.0.0.1.
-    Raises `LocalServerMissing` when `server` is None and there is no binary.
+    The first `start()` initialises the data directory; later ones reuse it, also after a crash. `options` are appended to the
+    server's command line and so win over ours. Root has no password and can only connect from 127.0.0.1. Raises
+    `LocalServerMissing` when there is no server binary.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        server: Path | None = None,
-        port: int | None = None,
-        options: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, directory: Path, *, port: int | None = None, options: Sequence[str] = ()) -> None:
         super().__init__(port)
         self.directory = directory.resolve()
         self.name = f"the local MySQL server in {self.directory}"
         self.data = self.directory / "data"
         self.log = self.directory / "mysqld.log"
-        self.server = server if server is not None else find_server()
+        self.server = find_server()
         self.options = tuple(options)
         self._lock: IO[bytes] | None = None
 
@@ -137,9 +129,9 @@ class LocalMySQL(LocalServer):
 
     @cached_property
     def _isolation(self) -> list[str]:
-        """`--no-defaults`, so that the host's my.cnf has no say; it has to come first and only once.
+        """`--no-defaults`, so that the host's my.cnf is not read.
 
-        A wrapper script that says it already would make ours an unknown option.
+        It has to come first and only once: after that of a wrapper script, ours would be an unknown option.
         """
         with self.server.open("rb") as binary:
             head = binary.read(65536)
@@ -148,7 +140,7 @@ class LocalMySQL(LocalServer):
 
     @property
     def _user(self) -> list[str]:
-        # A server refuses to run as root unless it is told to.
+        # A server refuses to run as root without this option.
         return ["--user=root"] if os.geteuid() == 0 else []
 
     def _prepare(self) -> None:
@@ -170,15 +162,15 @@ class LocalMySQL(LocalServer):
         return directory
 
     def _wait_for_orphan(self) -> None:
-        """Waits for a server whose starter died, which its supervisor is stopping at this moment.
+        """Waits for a server whose starter died, and which its supervisor is stopping now.
 
-        Asked here because the servers themselves retry a locked file for 30 s (MariaDB) and 100 s (MySQL).
+        The servers themselves would retry a locked file for 30 s (MariaDB) or 100 s (MySQL).
         """
         deadline = time.monotonic() + ORPHAN_GONE_WITHIN_S
-        while _held_by_a_server(self.data / "ibdata1"):
+        while _is_locked(self.data / "ibdata1"):
             if time.monotonic() > deadline:
                 raise LocalServerFailed(
-                    f"{self.name} is in use by a server that nobody here started: stop it, or use another directory"
+                    f"{self.name} is in use by a server of another program: stop it, or use another directory"
                 )
             time.sleep(0.02)
 
@@ -195,7 +187,7 @@ class LocalMySQL(LocalServer):
                     stdout=output,
                     stderr=output,
                     timeout=INITIALISED_WITHIN_S,
-                    # Not the host's: a MariaDB that starts there removes the temporary tables of all others.
+                    # A MariaDB that starts in the host's TMPDIR would remove the temporary tables of other servers.
                     env={**os.environ, "TMPDIR": str(self._temporary)},
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -212,7 +204,7 @@ class LocalMySQL(LocalServer):
             return [*self._mariadb_installer(), datadir, *self._user, *options]
         accounts = self._temporary / "accounts.sql"
         accounts.write_text(LOOPBACK_ROOT)
-        # Nothing to replicate, observe or encrypt yet: a fifth of the time.
+        # Five times as fast as with the defaults.
         options = ["--skip-log-bin", "--performance-schema=OFF", "--auto-generate-certs=OFF", f"--init-file={accounts}"]
         return [str(self.server), *self._isolation, "--initialize-insecure", datadir, *self._user, *options]
 
@@ -244,7 +236,7 @@ class LocalMySQL(LocalServer):
         ]
 
     def _answers(self) -> bool:
-        """True when *our* server answers: on an asked port, somebody else's could."""
+        """Whether this server answers: another one could listen on the port."""
         import pymysql
 
         try:
@@ -259,8 +251,8 @@ class LocalMySQL(LocalServer):
         return row is not None and Path(row[0]).resolve() == self.data
 
 
-def _held_by_a_server(system_tablespace: Path) -> bool:
-    """Whether a live server has InnoDB's lock on its first file. The lock dies with its process."""
+def _is_locked(system_tablespace: Path) -> bool:
+    """Whether a live server holds InnoDB's lock on its first file."""
     try:
         with system_tablespace.open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

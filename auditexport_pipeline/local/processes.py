@@ -1,7 +1,7 @@
 """Server processes that live no longer than the process that started them.
 
-Each server runs under a small supervisor (`supervisor.py`), which holds one end of a pipe. When the starting process ends, also by
-SIGKILL, the pipe closes and the supervisor stops the server.
+Each server runs under a small supervisor (`supervisor.py`), which holds one end of a pipe. When the process that started it
+ends, even by SIGKILL, the pipe closes and the supervisor stops the server.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def is_free(port: int) -> bool:
 
 
 def headers_of(port: int, path: str) -> Message | None:
-    """The headers with which a server on 127.0.0.1 answers a GET; None when it does not answer, or not with 200."""
+    """The headers of the answer to a GET on 127.0.0.1; None without an answer, or when its status is not 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_WITHIN_S)
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", path)
@@ -61,7 +61,7 @@ def headers_of(port: int, path: str) -> Message | None:
 def lock_directory(directory: Path, in_use: str) -> IO[bytes]:
     """Locks a directory until the returned file is closed or this process ends; makes it when it is missing.
 
-    Raises `LocalServerFailed` with the text `in_use` when another process has the lock.
+    Raises `LocalServerFailed` with the text `in_use` when another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = (directory / "lock").open("ab")
@@ -76,8 +76,8 @@ def lock_directory(directory: Path, in_use: str) -> IO[bytes]:
 class Child:
     """One supervised server process.
 
-    `argv` is started at once, its output appended to `log`. `pid` is the server's own process id.
-    Raises `LocalServerFailed` when it cannot be started.
+    Starts `argv` at once and appends its output to `log`. `pid` is the server's own process id. Raises `LocalServerFailed`
+    when it cannot be started.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Child:
                 stderr=output,
                 pass_fds=(child_end,),
                 env=env,
-                start_new_session=True,  # Ctrl-C is for us; we decide the order in which servers stop
+                start_new_session=True,  # Ctrl-C reaches this process only, which decides in which order servers stop
             )
         os.close(child_end)
         with os.fdopen(report_end, "r") as report:
@@ -129,14 +129,14 @@ class Child:
         raise LocalServerFailed(f"{self.name} was not ready within {within_s:.0f} s: {self.log_tail()}")
 
     def stop(self) -> None:
-        """Asks the server to stop (`stop_signal`); it is killed past a grace period. A second call does nothing."""
+        """Stops the server by `stop_signal`, and kills it after a grace period. A second call does nothing."""
         if self._supervisor.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._supervisor.stdin.close()
         self._supervisor.wait()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash: the server gets no chance to tidy up."""
+        """SIGKILL, as in a crash."""
         # Once the supervisor has reaped the server, its process id may be another process's.
         if self.running:
             with contextlib.suppress(ProcessLookupError):
@@ -149,10 +149,9 @@ class Child:
 
 
 class LocalServer:
-    """A private server on loopback, which keeps its data over stops, kills and starts.
+    """A private server on loopback, whose data survives stops, kills and starts. A context manager. Not thread-safe.
 
-    The port is chosen at the first `start()` unless given, and kept from then on. As a context manager the server is started on
-    entry and stopped on exit. Not thread-safe.
+    Without a given port the first `start()` chooses one; later starts use the same.
     """
 
     name: str
@@ -184,12 +183,12 @@ class LocalServer:
         return self.url
 
     def stop(self) -> None:
-        """A clean stop; the data stays. A second call does nothing."""
+        """A clean stop. A second call does nothing."""
         if self._child is not None:
             self._child.stop()
 
     def kill(self) -> None:
-        """SIGKILL of the server itself, as a crash."""
+        """SIGKILL of the server, as in a crash."""
         if self._child is not None:
             self._child.kill()
         self.stop()
@@ -214,7 +213,7 @@ class LocalServer:
 
     @property
     def port(self) -> int:
-        """Raises `LocalServerFailed` before the first `start()` when none was given."""
+        """Raises `LocalServerFailed` before the first `start()`, unless it was given."""
         if self._port is None:
             raise LocalServerFailed(f"{self.name} has no port before its first start")
         return self._port
@@ -224,7 +223,7 @@ class LocalServer:
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """What has to be done before the server can start."""
+        """Prepares the server's directory."""
 
     def _argv(self) -> list[str]:
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""The supervisor: runs one server until the process that started it lets go of a pipe.
+"""The supervisor: runs one server until the process that started it closes a pipe.
 
-Started by `processes.Child` as `supervisor.py REPORT_FD STOP_SIGNAL ARGV…` in a session of its own, on the standard library alone and
-without site packages, so that it starts in milliseconds. It writes the server's process id, or why
-there is none, to REPORT_FD, and stops the server when its own standard input closes.
+`processes.Child` starts it as `supervisor.py REPORT_FD STOP_SIGNAL ARGV…` in a session of its own. It uses the standard
+library only, without site packages, so that it starts in milliseconds. It writes the server's process id, or the error, to
+REPORT_FD, and stops the server when its standard input closes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POLL_S = 0.1
 
 
 def supervise(report_fd: int, stop_signal: int, argv: list[str]) -> None:
-    # A shell's background job inherits an ignored SIGINT; a server that did could not be stopped by one.
+    # A shell's background job ignores SIGINT. A server that inherits this could not be stopped by SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         server = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
@@ -39,7 +39,7 @@ def supervise(report_fd: int, stop_signal: int, argv: list[str]) -> None:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
-    # Whatever the server had started and left behind is in our process group, and so are we.
+    # Ends what the server started and left running, and this process: all are in one process group.
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
