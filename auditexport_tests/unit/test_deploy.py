@@ -20,6 +20,7 @@ from auditexport_tests.integration.docs.test_docs import _trees, _unknown_to
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "auditexport_pipeline" / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "container" / "compose.yaml").read_text())
 OURS = ("code", "webserver", "daemon")
@@ -44,28 +45,34 @@ def started(path: Path) -> list[str]:
     return shlex.split(line)
 
 
-def variables(example: str) -> dict[str, str]:
-    """What an environment file sets, commented lines included."""
+def exists(command: list[str]) -> bool:
+    """Whether a program has this command and these options."""
+    program, *words = command
+    return not _unknown_to(_trees()[Path(program).name], words)
+
+
+def variables(example: str) -> set[str]:
+    """What an environment file sets, with the lines that are commented out."""
     text = (DEPLOY / "systemd" / example).read_text()
-    return dict(re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.MULTILINE))
+    return set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE))
 
 
-def test_the_shipped_instance_keeps_everything_that_the_guarantees_rest_on() -> None:
-    """Pools, retries, monitoring and retention hold on PostgreSQL as they do on a laptop."""
-    ours = yaml.safe_load((ROOT / "dagster.yaml").read_text())
-    shipped = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
-    assert {"concurrency", "run_coordinator", "run_retries", "run_monitoring", "retention", "telemetry"} <= set(ours)
-    assert {name: shipped.get(name) for name in ours} == ours
-    assert set(shipped) - set(ours) == {"storage"}
-    assert shipped["storage"] == {"postgres": {"postgres_url": {"env": "DAGSTER_POSTGRES_URL"}}}
+def instance(directory: Path) -> dict[str, Any]:
+    """A dagster.yaml."""
+    return dict(yaml.safe_load((directory / "dagster.yaml").read_text()))
 
 
-def test_dagster_itself_accepts_the_shipped_instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt setting would be refused when the first service starts, on the day of the deployment."""
+def test_the_shipped_instances_keep_what_the_guarantees_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools, retries, monitoring and retention are the same on PostgreSQL and in Kubernetes as on a laptop."""
     from dagster._core.instance.config import dagster_instance_config
 
-    shutil.copy(DEPLOY / "dagster.yaml", tmp_path)
+    ours, shipped, kubernetes = instance(ROOT), instance(DEPLOY), instance(KUBERNETES)
+    assert {"concurrency", "run_coordinator", "run_retries", "run_monitoring", "retention", "telemetry"} <= set(ours)
+    assert {**ours, "storage": {"postgres": {"postgres_url": {"env": "DAGSTER_POSTGRES_URL"}}}} == shipped
+    assert {**shipped, "run_launcher": kubernetes["run_launcher"]} == kubernetes
+    # Dagster itself accepts it; a misspelt setting would be refused on the day of the deployment.
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://dagster:x@127.0.0.1:1/dagster")
+    shutil.copy(DEPLOY / "dagster.yaml", tmp_path)
     config, _ = dagster_instance_config(str(tmp_path))
     assert config["run_monitoring"]["enabled"] is True
     (tmp_path / "dagster.yaml").write_text((DEPLOY / "dagster.yaml").read_text() + "\nrun_retrys: {enabled: true}\n")
@@ -76,19 +83,18 @@ def test_dagster_itself_accepts_the_shipped_instance(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 def test_a_unit_starts_a_command_that_exists_and_gives_it_no_privileges(path: Path) -> None:
     """A service that reads audit events needs a network and one directory, and nothing else of its host."""
-    program, *words = started(path)
-    assert not _unknown_to(_trees()[Path(program).name], words)
+    assert exists(started(path))
+    expected = {
+        "User": ["auditexport"],
+        "NoNewPrivileges": ["yes"],
+        "CapabilityBoundingSet": [""],
+        "ProtectSystem": ["strict"],
+        "StateDirectory": ["auditexport"],
+        "Restart": ["always"],
+        "UMask": ["0077"],
+    }
     settings = unit(path)
-    for name, value in {
-        "User": "auditexport",
-        "NoNewPrivileges": "yes",
-        "CapabilityBoundingSet": "",
-        "ProtectSystem": "strict",
-        "StateDirectory": "auditexport",
-        "Restart": "always",
-        "UMask": "0077",
-    }.items():
-        assert settings[name] == [value], name
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_only_the_code_server_knows_the_databases() -> None:
@@ -99,15 +105,15 @@ def test_only_the_code_server_knows_the_databases() -> None:
         "webserver": ["/etc/auditexport/dagster.env"],
         "daemon": ["/etc/auditexport/dagster.env"],
     }
-    assert set(variables("dagster.env.example")) == {"DAGSTER_HOME", "DAGSTER_POSTGRES_URL"}
+    assert variables("dagster.env.example") == {"DAGSTER_HOME", "DAGSTER_POSTGRES_URL"}
     assert "AUDITEXPORT_MYSQL_URL" in variables("auditexport.env.example")
     for name in OURS:
         given = set(COMPOSE["services"][name]["environment"])
         assert ("AUDITEXPORT_MYSQL_URL" in given) == (name == "code"), name
 
 
-def test_the_page_and_the_daemon_look_for_the_code_server_where_it_listens() -> None:
-    """Two files that name one port drift apart."""
+def test_the_workspaces_name_the_address_of_the_code_server() -> None:
+    """Two files that name one port can differ."""
     (location,) = yaml.safe_load((DEPLOY / "workspace.yaml").read_text())["load_from"]
     command = " ".join(started(DEPLOY / "systemd" / "auditexport-code.service"))
     server = location["grpc_server"]
@@ -131,8 +137,8 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for path in paths:
-        looked = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", path]
-        done = subprocess.run(looked, capture_output=True, text=True)
+        check = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", path]
+        done = subprocess.run(check, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-300:]
     (tmp_path / UNITS[0].name).write_text(UNITS[0].read_text().replace("/opt/auditexport/bin", "/nowhere"))
     assert subprocess.run(["systemd-analyze", "verify", "--man=no", paths[0]], capture_output=True).returncode != 0
@@ -140,22 +146,13 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*OURS, "init"])
 def test_a_container_starts_a_command_that_exists_and_is_hardened(name: str) -> None:
-    """What the units forbid, the containers forbid."""
+    """What the units forbid, the containers forbid; and the Dagster UI, which has no log-in, stays on the machine."""
     service = COMPOSE["services"][name]
-    program, *words = service["command"]
-    assert not _unknown_to(_trees()[program], words)
-    assert service["image"] == "auditexport"
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
+    assert exists(service["command"])
+    assert (service["image"], service["read_only"], service["cap_drop"]) == ("auditexport", True, ["ALL"])
     if "healthcheck" in service:
-        _, program, *words = service["healthcheck"]["test"]
-        assert not _unknown_to(_trees()[program], words)
-
-
-def test_nothing_of_the_containers_listens_beyond_the_machine() -> None:
-    """The Dagster UI has no log-in."""
-    published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
-    assert published == ["127.0.0.1:3000:3000"]
+        assert exists(service["healthcheck"]["test"][1:])
+    assert service.get("ports", []) == ["127.0.0.1:3000:3000"] * (name == "webserver")
 
 
 def test_the_files_that_the_image_and_the_containers_take_exist() -> None:
@@ -175,7 +172,6 @@ def test_the_files_that_the_image_and_the_containers_take_exist() -> None:
 
 # ── Kubernetes ───────────────────────────────────────────────────────────────────────────────────
 
-KUBERNETES = DEPLOY / "kubernetes"
 NOT_MANIFESTS = ("dagster.yaml", "workspace.yaml", "kustomization.yaml")
 MANIFESTS: list[dict[str, Any]] = [
     document
@@ -226,22 +222,13 @@ def test_kubernetes_knows_every_field_of_the_manifests(manifest: dict[str, Any])
     assert _unknown_fields(broken, kind, "x") == ["x.metadata.nmae"]
 
 
-def test_the_instance_in_kubernetes_is_the_shipped_one_with_runs_as_jobs() -> None:
-    """What the guarantees rest on does not change with the place."""
-    shipped = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
-    there = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())
-    launcher = there.pop("run_launcher")
-    assert there == shipped
-    (image,) = {container["image"] for container in _containers()}
-    assert launcher["config"]["job_image"] == image
-
-
-def test_dagster_accepts_the_run_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dagster_accepts_the_run_launcher() -> None:
     """A misspelt setting would be refused when the daemon starts the first run."""
     from dagster._config import process_config
     from dagster_k8s import K8sRunLauncher
 
-    config = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]["config"]
+    config = instance(KUBERNETES)["run_launcher"]["config"]
+    assert {config["job_image"]} == {container["image"] for container in _containers()}
     assert process_config(K8sRunLauncher.config_type(), config).success
     assert not process_config(K8sRunLauncher.config_type(), {**config, "job_nmaespace": "x"}).success
 
@@ -250,7 +237,7 @@ def test_everything_that_the_manifests_name_exists() -> None:
     """A pod that names a claim, a Secret or a ConfigMap that does not exist never starts."""
     there = {(found["kind"], found["metadata"]["name"]) for found in MANIFESTS}
     there |= {("ConfigMap", generated["name"]) for generated in KUSTOMIZATION["configMapGenerator"]}
-    launcher = yaml.safe_load((KUBERNETES / "dagster.yaml").read_text())["run_launcher"]["config"]
+    launcher = instance(KUBERNETES)["run_launcher"]["config"]
     named = {("ConfigMap", name) for name in (*launcher["env_config_maps"], launcher["instance_config_map"])}
     named |= {("Secret", name) for name in launcher["env_secrets"]}
     named |= {("ServiceAccount", launcher["service_account_name"])}
@@ -286,9 +273,7 @@ def test_the_variables_of_the_manifests_are_those_that_we_read() -> None:
 def test_a_pod_starts_a_command_that_exists_and_is_hardened() -> None:
     """What the units and the containers forbid, the pods forbid."""
     for container in _containers():
-        program, *words = container["args"]
-        if program != "celery":
-            assert not _unknown_to(_trees()[program], words)
+        assert container["args"][0] == "celery" or exists(container["args"])
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     for found in _deployments().values():
         assert found["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
