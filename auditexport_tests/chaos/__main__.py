@@ -1,8 +1,7 @@
-"""`make chaos`: histories, one after the other, for CHAOS_SECONDS (600), and a report; ends with 1 on any violation.
+"""`make chaos`: one history after the other for CHAOS_SECONDS (600), and a report; ends with 1 on any violation.
 
-What belongs here: the loop, a line a minute, and the table at the end. What does not: what a history is (`history`).
-CHAOS_SEED is the first history's seed, each next one is one more: a failed history is replayed by its own seed,
-printed with it, and CHAOS_SECONDS=1.
+CHAOS_SEED is the first history's seed, and each next one is one more. A failed history is printed with its seed: that and
+CHAOS_SECONDS=1 replay it.
 """
 
 from __future__ import annotations
@@ -35,27 +34,29 @@ def main() -> int:
                 print(_failure(outcome), flush=True)
             if time.monotonic() - line_at >= 60:
                 line_at = time.monotonic()
-                print(_line(outcomes, line_at - started), flush=True)
-    print(_report(outcomes, time.monotonic() - started), flush=True)
+                counts = ", ".join(f"{name} {count:,}" for name, count in _counts(outcomes).items() if count)
+                print(f"{line_at - started:6.0f} s: {counts}", flush=True)
+    print(f"── {time.monotonic() - started:.0f} s of chaos, CHAOS_SEED={seed}")
+    faults, errors = Counter[str](), Counter[str]()
+    for outcome in outcomes:
+        faults += outcome.hits
+        errors += outcome.errors
+    for title, counted in (("", _counts(outcomes)), ("faults that hit", faults), ("errors that runs met", errors)):
+        print(title, *(f"  {name:<28}{count:>10,}" for name, count in sorted(counted.items())), sep="\n")
     return int(any(outcome.verdict.violations for outcome in outcomes))
 
 
-def _total(outcomes: list[Outcome], what: str) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for outcome in outcomes:
-        total.update(getattr(outcome, what))
-    return total
-
-
-def _line(outcomes: list[Outcome], seconds: float) -> str:
+def _counts(outcomes: list[Outcome]) -> dict[str, int]:
     verdicts = [outcome.verdict for outcome in outcomes]
-    return (
-        f"{seconds:6.0f} s: {len(outcomes)} histories, {sum(outcome.runs for outcome in outcomes)} runs, "
-        f"{sum(_total(outcomes, 'kills').values())} kills, {sum(_total(outcomes, 'hits').values())} faults, "
-        f"{sum(verdict.events for verdict in verdicts):,} events, {sum(verdict.lost for verdict in verdicts)} lost, "
-        f"{sum(verdict.duplicated for verdict in verdicts)} duplicated, "
-        f"{sum(bool(verdict.violations) for verdict in verdicts)} histories with violations"
-    )
+    summed = ("batches", "replayed", "events", "entries", "dead", "lost", "duplicated")
+    return {
+        "histories": len(outcomes),
+        "histories with violations": sum(bool(verdict.violations) for verdict in verdicts),
+        "runs": sum(outcome.runs for outcome in outcomes),
+        "kills": sum(outcome.kills.total() for outcome in outcomes),
+        "zombies refused": sum(outcome.refused_zombies for outcome in outcomes),
+        **{name: sum(getattr(verdict, name) for verdict in verdicts) for name in summed},
+    }
 
 
 def _failure(outcome: Outcome) -> str:
@@ -68,31 +69,6 @@ def _failure(outcome: Outcome) -> str:
             f"    faults {dict(outcome.hits)}, errors {dict(outcome.errors)}",
         )
     )
-
-
-def _report(outcomes: list[Outcome], seconds: float) -> str:
-    verdicts = [outcome.verdict for outcome in outcomes]
-    rows = {
-        "histories": len(outcomes),
-        "runs": sum(outcome.runs for outcome in outcomes),
-        **{f"kills of {target}": count for target, count in sorted(_total(outcomes, "kills").items())},
-        "zombies refused": sum(outcome.refused_zombies for outcome in outcomes),
-        "batches": sum(verdict.batches for verdict in verdicts),
-        "batches replayed": sum(verdict.replayed for verdict in verdicts),
-        "replayed in another month": sum(verdict.month_changed for verdict in verdicts),
-        "events": sum(verdict.events for verdict in verdicts),
-        "entries": sum(verdict.entries for verdict in verdicts),
-        "dead letters": sum(verdict.dead for verdict in verdicts),
-        "lost": sum(verdict.lost for verdict in verdicts),
-        "duplicated": sum(verdict.duplicated for verdict in verdicts),
-        "histories with violations": sum(bool(verdict.violations) for verdict in verdicts),
-    }
-    faults = {name: n for name, n in sorted(_total(outcomes, "hits").items()) if not name.startswith("kill ") and n}
-    errors = _total(outcomes, "errors")
-    lines = [f"── {seconds:.0f} s of chaos, CHAOS_SEED={outcomes[0].plan.seed}"]
-    for title, counts in (("", rows), ("faults that hit", faults), ("errors that runs met", dict(errors))):
-        lines += [title, *(f"  {name:<28}{count:>10,}" for name, count in counts.items())]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

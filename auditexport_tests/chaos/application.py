@@ -1,9 +1,7 @@
 """The application of a history: writers that commit and roll back in any order, and the book of what they committed.
 
-What belongs here: events and how they get into the outbox, what others do to its rows, and what of it is known to
-be true. What does not: the exporter; nothing here goes through it or through a proxy.
-
-A commit whose answer was lost is in doubt until the outbox itself is read; so is what others did to rows.
+Nothing here goes through the exporter or a proxy. A commit whose answer was lost is in doubt until the outbox is read; so is
+what other hands did to rows.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
@@ -25,7 +23,7 @@ Kind = Literal["event", "malformed", "refused", "unknown"]
 Key = tuple[str, str, int, str]
 START_MS = 1_700_000_000_000
 FAT_WORDS = 250_000
-# No batch gives its rows this stamp.
+# No batch marks its rows with this.
 FOREIGN_MARK = 5
 
 
@@ -39,15 +37,19 @@ class Row:
     payload: str
     key: Key | None = None
     columns: tuple[object, ...] = ()
-    taken: bool = False  # deleted or marked by others before it was exported, or nobody knows whether before
-    deleted: bool = False  # by others, at any time
-    cleared: int = 0  # times that its mark was taken off by hand
-    requeued: int = 0  # times that a requeue may have taken its mark off
+    taken: bool = False  # other hands deleted or marked it before it was exported, or perhaps before
+    deleted: bool = False  # by other hands, at any time
+    cleared: int = 0  # times that its mark was cleared by hand
+    requeued: int = 0  # times that a requeue may have cleared its mark
+
+    @property
+    def touched(self) -> bool:
+        return bool(self.taken or self.deleted or self.cleared or self.requeued)
 
 
 @dataclass(slots=True)
 class Book:
-    """What was committed, by pk. Its lock is never held while a database is asked.
+    """What was committed, by pk. Its lock is never held across a call to a database.
 
     `past` has the rows of earlier tables of this name, whose pks began again.
     """
@@ -55,20 +57,19 @@ class Book:
     rows: dict[int, Row] = field(default_factory=dict)
     past: list[dict[int, Row]] = field(default_factory=list)
     in_doubt: dict[int, Row] = field(default_factory=dict)
-    rolled_back: int = 0
     fat: bool = False  # some events are large from now on
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def settle(self, databases: Databases) -> None:
-        """Asks the outbox about the commits in doubt. Others never touch such rows, so they are there or were not."""
+        """Reads the commits in doubt from the outbox: no other hands touch their rows."""
         for pk, row in self.in_doubt.items():
-            found = databases.sql("SELECT event_id FROM clickhouse_outbox WHERE pk = :pk", pk=pk)
+            found = databases.direct.sql("SELECT event_id FROM clickhouse_outbox WHERE pk = :pk", pk=pk)
             if found and found[0].event_id == row.event_id:
                 self.rows[pk] = row
         self.in_doubt.clear()
 
-    def begin_again(self, marks: dict[int, int | None]) -> None:
-        """The table is another one from here on: its rows are gone, and those without a mark may never be exported."""
+    def begin_again(self, marks: Mapping[int, int | None]) -> None:
+        """The table is a new one: the old rows are gone, and those without a mark may never be exported."""
         with self.lock:
             for pk, row in self.rows.items():
                 row.deleted = True
@@ -80,11 +81,15 @@ class Book:
         """Each row that was ever committed, with its pk."""
         return [(pk, row) for rows in (*self.past, self.rows) for pk, row in rows.items()]
 
-    def ask_again(self, attempts: int, meant: Callable[[int, Row], bool]) -> None:
-        """Notes which rows a requeue may export again, each of its attempts by itself."""
+    def at(self, pk: int) -> list[Row]:
+        """The rows of this pk, one of each table that had it."""
+        return [rows[pk] for rows in (self.rows, *self.past) if pk in rows]
+
+    def expect_requeue(self, attempts: int, selects: Callable[[int, Row], bool]) -> None:
+        """Notes which rows a requeue may export again, once for each of its attempts."""
         with self.lock:
             for pk, row in self.rows.items():
-                if meant(pk, row):
+                if selects(pk, row):
                     row.requeued += attempts
 
     def some(self, random: Random, count: int) -> list[int]:
@@ -94,15 +99,19 @@ class Book:
 
 @contextmanager
 def connected(databases: Databases) -> Iterator[pymysql.connections.Connection[Any]]:
-    """A direct connection at READ COMMITTED, outside any pool; gone with its transaction at the end."""
-    url = databases.outbox.engine.url
+    """A direct connection at READ COMMITTED, without a pool; what it has not committed is rolled back at the end."""
+    url = databases.direct.outbox.engine.url
     connection = pymysql.connect(
-        host=url.host or "", port=url.port or 0, user="root", database=databases.name, read_timeout=20
+        host=url.host or "",
+        port=url.port or 0,
+        user="root",
+        database=databases.name,
+        read_timeout=20,
+        init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
     )
     try:
         with connection.cursor() as cursor:
-            cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
-            cursor.execute("SET SESSION innodb_lock_wait_timeout = 5")
+            cursor.execute("SET SESSION innodb_lock_wait_timeout = 5, lock_wait_timeout = 5")
         yield connection
     finally:
         with suppress(pymysql.MySQLError):
@@ -110,7 +119,7 @@ def connected(databases: Databases) -> Iterator[pymysql.connections.Connection[A
 
 
 class Writer(threading.Thread):
-    """One writer: transactions of a few rows, held open now and then, rolled back now and then."""
+    """One writer: transactions of a few rows, some of them held open for a while, some rolled back."""
 
     def __init__(self, databases: Databases, book: Book, random: Random, *, name: str, repeated_keys: bool) -> None:
         super().__init__(name=name, daemon=True)
@@ -121,7 +130,7 @@ class Writer(threading.Thread):
         self._ending = threading.Event()
         self._number = 0
         self._written: list[Row] = []
-        self.turn = threading.Lock()  # held from a transaction's begin until the book has it
+        self.turn = threading.Lock()  # held from a transaction's begin until the book has its rows
 
     def end(self) -> None:
         self._ending.set()
@@ -141,22 +150,17 @@ class Writer(threading.Thread):
         with connection.cursor() as cursor:
             for _ in range(self._random.choice((1, 1, 2, 3, 8, 20))):
                 row = self._row([*rows.values()])
+                version = "audit_log.v9" if row.kind == "unknown" else "audit_log.v1"
                 cursor.execute(
                     "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
                     "VALUES (%s, %s, %s, %s, UNIX_TIMESTAMP(NOW(3)) * 1000)",
-                    (
-                        "audit_log.v9" if row.kind == "unknown" else "audit_log.v1",
-                        row.workspace_id,
-                        row.event_id,
-                        row.payload,
-                    ),
+                    (version, row.workspace_id, row.event_id, row.payload),
                 )
                 rows[int(cursor.lastrowid or 0)] = row
         if self._random.random() < 0.2:
             self._ending.wait(self._random.uniform(0.1, 1.0))  # others commit higher pks meanwhile
         if self._random.random() < 0.15:
             connection.rollback()
-            self._book.rolled_back += len(rows)
             return
         try:
             connection.commit()
@@ -172,7 +176,7 @@ class Writer(threading.Thread):
         chance = self._random.random()
         again = [row for row in self._written + same_transaction if row.kind == "event"]
         if chance < 0.06 and again:
-            # The same event twice, word for word or with another description: the key is what makes it the same.
+            # The same event twice, with the same or another description: the key is what makes it the same.
             event = json.loads(self._random.choice(again).payload)
             if self._random.random() < 0.5:
                 event["description"] = f"again {self._random.random()}"
@@ -180,10 +184,8 @@ class Writer(threading.Thread):
         self._number += 1
         event = self._event(f"{self.name}-{self._number}")
         if chance < 0.09:
-            self._random.choice(
-                (lambda: event.pop("time"), lambda: event.update(time="soon"), lambda: event.update(bucket=7))
-            )()
-            return _row("malformed", event)
+            broken = self._random.choice(({"time": None}, {"time": "soon"}, {"bucket": 7}))
+            return _row("malformed", {**event, **broken})
         if chance < 0.1:
             return _row("refused", {**event, "description": REFUSED_DESCRIPTION})
         if chance < 0.12:
@@ -210,8 +212,7 @@ class Writer(threading.Thread):
             event["description"] = "fat " * FAT_WORDS
         if random.random() < 0.5:
             event["actor"]["name"] = "Zoë"
-            event["remote_ip"] = "10.0.0.1"
-            event["source"] = "dashboard"
+            event |= {"remote_ip": "10.0.0.1", "source": "dashboard"}
         if random.random() < 0.3:
             event["targets"] = [{"type": "key", "id": f"key_{n}"} for n in range(random.randrange(3))]
         return event
@@ -231,18 +232,10 @@ COLUMNS = (
 def _event_row(event: dict[str, Any]) -> Row:
     row = _row("event", event)
     row.key = (event["workspace_id"], event["bucket"], event["time"], event["event_id"])
-    targets = event.get("targets", [])
+    actor, targets = event["actor"], event.get("targets", [])
     row.columns = (
-        event["event_id"],
-        event["time"],
-        event["workspace_id"],
-        event["bucket"],
-        event.get("source", "platform"),
-        event["event"],
-        event["description"],
-        event["actor"]["type"],
-        event["actor"]["id"],
-        event["actor"].get("name", ""),
+        *(event["event_id"], event["time"], event["workspace_id"], event["bucket"], event.get("source", "platform")),
+        *(event["event"], event["description"], actor["type"], actor["id"], actor.get("name", "")),
         event.get("remote_ip", ""),
         tuple(target["type"] for target in targets),
         tuple(target["id"] for target in targets),
@@ -251,9 +244,19 @@ def _event_row(event: dict[str, Any]) -> Row:
     return row
 
 
-def swap(
-    databases: Databases, book: Book, writers: Collection[Writer], how: Literal["rename", "truncate", "delete"]
-) -> bool:
+# ── other hands ──────────────────────────────────────────────────────────────────────────────────
+
+SWAPS = {
+    "rename": (
+        "CREATE TABLE fresh_outbox_{n} LIKE clickhouse_outbox",
+        "RENAME TABLE clickhouse_outbox TO old_outbox_{n}, fresh_outbox_{n} TO clickhouse_outbox",
+    ),
+    "truncate": ("TRUNCATE TABLE clickhouse_outbox",),
+    "delete": ("DELETE FROM clickhouse_outbox", "COMMIT", "ALTER TABLE clickhouse_outbox AUTO_INCREMENT = 1"),
+}
+
+
+def swap(databases: Databases, book: Book, writers: Collection[Writer], how: str) -> bool:
     """The outbox becomes an empty one whose pks begin again, between two transactions of its writers."""
     with ExitStack() as turns:
         for writer in writers:
@@ -262,7 +265,6 @@ def swap(
         try:
             book.settle(databases)
             with connected(databases) as connection, connection.cursor() as cursor:
-                cursor.execute("SET SESSION lock_wait_timeout = 5")
                 cursor.execute("SELECT pk, deleted_at FROM clickhouse_outbox")
                 marks = dict(cursor.fetchall())  # type: ignore[arg-type]
                 connection.commit()
@@ -277,7 +279,7 @@ def swap(
 
 
 def _gone(databases: Databases, pks: Collection[int]) -> bool:
-    """Whether these rows are gone, where the answer to the statement that removes them was lost. No writer is at work."""
+    """Whether these rows are gone, after the answer to the statement that removes them was lost."""
     for _ in range(100):
         with suppress(pymysql.MySQLError), connected(databases) as connection, connection.cursor() as cursor:
             cursor.execute("SELECT COUNT(*) FROM clickhouse_outbox WHERE pk <= %s", [max(pks)])
@@ -287,67 +289,41 @@ def _gone(databases: Databases, pks: Collection[int]) -> bool:
     return False
 
 
-SWAPS = {
-    "rename": (
-        "CREATE TABLE fresh_outbox_{n} LIKE clickhouse_outbox",
-        "RENAME TABLE clickhouse_outbox TO old_outbox_{n}, fresh_outbox_{n} TO clickhouse_outbox",
-    ),
-    "truncate": ("TRUNCATE TABLE clickhouse_outbox",),
-    "delete": ("DELETE FROM clickhouse_outbox", "COMMIT", "ALTER TABLE clickhouse_outbox AUTO_INCREMENT = 1"),
+# By what is done to rows: the statement, and which rows it changes, by their mark.
+MEDDLING: dict[str, tuple[str, Callable[[int | None], bool]]] = {
+    "delete": ("DELETE FROM clickhouse_outbox", lambda mark: True),
+    "mark": (f"UPDATE clickhouse_outbox SET deleted_at = {FOREIGN_MARK}", lambda mark: mark is None),
+    "clear": ("UPDATE clickhouse_outbox SET deleted_at = NULL", lambda mark: mark not in (None, FOREIGN_MARK)),
 }
 
 
-# ── other people's hands ─────────────────────────────────────────────────────────────────────────
-
-
-def meddle(databases: Databases, book: Book, pks: Collection[int], what: Literal["delete", "mark", "clear"]) -> int:
-    """Deletes rows, marks them, or takes their marks off, as somebody in SQL would; returns how many it changed."""
+def meddle(databases: Databases, book: Book, pks: Collection[int], what: str) -> int:
+    """Deletes or marks rows, or clears their marks, by SQL; returns how many it changed."""
     if not pks:
         return 0
-    names = ", ".join(["%s"] * len(pks))
+    statement, changes = MEDDLING[what]
     changed: dict[int, int | None] = {}
     try:
         with connected(databases) as connection, connection.cursor() as cursor:
             # In descending order: against the exporter, which marks upwards, this can deadlock.
             cursor.execute(
-                f"SELECT pk, deleted_at FROM clickhouse_outbox WHERE pk IN ({names}) ORDER BY pk DESC FOR UPDATE",
-                [*pks],
+                "SELECT pk, deleted_at FROM clickhouse_outbox WHERE pk IN %s ORDER BY pk DESC FOR UPDATE", [[*pks]]
             )
-            before: dict[int, int | None] = dict(cursor.fetchall())  # type: ignore[arg-type]
-            changed = {
-                pk: mark
-                for pk, mark in before.items()
-                if what == "delete" or (mark is None if what == "mark" else mark not in (None, FOREIGN_MARK))
-            }
-            if not changed:
-                return 0
-            names = ", ".join(["%s"] * len(changed))
-            statement = {
-                "delete": f"DELETE FROM clickhouse_outbox WHERE pk IN ({names})",
-                "mark": f"UPDATE clickhouse_outbox SET deleted_at = {FOREIGN_MARK} WHERE pk IN ({names})",
-                "clear": f"UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk IN ({names})",
-            }[what]
-            cursor.execute(statement, [*changed])
-            # Before the commit: the exporter may meet the change the moment it is there.
-            _note(book, changed, what)
+            changed = {pk: mark for pk, mark in cursor.fetchall() if changes(mark)}  # type: ignore[misc]
+            if changed:
+                cursor.execute(f"{statement} WHERE pk IN %s", [[*changed]])
+            # Before the commit: the exporter may meet the change as soon as it is there.
+            with book.lock:
+                for pk, mark in changed.items():
+                    row = book.rows[pk]
+                    row.cleared += what == "clear"
+                    row.deleted |= what == "delete"
+                    # A row with a batch's mark, or that had one before it was cleared, was exported before.
+                    row.taken |= what != "clear" and mark in (None, FOREIGN_MARK) and not row.cleared
             connection.commit()
     except pymysql.MySQLError:
-        _note_doubt(book, changed, what)
+        with book.lock:
+            for pk in changed:
+                book.rows[pk].taken |= what != "clear" and not book.rows[pk].cleared
         return 0
     return len(changed)
-
-
-def _note(book: Book, changed: dict[int, int | None], what: str) -> None:
-    with book.lock:
-        for pk, mark in changed.items():
-            row = book.rows[pk]
-            row.cleared += what == "clear"
-            row.deleted |= what == "delete"
-            # What bears a batch's stamp, or did before it was cleared, was exported before it was touched.
-            row.taken |= what != "clear" and mark in (None, FOREIGN_MARK) and not row.cleared
-
-
-def _note_doubt(book: Book, changed: dict[int, int | None], what: str) -> None:
-    with book.lock:
-        for pk in changed:
-            book.rows[pk].taken |= what != "clear" and not book.rows[pk].cleared

@@ -1,27 +1,25 @@
-"""The oracle: what must be true of both databases once the dust has settled.
+"""The oracle: what must be true of both databases after a history.
 
-What belongs here: the tightest statements that hold for every history, in three layers, none of which trusts the
-one below it. What does not: how the history came about.
+It states what holds for every history, in three layers, none of which trusts the one below it.
 
-1. By what the application committed, the ledger not asked. Every committed event of a known version is in ClickHouse,
-   unless others deleted or marked its row before it was exported; what is malformed or refused is an open dead letter,
-   and nothing else is. Nothing is there that was never committed. Counted without FINAL, an event is there at most as
-   often as it was committed and its mark was taken off again; so once, where neither happened twice. The view shows
-   each event once.
-2. By the ledger. ClickHouse holds, under each `inserted_at`, exactly the entries of the blocks that closed batches
-   list there, column by column as they were committed: as a multiset, so that a copy more or less is seen.
-   Only a requeue may leave more: where its token was forgotten or its rows were given back, one copy an attempt,
-   because a requeued block shares its `inserted_at` with the first export and looking first cannot tell.
-3. The outbox against the ledger. No batch is open, none discrepant. Each row of a batch bears its stamp, or a later
-   batch's, or others deleted, marked or cleared it; each stamp is that of a batch that lists the row. Every claimed
-   row is accounted for in the counts. Rows of unknown versions are as their writer left them.
+1. By what the application committed, without the ledger. Each committed event of a known version is in ClickHouse, unless
+   other hands deleted or marked its row before it was exported. Each malformed or refused row is an open dead letter, and no
+   other row is. No entry is there that was never committed. Counted without FINAL, an event is there at most as often as it
+   was committed and its mark was cleared: so once, where neither happened twice. The view shows each event once.
+2. By the ledger. ClickHouse holds, under each `inserted_at`, exactly the entries of the blocks that closed batches list there,
+   column by column as they were committed: as a multiset, so that one copy more or less is seen. Only a requeue may leave
+   more: where its token was forgotten or its rows were released, one copy an attempt, because a requeued block shares its
+   `inserted_at` with the first export.
+3. The outbox compared with the ledger. No batch is open, none discrepant. Each row of a batch has its mark, or a later
+   batch's, or other hands touched it. Each mark is that of a batch that lists the row. The counts of a batch account for each
+   claimed row. Rows of unknown versions are as their writer left them.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -32,10 +30,13 @@ from auditexport_tests.chaos.rig import Databases
 CLOSED = (State.EXPORTED, State.VERIFIED, State.DISCREPANT)
 NAMED = 5
 
+# `inserted_at`, and the columns.
+Entry = tuple[int, tuple[object, ...]]
+
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found; `violations` are sentences with ids and counts, empty when all is well."""
+    """What was found. `violations` are sentences with ids and counts."""
 
     events: int = 0
     entries: int = 0
@@ -44,79 +45,70 @@ class Verdict:
     duplicated: int = 0
     batches: int = 0
     replayed: int = 0  # batches that took more than one attempt
-    swept: int = 0  # rows
-    forgetful: int = 0  # replays that could not be told from a first attempt
-    month_changed: int = 0  # of those, with the month changing between claim and write
+    forgetful: int = 0  # attempts of requeued batches that nothing can tell from the first one
+    month_changed: int = 0  # replayed batches with another month at the write than at the claim
     violations: list[str] = field(default_factory=list)
-    ledger: list[str] = field(default_factory=list)  # for a violation's dump
+    ledger: list[str] = field(default_factory=list)  # printed with violations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    rows: dict[int, Row]
     book: Book
     marks: dict[int, int | None]
     batches: list[Batch]
     claimed_rows: dict[int, int]
-    letters: dict[tuple[int, str], str]  # reasons, by pk and event_id: a letter of an earlier table is not this row's
-    stored: Counter[tuple[int, tuple[object, ...]]]
-    overflow: bool
+    letters: dict[tuple[int, str], str]  # reasons, by pk and event_id: an earlier table can have had the same pk
+    stored: Counter[Entry]
+    in_view: Counter[Key]
+    forgetful: int
     swept_rows: int
 
 
 def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> Verdict:
-    """Reads both databases and holds them against the book. With `overflow` ClickHouse forgot tokens."""
-    found = databases.sql("SELECT batch_id, claimed_rows, swept_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    """Compares both databases with the book. With `overflow` ClickHouse forgot tokens."""
+    sql, clickhouse = databases.direct.sql, databases.direct.clickhouse
+    ledger = sql("SELECT batch_id, claimed_rows, swept_rows FROM clickhouse_outbox_batch WHERE batch_id > 0")
+    letters = sql(
+        "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded', 'held')"
+    )
+    batches = databases.direct.outbox.batches(sorted(row.batch_id for row in ledger))
     facts = _Facts(
-        rows=book.rows,
         book=book,
-        marks={
-            int(str(row.pk)): row.deleted_at for row in databases.sql("SELECT pk, deleted_at FROM clickhouse_outbox")
-        },
-        batches=databases.outbox.batches(sorted(int(str(row.batch_id)) for row in found)),
-        claimed_rows={row.batch_id: row.claimed_rows for row in found},
-        letters={
-            (row.pk, row.event_id): row.reason
-            for row in databases.sql(
-                "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded', 'held')"
-            )
-        },
+        marks={row.pk: row.deleted_at for row in sql("SELECT pk, deleted_at FROM clickhouse_outbox")},
+        batches=batches,
+        claimed_rows={row.batch_id: row.claimed_rows for row in ledger},
+        letters={(row.pk, row.event_id): row.reason for row in letters},
         stored=Counter(
             (int(str(at_ms)), _comparable(columns))
-            for at_ms, *columns in databases.clickhouse(f"SELECT inserted_at, {COLUMNS} FROM audit_logs_raw_v1")
+            for at_ms, *columns in clickhouse(f"SELECT inserted_at, {COLUMNS} FROM audit_logs_raw_v1")
         ),
-        overflow=overflow,
-        swept_rows=sum(row.swept_rows for row in found) if swept else 0,
+        in_view=Counter(_keys(databases, "audit_logs")),
+        forgetful=sum(batch.attempts for batch in batches if batch.generation and (overflow or batch.counts.released)),
+        swept_rows=sum(row.swept_rows for row in ledger) if swept else 0,
     )
     verdict = Verdict(
         events=len({row.key for _, row in book.all_rows() if row.kind == "event"}),
         entries=sum(facts.stored.values()),
         dead=len(facts.letters),
-        batches=len(facts.batches),
-        replayed=sum(batch.attempts > 1 for batch in facts.batches),
+        batches=len(batches),
+        replayed=sum(batch.attempts > 1 for batch in batches),
         month_changed=month_changes(databases),
-        swept=facts.swept_rows,
-        forgetful=_forgetful_attempts(facts),
-    )
-    in_view = Counter(
-        (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
-        for row in databases.clickhouse("SELECT workspace_id, bucket, time, event_id FROM audit_logs")
+        forgetful=facts.forgetful,
     )
     verdict.violations = [
-        *_against_the_application(facts, in_view, verdict),
+        *_against_the_application(facts, verdict),
         *_against_the_ledger(facts),
         *_outbox_against_ledger(facts),
     ]
-    if verdict.violations:
-        verdict.ledger = [
-            f"batch {batch.batch_id} generation {batch.generation} {batch.state} epoch {batch.epoch} attempts {batch.attempts} "
-            f"pks {batch.pks} {batch.counts} blocks {[(block.inserted_at_ms, str(block.pks)) for block in batch.blocks]}"
-            for batch in facts.batches
-        ]
+    verdict.ledger = [
+        f"batch {batch.batch_id} generation {batch.generation} {batch.state} epoch {batch.epoch} attempts {batch.attempts} "
+        f"pks {batch.pks} {batch.counts} blocks {[(block.inserted_at_ms, str(block.pks)) for block in batch.blocks]}"
+        for batch in batches
+    ]
     return verdict
 
 
-def _against_the_application(facts: _Facts, in_view: Counter[Key], verdict: Verdict) -> Iterator[str]:
+def _against_the_application(facts: _Facts, verdict: Verdict) -> Iterator[str]:
     committed: defaultdict[Key, list[Row]] = defaultdict(list)
     for pk, row in facts.book.all_rows():
         letter = facts.letters.get((pk, row.event_id))
@@ -131,62 +123,46 @@ def _against_the_application(facts: _Facts, in_view: Counter[Key], verdict: Verd
     copies: Counter[Key] = Counter()
     for (_, columns), count in facts.stored.items():
         copies[(str(columns[2]), str(columns[3]), int(str(columns[1])), str(columns[0]))] += count
-    unknown = copies.keys() - committed.keys()
-    if unknown:
+    if unknown := copies.keys() - committed.keys():
         yield f"{len(unknown)} entries of events that were never committed: {_named(unknown)}"
     lost = {key for key, rows in committed.items() if not copies[key] and not all(row.taken for row in rows)}
-    attempts = _forgetful_attempts(facts)
-    duplicated = {
-        key: count - allowed
-        for key, count in copies.items()
-        if key in committed
-        and count
-        > (
-            allowed := len(committed[key])
-            + sum(row.cleared + row.requeued for row in committed[key])
-            + (attempts if any(row.cleared or row.requeued for row in committed[key]) else 0)
-        )
-    }
-    verdict.lost, verdict.duplicated = len(lost), sum(duplicated.values())
     if lost:
         yield f"{len(lost)} events are lost: {_named(lost)}"
-    if duplicated:
-        yield f"{len(duplicated)} events are there {sum(duplicated.values())} times too often: {_named(duplicated.keys())}"
-    twice = {key for key, count in in_view.items() if count > 1}
-    if twice or in_view.keys() != copies.keys():
-        yield f"the view shows {len(twice)} events twice and {len(copies.keys() - in_view.keys())} not at all"
-
-
-def _forgetful_attempts(facts: _Facts) -> int:
-    """Replays of requeued batches that nothing but a token could have told from the first attempt, and it could not."""
-    return sum(
-        batch.attempts for batch in facts.batches if batch.generation and (facts.overflow or batch.counts.released)
-    )
+    surplus: Counter[Key] = Counter()
+    for key, rows in committed.items():
+        again = sum(row.cleared + row.requeued for row in rows)
+        surplus[key] = copies[key] - len(rows) - again - (facts.forgetful if again else 0)
+    surplus = +surplus
+    if surplus:
+        yield f"{len(surplus)} events are there {surplus.total()} times too often: {_named(surplus)}"
+    verdict.lost, verdict.duplicated = len(lost), surplus.total()
+    twice = sum(count > 1 for count in facts.in_view.values())
+    if twice or facts.in_view.keys() != copies.keys():
+        yield f"the view shows {twice} events twice and {len(copies.keys() - facts.in_view.keys())} not at all"
 
 
 def _against_the_ledger(facts: _Facts) -> Iterator[str]:
-    expected: Counter[tuple[int, tuple[object, ...]]] = Counter()
-    requeued: set[tuple[int, tuple[object, ...]]] = set()
-    for batch in facts.batches:
-        if batch.state not in CLOSED:
+    expected: Counter[Entry] = Counter()
+    requeued: set[Entry] = set()
+    closed = [batch for batch in facts.batches if batch.state in CLOSED]
+    listed = [
+        (batch.batch_id, block.inserted_at_ms, pk) for batch in closed for block in batch.blocks for pk in block.pks
+    ]
+    for batch_id, inserted_at_ms, pk in listed:
+        rows = facts.book.at(pk)
+        # Where several tables had this pk, the entry shows whose row was sealed.
+        entries = {(inserted_at_ms, _comparable(row.columns)): row for row in rows if row.kind == "event"}
+        if not entries:
+            yield f"batch {batch_id} sent row {pk}, which is {rows[0].kind if rows else 'not committed'}"
             continue
-        for block in batch.blocks:
-            for pk in block.pks:
-                rows = [table[pk] for table in (facts.rows, *facts.book.past) if pk in table]
-                sound = [row for row in rows if row.kind == "event"]
-                if not sound:
-                    yield f"batch {batch.batch_id} sent row {pk}, which is {rows[0].kind if rows else 'not committed'}"
-                    continue
-                # Of several tables whose pks began again, the one whose row was sealed is known by what was sent.
-                entries = {(block.inserted_at_ms, _comparable(row.columns)): row for row in sound}
-                entry = next((one for one in entries if facts.stored[one] > expected[one]), next(iter(entries)))
-                row = entries[entry]
-                expected[entry] += 1
-                if row.cleared or row.requeued:
-                    requeued.add(entry)
+        entry = next((one for one in entries if facts.stored[one] > expected[one]), next(iter(entries)))
+        expected[entry] += 1
+        if entries[entry].cleared or entries[entry].requeued:
+            requeued.add(entry)
     missing, surplus = expected - facts.stored, facts.stored - expected
-    slack = _forgetful_attempts(facts)
-    surplus = Counter({entry: count for entry, count in surplus.items() if entry not in requeued or count > slack})
+    for entry in requeued:
+        surplus[entry] -= facts.forgetful
+    surplus = +surplus
     if missing:
         yield f"{missing.total()} entries that the ledger lists are not there as committed: {_entries(missing)}"
     if surplus:
@@ -194,97 +170,83 @@ def _against_the_ledger(facts: _Facts) -> Iterator[str]:
 
 
 def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
-    listed: defaultdict[int, set[int]] = defaultdict(set)  # stamps, by pk
+    listed: defaultdict[int, set[int]] = defaultdict(set)  # the marks of the batches that list a pk
     for batch in facts.batches:
-        counts = batch.counts
+        counts, claimed = batch.counts, facts.claimed_rows[batch.batch_id]
         if batch.state is not State.VERIFIED:
             yield f"batch {batch.batch_id} is {batch.state}, not verified: {batch.last_error}"
-        before_the_seal = counts.vanished + counts.elsewhere - counts.unmarked
-        gone = counts.dead + counts.released + before_the_seal
-        if batch.state in CLOSED and facts.claimed_rows[batch.batch_id] != batch.rows + gone:
-            yield f"batch {batch.batch_id} claimed {facts.claimed_rows[batch.batch_id]} rows, accounts for {batch.rows} + {gone}"
-        touched = sum(
-            1
-            for pk in batch.pks
-            if any(
-                row.taken or row.deleted or row.cleared or row.requeued
-                for table in (facts.rows, *facts.book.past)
-                if (row := table.get(pk))
-            )
-        )
+        gone = counts.dead + counts.released + counts.vanished + counts.elsewhere - counts.unmarked
+        if batch.state in CLOSED and claimed != batch.rows + gone:
+            yield f"batch {batch.batch_id} claimed {claimed} rows, accounts for {batch.rows} + {gone}"
+        touched = sum(any(row.touched for row in facts.book.at(pk)) for pk in batch.pks)
         if counts.unmarked > touched:
-            yield f"batch {batch.batch_id} left {counts.unmarked} rows unmarked, and others touched {touched}"
+            yield f"batch {batch.batch_id} left {counts.unmarked} rows unmarked, and other hands touched {touched}"
         for pk in batch.pks:
             listed[pk].add(batch.exported_at_ms or 0)
     gone = 0
-    for pk, stamps in listed.items():
-        row = facts.rows.get(pk)
-        if any(pk in table for table in facts.book.past) and facts.marks.get(pk) is None:
+    for pk, marks in listed.items():
+        row, mark = facts.book.rows.get(pk), facts.marks.get(pk)
+        if any(pk in table for table in facts.book.past) and mark is None:
             continue  # the batch was of an earlier table
         if row is None:
             yield f"row {pk} is in a batch and was never committed"
         elif pk not in facts.marks:
             gone += not row.deleted
-        elif facts.marks[pk] not in stamps and not (facts.marks[pk] == FOREIGN_MARK and row.taken | bool(row.cleared)):
-            yield f"row {pk} bears {facts.marks[pk]}, and its batches' stamps are {sorted(stamps)}"
+        elif mark not in marks and not (mark == FOREIGN_MARK and (row.taken or row.cleared)):
+            yield f"row {pk} has the mark {mark}, and those of its batches are {sorted(marks)}"
     if gone > facts.swept_rows:
-        yield f"{gone} rows are gone that nobody deleted, and sweeps account for {facts.swept_rows}"
+        yield f"{gone} rows are gone that no other hand deleted, and sweeps account for {facts.swept_rows}"
     for pk, mark in facts.marks.items():
-        row = facts.rows.get(pk)
+        row = facts.book.rows.get(pk)
         if mark is not None and mark != FOREIGN_MARK and mark not in listed[pk]:
-            yield f"row {pk} bears {mark}, which no batch that lists it gave"
+            yield f"row {pk} has the mark {mark}, and no batch that lists it has"
         if mark is None and row is not None and row.kind == "event":
             yield f"row {pk} is pending in the end"
 
 
 def never_exported(databases: Databases, book: Book) -> set[int]:
-    """Rows that somebody marked before they were exported or set aside, as the book knows them: what a reconciliation
-    must name.
-    """
-    stored = {
-        (str(row[0]), str(row[1]), int(str(row[2])), str(row[3]))
-        for row in databases.clickhouse("SELECT workspace_id, bucket, time, event_id FROM audit_logs_raw_v1")
-    }
-    set_aside = {
-        row.pk for row in databases.sql("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state != 'retried'")
-    }
-    marked = {row.pk for row in databases.sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")}
-    return {
-        pk
-        for pk in marked - set_aside
-        if book.rows[pk].kind in ("malformed", "refused")
-        or (book.rows[pk].kind == "event" and book.rows[pk].key not in stored)
-    }
+    """Rows that other hands marked before they were exported or set aside: those that a reconciliation must name."""
+    sql = databases.direct.sql
+    stored = set(_keys(databases, "audit_logs_raw_v1"))
+    set_aside = {row.pk for row in sql("SELECT pk FROM clickhouse_outbox_dead_letter WHERE state != 'retried'")}
+    marked = {row.pk for row in sql("SELECT pk FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")}
+    rows = {pk: book.rows[pk] for pk in marked - set_aside}
+    return {pk for pk, row in rows.items() if row.kind != "unknown" and row.key not in stored}
 
 
-def _comparable(columns: object) -> tuple[object, ...]:
+def _keys(databases: Databases, table: str) -> list[Key]:
+    """The key of each entry, with repetitions."""
+    found = databases.direct.clickhouse(f"SELECT workspace_id, bucket, time, event_id FROM {table}")
+    return [(str(row[0]), str(row[1]), int(str(row[2])), str(row[3])) for row in found]
+
+
+def _comparable(columns: Iterable[object]) -> tuple[object, ...]:
     """Entries compare as values; metas as JSON, whose keys have no order."""
-    *values, meta = columns  # type: ignore[misc]
+    *values, meta = columns
     return (
         *(tuple(value) if isinstance(value, (list, tuple)) else value for value in values),
         json.dumps(json.loads(str(meta)), sort_keys=True),
     )
 
 
-def _named(keys: object) -> str:
-    names = sorted(f"{key[0]}/{key[3]}" for key in keys)  # type: ignore[attr-defined]
+def _named(keys: Collection[Key]) -> str:
+    names = sorted(f"{key[0]}/{key[3]}" for key in keys)
     return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
-def _entries(entries: Counter[tuple[int, tuple[object, ...]]]) -> str:
+def _entries(entries: Counter[Entry]) -> str:
     names = [f"{columns[0]} at {at_ms} × {count}" for (at_ms, columns), count in sorted(entries.items(), key=str)]
     return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
 
 
 def month_changes(databases: Databases) -> int:
     """Batches that were claimed in one month and written in another, after more than one attempt."""
-    found = databases.sql(
+    found = databases.direct.sql(
         "SELECT inserted_at_ms, written_at_ms FROM clickhouse_outbox_batch "
         "WHERE batch_id > 0 AND attempts > 1 AND written_at_ms IS NOT NULL"
     )
     return sum(_month(row.inserted_at_ms) != _month(row.written_at_ms) for row in found)
 
 
-def _month(at_ms: int) -> tuple[int, int]:
-    at = datetime.fromtimestamp(at_ms / 1000, timezone.utc)
-    return at.year, at.month
+def _month(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms / 1000, timezone.utc):%Y-%m}"

@@ -1,28 +1,28 @@
-"""One history: databases, writers, runs and faults in a random order, then quiet, then the truth.
+"""One history: databases, writers, runs and faults in a random order, then quiet, then the verdict.
 
-What belongs here: the order of things. What does not: the actions, the world they act on (`world`), and what must hold
-(`check`). A seed replays every decision; the moments at which processes and servers come to them are the machine's.
+A seed replays every decision. Processes and servers decide at which moments they happen.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from random import Random
+from time import monotonic
 
 from auditexport_pipeline.clickhouse.engines import DEDUPLICATION_WINDOW
 from auditexport_tests.chaos.actions import ACTIONS, WEIGHTS
 from auditexport_tests.chaos.application import Writer
 from auditexport_tests.chaos.check import judge
 from auditexport_tests.chaos.rig import Rig
+from auditexport_tests.chaos.worker import Worker
 from auditexport_tests.chaos.world import Outcome, Plan, World
 
 STEPS = (20, 60)
 # Of blocks: a few INSERTs later ClickHouse has forgotten a token.
 SMALL_WINDOW = 2
-# Themed histories go round their faults until each has hit.
+# A themed history repeats its faults until each has hit.
 THEME_WITHIN_S = 60.0
-# Hits that are told by their victims, and the action that brings them about.
+# Hits that have another name than the action that brings them about.
 BROUGHT_ABOUT_BY = {
     "kill run unseen": "die unseen",
     "clickhouse view fails": "view fails",
@@ -33,38 +33,36 @@ BROUGHT_ABOUT_BY = {
     "window overflowed": "kill run",
 }
 EXPECTED_ERRORS = {
-    "OutboxUnavailable",
-    "AuditLogUnavailable",
-    "ForeignAnswer",
-    "InsertOutcomeUnknown",
-    "LeaseLost",
-    "BatchAltered",
-    "BatchWaits",
-    "BatchLocked",
+    *("OutboxUnavailable", "AuditLogUnavailable", "ForeignAnswer", "InsertOutcomeUnknown"),
+    *("LeaseLost", "BatchAltered", "BatchWaits", "BatchLocked"),
 }
 
 
 def play(rig: Rig, plan: Plan) -> Outcome:
     """Plays one history to its end and judges it."""
-    started = time.monotonic()
     if plan.overflow is None:
         plan = replace(plan, overflow=Random(f"window {plan.seed}").random() < 0.15)
     outcome = Outcome(plan=plan)
     with rig.databases(window=SMALL_WINDOW if plan.overflow else DEDUPLICATION_WINDOW) as databases:
         world = World(rig, databases, plan, outcome)
         try:
-            live(world)
+            _live(world)
             stuck = world.settle()
             outcome.verdict = judge(databases, world.book, overflow=world.overflow, swept=world.swept)
-            outcome.verdict.violations.extend(f"stuck: {line}" for line in stuck)
-            _listen(world, outcome)
+            outcome.verdict.violations += [f"stuck: {line}" for line in stuck]
+            outcome.runs = len(world.workers)
+            outcome.hits += world.found_hits()
+            outcome.hits["month changes"] = outcome.verdict.month_changed
+            if world.overflow:
+                outcome.hits["window overflowed"] = outcome.verdict.replayed
+            for worker in world.workers:
+                outcome.verdict.violations += _violations(worker, outcome)
         finally:
             world.close()
-    outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def live(world: World) -> None:
+def _live(world: World) -> None:
     """Everything at once: writers in threads, runs in processes, and one action after the other."""
     mariadb = world.rig.mysql.family == "mariadb"
     world.writers = [
@@ -75,20 +73,19 @@ def live(world: World) -> None:
         writer.start()
     try:
         if world.plan.theme:
-            _go_round(world)
+            _repeat_theme(world)
         else:
-            names, weights = [*WEIGHTS], [*WEIGHTS.values()]
-            for name in world.random.choices(names, weights, k=world.random.randint(*STEPS)):
+            for name in world.random.choices([*WEIGHTS], [*WEIGHTS.values()], k=world.random.randint(*STEPS)):
                 _act(world, name)
     finally:
         for writer in world.writers:
             writer.end()
 
 
-def _go_round(world: World) -> None:
-    deadline = time.monotonic() + THEME_WITHIN_S
+def _repeat_theme(world: World) -> None:
+    deadline = monotonic() + THEME_WITHIN_S
     while missing := [name for name in world.plan.theme if not world.has_hit(name)]:
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             break
         _act(world, "drain")
         name = world.random.choice(missing)
@@ -102,34 +99,20 @@ def _act(world: World, name: str) -> None:
     world.pause(0.0, 0.25)
 
 
-def _listen(world: World, outcome: Outcome) -> None:
-    """What the runs themselves said: no error outside the tree, none that asks for a person, no discrepancy."""
-    outcome.runs = len(world.workers)
-    outcome.hits += world.wire_hits() + world.told_hits() - world.seen
-    outcome.hits["month changes"] = outcome.verdict.month_changed
-    if world.overflow:
-        outcome.hits["window overflowed"] = outcome.verdict.replayed
-    for worker in world.workers:
-        told = worker.told()
-        if told is None:
-            if not worker.killed:
-                outcome.verdict.violations.append(f"{worker.run.owner} ended without a word")
-            continue
-        outcome.errors += told.errors
-        if worker.declared_dead:
-            outcome.refused_zombies += bool(told.refusals)
-        for text in told.unforeseen:
-            outcome.verdict.violations.append(f"{worker.run.owner} met an error outside the tree:\n{text}")
-        for name in set(told.errors) - EXPECTED_ERRORS:
-            outcome.verdict.violations.append(f"{worker.run.owner} met {name}, which no fault here explains")
-        if told.report:
-            found = told.report.found
-            forgetful = world.overflow or outcome.verdict.forgetful
-            if found.altered or found.unexpected or (found.duplicated and not forgetful):
-                outcome.verdict.violations.append(
-                    f"{worker.run.owner} reconciled and found {found}: {', '.join(found.event_ids)}"
-                )
-        outcome.verdict.violations.extend(f"{worker.run.owner} saw {line}" for line in told.discrepancies)
-        outcome.verdict.violations.extend(
-            f"{worker.run.owner} was refused in more than one line" for line in told.refusals if "\n" in line
-        )
+def _violations(worker: Worker, outcome: Outcome) -> list[str]:
+    """What a run itself reports: no error outside the tree, none that needs a person, no discrepancy."""
+    owner, result = worker.run.owner, worker.result()
+    if result is None:
+        return [] if worker.killed else [f"{owner} ended without a result"]
+    outcome.errors += result.errors
+    outcome.refused_zombies += worker.declared_dead and bool(result.refusals)
+    found = [f"{owner} met an error outside the tree:\n{text}" for text in result.unforeseen]
+    found += [f"{owner} met {name}, which no fault here explains" for name in {*result.errors} - EXPECTED_ERRORS]
+    found += [f"{owner} saw {line}" for line in result.discrepancies]
+    found += [f"{owner} was refused in more than one line" for line in result.refusals if "\n" in line]
+    if result.report:
+        seen = result.report.found
+        forgetful = outcome.plan.overflow or outcome.verdict.forgetful
+        if seen.altered or seen.unexpected or (seen.duplicated and not forgetful):
+            found.append(f"{owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
+    return found

@@ -1,7 +1,6 @@
-"""Chaos, the fast profile: a handful of histories that together have every fault, and proof that they can fail.
+"""Chaos, the fast profile: one history a theme, each of whose faults must really have hit, and two controls that must fail.
 
-What belongs here: one history a theme, each of whose faults must really have hit, and the negative controls. What
-does not: the long, random ones (`make chaos`). The servers are this module's own, because histories kill them.
+The long, random histories are `make chaos`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from auditexport_tests.chaos.proxy import WIRE_KINDS
 from auditexport_tests.chaos.rig import Rig
 from auditexport_tests.chaos.world import Plan
 
-# Of one theme at most, until each of its faults has hit.
+# For one theme, at most, until each of its faults has hit.
 HISTORIES = 4
 THEMES: dict[str, Plan] = {
     "the_wire_to_clickhouse": Plan(seed=1, theme=tuple(f"clickhouse {kind}" for kind in WIRE_KINDS["http"])),
@@ -49,7 +48,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-# The others are seen in `make test`, these in `make test-all`: up to a minute each.
+# Up to a minute each: `make test` runs the others only, `make test-all` all.
 SLOW = (
     "inside_mysql",
     "runs_that_nobody_watches",
@@ -64,7 +63,7 @@ SLOW = (
 
 @pytest.mark.parametrize("theme", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in THEMES])
 def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
-    """The promise, under each kind of fault really injected: no loss, no copy, nothing stuck, the books agree."""
+    """The promise, under each kind of real fault: no loss, no copy, nothing stuck."""
     plan = THEMES[theme]
     hits: Counter[str] = Counter()
     for again in range(HISTORIES):  # a moment that is missed, such as a month's end, comes again in the next one
@@ -78,14 +77,14 @@ def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: s
 
 
 def test_the_themes_leave_no_action_out() -> None:
-    """A fault that only the long profile knows is a fault that nobody sees break before a release."""
+    """A fault that only the long profile has would be found broken only before a release."""
     themed = {BROUGHT_ABOUT_BY.get(name, name) for plan in THEMES.values() for name in plan.theme}
     assert ACTIONS.keys() - themed == {"drain", "wait for a run", "wake"}
 
 
 def test_without_token_and_look_first_the_suite_sees_duplicates(rig: Rig) -> None:
-    """The negative control: a writer that merely sends again is caught."""
-    outcome = play(rig, Plan(seed=9, theme=("clickhouse answer lost",), mutation="no token, no look"))
+    """The control: a writer that only sends again is caught."""
+    outcome = play(rig, Plan(seed=9, theme=("clickhouse answer lost",), mutation="no token, no check"))
 
     assert outcome.verdict.duplicated > 0
     assert any("too often" in line for line in outcome.verdict.violations)
@@ -93,7 +92,7 @@ def test_without_token_and_look_first_the_suite_sees_duplicates(rig: Rig) -> Non
 
 @pytest.mark.slow
 def test_with_marks_before_the_write_the_suite_sees_losses(rig: Rig) -> None:
-    """The negative control: an exporter that marks what it has not written is caught."""
+    """The control: an exporter that marks what it has not written is caught."""
     outcome = play(rig, Plan(seed=10, theme=("clickhouse unsent", "clickhouse refuse"), mutation="mark first"))
 
     assert outcome.verdict.lost > 0

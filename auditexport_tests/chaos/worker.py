@@ -1,8 +1,7 @@
-"""One run in a process of its own, which can be killed, and stopped and woken: a drain, or an operator's verb.
+"""One run in a process of its own, which can be killed, stopped and woken: a drain, or an operator's verb.
 
-What belongs here: what the asset's ops and the upkeep jobs do, with time-outs short enough for a test, and the two
-mutations that show that the suite would notice. What does not: when it is killed (`actions`), and what must hold
-afterwards.
+It does what the asset's ops and the maintenance jobs do, with shorter time-outs. Its two mutations show that the suite would
+notice a broken exporter.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -21,7 +19,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
@@ -54,20 +51,33 @@ T = TypeVar("T")
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([__name__])
 
-# Below the bound of the setting, so that waiting for the end of a lease is a matter of seconds here.
+# Below the bound of the setting, so that the end of a lease is a matter of seconds here.
 LEASE_S = 5
 INSERT_TIMEOUT_S = 1
-UPKEEP_RETRIES = 1
-BY = Actor(who="chaos", why="to see what happens")
-# What a refused zombie is told; one line of it, whoever refuses.
-REFUSED = re.compile(r"is refused and changed nothing|came late and changed nothing|nothing was written|; run again$")
+OPERATOR_RETRIES = 1
+ACTOR = Actor(who="chaos", why="to see what happens")
+# Seconds where production waits minutes, and blocks of a few rows.
+SHORTENED: tuple[tuple[Any, str, float], ...] = (
+    (audit_log, "ANSWER_GRACE_S", 1),
+    (clickhouse_connection, "ANSWER_GRACE_S", 1),
+    (audit_log, "CONNECT_TIMEOUT_S", 2),
+    (clickhouse_connection, "CONNECT_TIMEOUT_S", 2),
+    (export, "START_WITHIN_S", LEASE_S),
+    (core_settings, "START_WITHIN_S", LEASE_S),
+    (claiming, "SMALLEST_BLOCK_ROWS", 5),
+    (reading, "SMALLEST_BLOCK_ROWS", 5),
+    (claiming, "FIRST_BATCH_ROWS", 10),
+    (requeue, "CHUNK_ROWS", 7),
+    (sweep, "BATCHES_AT_ONCE", 2),
+    (reconcile, "BATCHES_AT_ONCE", 3),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """How one run works. `clock` is a file with the seconds by which MySQL's clock is off.
 
-    `verb` is "drain" or one of `UPKEEP`, and `arguments` is what that one is about.
+    `verb` is "drain" or an operator's; `arguments` are those of the operator's verb.
     """
 
     owner: str
@@ -78,38 +88,36 @@ class Run:
     limits: dict[str, int] = field(default_factory=dict)
     prefetch: bool = False
     hand_over: bool = True
-    retries: int = 2
-    mutation: str = ""  # "no token, no look" or "mark first"
+    retries: int = OPERATOR_RETRIES
+    mutation: str = ""  # "no token, no check" or "mark first"
     verb: str = "drain"
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
-class Told:
-    """What a run says at its end, if it lives to it."""
+class Result:
+    """What a run reports at its end, if it gets there."""
 
     claimed: int = 0
-    adopted: int = 0
-    found: int = 0  # blocks that an earlier attempt had written
     errors: Counter[str] = field(default_factory=Counter)  # by class
-    codes: Counter[int] = field(default_factory=Counter)  # MySQL's, where it answered with one
-    refusals: list[str] = field(default_factory=list)  # what LeaseLost said
+    codes: Counter[int] = field(default_factory=Counter)  # MySQL's error codes
+    refusals: list[str] = field(default_factory=list)  # texts of LeaseLost
     discrepancies: list[str] = field(default_factory=list)
-    changed: int = 0  # by an operator's verb: rows or letters
+    changed: int = 0  # rows or dead letters, by an operator's verb
     report: reconcile.Report | None = None
     unforeseen: list[str] = field(default_factory=list)  # errors outside the tree, with their stack
 
 
 class Worker:
-    """A run under way. `told` is there once it has ended by itself."""
+    """A run at work. It has a `result` once it has ended by itself."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.stopped = False
         self.declared_dead = False
-        self.unseen = False  # it died, and no other run is told
+        self.unseen = False  # it died, and no other run knows
         self.killed = False
-        self._told: Told | None = None
+        self._result: Result | None = None
         self._ours, theirs = _PROCESSES.Pipe(duplex=False)
         self._process = _PROCESSES.Process(target=_main, args=(run, theirs), daemon=True)
         self._process.start()
@@ -125,7 +133,7 @@ class Worker:
         self._process.join()
 
     def stop(self) -> None:
-        """SIGSTOP: from now on a zombie, as a paused machine makes one."""
+        """SIGSTOP: from now on a zombie, as after a pause of the machine."""
         self._signal(signal.SIGSTOP)
         self.stopped = True
 
@@ -139,63 +147,41 @@ class Worker:
 
     def wait(self, within_s: float) -> bool:
         """Whether it ended in time."""
-        self.told()
+        self.result()
         self._process.join(within_s)
         return not self.alive
 
-    def told(self) -> Told | None:
+    def result(self) -> Result | None:
         try:
-            if self._told is None and self._ours.poll():
-                self._told = self._ours.recv()
+            if self._result is None and self._ours.poll():
+                self._result = self._ours.recv()
         except (EOFError, OSError):
             pass
-        return self._told
+        return self._result
 
 
 def _main(run: Run, pipe: Connection) -> None:
-    # They tell of every broken connection by themselves; what matters of them reaches us as errors.
+    # They log each broken connection; what matters of them reaches us as errors.
     for name in ("clickhouse_connect", "sqlalchemy.pool"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    told = Told()
+    result = Result()
     try:
-        shorten_time_outs()
+        for module, name, value in SHORTENED:
+            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+            setattr(module, name, value)
+        ClickHouseAuditLog.client.__defaults__ = (3,)
         if run.verb == "drain":
-            _drain(run, told)
+            _drain(run, result)
         else:
-            _upkeep(run, told)
+            _operate(run, result)
     except BaseException:
-        told.unforeseen.append(traceback.format_exc())
-    pipe.send(told)
+        result.unforeseen.append(traceback.format_exc())
+    pipe.send(result)
     pipe.close()
 
 
-def shorten_time_outs() -> None:
-    """Seconds where production waits minutes, and blocks of a few rows."""
-    shorter: tuple[tuple[tuple[ModuleType, ...], str, float], ...] = (
-        ((audit_log, clickhouse_connection), "ANSWER_GRACE_S", 1),
-        ((audit_log, clickhouse_connection), "CONNECT_TIMEOUT_S", 2),
-        ((export, core_settings), "START_WITHIN_S", LEASE_S),
-        ((claiming, reading), "SMALLEST_BLOCK_ROWS", 5),
-        ((claiming,), "FIRST_BATCH_ROWS", 10),
-        ((requeue,), "CHUNK_ROWS", 7),
-        ((sweep,), "BATCHES_AT_ONCE", 2),
-        ((reconcile,), "BATCHES_AT_ONCE", 3),
-    )
-    for modules, name, value in shorter:
-        for module in modules:
-            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
-            setattr(module, name, value)
-    ClickHouseAuditLog.client.__defaults__ = (3,)
-
-
-def limits_of(settings: dict[str, int]) -> Limits:
-    chosen = Limits(**{"lease_s": 10, "insert_timeout_s": INSERT_TIMEOUT_S, **settings})  # type: ignore[arg-type]
-    object.__setattr__(chosen, "lease_s", LEASE_S)
-    return chosen
-
-
 class OffsetOutbox(MySQLOutbox):
-    """A store that waits for nothing for long, and whose connections see the server's clock stepped by what the file says."""
+    """A store with short time-outs, whose sessions see MySQL's clock off by the seconds in a file."""
 
     def __init__(self, url: str, clock: Path) -> None:
         timeouts = {"connect_timeout": "2", "read_timeout": "3", "write_timeout": "3"}
@@ -222,8 +208,8 @@ class _Step(Protocol):
     def __call__(self, verb: Callable[[], T]) -> T | None: ...
 
 
-def _step(run: Run, told: Told) -> _Step:
-    """Does things as Dagster does a step: transient errors again, a lost lease never, and one line for each failure."""
+def _step(run: Run, result: Result) -> _Step:
+    """Executes a verb as Dagster executes a step: transient errors are retried, a lost lease never."""
     random = Random(run.owner)
 
     def step(verb: Callable[[], T]) -> T | None:
@@ -231,97 +217,85 @@ def _step(run: Run, told: Told) -> _Step:
             try:
                 return verb()
             except AuditExportError as error:
-                told.errors[type(error).__name__] += 1
+                result.errors[type(error).__name__] += 1
                 if isinstance(error, LeaseLost):
-                    told.refusals.append(str(error))
-                code = _code(error)
-                if code:
-                    told.codes[code] += 1
+                    result.refusals.append(str(error))
+                if code := _code(error):
+                    result.codes[code] += 1
                 if not isinstance(error, TransientError) or isinstance(error, LeaseLost):
                     return None
                 if attempt < run.retries:
                     threading.Event().wait(random.uniform(0.05, 0.5))
             except Exception:
-                told.unforeseen.append(traceback.format_exc())
+                result.unforeseen.append(traceback.format_exc())
                 return None
         return None
 
     return step
 
 
-def _upkeep(run: Run, told: Told) -> None:
-    """One verb of an operator, as its job does it."""
-    outbox = OffsetOutbox(run.mysql_url, run.clock)
+def _operate(run: Run, result: Result) -> None:
+    """One verb of an operator, as its job executes it."""
+    outbox, log = OffsetOutbox(run.mysql_url, run.clock), ClickHouseAuditLog(run.clickhouse_url)
     upkeep = MySQLMaintenance(outbox)
-    log = ClickHouseAuditLog(run.clickhouse_url)
-    asked = run.arguments
 
-    def requeue_rows() -> int:
-        missing_only = bool(asked.get("missing_only"))
-        wanted = RowFilter(**{name: value for name, value in asked.items() if name != "missing_only"})
-        return requeue.requeue(outbox, upkeep, log, wanted, BY, missing_only=missing_only).rows
+    def requeue_rows(*, missing_only: bool = False, **rows: Any) -> int:
+        return requeue.requeue(outbox, upkeep, log, RowFilter(**rows), ACTOR, missing_only=missing_only).rows
 
-    def sweep_rows() -> int:
-        return sweep.sweep(outbox, upkeep, log, sweep.Retention(outbox_days=asked["days"], chunk_rows=7), BY).rows
+    def sweep_rows(*, days: float) -> int:
+        return sweep.sweep(outbox, upkeep, log, sweep.Retention(outbox_days=days, chunk_rows=7), ACTOR).rows
 
-    def retry_letters() -> int:
-        return dead_letters.retry(outbox, DeadLetterFilter(state=None, pks=PkSet.of(asked["pks"])), BY).changed
+    def retry_letters(*, pks: list[int]) -> int:
+        return dead_letters.retry(outbox, DeadLetterFilter(state=None, pks=PkSet.of(pks)), ACTOR).changed
 
-    def discard_letters() -> int:
-        return dead_letters.discard(outbox, DeadLetterFilter(pks=PkSet.of(asked["pks"])), BY).changed
+    def discard_letters(*, pks: list[int]) -> int:
+        return dead_letters.discard(outbox, DeadLetterFilter(pks=PkSet.of(pks)), ACTOR).changed
 
-    def reconcile_all() -> int:
-        repair = BY if asked.get("repair") else None
-        told.report = reconcile.reconcile(outbox, upkeep, log, from_ms=0, to_ms=2**62, repair=repair)
-        return told.report.slots
+    def reconcile_all(*, repair: bool = False) -> int:
+        by = ACTOR if repair else None
+        result.report = reconcile.reconcile(outbox, upkeep, log, from_ms=0, to_ms=2**62, repair=by)
+        return result.report.slots
 
-    verbs: dict[str, Callable[[], int]] = {
+    verbs: dict[str, Callable[..., int]] = {
         "requeue": requeue_rows,
         "sweep": sweep_rows,
         "retry letters": retry_letters,
         "discard letters": discard_letters,
         "reconcile": reconcile_all,
     }
-    told.changed = _step(run, told)(verbs[run.verb]) or 0
+    result.changed = _step(run, result)(lambda: verbs[run.verb](**run.arguments)) or 0
 
 
-def _drain(run: Run, told: Told) -> None:
-    """Claim, then batch by batch fetch, write and mark, then verify; a batch that fails leaves the others alone."""
-    limits = limits_of(run.limits)
-    outbox = OffsetOutbox(run.mysql_url, run.clock)
-    log = ClickHouseAuditLog(run.clickhouse_url)
-    writing_log = log
-    write = export.write
-    if run.mutation == "no token, no look":
+def _drain(run: Run, result: Result) -> None:
+    """Claim, then batch by batch fetch, write and mark, then verify. A batch that fails does not stop the others."""
+    limits = Limits(**{"lease_s": 10, "insert_timeout_s": INSERT_TIMEOUT_S, **run.limits})  # type: ignore[arg-type]
+    object.__setattr__(limits, "lease_s", LEASE_S)
+    outbox, log = OffsetOutbox(run.mysql_url, run.clock), ClickHouseAuditLog(run.clickhouse_url)
+    writing_log, write = log, export.write
+    if run.mutation == "no token, no check":
         Batch.token = lambda batch, block: uuid4().hex  # type: ignore[method-assign]
         audit_log.INSERT_SETTINGS["insert_deduplicate"] = 0
         writing_log = _Blind(run.clickhouse_url)
     if run.mutation == "mark first":
         write = _marked_first
-    step = _step(run, told)
-    pipeline = Pipeline() if run.prefetch else None
+    step = _step(run, result)
     claims = step(lambda: claiming.claim(outbox, owner=run.owner, dead_owners=run.dead_owners, limits=limits))
     if claims is None:
         return
-    told.claimed = len(claims)
-    told.adopted = sum(claim.adopted for claim in claims)
+    result.claimed = len(claims)
+    pipeline = Pipeline() if run.prefetch else None
     if pipeline:
         pipeline.plan(claims)
 
     def export_batch(claim: Claim) -> bool:
-        fetched = step(
-            lambda: (
-                pipeline.fetch(outbox, writing_log, claim, limits)
-                if pipeline
-                else export.fetch(outbox, writing_log, claim, limits)
-            )
-        )
+        fetched = step(lambda: (pipeline or export).fetch(outbox, writing_log, claim, limits))
         if fetched is None:
             return False
-        kept = [fetched.bodies] if run.hand_over else []
+        # Only the first attempt has the rows in memory; a retry reads them again.
+        in_memory = [fetched.bodies] if run.hand_over else []
 
         def write_it() -> Receipt:
-            bodies = kept.pop() if kept else {}
+            bodies = in_memory.pop() if in_memory else {}
             if pipeline:
                 return pipeline.write(outbox, writing_log, claim, limits)
             return write(outbox, writing_log, claim, bodies, limits)
@@ -329,7 +303,6 @@ def _drain(run: Run, told: Told) -> None:
         receipt = step(write_it)
         if receipt is None:
             return False
-        told.found += receipt.found
         return step(lambda: (pipeline or export).mark(outbox, log, receipt, limits)) is not None
 
     try:
@@ -341,10 +314,11 @@ def _drain(run: Run, told: Told) -> None:
         verified = step(lambda: verify.verify(outbox, log, outbox.unverified(200)))
         for batch_id, found in (verified or {}).items():
             if found:
-                told.discrepancies.append(f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}")
+                result.discrepancies.append(f"batch {batch_id}: {found}, events {', '.join(found.event_ids)}")
 
 
 def _code(error: BaseException) -> int:
+    """MySQL's code of an error, or 0."""
     cause = error.__cause__
     while cause is not None:
         if isinstance(cause, pymysql.err.MySQLError) and cause.args and isinstance(cause.args[0], int):
@@ -354,14 +328,14 @@ def _code(error: BaseException) -> int:
 
 
 def _marked_first(outbox: Any, log: Any, claim: Claim, bodies: Any, limits: Limits) -> Receipt:
-    """The wrong order: the rows are marked, and then ClickHouse is given them."""
+    """The wrong order: marks the rows, and then sends them to ClickHouse."""
     batch = outbox.begin_write(claim, limits.lease_s)
     batch = outbox.record_written(claim, batch.digest) if batch.exported_at_ms is None else batch
     receipt = Receipt(claim=claim, digest=batch.digest, entries=0, blocks=0, bytes=0, found=0, seconds=0)
     export.mark(outbox, log, receipt, limits)
     for block in batch.blocks:
-        deadline_ms = log.deadline_ms(limits.lease_s)
         payloads = bodies.get(block.digest)
         if payloads:
+            deadline_ms = log.deadline_ms(limits.lease_s)
             log.insert(batch, block, payloads, deadline_ms=deadline_ms, timeout_s=limits.insert_timeout_s)
     return receipt
