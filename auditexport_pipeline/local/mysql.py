@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from auditexport_pipeline.core.errors import LocalServerFailed, LocalServerMissing
-from auditexport_pipeline.local.processes import LocalServer, lock_directory
+from auditexport_pipeline.local.processes import LocalServer, lock_directory, tail
 
 Family = Literal["mariadb", "mysql"]
 
@@ -112,7 +112,7 @@ class LocalMySQL(LocalServer):
             [self.server, "--version"], capture_output=True, text=True, errors="replace", timeout=60
         )
         if answer.returncode != 0:
-            raise LocalServerFailed(f"{self.server} --version failed: {_tail(answer.stderr)}")
+            raise LocalServerFailed(f"{self.server} --version failed: {tail(answer.stderr)}")
         return answer.stdout.strip()
 
     @property
@@ -193,7 +193,7 @@ class LocalMySQL(LocalServer):
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise LocalServerFailed(f"{self.name} could not be initialised: {error}") from error
         if done.returncode != 0:
-            reason = _tail(self.log.read_text(errors="replace"))
+            reason = tail(self.log.read_text(errors="replace"))
             raise LocalServerFailed(f"{self.name} could not be initialised: {reason}")
         fresh.rename(self.data)
 
@@ -261,7 +261,3 @@ def _is_locked(system_tablespace: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _tail(text: str, lines: int = 5) -> str:
-    return " | ".join(text.strip().splitlines()[-lines:])

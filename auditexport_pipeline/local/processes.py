@@ -73,6 +73,11 @@ def lock_directory(directory: Path, in_use: str) -> IO[bytes]:
     return lock
 
 
+def tail(text: str, lines: int = 5) -> str:
+    """The last lines of a log, in one line."""
+    return " | ".join(text.strip().splitlines()[-lines:])
+
+
 class Child:
     """One supervised server process.
 
@@ -145,7 +150,7 @@ class Child:
 
     def log_tail(self, lines: int = 5) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return " | ".join(text.splitlines()[-lines:]) or f"nothing in {self.log}"
+        return tail(text, lines) or f"nothing in {self.log}"
 
 
 class LocalServer:
