@@ -106,7 +106,7 @@ class Limits(Settings):
 
     a_setting: ClassVar[str] = "a setting of a drain"
 
-    # benchmarks/batch_size.py: 8,900 rows/s at 5,000, 10,500 at 10,000, and level within its noise from 25,000 on
+    # benchmarks/sizes.py: 8,900 rows/s at 5,000, 10,500 at 10,000, and level within its noise from 25,000 on
     # (14,500; 13,800 at 50,000; 14,400 at 100,000), at 220 to 230 MB. Large, so that a run of 64 batches goes far.
     batch_rows: int = Field(
         default=100_000,

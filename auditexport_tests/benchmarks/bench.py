@@ -1,8 +1,4 @@
-"""What every benchmark needs: a stack, a seeded outbox to put back, counts of what arrived, and the machine's name.
-
-What belongs here: set-up and counting. What does not: child processes and their figures (`children`), any
-benchmark, and any judgement of a figure.
-"""
+"""What all benchmarks need: a stack, a seeded outbox that can be restored, counts, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -22,8 +18,7 @@ import sqlalchemy as sa
 from auditexport_pipeline.local.generator import VERSION, OutboxRow, seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
 
-# What a server has that holds a million pending rows, and more than the local stack asks of a laptop: with a quarter of a
-# gigabyte, pages were read from disk once to be fetched and once more to be marked.
+# Room for a million pending rows: with the local stack's buffer pool, pages were read from the disk twice.
 MYSQL_OPTIONS = (
     "--innodb-buffer-pool-size=1G",
     "--loose-innodb-log-file-size=1G",
@@ -42,6 +37,10 @@ SELECT sum(cityHash64(event_id, time, workspace_id, bucket, source, event, descr
                       targets_meta_text, correlation_id))
 FROM audit_logs_raw_v1
 """
+INSERT = sa.text(
+    "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
+    "VALUES (:version, :workspace_id, :event_id, :payload, :created_at_ms)"
+)
 EMPTY_LEDGER = (
     "DELETE FROM clickhouse_outbox_batch WHERE batch_id > 0",
     "TRUNCATE TABLE clickhouse_outbox_dead_letter",
@@ -65,51 +64,39 @@ def benchmark_stack(*mysql_options: str) -> Iterator[LocalStack]:
 
 
 def print_machine(stack: LocalStack) -> None:
-    """What a figure means nothing without: the machine, the versions, what else it was doing, and the command."""
+    """Prints the machine, the versions, the load and the command."""
     clickhouse = stack.log.client().query("SELECT version()").result_rows[0][0]
     load_1min = os.getloadavg()[0]
     print(
         f"{_cpu_model()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB; "
         f"{stack.mysql.family} {stack.mysql.version}, ClickHouse {clickhouse} (embedded), "
         f"Python {platform.python_version()}, {platform.system()} {platform.release()}; load {load_1min:.1f} at the start\n"
-        f"$ {' '.join([*_environment(), 'python', *_program(), *sys.argv[1:]])}",
+        f"$ python {' '.join(sys.orig_argv[1:])}",
         flush=True,
     )
 
 
-def _environment() -> list[str]:
-    server = os.environ.get("AUDITEXPORT_MYSQLD")
-    return [f"AUDITEXPORT_MYSQLD={server}"] if server else []
-
-
-def _program() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
-
-
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def clear(stack: LocalStack) -> None:
-    """An empty outbox, an empty ledger but for its head, no dead letters, and an empty ClickHouse table."""
+    """Empties the outbox, the ledger (not its head), the dead letters and the ClickHouse table."""
     execute(stack, "TRUNCATE TABLE clickhouse_outbox", *EMPTY_LEDGER)
     stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
 
 
 def seed(stack: LocalStack, events: int, *, malformed: int = 0, payload_bytes: int | None = None) -> None:
-    """Fills the outbox and keeps a copy, so that every contender gets the same rows in a fresh table."""
+    """Fills the outbox and saves it, so that each contender gets the same rows in a new table."""
     seed_outbox(stack.outbox.url, seed=SEED, events=events, malformed=malformed, payload_bytes=payload_bytes)
-    keep(stack)
+    save(stack)
 
 
-def keep(stack: LocalStack) -> None:
-    """Keeps a copy of the outbox's pending rows, for `restore`."""
+def save(stack: LocalStack) -> None:
+    """Copies the outbox's pending rows, for `restore`."""
     execute(
         stack,
         "DROP TABLE IF EXISTS outbox_seed",
@@ -118,64 +105,34 @@ def keep(stack: LocalStack) -> None:
     )
 
 
+def values_of(row: OutboxRow) -> dict[str, object]:
+    """The parameters of `INSERT`."""
+    return {name: getattr(row, name) for name in OutboxRow.__slots__}
+
+
 def put(stack: LocalStack, rows: Iterable[OutboxRow]) -> None:
     """Commits these rows, a few thousand at a time."""
-    statement = sa.text(
-        "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-        "VALUES (:version, :workspace_id, :event_id, :payload, :created_at_ms)"
-    )
     rows = iter(rows)
     engine = sa.create_engine(stack.outbox.url)
     while chunk := list(islice(rows, PUT_ROWS)):
         with engine.begin() as connection:
-            connection.execute(statement, [{name: getattr(row, name) for name in OutboxRow.__slots__} for row in chunk])
+            connection.execute(INSERT, [values_of(row) for row in chunk])
     engine.dispose()
 
 
-def age(stack: LocalStack, copies: int) -> None:
-    """Puts exported rows before the pending ones: each pending row so many times, at lower pks, marked.
-
-    They are marked as by another exporter: neither the ledger nor ClickHouse knows them.
-    """
-    ((span,),) = _query(stack, "SELECT COALESCE(MAX(pk), 0) FROM outbox_seed")
-    columns = "version, workspace_id, event_id, payload, created_at"
+def restore(stack: LocalStack) -> None:
+    """The seeded outbox again, an empty ledger except for its head, and an empty ClickHouse table."""
+    clear(stack)
     execute(
         stack,
-        "TRUNCATE TABLE clickhouse_outbox",
-        *(
-            f"INSERT INTO clickhouse_outbox (pk, {columns}, deleted_at) "
-            f"SELECT pk + {number * span}, {columns}, {'NULL' if number == copies else 'created_at'} "
-            "FROM outbox_seed ORDER BY pk"
-            for number in range(copies + 1)
-        ),
-    )
-    keep(stack)
-
-
-def restore(stack: LocalStack, *, aged: bool = False) -> None:
-    """The seeded outbox again, an empty ledger but for its head, and an empty ClickHouse table.
-
-    An aged outbox keeps its exported rows; its pending ones are made pending again where they are.
-    """
-    outbox = [
-        "TRUNCATE TABLE clickhouse_outbox",
         "INSERT INTO clickhouse_outbox SELECT * FROM outbox_seed ORDER BY pk",
-    ]
-    if aged:
-        ((first_pk,),) = _query(stack, "SELECT MIN(pk) FROM outbox_seed")
-        outbox = [f"UPDATE clickhouse_outbox SET deleted_at = NULL WHERE pk >= {first_pk}"]
-    execute(
-        stack,
-        *outbox,
-        *EMPTY_LEDGER,
         "ANALYZE TABLE clickhouse_outbox",
     )
-    stack.log.client().command("TRUNCATE TABLE audit_logs_raw_v1")
     settle(stack)
 
 
 def settle(stack: LocalStack) -> None:
-    """Waits until both servers have done what the last contender left them to do: purges, merges, dirty pages."""
+    """Waits until both servers have finished purges, merges and writes of the last contender."""
     servers = [psutil.Process(stack.mysql.pid), psutil.Process(stack.clickhouse.pid)]
     for _ in range(SETTLE_ROUNDS):
         if sum(server.cpu_percent(interval=0.5) for server in servers) < IDLE_CPU_PERCENT:
@@ -183,13 +140,13 @@ def settle(stack: LocalStack) -> None:
 
 
 def wait_for_quiet() -> bool:
-    """Waits, half an hour at most, until nothing else keeps the machine busy; False when something still does."""
+    """Waits, half an hour at most, until the machine is quiet; False when it never is."""
     return any(psutil.cpu_percent(interval=5) < QUIET_CPU_PERCENT for _ in range(QUIET_ROUNDS))
 
 
 def execute(stack: LocalStack, *statements: str) -> None:
     """Runs each statement in a transaction of its own."""
-    # A connection without the exporter's time limits: putting a million rows back takes a while.
+    # A connection without the exporter's time limits: to restore a million rows takes a while.
     engine = sa.create_engine(stack.outbox.url)
     for statement in statements:
         with engine.begin() as connection:
@@ -207,7 +164,7 @@ def _query(stack: LocalStack, statement: str) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What both databases hold: entries and distinct events without FINAL, pending rows, dead letters."""
+    """Entries and distinct events without FINAL, pending rows, dead letters."""
 
     entries: int
     events: int
@@ -216,23 +173,12 @@ class Counts:
 
 
 def counts(stack: LocalStack) -> Counts:
-    """Counts everything, in both databases."""
     entries, events = exported(stack)
     ((pending,),) = _query(
         stack, f"SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NULL AND version = '{VERSION}'"
     )
     ((dead,),) = _query(stack, "SELECT COUNT(*) FROM clickhouse_outbox_dead_letter")
     return Counts(entries=entries, events=events, pending=pending, dead=dead)
-
-
-def last_marked_pk(stack: LocalStack) -> int:
-    """The highest pk that is marked: where a cursor over pks would stand."""
-    return _query(stack, "SELECT COALESCE(MAX(pk), 0) FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")[0][0]
-
-
-def marked(stack: LocalStack) -> int:
-    """Rows of the outbox that are marked exported."""
-    return _query(stack, "SELECT COUNT(*) FROM clickhouse_outbox WHERE deleted_at IS NOT NULL")[0][0]
 
 
 def exported(stack: LocalStack) -> tuple[int, int]:
@@ -247,14 +193,3 @@ def content(stack: LocalStack) -> int:
     """A sum over every column of every entry but `inserted_at`, the same for the same entries in any order."""
     ((found,),) = stack.log.client().query(CONTENT).result_rows
     return int(found)
-
-
-def drain_seconds(stack: LocalStack) -> float:
-    """The seconds of the last drain as its materialization says: from its plan to its verification."""
-    import dagster as dg
-
-    with dg.DagsterInstance.from_config(str(stack.dagster_home)) as instance:
-        event = instance.get_latest_materialization_event(dg.AssetKey("audit_logs_raw_v1"))
-        assert event is not None
-        assert event.asset_materialization is not None
-        return float(str(event.asset_materialization.metadata["seconds"].value))

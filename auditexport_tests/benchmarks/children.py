@@ -1,9 +1,6 @@
 """Exporters as child processes, measured by the kernel: wall and CPU seconds, and the memory of the process tree.
 
-What belongs here: running one, or asking one for a drain at a time, and its figures. What does not: which exporters
-there are (`contenders`), and any judgement of a figure.
-
-Asked for drains (`turns`), a child's first one finds nothing and opens its connections; it is not counted.
+`run` measures a process from start to end. `ask` measures the drains of a process that runs already.
 """
 
 from __future__ import annotations
@@ -26,13 +23,13 @@ from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks.turns import ANSWER
 
 SAMPLED_EVERY_S = 0.05
-# Finding the tree reads the whole process table: less often.
+# To find the tree is to read the whole process table: less often.
 TREE_EVERY_SAMPLES = 10
-SAID_CHARACTERS = 120
+FAILURE_CHARACTERS = 120
 
 
 class ChildFailed(RuntimeError):
-    """A child ended with an error; the text is the end of what it said."""
+    """A child ended with an error; the text is the end of its output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +38,7 @@ class Child:
     resident memory of its tree in megabytes (10^6 bytes), sampled twenty times a second.
 
     `others_cpu_s` is what the rest of the machine used meanwhile, the kernel and the benchmark included. `failure` is
-    what the process said last, when it ended with an error.
+    the last line of the process's output, when it ended with an error.
     """
 
     seconds: float
@@ -55,59 +52,61 @@ class Child:
 
 def run(stack: LocalStack, command: list[str], *, may_fail: bool = False) -> Child:
     """Runs the command against the stack. Raises `ChildFailed` when it fails and may not."""
-    before = _cpu_s_of(stack)
-    started = time.monotonic()
     with tempfile.TemporaryFile() as output:
+        before = _cpu_s_of(stack)
+        started = time.monotonic()
         process = subprocess.Popen(command, env=stack.environment(), stdout=output, stderr=output)
         with _sampled(process.pid) as peak:
             cpu_s = _reap(process)
         seconds = time.monotonic() - started
-        failure = _failure(process, output, may_fail=may_fail)
-    spent = _since(before, _cpu_s_of(stack))
-    return _finished(seconds, (cpu_s, *spent), peak, failure)
+        spent = [cpu_s, *_since(before, _cpu_s_of(stack))]
+        return _finished(process.returncode, output, seconds, spent, peak, may_fail=may_fail)
 
 
 def ask(
     stack: LocalStack, command: list[str], put: Callable[[int], None], drains: int, *, may_fail: bool = False
 ) -> Child:
-    """Asks one child for so many drains, each after `put(number)` has committed something for it.
+    """Asks one child for so many drains, each after `put(number)` has committed some rows.
 
-    The seconds and the CPU are those of the drains: neither start-up nor `put` is in them.
+    The first drain finds nothing and opens connections; it is not measured, nor are start-up and `put`.
     """
-    seconds = 0.0
-    spent: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    seconds, spent = 0.0, [0.0] * 4
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command,
-            env=stack.environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
+            command, env=stack.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+        assert process.stdin is not None
         with _sampled(process.pid) as peak:
             try:
                 exporter = psutil.Process(process.pid)
                 alive = _drained(process)
-                for number in range(drains if alive else 0):
+                for number in range(drains):
                     put(number)
-                    before = (_cpu_s(exporter), *_cpu_s_of(stack))
+                    before = [_cpu_s(exporter), *_cpu_s_of(stack)]
                     started = time.monotonic()
-                    if not _drained(process):
+                    alive = alive and _drained(process)
+                    if not alive:
                         break
                     seconds += time.monotonic() - started
-                    once = _since(before, (_cpu_s(exporter), *_cpu_s_of(stack)))
-                    spent = tuple(map(sum, zip(spent, once, strict=True)))
+                    once = _since(before, [_cpu_s(exporter), *_cpu_s_of(stack)])
+                    spent = [sum(pair) for pair in zip(spent, once, strict=True)]
             finally:
-                assert process.stdin is not None
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 _reap(process)
-        failure = _failure(process, errors, may_fail=may_fail)
-    return _finished(seconds, spent, peak, failure)
+        return _finished(process.returncode, errors, seconds, spent, peak, may_fail=may_fail)
 
 
-def _finished(seconds: float, spent: tuple[float, ...], peak: _Peak, failure: str) -> Child:
+def _finished(
+    status: int, output: IO[bytes], seconds: float, spent: list[float], peak: _Peak, *, may_fail: bool
+) -> Child:
+    failure = ""
+    if status:
+        output.seek(0)
+        text = output.read().decode(errors="replace").strip() or f"exit status {status}"
+        if not may_fail:
+            raise ChildFailed(text[-3_000:])
+        failure = text.splitlines()[-1][:FAILURE_CHARACTERS]
     cpu_s, mysql_cpu_s, clickhouse_cpu_s, machine_cpu_s = spent
     return Child(
         seconds=seconds,
@@ -127,30 +126,18 @@ def _drained(process: subprocess.Popen[str]) -> bool:
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write("\n")
         process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith(ANSWER):
-                return True
+        return any(line.startswith(ANSWER) for line in process.stdout)
     return False
 
 
 def _reap(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> float:
     """Waits; returns the CPU seconds of the process and of the children that it waited for.
 
-    Its `ru_maxrss` is of no use: Linux counts in what the parent had when it forked.
+    Its `ru_maxrss` is of no use: Linux includes the memory of the parent that forked it.
     """
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_utime + usage.ru_stime
-
-
-def _failure(process: subprocess.Popen[bytes] | subprocess.Popen[str], output: IO[bytes], *, may_fail: bool) -> str:
-    if process.returncode == 0:
-        return ""
-    output.seek(0)
-    said = output.read().decode(errors="replace").strip()
-    if not may_fail:
-        raise ChildFailed(said[-3_000:])
-    return said.splitlines()[-1][:SAID_CHARACTERS] if said else f"exit status {process.returncode}"
 
 
 @dataclass(slots=True)
@@ -161,7 +148,7 @@ class _Peak:
 
 @contextlib.contextmanager
 def _sampled(pid: int) -> Iterator[_Peak]:
-    """The most memory that the process and its descendants had while the body ran."""
+    """The peak memory of the process and its descendants while the body runs."""
     peak = _Peak()
     sampling = threading.Thread(target=_sample, args=(pid, peak), daemon=True)
     sampling.start()
@@ -189,7 +176,7 @@ def _sample(pid: int, peak: _Peak) -> None:
 
 
 def _peak_of_one(pid: int) -> int:
-    """Bytes of the process's own peak since it was started, where the kernel tells: samples miss short ones."""
+    """Bytes of the process's own peak since its start, on Linux: samples miss short peaks."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -197,16 +184,13 @@ def _peak_of_one(pid: int) -> int:
     return 0
 
 
-def _cpu_s_of(stack: LocalStack) -> tuple[float, ...]:
+def _cpu_s_of(stack: LocalStack) -> list[float]:
     """CPU seconds of MySQL, of ClickHouse, and of the whole machine, until now."""
     machine = psutil.cpu_times()
-    # Time in guests is in `user` already, and stolen time is somebody else's.
-    idle_s = machine.idle + getattr(machine, "iowait", 0.0)
-    outside_s = sum(getattr(machine, name, 0.0) for name in ("guest", "guest_nice", "steal"))
-    return (
-        *(_cpu_s(psutil.Process(pid)) for pid in (stack.mysql.pid, stack.clickhouse.pid)),
-        sum(machine) - idle_s - outside_s,
-    )
+    # `user` includes the time of guests already, and other machines used the stolen time.
+    not_ours = ("idle", "iowait", "guest", "guest_nice", "steal")
+    machine_s = sum(machine) - sum(getattr(machine, name, 0.0) for name in not_ours)
+    return [*(_cpu_s(psutil.Process(pid)) for pid in (stack.mysql.pid, stack.clickhouse.pid)), machine_s]
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -214,5 +198,5 @@ def _cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _since(before: tuple[float, ...], now: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(later - earlier for earlier, later in zip(before, now, strict=True))
+def _since(before: list[float], now: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in zip(before, now, strict=True)]

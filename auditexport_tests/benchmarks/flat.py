@@ -1,8 +1,6 @@
-"""Cost that does not grow: the sensor's probe, a claim and a drain, alone and behind everything a long life leaves.
+"""Cost that does not grow: the sensor's probe, a claim and a drain, in a new outbox and in an old one.
 
-What belongs here: a fresh outbox with pending rows only, beside one whose pending rows lie behind ten times as many
-exported ones and a ledger of 100,000 batches; one figure each, and their ratio. What does not: throughput by backlog
-(`speed`), and dead letters (`floods`).
+The old outbox has ten times as many exported rows before its pending ones, and a ledger of 100,000 batches.
 
     python -m auditexport_tests.benchmarks.flat [exported rows] [pending rows] [batches in the ledger]
 """
@@ -12,7 +10,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import sqlalchemy as sa
@@ -44,11 +44,11 @@ FROM (SELECT ROW_NUMBER() OVER () AS n FROM clickhouse_outbox LIMIT {batches}) A
 
 
 def _grow(stack: LocalStack, exported: int, pending: int, batches: int) -> None:
-    """Exported rows first, then pending ones, as their pks would have it."""
+    """Exported rows first, then pending ones with higher pks."""
     seed_outbox(stack.outbox.url, seed=bench.SEED, events=SEEDED_ROWS)
     engine = sa.create_engine(stack.outbox.url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.exec_driver_sql("SET SESSION sql_log_bin = 0")  # of the growing, nothing is measured
+        connection.exec_driver_sql("SET SESSION sql_log_bin = 0")  # not measured
         if exported:
             connection.exec_driver_sql("UPDATE clickhouse_outbox SET deleted_at = 1")
             for _ in range(exported // SEEDED_ROWS - 1):
@@ -63,42 +63,36 @@ def _grow(stack: LocalStack, exported: int, pending: int, batches: int) -> None:
 
 
 def _measured(stack: LocalStack) -> dict[str, float]:
-    """Medians of some rounds, in milliseconds for the looks and in microseconds an event for the drain."""
+    """Medians of some rounds."""
     outbox, log, limits = stack.outbox, stack.log, Limits(max_batches=1)
-    taken: dict[str, list[float]] = {
-        "sensor's probe, ms": [],
-        "claim of 100,000 rows, ms": [],
-        "drain, µs an event": [],
-    }
+    taken: defaultdict[str, list[float]] = defaultdict(list)
 
-    def timed(name: str, work: Callable[[], object], *, by: float) -> object:
+    @contextmanager
+    def timed(name: str, unit_s: float) -> Iterator[None]:
         started = time.perf_counter()
-        result = work()
-        taken[name].append((time.perf_counter() - started) / by)
-        return result
-
-    def one_batch() -> int:
-        fetched = export.fetch(outbox, log, claim, limits)
-        export.mark(outbox, log, export.write(outbox, log, claim, fetched.bodies, limits), limits)
-        verify.verify(outbox, log, outbox.unverified(10))
-        return fetched.rows
+        yield
+        taken[name].append((time.perf_counter() - started) / unit_s)
 
     for number in range(ROUNDS):
-        timed("sensor's probe, ms", lambda: outbox.backlog(limits.versions, count_to=1_000_000), by=1e-3)
-        owner = f"round {number}"
-        (claim,) = claiming.claim(outbox, owner=owner, dead_owners=(), limits=limits)
-        # A claim of a whole batch: the first of a plan is small.
-        started = time.perf_counter()
-        one_batch()
-        taken["drain, µs an event"].append((time.perf_counter() - started) / claim.rows * 1e6)
-        with outbox.planning(owner, limits.lease_s) as ledger:
-            timed("claim of 100,000 rows, ms", lambda: ledger.candidates("audit_log.v1", 0, 100_000), by=1e-3)
+        with timed("sensor's probe, ms", 1e-3):
+            outbox.backlog(limits.versions, count_to=1_000_000)
+        (claim,) = claiming.claim(outbox, owner=f"round {number}", dead_owners=(), limits=limits)
+        with timed("drain, µs an event", claim.rows * 1e-6):
+            fetched = export.fetch(outbox, log, claim, limits)
+            export.mark(outbox, log, export.write(outbox, log, claim, fetched.bodies, limits), limits)
+            verify.verify(outbox, log, outbox.unverified(10))
+        # The first batch of a plan is small, so the claim of a whole one is measured by itself.
+        with (
+            outbox.planning(f"round {number}", limits.lease_s) as ledger,
+            timed("claim of 100,000 rows, ms", 1e-3),
+        ):
+            ledger.candidates("audit_log.v1", 0, 100_000)
     return {name: float(pd.Series(values).median()) for name, values in taken.items()}
 
 
 def main(exported: int = 10_000_000, pending: int = 1_000_000, batches: int = 100_000) -> None:
     columns = {}
-    # The one that takes long to grow first: the other is then measured a minute later, on the same machine.
+    # First the one that takes long to grow: the other is measured a minute later, on the same machine.
     for name, before, old in (
         (f"behind {exported:,} exported, {batches:,} batches", exported, batches),
         ("pending rows only", 0, 0),

@@ -1,8 +1,7 @@
 """How soon: from the application's commit until ClickHouse answers with the event, at a steady pace.
 
-What belongs here: one writer, Dagster as `make dev` runs it, and a reader that looks every 50 ms; a run for each tick of
-the sensor beside a run that stays (`linger_s`); and where the time of a run goes. What does not: what the application
-notices (`latency`).
+One writer, Dagster as `make dev` runs it, and a reader every 50 ms; once with a run for each tick of the sensor, once with a
+run that stays (`linger_s`). It also prints where the time of a run goes.
 
     python -m auditexport_tests.benchmarks.freshness [seconds] [events/s …]
 """
@@ -25,10 +24,10 @@ from auditexport_pipeline.local.stack import LocalStack
 from auditexport_tests.benchmarks import bench
 from auditexport_tests.support.builders import settings_file
 
-LOOK_EVERY_S = 0.05
-# The sensor and the first run are under way by then.
+READ_EVERY_S = 0.05
+# By then the sensor and the first run have started.
 WARM_UP_S = 40.0
-# After the last commit: a tick, a run, and their slack.
+# After the last commit: a tick and a run, with room.
 DRAINED_WITHIN_S = 120.0
 MODES = {
     "a run for each tick": {},
@@ -41,7 +40,7 @@ WHERE inserted_at > {floor:Int64} AND inserted_at NOT IN {seen:Array(Int64)} GRO
 
 
 class Reader(threading.Thread):
-    """Notes when each event is there first."""
+    """Notes when it first sees each event."""
 
     def __init__(self, stack: LocalStack) -> None:
         super().__init__(daemon=True)
@@ -50,20 +49,20 @@ class Reader(threading.Thread):
         self._stack = stack
 
     def run(self) -> None:
-        slots: list[int] = []
+        groups: list[int] = []  # by inserted_at
         client = self._stack.log.client()
-        while not self.stop.wait(LOOK_EVERY_S):
-            recent = slots[-500:]
+        while not self.stop.wait(READ_EVERY_S):
+            recent = groups[-500:]
             found = client.query(NEW_ENTRIES, parameters={"floor": min(recent, default=0) - 1, "seen": recent or [0]})
             now = time.monotonic()
-            for slot, ids in sorted(found.result_rows):
-                slots.append(slot)
+            for inserted_at, ids in sorted(found.result_rows):
+                groups.append(inserted_at)
                 for event_id in ids:
                     self.seen.setdefault(event_id, now)
 
 
 def _write(stack: LocalStack, per_s: float, seconds: float) -> dict[str, float]:
-    """Commits single events, or tens where they come fast; returns the moment of each event's commit."""
+    """Commits single events, or tens at a high pace; returns the moment of each event's commit."""
     generator = Generator(bench.SEED, stream=time.time_ns())
     together = max(1, round(per_s / 200))
     engine = sa.create_engine(stack.outbox.url, pool_size=1)
@@ -74,14 +73,7 @@ def _write(stack: LocalStack, per_s: float, seconds: float) -> dict[str, float]:
         time.sleep(max(0.0, due - time.monotonic()))
         events = [generator.event(time.time_ns() // 1_000_000) for _ in range(together)]
         with engine.begin() as connection:
-            connection.exec_driver_sql(
-                "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-                "VALUES (%s, %s, %s, %s, %s)",
-                [
-                    (event.version, event.workspace_id, event.event_id, event.payload, event.created_at_ms)
-                    for event in events
-                ],
-            )
+            connection.execute(bench.INSERT, [bench.values_of(event) for event in events])
         committed.update(dict.fromkeys((event.event_id for event in events), time.monotonic()))
     engine.dispose()
     return committed
@@ -126,16 +118,9 @@ def _parts(instance: dg.DagsterInstance) -> dict[str, float]:
             at.setdefault(f"{event.event_type_value} {step}".strip(), entry.timestamp)
             if event.event_type_value == "STEP_SUCCESS":
                 at[f"end {step}"] = entry.timestamp
-        told = instance.get_run_stats(run.run_id)
-        at |= {
-            name: moment
-            for name, moment in (
-                ("enqueued", told.enqueued_time),
-                ("launched", told.launch_time),
-                ("started", told.start_time),
-            )
-            if moment
-        }
+        stats = instance.get_run_stats(run.run_id)
+        times = {"enqueued": stats.enqueued_time, "launched": stats.launch_time, "started": stats.start_time}
+        at |= {name: moment for name, moment in times.items() if moment}
         marks = [
             ("queue", "enqueued", "launched"),
             ("process and imports", "launched", "started"),

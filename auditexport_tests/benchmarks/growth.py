@@ -1,9 +1,6 @@
-"""What stays behind: bytes of a batch in the ledger, of a run, its batches and a tick in Dagster's storage, and round trips.
+"""The constants of `model`: bytes that a batch, a run and a tick leave in the ledger and in Dagster's storage, and round trips.
 
-What belongs here: counting on real servers, for the constants of `model`. What does not: speed, and what a year makes of it
-(`model`).
-
-    python -m auditexport_tests.benchmarks.growth [runs]
+python -m auditexport_tests.benchmarks.growth [runs]
 """
 
 from __future__ import annotations
@@ -43,12 +40,12 @@ TICKS = 2_000
 # Of a Dagster run: so many rows, in one batch or in so many.
 RUN_ROWS, RUN_BATCHES = 1_000, 10
 TRIP_ROWS = (1_000, 5_000, 25_000)
-BY = Actor(who="benchmark", why="counting")
+ACTOR = Actor(who="benchmark", why="counting")
 
 
 @contextmanager
 def counted() -> Iterator[Callable[[str], Counter[str]]]:
-    """Commands to MySQL and requests to ClickHouse of this process, under the name that was given last."""
+    """Counts this process's commands to MySQL and requests to ClickHouse, under the name that was given last."""
     from pymysql.connections import Connection
     from urllib3 import PoolManager
 
@@ -90,10 +87,10 @@ def _drain(
     *,
     hands_over: bool = True,
 ) -> list[Claim]:
-    """Claims so many batches of exactly so many rows, exports each step by step, and verifies them all; returns the claims.
+    """Claims `batches` of exactly `rows` rows, exports each step by step, and verifies them all; returns the claims.
 
-    `under` is told of each verb before it begins. Without `hands_over` each batch is read again to be written, as a worker
-    does whose fetch was in another process.
+    `under` is called with each verb before it begins. Without `hands_over` each batch is read again to be written, as on a
+    worker whose fetch was in another process.
     """
     first, claiming.FIRST_BATCH_ROWS = claiming.FIRST_BATCH_ROWS, rows
     limits = Limits(batch_rows=rows, max_batches=batches)
@@ -115,7 +112,7 @@ def _drain(
 
 
 def round_trips(stack: LocalStack, rows: int, batches: int = 3, *, hands_over: bool = True) -> pd.DataFrame:
-    """Of each verb, for a batch of so many rows: one row a verb, one column a server. `hands_over` as `_drain` has it."""
+    """For a batch of `rows` rows: one row a verb, one column a server. `hands_over` as in `_drain`."""
     _emptied(stack, rows)
     _drain(stack, rows, 1)  # opens the connections
     _emptied(stack, rows * batches)
@@ -131,7 +128,7 @@ def round_trips(stack: LocalStack, rows: int, batches: int = 3, *, hands_over: b
 
 
 def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[str, float]:
-    """Milliseconds that a batch takes however small it is: wall, and CPU of exporter, MySQL and ClickHouse."""
+    """Milliseconds that a small batch takes: wall, and CPU of exporter, MySQL and ClickHouse."""
     _emptied(stack, rows * batches)
     bench.settle(stack)
     servers = [psutil.Process(pid) for pid in (stack.mysql.pid, stack.clickhouse.pid)]
@@ -146,21 +143,21 @@ def fixed_costs(stack: LocalStack, rows: int = 50, batches: int = 60) -> dict[st
 
 
 def ledger_bytes(stack: LocalStack) -> dict[str, float]:
-    """On InnoDB's pages, indexes included: of a batch whose rows lie together, of one whose rows do not, and of its record only."""
+    """In InnoDB, with indexes: a batch of adjacent rows, one of scattered rows, and a compacted one."""
     _emptied(stack, 2_000)
-    # As rows of several transactions at once lie: every third of them is another batch's.
+    # As with several transactions at once: every third row is another batch's.
     bench.execute(stack, "DELETE FROM clickhouse_outbox WHERE MOD(pk, 3) = 0 AND pk > 1000")
     claims = _drain(stack, rows=1_000, batches=10)
     together, apart = (claim.batch_id for claim in claims[:2])
     found = {"rows together": _copied(stack, together), "667 rows apart": _copied(stack, apart)}
     upkeep = MySQLMaintenance(stack.outbox)
-    sweep(stack.outbox, upkeep, stack.log, Retention(outbox_days=0), BY)
-    assert upkeep.compact(upkeep.now_ms() + 1, 10, BY) == len(claims)
+    sweep(stack.outbox, upkeep, stack.log, Retention(outbox_days=0), ACTOR)
+    assert upkeep.compact(upkeep.now_ms() + 1, 10, ACTOR) == len(claims)
     return {**found, "the record only": _copied(stack, together)}
 
 
 def _copied(stack: LocalStack, batch_id: int) -> float:
-    """Bytes a row of a table that holds one batch of the ledger thousands of times, under ids and times of their own."""
+    """Bytes a row of a table that has one batch of the ledger thousands of times, with other ids and times."""
     copy = f"{LEDGER}_copied"
     with stack.outbox.engine.begin() as connection:
         connection.exec_driver_sql(f"DROP TABLE IF EXISTS {copy}")
@@ -191,9 +188,9 @@ def _copied(stack: LocalStack, batch_id: int) -> float:
 
 
 def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[str, float]:
-    """Of one run of a batch, as the schedule launches it, of each batch more, and of one skipped tick, in SQLite or PostgreSQL.
+    """In SQLite or PostgreSQL: of a run of one batch, as the schedule launches it, of each batch more, and of a skipped tick.
 
-    The rows are the same `RUN_ROWS` whether they are one batch or ten, so what differs is what a batch leaves.
+    One batch or ten have the same `RUN_ROWS` rows, so the difference is what a batch leaves.
     """
     with tempfile.TemporaryDirectory(prefix="auditexport-growth-") as directory:
         home = Path(directory)
@@ -242,7 +239,7 @@ def dagster_bytes(stack: LocalStack, runs: int, postgres_url: str = "") -> dict[
         }
 
 
-# Ticks as the daemon keeps them, with a skip reason as long as the sensor's.
+# Ticks as the daemon stores them, with a skip reason as long as the sensor's.
 _MAKE_TICKS = """
 import sys, time
 import dagster as dg

@@ -1,12 +1,8 @@
-"""Does the application notice: latency and throughput of its INSERTs beside an exporter, and which locks it meets.
+"""Whether the application notices the exporter: latency of its INSERTs, and the locks that it meets.
 
-One writer commits single events at a steady pace. Beside it: nobody; our drain of a large backlog, as fast as it can
-and throttled; our drain while ClickHouse stands still (SIGSTOP) for five seconds; the ancestor's algorithm in both.
-Meanwhile a third connection samples the server's lock tables; before that it has to see a wait that was made for it.
-Each stands beside the writer in several rounds, in turns, because a disk has moods; a figure is over all rounds.
-
-What belongs here: the writer, the exporters beside it, the samples. What does not: how soon an event arrives
-(`freshness`).
+One writer commits single events at a steady pace. Beside it runs nothing; or our drain of a large backlog, at full speed and
+throttled; or our drain while ClickHouse is stopped (SIGSTOP) for five seconds; or the ancestor's algorithm. A third connection
+samples the server's lock tables; first it has to see a wait that is made for it. A figure is over several rounds, in turns.
 
     python -m auditexport_tests.benchmarks.latency [seconds] [backlog rows] [rounds]
 """
@@ -35,12 +31,12 @@ from auditexport_tests.benchmarks import bench
 
 PACE_PER_S = 100
 STALL_S = 5.0
-# MariaDB answers from a copy of its lock table, and renews it only when nobody has looked for a tenth of a second.
+# MariaDB answers from a copy of its lock table, which it renews only after a tenth of a second without a query.
 SAMPLE_EVERY_S = 0.15
 CONTROL_S = 1.5
-# Far below what the servers can do, so that the machine has room for the application.
+# Far below the servers' limits, so that the machine has room for the application.
 THROTTLED_ROWS_PER_S = (1_000, 4_000)
-# The writer's first commits open its connection and fill its caches, whoever stands beside it: not counted.
+# Not counted: the writer's first commits open its connection and fill caches.
 WARM_UP_S = 1.0
 THIS = "auditexport_tests.benchmarks.latency"
 ANCESTOR = ["-m", "auditexport_tests.benchmarks.ancestor"]
@@ -63,7 +59,7 @@ WAITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """What is at work beside the writer: a name, the arguments of the process, and what else happens."""
+    """What runs beside the writer: a name, the arguments of its process, and what else happens."""
 
     name: str
     arguments: tuple[str, ...] = ()
@@ -94,25 +90,15 @@ def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[tup
     """Milliseconds of each INSERT and of its COMMIT, at `PACE_PER_S`, after a warm-up."""
     events = Generator(bench.SEED, stream=time.time_ns()).events(int((WARM_UP_S + seconds) * PACE_PER_S))
     engine = sa.create_engine(stack.outbox.url, pool_size=1)
-    statement = sa.text(
-        "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
-        "VALUES (:version, :workspace_id, :event_id, :payload, :created_at)"
-    )
     taken = []
     due = time.monotonic()
     with engine.connect() as connection:
         for event in events:
             due += 1 / PACE_PER_S
             stop.wait(max(0.0, due - time.monotonic()))
-            values = {
-                "version": event.version,
-                "workspace_id": event.workspace_id,
-                "event_id": event.event_id,
-                "payload": event.payload,
-                "created_at": event.created_at_ms,
-            }
+            values = bench.values_of(event)
             started = time.perf_counter()
-            connection.execute(statement, values)
+            connection.execute(bench.INSERT, values)
             inserted = time.perf_counter()
             connection.commit()
             taken.append(((inserted - started) * 1000, (time.perf_counter() - inserted) * 1000))
@@ -121,7 +107,7 @@ def _write(stack: LocalStack, seconds: float, stop: threading.Event) -> list[tup
 
 
 class Sampler(threading.Thread):
-    """Looks at the server's lock tables until stopped."""
+    """Samples the server's lock tables until stopped."""
 
     def __init__(self, stack: LocalStack) -> None:
         super().__init__(daemon=True)
@@ -143,7 +129,7 @@ class Sampler(threading.Thread):
 
 
 def _check_the_sampler(stack: LocalStack) -> None:
-    """Makes a wait on a row of the outbox, and fails when the sampler does not see it: its zeros would mean nothing."""
+    """Makes a transaction wait for a row of the outbox; fails when the sampler does not see that."""
     bench.put(stack, Generator(bench.SEED).events(1))
     sampler = Sampler(stack)
     engine = sa.create_engine(stack.outbox.url)
@@ -208,7 +194,7 @@ def _stall(pid: int, stop: threading.Event) -> None:
 def main(seconds: float = 40.0, backlog: int = 300_000, rounds: int = 2) -> None:
     ours = ("-m", THIS, "--drain", "URLS", "0")
     ancestor = (*ANCESTOR, "URLS")
-    stands = (
+    scenes = (
         Beside(name="no exporter"),
         Beside(name="auditexport, large backlog", arguments=ours, backlog=True),
         *(
@@ -224,10 +210,10 @@ def main(seconds: float = 40.0, backlog: int = 300_000, rounds: int = 2) -> None
         Beside(name="ancestor, large backlog", arguments=ancestor, backlog=True),
         Beside(name="ancestor, ClickHouse stalled 5 s", arguments=ancestor, stalled=True),
     )
-    taken: dict[str, list[tuple[float, float]]] = {beside.name: [] for beside in stands}
+    taken: dict[str, list[tuple[float, float]]] = {beside.name: [] for beside in scenes}
     waits: Counter[str] = Counter()
     samples: Counter[str] = Counter()
-    most: dict[str, Counter[str]] = {beside.name: Counter() for beside in stands}
+    most: dict[str, Counter[str]] = {beside.name: Counter() for beside in scenes}
     with bench.benchmark_stack() as stack:
         bench.print_machine(stack)
         print(
@@ -235,13 +221,13 @@ def main(seconds: float = 40.0, backlog: int = 300_000, rounds: int = 2) -> None
             flush=True,
         )
         _check_the_sampler(stack)
-        _empty(stack)
+        bench.clear(stack)
         bench.seed(stack, backlog)
-        for beside in stands * rounds:
+        for beside in scenes * rounds:
             if beside.backlog:
                 bench.restore(stack)
             else:
-                _empty(stack)
+                bench.clear(stack)
                 bench.settle(stack)
             results, sampler = _measure(stack, beside, seconds)
             taken[beside.name] += results
@@ -271,11 +257,6 @@ def main(seconds: float = 40.0, backlog: int = 300_000, rounds: int = 2) -> None
     for name, locks in most.items():
         seen = ", ".join(f"{count:,} {kind}" for kind, count in sorted(locks.items())) or "none"
         print(f"most row locks of one sample, {name}: {seen}")
-
-
-def _empty(stack: LocalStack) -> None:
-    with stack.outbox.transaction("emptying the outbox") as connection:
-        connection.exec_driver_sql("TRUNCATE TABLE clickhouse_outbox")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a drain would do on larger machines, further apart: arithmetic over costs that other benchmarks measured.
+"""A model of a drain on larger machines, further apart, from costs that other benchmarks measured.
 
-A batch spends CPU on three machines and waits for round trips. A process that prefetches is as fast as its slowest stage. A
-worker does the stages of a batch one after the other. No machine gives more CPU than it has cores. Nothing here measures.
+A batch uses CPU on three machines and waits for round trips. A process that prefetches is as fast as its slowest stage. A
+worker does the stages of a batch one after the other. No machine gives more CPU than it has cores.
 
     python -m auditexport_tests.benchmarks.model                                        # the tables of docs/scale.md
     python -m auditexport_tests.benchmarks.model --set mark_mysql_us=12 event_bytes=900 # with costs of your machine
@@ -19,7 +19,7 @@ from auditexport_pipeline.core.claiming import FIRST_BATCH_ROWS
 from auditexport_pipeline.core.settings import Limits
 
 AS_SHIPPED = Limits()
-# Fuller than this a machine has no room for a peak, and the model knows no price of crowding.
+# Above this a machine has no room for a peak, and the model does not know what contention costs.
 FULL = 0.7
 
 
@@ -27,7 +27,7 @@ FULL = 0.7
 class Costs:
     """What an event, a round trip, an INSERT and a step cost. `_us` is CPU an event, `_trips` are round trips a batch."""
 
-    # benchmarks/README.md, "Each stage alone": `stages 200000` on MariaDB, events of 600 bytes.
+    # benchmarks/README.md, the stages of a drain: `stages 200000` on MariaDB, events of 600 bytes.
     claim_exporter_us: float = 0.1
     claim_mysql_us: float = 0.7
     fetch_exporter_us: float = 10.0
@@ -67,16 +67,10 @@ class Costs:
     steps_s: float = 3 * 0.057
     event_bytes: float = 600
 
-    def slower(self, *, mysql: float = 1, clickhouse: float = 1) -> Costs:
-        """The same with databases that take so many times as long over everything they do."""
-        times = {"_mysql_us": mysql, "commit_wait_us": mysql, "_clickhouse_us": clickhouse}
-        names = [(name, by) for name in self.__dataclass_fields__ for end, by in times.items() if name.endswith(end)]
-        return replace(self, **{name: getattr(self, name) * by for name, by in names})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Machines and how far apart they are; `shared` has everything on the exporter's cores."""
+    """Machines and the round trips between them. With `shared` all run on the exporter's cores."""
 
     exporter_cores: float = 8
     mysql_cores: float = 8
@@ -85,7 +79,7 @@ class Site:
     mysql_ms: float = 0.2
     clickhouse_ms: float = 0.2
     link_bytes_s: float = 1.1e9  # ten gigabits
-    window_bytes: float = 4 * 1024**2  # what one TCP connection has on its way at most
+    window_bytes: float = 4 * 1024**2  # what one TCP connection has in flight at most
 
     def carry_s(self, size_bytes: float, round_trip_ms: float) -> float:
         in_flight = self.window_bytes / (round_trip_ms / 1000) if round_trip_ms else math.inf
@@ -104,7 +98,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Seconds of one batch: CPU on each machine, and from begin to end."""
+    """Seconds of one batch: CPU on each machine, and wall time."""
 
     exporter_s: float = 0.0
     mysql_s: float = 0.0
@@ -113,7 +107,7 @@ class Stage:
 
 
 def stages_of(rows: float, site: Site, plan: Plan, costs: Costs) -> dict[str, Stage]:
-    """What each stage of a batch of `rows` takes, with nothing else on the machines."""
+    """Each stage of a batch of `rows`, on idle machines."""
     limits, us = plan.limits, 1e-6
 
     def stage(
@@ -175,7 +169,7 @@ class Outcome:
 
 
 def drain(site: Site, plan: Plan, costs: Costs) -> Outcome:
-    """One outbox: as fast as its slowest stage, or its workers, and no faster than a machine's cores allow."""
+    """One outbox: as fast as its slowest stage or its workers, and as a machine's cores allow."""
     rows = min(plan.limits.batch_rows, plan.events)
     batches = plan.events / rows
     stages = stages_of(rows, site, plan, costs)
@@ -278,22 +272,8 @@ def by_distance(plans: dict[str, Plan], costs: Costs) -> pd.DataFrame:
     )
 
 
-def by_database(costs: Costs, ms: float) -> pd.DataFrame:
-    """Events/s of one outbox as shipped, with databases that take half or twice as long."""
-    site, times = Site(mysql_ms=ms, clickhouse_ms=ms), (0.5, 1, 2)
-    return pd.DataFrame(
-        {
-            f"ClickHouse × {clickhouse:g}": {
-                f"MySQL × {mysql:g}": _rate(site, Plan(), costs.slower(mysql=mysql, clickhouse=clickhouse))
-                for mysql in times
-            }
-            for clickhouse in times
-        }
-    )
-
-
 def walls(costs: Costs, ms: float) -> pd.DataFrame:
-    """What one outbox waits for, what moves that, and what it waits for then."""
+    """What one outbox waits for, as shipped and with other settings."""
     site, lines = Site(mysql_ms=ms, clickhouse_ms=ms), {}
     for name, limits in (
         ("as shipped", Limits()),
@@ -347,7 +327,7 @@ LEDGER_DAYS, RUN_DAYS, TICK_DAYS = 400, 30, 2
 
 
 def runs_a_day(batches: float, max_batches: int = AS_SHIPPED.max_batches) -> float:
-    """The schedule's, or as many as it takes when each ends after `max_batches`."""
+    """The schedule's, or more where `max_batches` ends them earlier."""
     return max(SCHEDULED_RUNS, batches / max_batches)
 
 
@@ -370,7 +350,7 @@ def growth() -> pd.DataFrame:
         {
             "20,000 events/s in batches of 100,000": year(full, runs_a_day(full)),
             "a run a minute, of one batch": year(1_440, 1_440),
-            "linger_s 900, something in every look": year(2 * 86_400, SCHEDULED_RUNS, stays=True),
+            "linger_s 900, rows at each poll": year(2 * 86_400, SCHEDULED_RUNS, stays=True),
             "linger_s 900, linger_poll_ms 5000": year(86_400 / 5, SCHEDULED_RUNS, stays=True),
         }
     ).T
@@ -393,7 +373,6 @@ def main(arguments: list[str] | None = None) -> None:
         ("Gigabytes of one outbox", growth()),
     ]
     for ms in (0.2, 20.0):
-        tables.append((f"Events/s by how long a database takes, {ms:g} ms away", by_database(costs, ms)))
         tables.append((f"What one outbox waits for, {ms:g} ms away", walls(costs, ms)))
     for title, table in tables:
         print(f"\n{title}\n{table.to_string(float_format='{:,.6g}'.format)}")

@@ -1,8 +1,6 @@
-"""Our drain without Dagster, to ask a child process for: what the ops do, in one thread, one verb after the other.
+"""Our drain without Dagster, one verb after the other in one thread; once for each line of standard input.
 
-What belongs here: the verbs of `core` in the ops' order. What does not: anything that they do.
-
-    python -m auditexport_tests.benchmarks.ours MYSQL_URL CLICKHOUSE_URL --turns
+python -m auditexport_tests.benchmarks.ours MYSQL_URL CLICKHOUSE_URL --turns
 """
 
 from __future__ import annotations

@@ -1,219 +1,210 @@
-"""How fast: every contender on the same servers and the same outbox, in turns, several rounds, one table a scenario.
-
-What belongs here: the rounds and the table. What does not: scenarios (`scenarios`), contenders (`contenders`), and how
-a process is measured (`children`).
+"""How fast: each contender on the same servers and the same outbox, in turns, several rounds, one table a scenario.
 
     python -m auditexport_tests.benchmarks.speed [--rounds N] [--contenders a,b] [scenario[:events] …]
 
-A round runs each contender once, and each round begins with another one. CPU seconds are those until the exporter
-ended; merges and purges that it leaves to the servers for later are waited for, and not counted.
+A round runs each contender once, and each round begins with another one. CPU seconds are those until the exporter ended.
+Merges and purges that it leaves to the servers are waited for, and not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pandas as pd
 
+from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.local.stack import LocalStack
-from auditexport_tests.benchmarks import bench, children, contenders, peers, scenarios
+from auditexport_tests.benchmarks import bench, children, scenarios
 from auditexport_tests.benchmarks.children import Child
-from auditexport_tests.benchmarks.contenders import ANCESTOR, CONTENDERS, Contender, Wrong
 from auditexport_tests.benchmarks.scenarios import Scenario
 
-# Of ours: each adds a line of its own.
-DAGSTER = "a Dagster run"
-DRAIN = "the drain in it"
-IN_PROCESS = "without Dagster"
 # CPU seconds per million events.
 CPU = {"CPU: exporter": "cpu_s", "MySQL": "mysql_cpu_s", "ClickHouse": "clickhouse_cpu_s"}
+NOTES = """
+events/s, seconds, CPU and RSS are medians of the rounds. CPU: seconds per million events, of the exporter and of both servers
+until it ended. RSS: the peak of the exporter's process tree, in 10^6 bytes. A Dagster run is a process from start to end; the
+drain in it is from its plan to its verification. tuned: binlog_row_image=MINIMAL, which takes a grant, and batches of 150,000
+rows. The ancestor exports a batch twice when ClickHouse's answer is lost, stops for good at a malformed row, verifies nothing,
+and holds its rows locked while it waits for ClickHouse.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """An exporter. Ours is a Dagster run under `limits`; `options` are those of the outbox's URL."""
+
+    key: str
+    name: str
+    module: str
+    options: str = ""
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.module == "ours"
+
+    def process(self, stack: LocalStack, *options: str) -> list[str]:
+        """The command of the drain without Dagster."""
+        module = f"auditexport_tests.benchmarks.{self.module}"
+        return [sys.executable, "-m", module, stack.outbox.url + self.options, stack.log.url, *options]
+
+    def dagster_run(self, stack: LocalStack, scenario: Scenario) -> list[str]:
+        """A run as the sensor launches it, with as many batches as the scenario needs."""
+        limits = Limits(**self.limits)
+        payload_bytes = scenario.events * (scenario.payload_bytes or 0)
+        batches = 1 + max(scenario.events // limits.batch_rows, payload_bytes // limits.batch_bytes)
+        settings = {**self.limits, "max_batches": max(limits.max_batches, 2 * batches)}
+        config = stack.directory / "config.yaml"
+        config.write_text(json.dumps({"ops": {"audit_logs_raw_v1": {"config": settings}}}))  # which is YAML
+        url = f"AUDITEXPORT_MYSQL_URL={stack.outbox.url}{self.options}"
+        return ["env", url, *bench.DAGSTER_DRAIN, "--config", str(config)]
+
+
+OURS = Contender(key="auditexport", name="auditexport", module="ours")
+ANCESTOR = Contender(key="ancestor", name="ancestor's algorithm", module="ancestor")
+CONTENDERS = {
+    contender.key: contender
+    for contender in (
+        OURS,
+        Contender(
+            key="tuned",
+            name="auditexport, tuned",
+            module="ours",
+            options="?binlog_row_image=MINIMAL",
+            limits={"batch_rows": 150_000, "batch_bytes": 96 * 1024**2},
+        ),
+        ANCESTOR,
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One line of one round: `events` in `seconds`, in so many `drains`, and what arrived; without events, why not."""
+    """One line of one round: `events` in `seconds`, in so many `drains`. `failure` is why a contender stopped."""
 
     contender: str
-    events: int
-    drains: int
-    seconds: float
-    child: Child | None
-    arrived: str
+    events: int = 0
+    drains: int = 1
+    seconds: float = 0.0
+    child: Child | None = None
+    failure: str = ""
 
 
-def main(selected: Sequence[Scenario], entrants: Sequence[Contender] = CONTENDERS, rounds: int | None = None) -> None:
+def main(selected: Sequence[Scenario], entrants: Sequence[Contender], rounds: int | None = None) -> None:
     for scenario in selected:
         with bench.benchmark_stack() as stack:
             if scenario is selected[0]:
                 bench.print_machine(stack)
             number = rounds or scenario.rounds
-            print(f"\n{scenario.name}: {scenario.title}; {number} rounds", flush=True)
-            # Once for nothing: the first to run would read everybody's libraries from the disk, the engine's above all.
+            print(f"\n{scenario.name}: {scenario.title}; rounds: {number}", flush=True)
+            # Not measured: the first to run reads all libraries from the disk, above all the engine's.
             scenarios.WARM_UP.seed(stack)
             list(_round(stack, scenarios.WARM_UP, entrants, set()))
             scenario.seed(stack)
             contents: set[int] = set()
-            measured = [
-                line for turn in range(number) for line in _round(stack, scenario, _rotated(entrants, turn), contents)
-            ]
-        print(_table(measured, entrants), flush=True)
-        print(f"Others kept {_others(measured):.1f} of {os.cpu_count()} cores busy meanwhile.", flush=True)
-    print(
-        "\nevents/s, seconds, CPU and RSS are medians of the rounds. CPU: seconds per million events, of the exporter and "
-        "of both servers until it ended.\nRSS: the peak of the exporter's process tree, in 10^6 bytes. A Dagster run is a "
-        "process from start to end; the drain in it is from its plan to its verification."
-    )
-    print("\nWhat each lacks:")
-    for contender in entrants:
-        print(
-            textwrap.fill(f"{contender.name}: {contender.lacks}.", 118, initial_indent="  ", subsequent_indent="    ")
-        )
-
-
-def _rotated(entrants: Sequence[Contender], turn: int) -> list[Contender]:
-    first = turn % len(entrants)
-    return [*entrants[first:], *entrants[:first]]
+            measured: list[Measured] = []
+            for turn in range(number):
+                first = turn % len(entrants)
+                measured += _round(stack, scenario, [*entrants[first:], *entrants[:first]], contents)
+        print(_table(measured), flush=True)
+        ran = [line.child for line in measured if line.child]
+        others = sum(child.others_cpu_s for child in ran) / max(sum(child.seconds for child in ran), 1e-9)
+        print(f"Other processes used {others:.1f} of {os.cpu_count()} cores meanwhile.", flush=True)
+    print(NOTES)
 
 
 def _round(
     stack: LocalStack, scenario: Scenario, entrants: Sequence[Contender], contents: set[int]
 ) -> Iterator[Measured]:
-    """Every contender once; `contents` are the sums of the entries that were written so far."""
+    """Each contender once; `contents` are the checksums of the entries written so far, which have to be the same."""
     for contender in entrants:
-        try:
-            contender.prepare(stack)
-        except peers.NotInstalled as error:
-            yield _nothing(contender, str(error))
+        bench.restore(stack)
+        put, ours = scenario.part(stack), contender.is_ours
+        if scenario.drains > 1:
+            command = contender.process(stack, "--turns")
+            child = children.ask(stack, command, put, scenario.drains, may_fail=not ours)
+        elif ours:
+            child = children.run(stack, contender.dagster_run(stack, scenario))
+        else:
+            child = children.run(stack, contender.process(stack), may_fail=True)
+        how = f", {'a Dagster run' if scenario.drains == 1 else 'without Dagster'}" * ours
+        name = contender.name + how
+        if child.failure:
+            yield Measured(contender=name, failure=child.failure)
             continue
-        scenario.restore(stack)
-        yield from (_steady if scenario.drains > 1 else _once)(stack, scenario, contender, contents)
+        _check(stack, scenario.events, scenario.dead, contents)
+        yield Measured(
+            contender=name, events=scenario.events, drains=scenario.drains, seconds=child.seconds, child=child
+        )
+        if ours:
+            events = scenario.events
+            if scenario.drains > 1:  # and one part more, by a Dagster run
+                events = scenarios.STEADY_ROWS
+                put(scenario.drains)
+                child = children.run(stack, contender.dagster_run(stack, scenario))
+                _check(stack, scenario.events + events, 0, set())
+                run = f"{contender.name}, a Dagster run"
+                yield Measured(contender=run, events=events, seconds=child.seconds, child=child)
+            _, seconds = stack.last_drain()
+            yield Measured(contender=f"{contender.name}, the drain in it", events=events, seconds=seconds)
 
 
-def _once(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
-    """All there is, by a process of its own."""
-    ours = contender.ours
-    command = contenders.dagster_run(contender, stack, scenario) if ours else contender.command(stack)
-    child = children.run(stack, command, may_fail=not ours)
-    yield _judged(stack, scenario, contender, contents, child, DAGSTER)
-    if ours:
-        yield _drain_alone(stack, contender, scenario.events)
+def _check(stack: LocalStack, events: int, dead: int, contents: set[int]) -> None:
+    """Each event is there once, each malformed row is a dead letter, and the entries are those of the contenders before."""
+    found = bench.counts(stack)
+    assert found == bench.Counts(entries=events, events=events, pending=dead, dead=dead), found
+    contents.add(bench.content(stack))
+    assert len(contents) == 1, "a contender wrote other entries"
 
 
-def _steady(stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int]) -> Iterator[Measured]:
-    """Part by part, by a process that runs already; ours once more as one Dagster run of one part."""
-    put = scenario.part(stack)
-    child = children.ask(stack, contender.turns(stack), put, scenario.drains, may_fail=not contender.ours)
-    yield _judged(stack, scenario, contender, contents, child, IN_PROCESS)
-    if contender.ours:
-        part = scenarios.STEADY_ROWS
-        put(scenario.drains)
-        child = children.run(stack, contender.command(stack))
-        found = bench.counts(stack)
-        if (found.entries, found.pending) != (scenario.events + part, 0):
-            raise Wrong(f"{found} after one more part of {part}")
-        name = _named(contender, DAGSTER)
-        yield Measured(contender=name, events=part, drains=1, seconds=child.seconds, child=child, arrived="all")
-        yield _drain_alone(stack, contender, part)
-
-
-def _judged(
-    stack: LocalStack, scenario: Scenario, contender: Contender, contents: set[int], child: Child, how: str
-) -> Measured:
-    """The line of a contender that is done, or that stopped, or whose counts are wrong; ours may have no such counts."""
-    if child.failure:
-        return _nothing(contender, f"stopped, {bench.counts(stack).entries:,} entries: {child.failure}")
-    try:
-        arrived = contender.arrived(stack, scenario)
-        if contender.writes_entries and not scenario.dead:
-            contents.add(bench.content(stack))
-            if len(contents) > 1:
-                raise Wrong("other entries than those of the contenders before")
-    except Wrong as wrong:
-        if contender.ours:
-            raise
-        return _nothing(contender, f"wrong: {wrong}")
-    return Measured(
-        contender=_named(contender, how),
-        events=scenario.events,
-        drains=scenario.drains,
-        seconds=child.seconds,
-        child=child,
-        arrived=arrived,
-    )
-
-
-def _named(contender: Contender, how: str) -> str:
-    return f"{contender.name}, {how}" if contender.ours else contender.name
-
-
-def _drain_alone(stack: LocalStack, contender: Contender, events: int) -> Measured:
-    """From plan to verification in the Dagster run that has just ended; CPU and memory are in the line of the run."""
-    return Measured(
-        contender=_named(contender, DRAIN),
-        events=events,
-        drains=1,
-        seconds=bench.drain_seconds(stack),
-        child=None,
-        arrived="all",
-    )
-
-
-def _nothing(contender: Contender, why: str) -> Measured:
-    return Measured(contender=contender.name, events=0, drains=0, seconds=0.0, child=None, arrived=why)
-
-
-def _table(measured: Sequence[Measured], entrants: Sequence[Contender]) -> str:
+def _table(measured: Sequence[Measured]) -> str:
     """Medians over the rounds."""
-    names = {contender.key: contender.name for contender in entrants}
-    rates = {
-        name: pd.Series([line.events / line.seconds for line in measured if line.contender == name and line.events])
-        for name in dict.fromkeys(line.contender for line in measured)
-    }
-    ancestor = rates.get(names.get(ANCESTOR, ""), pd.Series(dtype=float))
+
+    def median(values: list[float], form: str) -> str:
+        return format(float(pd.Series(values).median()), form) if values else ""
+
+    def rates(name: str) -> list[float]:
+        return [line.events / line.seconds for line in measured if line.contender == name and line.events]
+
+    ancestor = rates(ANCESTOR.name)
     lines: dict[str, dict[str, str]] = {}
-    for name, rate in rates.items():
+    for name in dict.fromkeys(line.contender for line in measured):
         its = [line for line in measured if line.contender == name]
         done = [line for line in its if line.events]
-        lines[name] = cells = {"events/s": "", "min–max": "", "× ancestor": "", "s a drain": ""}
-        if done:
-            cells["events/s"] = f"{rate.median():,.0f}"
-            cells["min–max"] = f"{rate.min():,.0f}–{rate.max():,.0f}"
-            cells["× ancestor"] = f"{rate.median() / ancestor.median():.2f}" if len(ancestor) else ""
-            cells["s a drain"] = f"{pd.Series([line.seconds / line.drains for line in done]).median():,.3g}"
-        for title, figure in CPU.items():
-            spent = [getattr(line.child, figure) / line.events * 1e6 for line in done if line.child]
-            cells[title] = f"{pd.Series(spent).median():,.0f}" if spent else ""
-        peaks = [line.child.peak_rss_mb for line in done if line.child]
-        cells["RSS MB"] = f"{pd.Series(peaks).median():,.0f}" if peaks else ""
-        cells["arrived"] = its[-1].arrived + (
-            f" ({len(done)} of {len(its)} rounds)" if 0 < len(done) < len(its) else ""
-        )
-    width = max(len(cells["arrived"]) for cells in lines.values())
-    frame = pd.DataFrame.from_dict(lines, orient="index")
-    frame["arrived"] = frame["arrived"].str.ljust(width)
-    return frame.rename(columns={"arrived": "arrived".ljust(width)}).to_string()
-
-
-def _others(measured: Sequence[Measured]) -> float:
-    """Cores that the rest of the machine used while contenders ran: much of it, and the figures are worth little."""
-    ran = [line.child for line in measured if line.child]
-    return sum(child.others_cpu_s for child in ran) / max(sum(child.seconds for child in ran), 1e-9)
+        ran = [(line.child, line.events) for line in done if line.child]
+        rate = rates(name)
+        lines[name] = {
+            "events/s": median(rate, ",.0f"),
+            "min–max": f"{min(rate):,.0f}–{max(rate):,.0f}" if rate else "",
+            "× ancestor": f"{pd.Series(rate).median() / pd.Series(ancestor).median():.2f}" if rate and ancestor else "",
+            "s a drain": median([line.seconds / line.drains for line in done], ",.3g"),
+            **{
+                title: median([getattr(child, figure) / events * 1e6 for child, events in ran], ",.0f")
+                for title, figure in CPU.items()
+            },
+            "RSS MB": median([child.peak_rss_mb for child, _ in ran], ",.0f"),
+            "": "" if done else f"stopped: {its[-1].failure}",
+        }
+    return pd.DataFrame.from_dict(lines, orient="index").to_string()
 
 
 def parsed(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Speed of every contender, in one table a scenario.")
-    parser.add_argument("--rounds", type=int, help="of every scenario; 3, or 2 from a million events on")
-    parser.add_argument("--contenders", default=",".join(contender.key for contender in CONTENDERS))
-    parser.add_argument("scenarios", nargs="*", default=list(scenarios.MAKERS), help=", ".join(scenarios.MAKERS))
+    parser = argparse.ArgumentParser(description="Speed of each contender, in one table a scenario.")
+    parser.add_argument("--rounds", type=int, help="of each scenario; 3, or 2 from a million events on")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="by default all")
+    parser.add_argument("scenarios", nargs="*", default=[*scenarios.SCENARIOS], help=", ".join(scenarios.SCENARIOS))
     options = parser.parse_args(arguments)
     try:
         selected = [scenario for text in options.scenarios for scenario in scenarios.named(text)]
-        entrants = contenders.named(options.contenders)
+        entrants = [CONTENDERS[key] for key in options.contenders.split(",")]
+    except KeyError as error:
+        parser.error(f"no contender {error}; choose from {', '.join(CONTENDERS)}")
     except ValueError as error:
         parser.error(str(error))
     main(selected, entrants, options.rounds)

@@ -1,9 +1,6 @@
-"""Where the time goes: each stage of a drain by itself, in microseconds of CPU an event, and what a mark is made of.
+"""Each stage of a drain by itself, in microseconds of CPU an event, and which part of a mark is MySQL's UPDATE.
 
-What belongs here: the verbs of `core` one after the other over one backlog, with nothing beside them, and UPDATEs that
-show what in a mark is MySQL's own. What does not: stages at work together (`speed`).
-
-    python -m auditexport_tests.benchmarks.stages [events]
+python -m auditexport_tests.benchmarks.stages [events]
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from auditexport_tests.benchmarks import bench
 
 CHUNK_PKS = 5_000
 UPDATE = "UPDATE clickhouse_outbox FORCE INDEX (PRIMARY) SET {change} WHERE pk BETWEEN {first} AND {last}"
-# In this order: each begins with what the one before it has left.
+# In this order: each needs the rows as the one before leaves them.
 CHANGES = {
     "mark, by one connection: NULL becomes a stamp": "deleted_at = 1790000000000",
     "the same again, in place: a stamp becomes another": "deleted_at = 1790000000001",
@@ -62,7 +59,7 @@ def main(events: int = 200_000) -> None:
     with bench.benchmark_stack() as stack:
         bench.print_machine(stack)
         bench.seed(stack, events)
-        # Once for nothing: connections, imports, and the servers' caches.
+        # Not measured: connections, imports, and the servers' caches.
         bench.restore(stack)
         _drain(stack, Stages(stack, events))
         bench.restore(stack)

@@ -1,8 +1,8 @@
-"""How far more workers go when the databases are far away: events/s with 1, 2 and 4 processes, and of one that works ahead.
+"""Events/s with 1, 2 and 4 workers, and with one process that prefetches, when the databases are far away.
 
-What belongs here: lines that delay every byte both ways, and processes that share the batches of one plan and hand no rows
-from fetch to write, as on Celery and Kubernetes, where each step may be another process's: the batch is read twice. What does not:
-what an executor costs for each step (a task's second in Celery's queue, a pod's start), and judging a figure.
+A proxy delays every byte in both directions. The workers share the batches of one plan and hand over no rows from fetch to
+write, as on Celery and Kubernetes: each batch is read twice. What an executor costs for each step (a second in Celery's queue,
+a pod's start) is not included.
 
 python -m auditexport_tests.benchmarks.workers [events] [batch_rows] [rounds] [mysql_ms] [clickhouse_ms]
 """
@@ -30,7 +30,7 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_tests.benchmarks import bench
 
 WORKERS = (1, 2, 4)
-# Of a round trip, as between two zones of a region with something slow between them, and to a ClickHouse service elsewhere.
+# Round trips: between two zones with something slow between them, and to a ClickHouse service elsewhere.
 MYSQL_MS = 20
 CLICKHOUSE_MS = 50
 # Below FIRST_BATCH_ROWS of core.claiming, so that every batch of the plan is of this size.
@@ -40,7 +40,7 @@ PIECE_BYTES = 1 << 18
 _processes = multiprocessing.get_context("spawn")
 
 
-# ── the line ─────────────────────────────────────────────────────────────────────────────────────
+# ── the delay ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, one_way_s: float) -> None:
@@ -91,7 +91,7 @@ def _line(targets: dict[int, float], ports: Connection) -> None:
 
 @contextlib.contextmanager
 def far_away(stack: LocalStack, mysql_ms: float, clickhouse_ms: float) -> Iterator[tuple[str, str]]:
-    """The URLs of both databases with so many milliseconds added to each round trip; the line is a process of its own."""
+    """The URLs of both databases with so many milliseconds added to each round trip, by a process of its own."""
     mysql_port, clickhouse_port = (
         int(url.rsplit(":", 1)[1].split("/")[0]) for url in (stack.outbox.url, stack.log.url)
     )
@@ -120,13 +120,13 @@ def _work(urls: tuple[str, str], limits: Limits, claims: Any, done: Any) -> None
     done.put(None)  # connected
     while (claim := claims.get()) is not None:
         export.fetch(outbox, log, claim, limits)
-        # Nothing is handed over: between steps in different processes the rows are only in the outbox.
+        # No rows are handed over: between steps in different processes they are only in the outbox.
         export.mark(outbox, log, export.write(outbox, log, claim, {}, limits), limits)
         done.put(claim.batch_id)
 
 
 def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
-    """Seconds from the claim to the verification, the batches shared by so many processes, each step by step and read twice."""
+    """Seconds from the claim to the verification, with the batches shared by `count` processes."""
     claims, done = _processes.Queue(), _processes.Queue()
     workers = [_processes.Process(target=_work, args=(urls, limits, claims, done), daemon=True) for _ in range(count)]
     for worker in workers:
@@ -151,8 +151,8 @@ def with_workers(urls: tuple[str, str], limits: Limits, count: int) -> float:
     return seconds
 
 
-def ahead(urls: tuple[str, str], limits: Limits) -> float:
-    """The same of one process that works ahead and reads once, as a run on the default executor does."""
+def prefetching(urls: tuple[str, str], limits: Limits) -> float:
+    """The same for one process that prefetches, as a run on the default executor does."""
     outbox, log = MySQLOutbox(urls[0]), ClickHouseAuditLog(urls[1])
     claiming.open_owners(outbox)
     started = time.monotonic()
@@ -192,14 +192,14 @@ def main(
         print(f"{events:,} events, {limits.max_batches} batches of {batch_rows:,}, {rounds} rounds", flush=True)
         bench.seed(stack, events)
         with far_away(stack, mysql_ms, clickhouse_ms) as far:
-            places = {"beside us": (stack.outbox.url, stack.log.url), f"{mysql_ms} and {clickhouse_ms} ms away": far}
+            places = {"near": (stack.outbox.url, stack.log.url), f"{mysql_ms} and {clickhouse_ms} ms away": far}
             for number in range(rounds):
                 for place, urls in places.items():
                     for workers in (*WORKERS, 0):
                         bench.restore(stack)
-                        seconds = with_workers(urls, limits, workers) if workers else ahead(urls, limits)
+                        seconds = with_workers(urls, limits, workers) if workers else prefetching(urls, limits)
                         assert bench.exported(stack) == (events, events)
-                        name = f"{workers} worker{'s' * (workers > 1)}" if workers else "one, working ahead"
+                        name = f"{workers} worker{'s' * (workers > 1)}" if workers else "one, prefetching"
                         measured.append((place, name, events / seconds))
                         print(f"  round {number + 1}, {place}, {name}: {events / seconds:,.0f} events/s", flush=True)
     frame = pd.DataFrame(measured, columns=["databases", "workers", "events/s"])
