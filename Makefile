@@ -10,12 +10,12 @@ STATE := .auditexport
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
-	@echo "make dev     the stack, the Dagster UI and a live trickle of events"
+	@echo "make dev     the stack, the Dagster UI, and new events all the time"
 	@echo "make test    the tests, on real servers, but for the slow ones"
 	@echo "make test-all   all of them"
 	@echo "make test-e2e   the Dagster UI in a headless browser, a deployment, Celery; pictures are in $(STATE)/e2e"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   speed beside other exporters, latency and memory, on this machine (bench-quick: 5 minutes)"
+	@echo "make bench   speed beside the ancestor, latency, freshness and memory, on this machine (bench-quick: 5 minutes)"
 	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
 
 demo: $(READY) server
