@@ -48,20 +48,13 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-# Up to a minute each: `make test` runs the others only, `make test-all` all.
-SLOW = (
-    "inside_mysql",
-    "runs_that_nobody_watches",
-    "limits",
-    "tables_that_begin_again",
-    "other_hands",
-    "operators",
-    "clocks",
-    "window_overflowed",
+# `make test` runs these; the others, of up to a minute each, have faster tests of their own in `integration/`.
+FAST = ("the_wire_to_clickhouse", "kills", "zombies")
+
+
+@pytest.mark.parametrize(
+    "theme", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in THEMES]
 )
-
-
-@pytest.mark.parametrize("theme", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in THEMES])
 def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
     """The promise, under each kind of real fault: no loss, no copy, nothing stuck."""
     plan = THEMES[theme]

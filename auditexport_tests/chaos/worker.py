@@ -53,7 +53,6 @@ _PROCESSES.set_forkserver_preload([__name__])
 
 # Below the bound of the setting, so that the end of a lease is a matter of seconds here.
 LEASE_S = 5
-INSERT_TIMEOUT_S = 1
 OPERATOR_RETRIES = 1
 ACTOR = Actor(who="chaos", why="to see what happens")
 # Seconds where production waits minutes, and blocks of a few rows.
@@ -268,7 +267,7 @@ def _operate(run: Run, result: Result) -> None:
 
 def _drain(run: Run, result: Result) -> None:
     """Claim, then batch by batch fetch, write and mark, then verify. A batch that fails does not stop the others."""
-    limits = Limits(**{"lease_s": 10, "insert_timeout_s": INSERT_TIMEOUT_S, **run.limits})  # type: ignore[arg-type]
+    limits = Limits(**{"lease_s": 10, **run.limits})  # type: ignore[arg-type]
     object.__setattr__(limits, "lease_s", LEASE_S)
     outbox, log = OffsetOutbox(run.mysql_url, run.clock), ClickHouseAuditLog(run.clickhouse_url)
     writing_log, write = log, export.write

@@ -107,6 +107,8 @@ class World:
                 "max_batches": 64 if quiet else random.choice((2, 8)),
                 "mark_rows": random.choice((5, 17, 50)),
                 "mark_connections": random.choice((1, 2)),
+                # A loaded machine takes longer than a second for a block of fat events.
+                "insert_timeout_s": 4 if quiet else 1,
             },
             prefetch=random.random() < 0.4,
             hand_over=random.random() < 0.7,
