@@ -121,16 +121,15 @@ def _with_reused_pks(group: InsertGroup, sent: Sequence[tuple[Batch, Block]]) ->
 
 def _insert_group_of(outbox: Outbox, batch: Batch, block: Block) -> InsertGroup:
     """The group of a batch's block: of a first export with the requeues of its rows that have sent something by now, of a
-    requeue without the other senders.
+    requeue the block alone, which can be one of several parts under its `inserted_at`.
     """
     others = [other for other in _sent_over(outbox, batch) if other.batch_id != batch.batch_id]
     groups = insert_groups_of([batch, *others])
     group = next(group for group in groups if group.inserted_at_ms == block.inserted_at_ms)
-    first = not batch.is_requeue(block)
+    if batch.is_requeue(block):
+        return replace(group, blocks=((batch, block),))
     parts = (
-        (other, part)
-        for other, part in group.blocks
-        if other.batch_id == batch.batch_id or (first and other.is_requeue(part))
+        (other, part) for other, part in group.blocks if other.batch_id == batch.batch_id or other.is_requeue(part)
     )
     return replace(group, blocks=tuple(parts))
 

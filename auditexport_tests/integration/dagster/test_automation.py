@@ -10,6 +10,7 @@ import pytest
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.errors import InvalidConfig
+from auditexport_pipeline.core.format import counted
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.definitions import defs
 from auditexport_pipeline.defs import sensors
@@ -83,7 +84,7 @@ def age(stack: Stack, seconds: int) -> None:
         (3, 100, {"sensor_rows": 4, "sensor_lag_s": 3600}, ""),
         (4, 0, {"sensor_rows": 4}, "backlog: 4 pending rows (a run starts at 4), lag "),
         (1, 3500, {"sensor_lag_s": 3600}, ""),
-        (1, 3601, {"sensor_lag_s": 3600}, "lag: 1 pending rows (a run starts at 10,000)"),
+        (1, 3601, {"sensor_lag_s": 3600}, "lag: 1 pending row (a run starts at 10,000)"),
     ],
 )
 def test_the_sensor_launches_at_either_threshold(
@@ -96,7 +97,7 @@ def test_the_sensor_launches_at_either_threshold(
     for _ in range(2):  # a run key would be remembered for ever, also that of a run that failed
         result = sensor.tick()
         assert [request.run_key for request in requests(result)] == [None] * bool(why)
-    assert f"{rows} pending rows (a run starts at {settings.get('sensor_rows', 10_000):,})" in reason(result)
+    assert f"{counted(rows, 'pending row')} (a run starts at {settings.get('sensor_rows', 10_000):,})" in reason(result)
     assert f"(at {settings.get('sensor_lag_s', 60)} s)" in reason(result)
     assert reason(result).startswith(why)
 

@@ -213,7 +213,7 @@ def test_of_many_foreign_entries_only_those_that_are_named_are_read(
     )
     read = 0
     log = type(stack.log)
-    entries = log._entries
+    entries = log.entries_at
 
     def counted(self: object, *arguments: object, **named: object) -> object:
         nonlocal read
@@ -221,7 +221,7 @@ def test_of_many_foreign_entries_only_those_that_are_named_are_read(
         read += len(found)
         return found
 
-    monkeypatch.setattr(log, "_entries", counted)
+    monkeypatch.setattr(log, "entries_at", counted)
     report = reconciled(stack)
     assert report.found.unexpected == 30_000
     assert read < 30_000, f"{read:,} entries were read"

@@ -33,7 +33,6 @@ SQL_KEYWORDS = {"statement", "query", "cmd", "insert_block", "text"}
 NAMED = {"SQL", "OUTBOX_SQL", "_SQL", "_PIECES", "_MYSQL", "_CLICKHOUSE"}
 # Everything else that may be passed, each with the reason why no data is in it.
 ALLOWED = {
-    ("preflight.py", "STATUS_SQL['now_ms']"): "from status.sql, when the module is imported",
     ("mysql/session.py", "_FIRST"): "a constant of the module",
     ("mysql/session.py", "_READ"): "a constant of the module",
     ("mysql/session.py", "_set(…)"): "variables of the module's table, and one of three row images",
@@ -72,7 +71,8 @@ ALLOWED = {
         "one of two collations, by the server's family"
     ),
     ("schema.py", "statement"): "schema.sql, or a version's own ddl, with an engine and a setting, both constants",
-    ("report/figures.py", "_by_hour(…)"): "audit_log.sql with the table of a registered version",
+    ("report/figures.py", "statement"): "audit_log.sql with the table of a registered version",
+    ("report/figures.py", "STORE_SQL['candidates_beside_letters']"): "from outbox.sql, when the module is imported",
     ("clickhouse/checks.py", "f'CHECK GRANT {privilege} ON {name}'"): "from the constants of roles.py",
 }
 
