@@ -48,8 +48,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-# `make test` runs these; the others, of up to a minute each, have faster tests of their own in `integration/`.
-FAST = ("the_wire_to_clickhouse", "kills", "zombies")
+# `make test` runs this one; the others, of up to a minute each, are for `make test-all`.
+FAST = ("kills",)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ class Steps:
         return {"name": name, "command": command, "fault": fault, "environment": {**self.always, **environment}}
 
 
+@pytest.mark.slow
 def test_nothing_of_events_and_secrets_is_found_after_success_failure_and_crash(site: Site, heartbeat: int) -> None:
     """Many people read logs, run records and temporary files who may not read the audited events."""
     site.admit("exporter", "MySQL password")
@@ -287,6 +288,7 @@ def assert_it_was_all_there(site: Site, search: Search) -> None:
     assert "a log line" in str(found.hits("DAGSTER_HOME: SQLite values"))
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_a_leaky_run_leaves_in_every_place(site: Site, heartbeat: int) -> None:
     """The negative control: the search can find something in each place."""
     site.admit("exporter", "MySQL password")
