@@ -14,7 +14,7 @@ nothing is lost and nothing is there twice.
 
 Where things are, and what each may import (a test reads it from the source):
 
-    core        what exporting means: no Dagster, no driver, no clock, no environment
+    core        what exporting means: no Dagster, driver, wall clock or environment
     mysql, clickhouse   the two databases, each in its own SQL    may import core
     schema, preflight   tables of both are created, checked       may import core, mysql, clickhouse
     outboxes    which outboxes there are                          may import core

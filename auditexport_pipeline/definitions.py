@@ -35,10 +35,7 @@ def build_defs(**arguments: Any) -> dg.Definitions:
 def _defs_of(outboxes: Outboxes, entry: OutboxSettings) -> dg.Definitions:
     try:
         return defs_of(entry)
-    except (
-        dg.DagsterError,
-        dg.DagsterInvariantViolationError,
-    ) as error:  # such as a wrong form of an owner, a tag or a group
+    except dg.DagsterError as error:  # such as an owner, a tag or a group in a wrong form
         raise InvalidConfig(f"{outboxes.path}: outbox {entry.name or '(no name)'}: {error}") from None
 
 

@@ -29,7 +29,7 @@ from auditexport_pipeline.sql import load
 
 _MYSQL = load("mysql/checks.sql")
 _CLICKHOUSE = load("clickhouse/checks.sql")
-# Full checks without a fatal finding are cached for so long. Every run checks what a failover, a restart or one
+# Full checks without a fatal finding are cached for this many seconds. Every run checks what a failover, a restart or one
 # statement can change at any moment: read-only, binlog_format, engine, window, the ledger's head.
 CLEAN_FOR_S = 300.0
 # Clocks with NTP agree to milliseconds.

@@ -1,6 +1,6 @@
 """The grants that each role needs, and which of them a user lacks by MySQL's SHOW GRANTS.
 
-The tests compare the README's table with this one. `mysql.checks` and `clickhouse.checks` compare the servers with it.
+The tests compare the README's grants with these. `mysql.checks` and `clickhouse.checks` compare the servers with it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ LEFT_TO_OTHERS = 3
 SHOW_CURSOR = b"\x1b[?25h\n"
 STOPPING = b"auditexport: stopping after the batch at hand; once more to stop at once, and leave it to its lease\n"
 STOPPED = b"auditexport: stopped at once; open batches are left to their lease, and the next drain finishes them\n"
-COUNT_BACKLOG_TO = 1_000_000
 
 
 def _known_versions(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,7 +60,7 @@ def _known_versions(context: click.Context, parameter: click.Parameter, given: t
 def drain(once: bool, as_json: bool, **limits: Any) -> None:
     """Export pending rows in this process: claim, fetch, write, mark, verify, as a Dagster run does.
 
-    Ends when everything that was pending at the start is exported, or with --linger-s after that time. Dagster runs and
+    Ends when everything that was pending at the start is exported. With --linger-s it stays for that many seconds. Dagster runs and
     other drains may run at the same time: the ledger gives each batch to one of them. Ctrl-C finishes the current batch and
     gives the others back; a second Ctrl-C leaves them to their lease. The next drain continues in any case. No heartbeat
     is sent.
@@ -70,6 +69,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     be marked, 2 the call, the setup or a database is wrong, 3 rows are left to another run, which took a batch over or has
     all pending rows, 130 interrupted.
     """
+    from auditexport_pipeline.core.backlog import COUNT_TO
     from auditexport_pipeline.core.drain import Drain
     from auditexport_pipeline.mysql.dead_letters import release_held
     from auditexport_pipeline.preflight import refuse_unless_ready
@@ -80,7 +80,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     release_held(mysql, clickhouse.definition)
     owner = processes.this_process()
     began = time.monotonic()
-    backlog = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
+    backlog = mysql.backlog(settings.versions, count_to=COUNT_TO)
     screen = _Progress(owner, backlog, quiet=as_json)
     with _stoppable() as stopping, screen:
         work = Drain(
@@ -101,7 +101,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
             )
         done.settle(mysql, owner)
     seconds = time.monotonic() - began
-    left = mysql.backlog(settings.versions, count_to=COUNT_BACKLOG_TO)
+    left = mysql.backlog(settings.versions, count_to=COUNT_TO)
     if as_json:
         print_json(totals(done, left, owner=owner, seconds=seconds))
     else:

@@ -25,7 +25,7 @@ _OURS = next(iter(VERSIONS.values()))
 _INSERTED_AT_MS = 1_760_000_000_123
 # The text mirrors, and the column that each is computed from.
 _MIRRORS = {"meta_text": "meta", "targets_meta_text": "targets.meta"}
-# So many typed paths of one JSON column are tested.
+# At most this many typed paths of one JSON column are tested.
 _TYPED_PATHS = 8
 _TYPED_VALUES: tuple[object, ...] = (5, -5, 1.5, 2**53 + 1, 2**63, "text", "2024-01-02", True)
 

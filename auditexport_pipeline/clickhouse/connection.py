@@ -199,7 +199,7 @@ def connection_arguments(url: str) -> dict[str, Any]:
     if "insert_quorum" in settings:
         settings.setdefault("insert_quorum_parallel", "0")  # else a look-up could miss the last INSERT
     if settings.get("load_balancing") == "in_order":
-        settings["prefer_localhost_replica"] = "0"  # else each server behind a balancer would begin with itself
+        settings["prefer_localhost_replica"] = "0"  # else each server behind a balancer prefers its own replica
     if settings:
         arguments["settings"] = settings
     if options:

@@ -26,7 +26,7 @@ def _each(value: Value, names: str) -> dict[str, Value]:
 # does not change settings that a profile names; therefore the others follow.
 EVERYWHERE: dict[str, Value] = {
     "compatibility": "",
-    # Each adds a clause, a filter or an end to statements that have none.
+    # Each adds a LIMIT, a filter or an early end to a statement.
     **_each(0, "limit offset page final extremes discard_query_data run_query_in_background"),
     **_each("", "select filter order sort additional_result_filter implicit_table_at_top_level"),
     "additional_table_filters": "{}",
@@ -42,7 +42,7 @@ EVERYWHERE: dict[str, Value] = {
     "force_data_skipping_indices": DEFAULT,
     "force_optimize_projection_name": "",
     **_each(0, "force_primary_key force_index_by_date force_optimize_projection"),
-    # What words mean.
+    # Settings that change what SQL means.
     **_each(0, "prefer_column_name_to_alias aggregate_functions_null_for_empty group_by_use_nulls join_use_nulls"),
     **_each(0, "empty_result_for_aggregation_by_empty_set transform_null_in enable_named_columns_in_function_tuple"),
     **_each(0, "legacy_column_name_of_tuple_literal cast_keep_nullable cast_string_to_dynamic_use_inference"),

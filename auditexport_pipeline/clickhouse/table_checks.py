@@ -28,8 +28,7 @@ from auditexport_pipeline.sql import Column, columns_of, load
 
 # Several times the number of INSERTs that a run can have at work.
 SMALLEST_WINDOW = 100
-# An INSERT that was given up can still arrive for this long: to the end of the lease, and while it runs. ClickHouse
-# must remember its token until then.
+# Twice the time for which an INSERT that was given up can still arrive. ClickHouse must remember its token until then.
 SHORTEST_WINDOW_S = 2 * Limits().inserts_s
 # With these, INSERTs and look-ups try two replicas in the same order.
 _SAME_ORDER = ("in_order", "first_or_random")
@@ -199,7 +198,7 @@ def _window(db: Catalogue, table: Table) -> Iterator[Finding]:
     setting += "_seconds"
     if table.replicated and (seconds := remembered(setting)) < SHORTEST_WINDOW_S:
         yield Finding(
-            what=f"{table.name} remembers tokens for {seconds} s, and a lease and its INSERT can last {SHORTEST_WINDOW_S} s",
+            what=f"{table.name} remembers tokens for {seconds} s, and an INSERT can arrive again for {SHORTEST_WINDOW_S} s",
             breaks=twice,
             fix=f"ALTER TABLE {table.name} MODIFY SETTING {setting} = {DEDUPLICATION_WINDOW_S}",
         )

@@ -22,7 +22,8 @@ States. The ledger is a table in the outbox's own database. It is the one source
           a later run marks the rest.
 * verify  Compares count and fingerprint: ours from the outbox, ClickHouse's from its columns.
 
-Effects of a small batch can share a commit, before its INSERT and after it (`core.export`).
+The effects of a small batch before its INSERT can share one commit, and those after it another (`core.export`). Drains
+commit them one by one.
 
 What each crash leaves, and why it does no harm:
 

@@ -75,7 +75,7 @@ class RowFilter:
             if first is not None and last is not None and first > last:
                 raise InvalidConfig(f"{low} is {first} and {high} is {last}: the range is empty; swap them")
 
-    def refuse_everything(self) -> None:
+    def require_a_condition(self) -> None:
         """Raises `InvalidConfig` when no condition is given: that would name every row."""
         if not self.given:
             raise InvalidConfig(

@@ -81,7 +81,7 @@ class Attempt:
         self._too_large |= {block.number for block in blocks if block.limit}
         return [block for block in blocks if not block.limit]
 
-    def found(self, blocks: Sequence[Block]) -> None:
+    def note_stored(self, blocks: Sequence[Block]) -> None:
         """Notes blocks that an earlier attempt has written."""
         self._splitter.taken = self._splitter.taken or bool(blocks)
 

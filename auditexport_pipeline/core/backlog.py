@@ -15,6 +15,8 @@ from auditexport_pipeline.core.settings import Thresholds
 # the lag at which people set an alert.
 FIRST_WAIT_S = 15.0
 LONGEST_WAIT_S = 300.0
+# Pending rows are counted up to here: it takes a quarter of a second.
+COUNT_TO = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

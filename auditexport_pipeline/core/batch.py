@@ -36,7 +36,7 @@ class State(str, Enum):
     CLAIMED = "claimed"
     SEALED = "sealed"
     WRITTEN = "written"  # ClickHouse acknowledged every block
-    STOPPED = "stopped"  # its rows are no longer as they were sealed; the next run after the lease resolves it
+    STOPPED = "stopped"  # its rows are no longer as they were sealed; resolved when no INSERT of it can be at work
     EXPORTED = "exported"  # its rows are marked in the outbox
     VERIFIED = "verified"  # its entries were counted and fingerprinted in ClickHouse
     DISCREPANT = "discrepant"  # exported, but ClickHouse does not have its entries as sealed

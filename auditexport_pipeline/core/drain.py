@@ -108,15 +108,19 @@ class Drained:
 
 
 class Listener(Protocol):
-    """Gets each event of a drain at once."""
+    """Gets each event of a drain at once. A listener that derives from this one ignores what it does not define."""
 
-    def claimed(self, claims: Sequence[Claim]) -> None: ...
+    def claimed(self, claims: Sequence[Claim]) -> None:
+        return
 
-    def exported(self, batch: Batch) -> None: ...
+    def exported(self, batch: Batch) -> None:
+        return
 
-    def verified(self, outcome: dict[int, Discrepancy]) -> None: ...
+    def verified(self, outcome: dict[int, Discrepancy]) -> None:
+        return
 
-    def trouble(self, what: str) -> None: ...
+    def trouble(self, what: str) -> None:
+        return
 
 
 class Drain:

@@ -171,7 +171,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
                 found = len(batch.blocks) - len(to_send)
             writing = Writing(outbox, batch, bodies)
             attempt = Attempt(writing, log, limits)
-            attempt.found([block for block in batch.blocks if block not in to_send])
+            attempt.note_stored([block for block in batch.blocks if block not in to_send])
             _Sending(writing, log, limits, attempt).all(to_send)
             batch, note = writing.batch, attempt.note()
     return Sent(claim=claim, batch=batch, found=found, note=note, seconds=time.perf_counter() - started)
@@ -308,7 +308,7 @@ def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Ba
     if outbox.in_transaction:
         return marking.in_open_transaction()
     try:
-        return marking.all()
+        return marking.mark_batch()
     except OutboxLocked as error:
         why = f"{error}. End that, and the next run marks the rows"
         left = Left.LOCKED
@@ -344,17 +344,17 @@ class _Marking:
         self._chunk_rows = min(limits.mark_rows, max(1, rate // CHUNKS_PER_SECOND)) if rate else limits.mark_rows
         self.locked = PkSet()
 
-    def all(self) -> Batch:
+    def mark_batch(self) -> Batch:
         """Marks all rows. Raises `RowsLocked` when rows stay locked for longer than `LOCKED_PATIENCE_S`, `MarkRefused`,
         and `RowsSwapped` when rows change again and again.
         """
         if self._batch.ids is not None and self._may_be_as_sealed():
             with suppress(RowsSwapped):
-                return self._all(self._batch.pks, self._batch.ids)
+                return self._mark_rows(self._batch.pks, self._batch.ids)
         for _ in range(PROOFS - 1):
             with suppress(RowsSwapped):
-                return self._all(*self._proven())
-        return self._all(*self._proven())
+                return self._mark_rows(*self._proven())
+        return self._mark_rows(*self._proven())
 
     def in_open_transaction(self) -> Batch:
         """Marks one chunk of rows in the caller's transaction: without threads, pauses and questions to ClickHouse."""
@@ -395,7 +395,7 @@ class _Marking:
         self._total = Marked(vanished=len(swapped))
         return self._batch.pks - swapped, ids
 
-    def _all(self, pks: PkSet, ids: int) -> Batch:
+    def _mark_rows(self, pks: PkSet, ids: int) -> Batch:
         *chunks, last = [*pks.chunks(self._chunk_rows)] or [PkSet()]
         self._mark(chunks)
         until = time.monotonic() + LOCKED_PATIENCE_S

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is missing or wrong: what breaks because of it, and the fix. With a fatal one, no run claims."""
+    """One thing that is missing or wrong: what breaks because of it, and the fix. A fatal finding stops every run before it claims."""
 
     what: str
     breaks: str

@@ -20,7 +20,7 @@ from auditexport_pipeline.core.settings import Limits
 
 # Two renewals may fail, as in a failover, before the lease ends.
 RENEWALS_PER_LEASE = 3
-# A verb that makes no progress for an INSERT's own time-out and this time hangs in a call that does not end.
+# A verb without progress for `insert_timeout_s` and this time hangs: its lease is not renewed any more.
 LONGEST_SILENCE_S = 300.0
 
 

@@ -63,7 +63,7 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_drains_at_work", "Runs and processes that hold a lease on an open batch.", ()),
     ("auditexport_batches", "Batches by state, of states in which a batch waits for something; 200 at most.", ("state",)),
     ("auditexport_oldest_open_batch_seconds", "Age of the oldest open batch since its claim, in seconds.", ()),
-    ("auditexport_open_batch_target_seconds", "What it should stay below (target batch_open_minutes).", ()),
+    ("auditexport_open_batch_target_seconds", "Target for the age of the oldest open batch (batch_open_minutes).", ()),
     ("auditexport_oldest_unverified_batch_seconds", "Age of the oldest exported batch that is not verified.", ()),
     ("auditexport_dead_letters", "Open dead letters by reason.", ("reason",)),
     ("auditexport_held_rows", "Rows that parse and that the ClickHouse table refuses.", ()),
@@ -74,10 +74,10 @@ NAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("auditexport_oldest_unswept_seconds", "How long ago the oldest rows that a sweep could take were exported.", ()),
     ("auditexport_retention_seconds", "How long exported rows stay (target retention_days).", ()),
     ("auditexport_last_sweep_timestamp_seconds", "When a sweep deleted something last.", ()),
-    ("auditexport_last_sweep_rows", "Rows that it deleted.", ()),
+    ("auditexport_last_sweep_rows", "Rows that the last sweep deleted.", ()),
     ("auditexport_last_reconcile_timestamp_seconds", "When both stores were reconciled last.", ()),
-    ("auditexport_last_reconcile_entries", "Entries that differed then, or earlier if not reconciled again since, by kind.", ("kind",)),
-    ("auditexport_reconcile_target_seconds", "How often they should be (target reconcile_hours).", ()),
+    ("auditexport_last_reconcile_entries", "Entries that differed in the last reconciliation, or earlier if not reconciled again since, by kind.", ("kind",)),
+    ("auditexport_reconcile_target_seconds", "Target for the time between two reconciliations (reconcile_hours).", ()),
     ("auditexport_advice", "1 for each thing that needs an operator, as auditexport status names it.", ("about", "severity")),
 )  # fmt: skip
 

@@ -73,7 +73,7 @@ def requeue(
     Durable effect: one action, and per chunk of rows their cleared marks, counted in the action. Raises
     `InvalidConfig` when no condition is given.
     """
-    which.refuse_everything()
+    which.require_a_condition()
     within: PkSet | None = None
     if which.batch_ids:
         batches = outbox.batches(which.batch_ids)

@@ -1,4 +1,4 @@
-"""Every setting once: default, unit, bounds and one sentence each.
+"""The settings of drains, sensor, targets and sweep: default, unit, bounds and one sentence each.
 
 The launchpad (`defs.config`), the component and the file of outboxes (`outboxes`) and the CLI's options (`cli.shared`) are made
 from these models. `Variables` are the environment variables; the environment itself is passed in.
@@ -230,19 +230,17 @@ class Targets(Settings):
     retention_days: float = Field(
         default=float(RETENTION_DAYS), ge=1, le=3_650, description="Exported rows stay in the outbox this long."
     )
-    sweep_late_days: float = Field(
-        default=2.0, ge=0, le=365, description="And at most this much longer: a sweep a day that failed once."
-    )
+    sweep_late_days: float = Field(default=2.0, ge=0, le=365, description="Days by which a sweep may be late.")
     dead_letters: float = Field(
-        default=0.0, ge=0, le=1_000_000_000, description="So many open dead letters are no problem."
+        default=0.0, ge=0, le=1_000_000_000, description="Up to this many open dead letters are accepted."
     )
     unknown_rows: float = Field(
-        default=0.0, ge=0, le=1_000_000_000, description="So many rows of unknown versions are no problem."
+        default=0.0, ge=0, le=1_000_000_000, description="Up to this many rows of unknown versions are accepted."
     )
 
 
 class Retention(Settings):
-    """How long rows and batches stay after they are done with."""
+    """How long exported rows stay in the outbox, and their batches in the ledger."""
 
     a_setting: ClassVar[str] = "a setting of the sweep"
 
@@ -257,9 +255,7 @@ class Retention(Settings):
     )
     # A chunk is one transaction: its binary log and its locks stay as small as a marking chunk's.
     chunk_rows: int = Field(default=5_000, ge=1, le=50_000, description="Rows deleted by one transaction.")
-    pause_s: float = Field(
-        default=0.0, ge=0, le=60, description="Seconds between two of them, for a server that has better things to do."
-    )
+    pause_s: float = Field(default=0.0, ge=0, le=60, description="Pause between two transactions, in seconds.")
     max_rows: int = Field(
         default=10_000_000,
         ge=1,

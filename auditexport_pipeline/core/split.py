@@ -28,8 +28,8 @@ SMALL_ROW = (
     b'"description":"a small row","actor":{"type":"user","id":"u","name":"n","meta":{"k":1}},"meta":{"k":[1,"a"]},'
     b'"targets":[{"type":"key","id":"k","name":"n","meta":{"k":1}}]}'
 )
-# Rows that are sent alone, to find out whether the table refuses all rows; of a smaller batch, all rows. Each attempt
-# chooses other rows, so that a batch with one good row is not stuck.
+# Rows that are sent alone, to find out whether the table refuses all rows. A smaller batch sends all of its rows. Each
+# attempt chooses other rows, so that a batch with one good row is not stuck.
 SAMPLE = 32
 # Fewer refused rows than this do not show that the table refuses all rows.
 FEW_ROWS = 3

@@ -1,1 +1,1 @@
-"""Dagster glue: it translates and does not decide."""
+"""The Dagster part. It translates; the only thing that it decides is which runs are dead."""

@@ -37,8 +37,8 @@ _STATUS_CHECKS = (
         name="lag_within_target",
         about=("lag", "created_at"),
         numbers=("lag_s", "backlog_rows", "rows_per_s", "eta_s", "odd_created_rows"),
-        description="The oldest pending row is younger than the target (`lag_s`, 300). A warning while a drain is "
-        "at work on it, an error when none is; a warning too where created_at is no epoch milliseconds.",
+        description="The oldest pending row is younger than the target `lag_s` (default 300). A warning while a drain is "
+        "at work on it, an error when none is; also a warning where created_at is not in epoch milliseconds.",
     ),
     _StatusCheck(
         name="no_unknown_versions",

@@ -30,8 +30,9 @@ import dagster as dg
 from auditexport_pipeline import processes
 from auditexport_pipeline.clickhouse.audit_log import ClickHouseAuditLog
 from auditexport_pipeline.core import claiming
-from auditexport_pipeline.core.batch import Batch, Claim, Postponed, State, unmarked
-from auditexport_pipeline.core.drain import Drain
+from auditexport_pipeline.core.backlog import COUNT_TO
+from auditexport_pipeline.core.batch import Claim, Postponed, State, unmarked
+from auditexport_pipeline.core.drain import Drain, Listener
 from auditexport_pipeline.core.errors import AuditExportError, BatchUnmarked, IncompleteRun, VerificationFailed
 from auditexport_pipeline.core.format import batches, counted, for_outbox
 from auditexport_pipeline.core.lease import RENEWALS_PER_LEASE
@@ -52,8 +53,6 @@ from auditexport_pipeline.mysql.dead_letters import release_held
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.preflight import refuse_unless_ready
 
-# The remaining backlog is counted up to here: cheap enough for every run.
-COUNT_BACKLOG_TO = 1_000_000
 # How often a run that stays sends its heartbeat, and checks whether another run waits for it to leave.
 HEARTBEAT_EVERY_S = 60.0
 LOOK_FOR_OTHERS_EVERY_S = 2.0
@@ -306,7 +305,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
             if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
                 verified |= _stay(context, names, step, planned.started_at_s, batch_ids)
             done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
-            backlog = outbox.backlog(limits.versions, count_to=COUNT_BACKLOG_TO)
+            backlog = outbox.backlog(limits.versions, count_to=COUNT_TO)
             leased = claiming.leased_by_others(outbox, _owner(context))
             seconds = time.time() - planned.started_at_s
             context.add_output_metadata(
@@ -372,20 +371,14 @@ def _stay(
     ).verified
 
 
-class _Warnings:
-    """`core.drain.Listener`: warnings in the run's log."""
+class _Warnings(Listener):
+    """Writes warnings to the run's log."""
 
     def __init__(self, context: dg.OpExecutionContext) -> None:
-        self.trouble = context.log.warning
+        self._log = context.log
 
-    def claimed(self, claims: Sequence[Claim]) -> None:
-        pass
-
-    def exported(self, batch: Batch) -> None:
-        pass
-
-    def verified(self, outcome: dict[int, Discrepancy]) -> None:
-        pass
+    def trouble(self, what: str) -> None:
+        self._log.warning(what)
 
 
 def _raise_if_wrong(done: Outcome, outbox: str) -> None:

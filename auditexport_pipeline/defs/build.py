@@ -30,7 +30,7 @@ from auditexport_pipeline.outboxes import URL_KEYS, OutboxSettings
 
 Url = str | dg.EnvVar
 # Settings of an outbox that are arguments of another name here.
-_NO_ARGUMENTS = {*URL_KEYS, "sensor_rows", "sensor_lag_s"}
+_RENAMED = {*URL_KEYS, "sensor_rows", "sensor_lag_s"}
 
 
 def build_audit_export_defs(
@@ -117,5 +117,5 @@ def defs_of(outbox: OutboxSettings) -> dg.Definitions:
     """`build_audit_export_defs` for one entry of a file of outboxes, or one component."""
     urls: dict[str, Any] = {key.removesuffix("_env"): dg.EnvVar(variable) for key, variable in outbox.variables.items()}
     thresholds = Thresholds(rows=outbox.sensor_rows, lag_s=outbox.sensor_lag_s)
-    settings = {name: getattr(outbox, name) for name in OutboxSettings.model_fields if name not in _NO_ARGUMENTS}
+    settings = {name: getattr(outbox, name) for name in OutboxSettings.model_fields if name not in _RENAMED}
     return build_audit_export_defs(**urls, sensor_thresholds=thresholds, **settings)

@@ -101,10 +101,10 @@ def drain_config(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class RequeueConfig(Form):
-    """Which rows `requeue_events` means, who wants it and why."""
+    """Which rows `requeue_events` requeues, who asks for it and why."""
 
-    event_ids: list[str] = Field(default=[], description="These events.")
-    workspace_id: str | None = Field(default=None, description="Of this workspace.")
+    event_ids: list[str] = Field(default=[], description="Requeue these event ids.")
+    workspace_id: str | None = Field(default=None, description="Only rows of this workspace.")
     from_event_ms: int | None = Field(default=None, description="Event time from, epoch milliseconds, inclusive.")
     to_event_ms: int | None = Field(default=None, description="Event time to, exclusive.")
     from_exported_ms: int | None = Field(
@@ -121,7 +121,7 @@ class RequeueConfig(Form):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.rows().refuse_everything()
+        self.rows().require_a_condition()
         Actor(who=self.who or "the run", why=self.why)
         return self
 

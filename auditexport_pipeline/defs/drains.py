@@ -71,8 +71,8 @@ def say_alive(instance: dg.DagsterInstance, run_id: str, process: str) -> None:
     instance.add_run_tags(run_id, {PROCESS_TAG: f"{run_id[:8]} {process}".rstrip()})
 
 
-def end_dead(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease] | None = None) -> list[str]:
-    """The runs that drain this outbox, those at work first. Each line says until when to wait for the run.
+def living_drains(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease] | None = None) -> list[str]:
+    """A line for each run that drains this outbox, those at work first: until when to wait for it. Dead runs are ended.
 
     Durable effect: fails dead runs in Dagster's storage, as Dagster's own monitoring does. That frees the pool, and their batches
     for the next run. Without the ledger's `leases`, only runs whose process was on this machine can be dead.

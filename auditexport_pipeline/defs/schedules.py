@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from auditexport_pipeline.defs.asset_checks import LIGHT
-from auditexport_pipeline.defs.drains import end_dead
+from auditexport_pipeline.defs.drains import living_drains
 from auditexport_pipeline.defs.names import Names
 
 # The cost of checking a day's entries grows with the day, and the schedule of reconciliation reads them too.
@@ -22,7 +22,7 @@ def export_schedule(names: Names, job: Any, run_config: dict[str, Any]) -> dg.Sc
         description="Runs whether or not there is a backlog, so that an idle exporter still proves that it is alive.",
     )
     def audit_log_export_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
-        end_dead(context.instance, names)  # or the run would wait in the queue behind one that never ends
+        living_drains(context.instance, names)  # or the run would wait in the queue behind one that never ends
         return dg.RunRequest(run_config=run_config)
 
     return audit_log_export_schedule

@@ -11,9 +11,9 @@ import dagster as dg
 import msgspec
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.core.backlog import NO_FAILURES, Failures, Lease, decide
+from auditexport_pipeline.core.backlog import COUNT_TO, NO_FAILURES, Failures, Lease, decide
 from auditexport_pipeline.core.settings import Thresholds
-from auditexport_pipeline.defs.drains import end_dead, failed_in_a_row, lease_end
+from auditexport_pipeline.defs.drains import failed_in_a_row, lease_end, living_drains
 from auditexport_pipeline.defs.failures import in_one_line
 from auditexport_pipeline.defs.names import Names
 from auditexport_pipeline.defs.report import backlog_metadata
@@ -30,7 +30,7 @@ _OBSERVED_AT_ONCE = ("unknown_rows", "unknown_versions", "dead_letters_standing"
 
 def _at_work(instance: dg.DagsterInstance, names: Names, leases: Sequence[Lease]) -> str | None:
     """The run or other process that drains already, and until when the sensor waits for it; None when there is none."""
-    for line in end_dead(instance, names, leases):
+    for line in living_drains(instance, names, leases):
         return line
     for lease in leases:
         if lease.left_s <= 0 or processes.dead([lease.owner, lease.process]):
@@ -82,7 +82,7 @@ def backlog_sensor(
     )
     def outbox_backlog_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with in_one_line():
-            backlog = names.outbox(context).backlog(versions, count_to=max(thresholds.rows, 1_000_000))
+            backlog = names.outbox(context).backlog(versions, count_to=max(thresholds.rows, COUNT_TO))
         decision = decide(
             backlog,
             thresholds,

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from auditexport_pipeline.core.backlog import Backlog
+from auditexport_pipeline.core.backlog import COUNT_TO, Backlog
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_pipeline.local.generator import MALFORMED_KINDS, Seeded, seed_outbox
 from auditexport_pipeline.local.stack import LocalStack
@@ -186,7 +186,7 @@ def _count(stack: LocalStack, seeded: Seeded) -> Tally:
         unexpected=len(stored - expected),
         unmarked=unmarked,
         dead_by_reason=stack.outbox.dead_by_reason(),
-        backlog=stack.outbox.backlog(tuple(VERSIONS), count_to=1_000_000),
+        backlog=stack.outbox.backlog(tuple(VERSIONS), count_to=COUNT_TO),
     )
 
 

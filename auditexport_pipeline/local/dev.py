@@ -81,7 +81,7 @@ def start_dagster(stack: LocalStack, environment: dict[str, str], port: int) -> 
 def switch_on(environment: dict[str, str], *, automation: bool = True) -> None:
     """Sets the pool to one drain at a time; starts the sensor and the schedules. Raises `LocalServerFailed`."""
     workspace = ["-w", str(PROJECT / "workspace.yaml")]
-    commands = [["instance", "concurrency", "set", "audit_log_export", "1"]]  # before the first runs are queued: README
+    commands = [["instance", "concurrency", "set", "audit_log_export", "1"]]  # else the first two runs can overlap
     if automation:
         commands += [
             ["sensor", "start", "outbox_backlog_sensor", *workspace],

@@ -55,7 +55,7 @@ class Kind(NamedTuple):
 
 
 def _kinds(table: str) -> list[Kind]:
-    """Reads weight, event, targets and description of one kind a line; returns each kind as often as its weight says.
+    """Reads one kind per line: weight, event, targets, description. Returns each kind as often as its weight says.
 
     `{}` in a description stands for the first target.
     """

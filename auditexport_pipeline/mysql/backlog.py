@@ -10,7 +10,7 @@ from auditexport_pipeline.core.backlog import Backlog, Lease
 from auditexport_pipeline.core.batch import State
 from auditexport_pipeline.mysql.statements import SQL
 
-# Pending versions that are read; more of them are a misuse of the column.
+# At most this many pending versions are read.
 MOST_VERSIONS = 50
 # Rows that the collation takes for one version, and that are searched for other spellings: some ten milliseconds.
 SEARCHED_ROWS = 10_000

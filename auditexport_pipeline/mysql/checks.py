@@ -80,7 +80,7 @@ def _transport(db: Catalogue) -> Checking:
 
 
 def _settings(db: Catalogue) -> Checking:
-    """Our session has the variables that it has set, and the server takes and logs its writes."""
+    """MySQL applied our session variables, and the server takes and logs our writes."""
 
     def on(name: str, otherwise: str = "OFF") -> bool:
         return db.variables.get(name, otherwise) not in ("OFF", "0")

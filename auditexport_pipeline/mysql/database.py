@@ -83,8 +83,8 @@ class Database:
         Inside `one_transaction` it is a part of that transaction, which any exception here ends: every later part
         raises the same exception. There are no savepoints, because after a deadlock MySQL has none left.
 
-        `what` names it in errors. Raises `OutboxUnavailable` and its kin for the driver's errors. When a wait for a
-        lock was in vain, the error names who holds the lock, and is `BatchLocked` for a row of the ledger.
+        `what` names it in errors. Raises `OutboxUnavailable` or a subclass for the driver's errors. When a lock
+        wait times out, the error names who holds the lock, and is `BatchLocked` for a row of the ledger.
         """
         joined = self._open.connection
         if self._open.failure is not None:
@@ -102,7 +102,7 @@ class Database:
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
-        """As `mysql.errors.translated`, and names who holds the lock after a wait in vain."""
+        """As `mysql.errors.translated`; also names who holds the lock when a lock wait times out."""
         try:
             with translated(what):
                 yield

@@ -12,6 +12,7 @@ import msgspec
 from sqlalchemy import Connection, Row
 
 from auditexport_pipeline.core.actions import Action
+from auditexport_pipeline.core.backlog import COUNT_TO
 from auditexport_pipeline.core.batch import OPEN, State
 from auditexport_pipeline.core.claiming import CLEARED_OFTEN
 from auditexport_pipeline.core.errors import SetupIncomplete
@@ -35,8 +36,6 @@ from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.statements import statements
 
 SQL = statements("mysql/status.sql")
-# Counting stops here: it takes a quarter of a second.
-COUNT_BACKLOG_TO = 1_000_000
 # Batches that are read for the last runs and the rate: more than one run of the default limits, some milliseconds.
 LAST_BATCHES = 1_000
 # Open, unverified or discrepant batches that are read; `auditexport batches list` pages through all of them.
@@ -47,9 +46,7 @@ LAST_RUNS = 5
 _STAMPS = ("claimed_at_ms", "sealed_at_ms", "written_at_ms", "exported_at_ms", "verified_at_ms")
 
 
-def read_status(
-    outbox: MySQLOutbox, versions: Sequence[str] | None = None, *, count_to: int = COUNT_BACKLOG_TO
-) -> Status:
+def read_status(outbox: MySQLOutbox, versions: Sequence[str] | None = None, *, count_to: int = COUNT_TO) -> Status:
     """The status by MySQL's clock. SELECT is the only grant that it needs; ClickHouse is not asked.
 
     Source: `drainer_pending_idx` of the outbox, the ledger by its indexes, dead letters by reason, the last actions.

@@ -37,7 +37,7 @@ _PIECES = load("report/audit_log.sql")
 
 # A longer window is counted by day: a column needs three pixels.
 MOST_STEPS = 14 * 24
-# An event is often older than its export: so long before the window, hours have columns too.
+# An event is often older than its export: hours this long before the window are shown too.
 HOURS_BEFORE_MS = DAY_MS
 # Rows whose hour is read from the outbox: some ten seconds of reading by primary key, as long as a reconciliation of them.
 # Of a busier window only the newest exports are counted, and the page says since when.
@@ -83,7 +83,7 @@ class Grid:
 
     @property
     def starts(self) -> list[int]:
-        """The begin of each bin, with the two at the ends."""
+        """The start of each bin, and of one more at either end."""
         return [self.starts_ms + (number - 1) * self.step_ms for number in range(self.steps + 2)]
 
 

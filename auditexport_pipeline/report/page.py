@@ -131,9 +131,9 @@ def _repairs(report: Report) -> list[str]:
 def _backlog(figures: Figures) -> str:
     backlog = figures.status.backlog
     if not backlog.rows:
-        return "Behind: nothing is pending."
+        return "Backlog: nothing is pending."
     pending = f"{backlog.shown_rows} {'row is' if backlog.rows == 1 else 'rows are'} pending"
-    return f"Behind: {pending}, the oldest for {format_duration(backlog.lag_s)}."
+    return f"Backlog: {pending}, the oldest for {format_duration(backlog.lag_s)}."
 
 
 def _todo(advice: Sequence[Advice]) -> list[str]:

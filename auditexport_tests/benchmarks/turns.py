@@ -1,4 +1,4 @@
-"""The child's side of `children.ask`. It imports nothing else, because that would be start-up time of every contender."""
+"""The child's side of `children.ask`. It imports nothing else: imports would count as the start-up time of each contender."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`make chaos`: one history after the other for CHAOS_SECONDS (600), and a report; ends with 1 on any violation.
 
-CHAOS_SEED is the first history's seed, and each next one is one more. A failed history is printed with its seed: that and
+CHAOS_SEED is the seed of the first history; each next history adds 1. A failed history is printed with its seed: that and
 CHAOS_SECONDS=1 replay it.
 """
 

@@ -90,7 +90,7 @@ class World:
         return [worker for worker in self.workers if worker.alive and not worker.stopped]
 
     def start_run(self, *, quiet: bool = False) -> Worker | None:
-        """Starts a drain, which knows of most dead owners; None where one is at work and runs follow each other."""
+        """Starts a drain, which knows most dead owners. Returns None if a drain is at work and drains must not overlap."""
         if self.overflow:
             if self.working():
                 return None

@@ -62,7 +62,7 @@ class CrashPoint:
         return self.reached and self.then is None
 
     def revive(self) -> None:
-        """Lets a run go on that crashed here: the process is there again, and this point is behind it."""
+        """Lets a run that crashed here continue: its process is there again, and has passed this point."""
         self.reached = False
         self.left = 0
 

@@ -1,6 +1,7 @@
 """The public surface as text: what other people's scripts, dashboards and code locations rely on by name.
 
-`integration.docs.test_surface` compares it with `support.surface.txt`. What belongs here: names, types and keys. What does not: values and sentences.
+`integration.docs.test_surface` compares it with `integration/docs/surface.txt`. What belongs here: names, types and keys.
+What does not: values and sentences.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_old_runs_go_and_the_latest_materialization_stays(exporter: Exporter, stack: Stack, scratch: Path) -> None:
-    """Without it a run a minute fills the disk; with too much of it the asset would look as if it had never run."""
+    """Without a purge, a run per minute fills the disk. Purging too much removes the latest materialization."""
     stack.put(*events(1))
     old = [exporter.drain().run_id for _ in range(3)]
     latest = exporter.drain().run_id

@@ -133,7 +133,7 @@ def dev(
         "AUDITEXPORT_OUTBOXES": settings_file(home.parent, sensor_rows=1),
         "AUDITEXPORT_ALERT_WEBHOOK_URL": hook.url,
     }
-    # As the README says: else the limit begins with the second look at the queue, and a test could be the first.
+    # Without this, Dagster applies the limit only after it has seen the pool once: the first two runs could overlap.
     pool = [sys.executable, "-m", "dagster", "instance", "concurrency", "set", "audit_log_export", "1"]
     subprocess.run(pool, env=environment, check=True, capture_output=True, timeout=60)
     port = free_port()

@@ -64,7 +64,7 @@ def test_an_open_batch_of_an_uninstalled_version_stops_nobody(stack: Stack, audi
 
 
 def test_a_run_goes_on_beside_a_batch_of_an_uninstalled_version(stack: Stack, exporter: Exporter) -> None:
-    """Every run failed, also one with other rows to export."""
+    """Otherwise every run fails, also one with other rows to export."""
     leave_open(stack, "sealed")
     uninstall()
     stack.put(*events(3))

@@ -111,8 +111,10 @@ def test_rows_that_arrived_behind_a_502_are_not_written_again(stack: Stack, prox
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["first export", "requeue"])
-def test_where_a_proxy_keeps_the_headers_a_look_proves_the_insert(stack: Stack, proxy: HttpProxy, again: bool) -> None:
-    """A proxy that strips X-ClickHouse-… must not stop the export for ever; and its 200 alone is no proof."""
+def test_where_a_proxy_drops_the_headers_a_look_up_proves_the_insert(
+    stack: Stack, proxy: HttpProxy, again: bool
+) -> None:
+    """A proxy that strips X-ClickHouse-… must not stop the export for ever, and its 200 alone is no proof."""
     if again:
         assert _drain(stack, proxy) == ""
         stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")

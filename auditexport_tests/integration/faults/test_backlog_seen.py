@@ -17,7 +17,7 @@ def _backlog(stack: Stack) -> Backlog:
 
 
 def test_letters_whose_rows_were_deleted_hide_no_row(stack: Stack) -> None:
-    """Five hundred of them hid 450 rows for good: no launch, no error."""
+    """Otherwise 500 such letters hide 450 rows: no run starts, and no error is shown."""
     stack.put(*(("ws_1", f"bad_{number}", "{}") for number in range(30)))
     run(stack)
     assert _backlog(stack).rows == 0

@@ -54,7 +54,7 @@ def test_a_drain_claims_nothing_from_a_column_that_drops(stack: Stack, auditexpo
 
 
 def test_a_change_of_the_table_is_seen_before_the_cache_ends(stack: Stack) -> None:
-    """A run that stays for hours must not fill a column that drops for the rest of them."""
+    """A run that stays for hours must notice within a plan that a column loses values."""
     preflight.forget()
     preflight.refuse_unless_ready(stack.outbox, stack.log)
     _alter(stack, "meta JSON(SKIP secret)")

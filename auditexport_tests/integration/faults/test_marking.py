@@ -337,7 +337,7 @@ def test_doctor_names_update_triggers_and_lets_a_harmless_one_be(stack: Stack, a
 def test_a_drain_exports_no_row_twice_if_its_mark_is_cleared_at_once(
     stack: Stack, auditexport: Prompt, options: tuple[str, ...]
 ) -> None:
-    """It never ended: each plan found the rows of the one before it pending. One that stays found them at every check."""
+    """Otherwise the drain never ends: each plan finds the rows of the one before it pending."""
     stack.put(*events(6))
     stack.sql(
         "CREATE TRIGGER unmark AFTER UPDATE ON clickhouse_outbox_batch FOR EACH ROW UPDATE clickhouse_outbox "

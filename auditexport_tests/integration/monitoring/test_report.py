@@ -266,7 +266,7 @@ def test_what_an_application_chose_is_text_on_the_page(stack: Stack) -> None:
 def test_a_new_installation_has_a_page(stack: Stack) -> None:
     """The first report is often of an empty installation."""
     text = status_page(stack).text
-    for part in ("Behind: nothing is pending.", "No batch in this window.", "No row was ever set aside."):
+    for part in ("Backlog: nothing is pending.", "No batch in this window.", "No row was ever set aside."):
         assert part in text
 
 

@@ -318,7 +318,7 @@ def test_a_replicated_table_is_created_and_its_replica_checked(own: OwnClickHous
     assert stack.pending() == 5
 
 
-def test_a_replicated_table_that_forgets_tokens_within_a_lease_is_found(own: OwnClickHouse) -> None:
+def test_a_replicated_table_that_forgets_tokens_too_soon_is_found(own: OwnClickHouse) -> None:
     """Its own setting can be too short, or the server's default for tables without one."""
     stack = own.new_stack()
     ddl = Layout(engine=Engine.REPLICATED).statements("audit")[TABLE]

@@ -333,7 +333,7 @@ def test_clickhouses_certificate_is_refused_before_anything_is_sent(
 def test_verification_that_is_turned_off_is_a_warning(
     stack: Stack, clickhouse_server: str, certificates: Certificates
 ) -> None:
-    """A trial that begins so often stays so."""
+    """Settings of a trial often reach production."""
     with tls_proxy(clickhouse_server, certificates.elsewhere) as proxy:
         log = through(proxy, stack, "0.0.0.0", verify="false")
         (found,) = preflight.check(stack.outbox, log)
