@@ -71,6 +71,11 @@ class Drained:
     def discrepant(self) -> dict[int, str]:
         return {**{batch_id: str(found) for batch_id, found in self.verified.items() if found}, **self.wrong}
 
+    @property
+    def settled_rows(self) -> int:
+        """Rows that are not pending any more: exported, or set aside."""
+        return self.rows + self.dead_letters
+
     def leave(self, batch_id: int, error: AuditExportError) -> None:
         """Notes why a batch was left open."""
         if isinstance(error, LeaseLost):
@@ -179,6 +184,7 @@ class Drain:
         waits = 0
         while True:
             exported_before = self.done.batches
+            settled_before = self.done.settled_rows
             plan = self._plan()
             if self.done.interrupted or len(plan.unmarked) == len(plan.claims) or Left.REFUSED in plan.unmarked:
                 return self.done
@@ -190,7 +196,9 @@ class Drain:
                 self._sleep(wait_s)
             elif len(plan.claims) < self._limits.max_batches:  # the plan claimed all pending rows
                 pending = backlog()
-                if plan.cleared or not pending.rows or pending.lag_s <= time.monotonic() - started:
+                given_back = plan.given_back and self.done.settled_rows > settled_before
+                late = not given_back and pending.lag_s <= time.monotonic() - started
+                if plan.cleared or not pending.rows or late:
                     return self.done
 
     def stay(
@@ -291,6 +299,7 @@ class Drain:
                 done.unmarked.pop(claim.batch_id, None)
                 done.adopted += claim.adopted
                 done.add(batch)
+                plan.given_back |= batch.counts.released > 0
                 self._listener.exported(batch)
         finally:
             self._pipeline.close()
@@ -342,6 +351,7 @@ class _Plan:
     unmarked: list[Left] = field(default_factory=list)  # why batches are not marked
     left: list[AuditExportError] = field(default_factory=list)  # why batches are open
     wrong: bool = False  # ClickHouse does not have a batch as sealed
+    given_back: bool = False  # rows of its batches are pending again: too many bytes, or too many that were refused
 
     def add_cleared(self, pks: PkSet) -> None:
         self.cleared |= pks

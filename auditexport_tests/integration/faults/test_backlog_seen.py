@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from auditexport_pipeline.core import claiming
 from auditexport_pipeline.core.backlog import NO_FAILURES, Backlog, decide
 from auditexport_pipeline.core.settings import Thresholds
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.conftest import Stack
-from auditexport_tests.support.builders import events, insert_batch, run
+from auditexport_tests.support.builders import events, everything_once, insert_batch, run, small_event
 from auditexport_tests.support.prompts import Prompt
 
 
@@ -64,3 +65,14 @@ def test_where_no_created_at_is_sound_the_last_claim_counts(stack: Stack) -> Non
     stack.sql("UPDATE clickhouse_outbox SET created_at = created_at + 864000000")
     insert_batch(stack, claimed_s_ago=600)
     assert 600 <= _backlog(stack).lag_s < 1_200
+
+
+def test_a_drain_ends_only_without_the_rows_that_it_gave_back(
+    stack: Stack, auditexport: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a sound created_at, rows that a batch gave back seem to have arrived after the last claim."""
+    monkeypatch.setattr(claiming, "SAMPLED_ROWS", 1)
+    stack.put(*events(1), *(small_event(f"evt_large_{number}", description="d" * 5_000) for number in range(20)))
+    stack.sql("UPDATE clickhouse_outbox SET created_at = 1")
+    auditexport("drain", "--batch-bytes", "20000")
+    everything_once(stack, 21)
