@@ -25,11 +25,14 @@ dev: $(READY) server
 	@$(BIN)/auditexport dev
 
 # CLICKHOUSE, MYSQLD and PYTEST_ARGS choose what the tests run on, and which; CONTRIBUTING.md has examples.
+# More workers than cores, because many tests wait for locks and leases. With the variable set, each worker and each process
+# that a test starts would compile every file anew.
+unexport PYTHONDONTWRITEBYTECODE
 test: SELECTED = -m 'not slow'
 test test-all: $(READY) server
 	@$(BIN)/python -m auditexport_tests.support.engines $(CLICKHOUSE)
 	@AUDITEXPORT_TEST_CLICKHOUSE_ENGINE=$(CLICKHOUSE) $(if $(MYSQLD),AUDITEXPORT_MYSQLD='$(MYSQLD)') \
-		$(BIN)/python -m pytest -n 4 --dist worksteal $(SELECTED) $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n 5 --dist worksteal $(SELECTED) $(PYTEST_ARGS)
 
 # The browser's tests, with what only they need; `make test` leaves them out.
 test-e2e: $(READY) server

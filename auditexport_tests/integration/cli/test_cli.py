@@ -23,6 +23,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=os.environ, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_numbers_that_add_up(tmp_path: Path) -> None:
     """A newcomer sees it first, and a smoke test in CI takes its exit status and its JSON as a proof."""
     command = (
