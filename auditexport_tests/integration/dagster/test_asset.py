@@ -268,6 +268,7 @@ def killed_run(exporter: Exporter, stack: Stack) -> dg.DagsterRun:
     return exporter.instance.get_runs()[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_retried_from_failure_does_not_end_green(
     exporter: Exporter, stack: Stack, killed_run: dg.DagsterRun
 ) -> None:

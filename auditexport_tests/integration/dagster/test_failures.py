@@ -61,6 +61,7 @@ def _entries(server: LocalClickHouse) -> tuple[int, int]:
     return int(entries), int(distinct)
 
 
+@pytest.mark.slow
 def test_a_short_outage_costs_no_run_and_a_long_one_no_event(
     mortal: LocalClickHouse, exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

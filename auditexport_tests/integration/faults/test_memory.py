@@ -54,6 +54,7 @@ def burst(stack: Stack) -> int:
     return SMALL_ROWS + BURST_ROWS
 
 
+@pytest.mark.slow
 def test_a_burst_of_large_rows_stays_within_the_bytes_of_a_batch(stack: Stack, burst: int) -> None:
     """The sample can miss the large rows: then a batch of 64 MB used 855 MB."""
     done = subprocess.run(

@@ -28,6 +28,8 @@ from auditexport_pipeline.local.mysql import LocalMySQL
 from auditexport_tests.conftest import Stack, fresh_stack
 from auditexport_tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def decode(row: OutboxRow) -> core_event.Event | core_event.Undecodable:
     payload = row.payload.encode()

@@ -331,7 +331,7 @@ def test_a_replicated_table_that_forgets_tokens_too_soon_is_found(own: OwnClickH
         short = ddl.replace("replicated_deduplication_window_seconds = 604800, ", setting)
         client.command(short.replace("/{table}", f"/{number}"))
         found = findings(stack)[0]
-        assert "remembers tokens for 100 s, and a lease and its INSERT can last 360 s" in found.what
+        assert "remembers tokens for 100 s, and an INSERT can arrive again for 360 s" in found.what
         assert found.fatal
         assert found.fix == f"ALTER TABLE {TABLE} MODIFY SETTING replicated_deduplication_window_seconds = 604800"
     client.command(f"DROP TABLE {TABLE} SYNC")

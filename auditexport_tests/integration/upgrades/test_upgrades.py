@@ -97,6 +97,7 @@ def test_the_ledger_changes_by_one_statement_that_doctor_prints(
         assert old.ask("check", **urls(stack))["fatal"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_what_the_old_release_left_open_is_finished(upgraded: Stack, old: OldRelease, point: str) -> None:
     """An upgrade kills the old run at any instant; the new release reads its ledger and its seals."""
