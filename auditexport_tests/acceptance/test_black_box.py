@@ -37,6 +37,7 @@ def test_every_event_arrives_once_and_is_marked(empty_world: World, run: str) ->
     assert empty_world.entries() == IDS
 
 
+@pytest.mark.slow
 def test_a_drain_prints_what_it_did_for_programs(world: World) -> None:
     """A script reads one JSON object."""
     world.put(*IDS)
@@ -47,6 +48,7 @@ def test_a_drain_prints_what_it_did_for_programs(world: World) -> None:
 
 
 @RUNS
+@pytest.mark.slow
 def test_a_kill_after_the_insert_doubles_nothing(world: World, run: str) -> None:
     """ClickHouse has the rows, MySQL has no mark: the next run must check before it sends."""
     world.put(*IDS)
@@ -62,6 +64,7 @@ def test_a_kill_after_the_insert_doubles_nothing(world: World, run: str) -> None
 
 
 @RUNS
+@pytest.mark.slow
 def test_a_kill_before_the_insert_loses_nothing(world: World, run: str) -> None:
     """The batch is sealed, its INSERT is on the way and never arrives."""
     world.put(*IDS)
@@ -150,6 +153,7 @@ def test_a_loss_is_found_repaired_and_gone(world: World) -> None:
     assert (world.entries(), world.pending()) == (IDS, 0)
 
 
+@pytest.mark.slow
 def test_a_wrong_setup_is_named_before_anything_is_claimed(world: World) -> None:
     """A missing column is found by `doctor`, and by a drain before it takes a row."""
     world.put(*IDS)
@@ -159,6 +163,7 @@ def test_a_wrong_setup_is_named_before_anything_is_claimed(world: World) -> None
     assert (world.entries(), world.pending()) == ([], len(IDS))
 
 
+@pytest.mark.slow
 def test_two_drains_at_once_export_each_event_once(world: World) -> None:
     """An operator's drain beside the scheduled one."""
     world.put(*[f"ev_{number:05}" for number in range(1000)])

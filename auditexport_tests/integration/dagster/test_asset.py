@@ -521,6 +521,7 @@ def test_dagster_stores_no_payload_of_an_unforeseen_error(
     assert _stored_in(exporter.home, CANARY) == set()
 
 
+@pytest.mark.slow
 def test_the_search_for_payloads_finds_what_is_planted(exporter: Exporter) -> None:
     """A search that can find nothing would make the tests above worthless."""
     with dg.execute_job(dg.reconstructable(leaking_job), instance=exporter.instance) as run:

@@ -93,6 +93,7 @@ def test_open_dead_letters_are_counted_by_reason_and_workspace(exporter: Exporte
     assert (shown["dead_letters_standing"], shown["dead_letters_gone"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_loss_in_clickhouse_fail_their_checks(exporter: Exporter, stack: Stack) -> None:
     """An acknowledgement is not proof, and neither is yesterday's proof. Copies count without FINAL."""
     stack.put(*events(5))

@@ -166,6 +166,7 @@ def _spoil(stack: Stack, spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(where, what.format(clickhouse=stack.clickhouse_url, unknown_user=unknown_user))
 
 
+@pytest.mark.slow
 def test_a_wrong_setup_is_refused_before_anything_is_claimed(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

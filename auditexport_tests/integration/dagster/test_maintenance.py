@@ -81,6 +81,7 @@ def test_a_reconciliation_writes_its_report_also_when_it_fails(
     assert len(stack.upkeep.actions(10)) == 2
 
 
+@pytest.mark.slow
 def test_requeue_and_sweep_count_their_rows(exporter: Exporter, stack: Stack) -> None:
     """A dry run counts first; the sweep runs every night, and takes only what is past retention."""
     stack.put(*events(20))

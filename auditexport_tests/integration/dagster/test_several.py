@@ -74,6 +74,7 @@ def test_each_outbox_has_every_definition_under_its_own_name(both: dg.Definition
     dg.Definitions.validate_loadable(both)
 
 
+@pytest.mark.slow
 def test_a_drain_takes_its_own_outbox_and_leaves_the_other(
     both: dg.Definitions, exporter: Exporter, stack: Stack, other: Stack
 ) -> None:

@@ -122,6 +122,7 @@ def test_one_workspaces_flood_of_bad_rows_delays_nobody_else(stack: Stack, flood
 # ── bounded work, and progress ───────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [None, b"x-flood"], ids=["by the table", "by the parser"])
 def test_each_drain_stays_in_its_budget_and_gets_further(stack: Stack, few_probes: int, refused: bytes | None) -> None:
     """Bounded work that finds nothing would be repeated by every drain."""

@@ -47,6 +47,7 @@ def lossy(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Stack:
     return stack
 
 
+@pytest.mark.slow
 def test_a_discrepancy_fails_the_run_whichever_attempt_found_it(
     exporter: Exporter, lossy: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_run_that_stays_counts_what_every_attempt_exported(
     assert (metadata["rows"], metadata["batches"], metadata["verified_batches"]) == (140, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_sweep_fails_whichever_attempt_found_the_loss(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def drain(exporter: Exporter, **settings: object) -> dg.ExecuteInProcessResult:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "limits", "most"),
     [
