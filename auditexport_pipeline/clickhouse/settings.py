@@ -22,7 +22,7 @@ def _each(value: Value, names: str) -> dict[str, Value]:
     return dict.fromkeys(names.split(), value)
 
 
-# For every statement of ours. `compatibility` comes first: it restores the defaults that an older value changed. It
+# For each of our statements. `compatibility` comes first: it restores the defaults that an older value changed. It
 # does not change settings that a profile names; therefore the others follow.
 EVERYWHERE: dict[str, Value] = {
     "compatibility": "",

@@ -145,7 +145,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
 
     A first attempt sends at once. Any later attempt first asks what ClickHouse has. A block is
     atomic, so ClickHouse has all of it, or none of it and the same block is sent under the same token.
-    If ClickHouse has a part of it, somebody removed entries: the block counts as written, and
+    If ClickHouse has a part of it, entries were removed: the block counts as written, and
     verification reports it. After an INSERT that got an error, the attempt asks in the same way (`core.attempt`).
     Raises `InsertOutcomeUnknown` and `AuditLogUnavailable` (run again), `BatchWaits` (run again later; other batches
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
@@ -419,7 +419,7 @@ class _Marking:
         return batch
 
     def _mark(self, chunks: Sequence[PkSet]) -> None:
-        """Marks the rows that nobody has locked; `locked` has the others."""
+        """Marks the rows that are not locked; `locked` has the others."""
         self.locked = PkSet()
         with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
             for marked in pool.map(self._mark_chunk, chunks):
