@@ -7,10 +7,10 @@ What does not belong here: sending (`core.export`), and finding the rows that ar
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.batch import NO_ENTRIES, VIEW_BARS, VIEW_NOTE, Block, Holding
 from auditexport_pipeline.core.cuts import Writing
 from auditexport_pipeline.core.errors import (
@@ -276,7 +276,7 @@ class Attempt:
                     f"after that splits it. To have it taken whole, {WHAT_TO_RAISE[_kind(blocks[0])]}",
                     wait_s,
                 )
-            time.sleep(wait_s)
+            threads.sleep(wait_s)
             return self.split_too_large()
         self._writing.outbox.renew(batch.claim, self._limits.lease_s)
         self._too_large.clear()

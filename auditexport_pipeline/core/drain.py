@@ -7,13 +7,12 @@ verbs of a batch are in `core.export`, and `core.pipeline` runs them in threads.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from auditexport_pipeline.core import claiming, retries
+from auditexport_pipeline.core import claiming, retries, threads
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import OPEN, Batch, Claim, Left
 from auditexport_pipeline.core.errors import (
@@ -180,7 +179,7 @@ class Drain:
         Ends early after a batch whose mark was refused, because the next one would be refused as well, and after a plan
         that could not change any of its batches.
         """
-        started = time.monotonic()
+        started = threads.monotonic()
         waits = 0
         while True:
             exported_before = self.done.batches
@@ -197,7 +196,7 @@ class Drain:
             elif len(plan.claims) < self._limits.max_batches:  # the plan claimed all pending rows
                 pending = backlog()
                 given_back = plan.given_back and self.done.settled_rows > settled_before
-                late = not given_back and pending.lag_s <= time.monotonic() - started
+                late = not given_back and pending.lag_s <= threads.monotonic() - started
                 if plan.cleared or not pending.rows or late:
                     return self.done
 
@@ -215,9 +214,9 @@ class Drain:
         after a batch that could not be marked or that ClickHouse does not have as sealed. Raises the error of the first
         batch that was left for another reason.
         """
-        released = time.monotonic()
+        released = threads.monotonic()
         while staying() and not self.done.interrupted:
-            started = time.monotonic()
+            started = threads.monotonic()
             if started - released >= RELEASE_EVERY_S:
                 released = started
                 release()
@@ -226,7 +225,7 @@ class Drain:
                 raise plan.left[0]
             if plan.unmarked or plan.wrong:
                 return self.done
-            self._sleep(started + self._limits.linger_poll_ms / 1000 - time.monotonic())
+            self._sleep(started + self._limits.linger_poll_ms / 1000 - threads.monotonic())
         self.done.interrupted = self.done.interrupted or self._stopping()
         return self.done
 
@@ -249,7 +248,7 @@ class Drain:
                     raise
                 wait_s = retries.wait_s(max(0, self._failures - 1))
                 self._listener.trouble(f"{error} — trying again in {wait_s:.1f} s")
-                time.sleep(wait_s)
+                threads.sleep(wait_s)
 
     def _claim(self, max_rows: int | None, *, adopt: bool) -> _Plan:
         plan = _Plan()
@@ -337,9 +336,9 @@ class Drain:
             self._listener.trouble(line)
 
     def _sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while not self._stopping() and (left_s := until - time.monotonic()) > 0:
-            time.sleep(min(left_s, CHECK_STOP_S))
+        until = threads.monotonic() + seconds
+        while not self._stopping() and (left_s := until - threads.monotonic()) > 0:
+            threads.sleep(min(left_s, CHECK_STOP_S))
 
 
 @dataclass(slots=True, kw_only=True)

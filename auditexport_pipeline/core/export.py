@@ -23,12 +23,12 @@ happened: call `record_written` and `mark` again, each on its own.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.attempt import Attempt
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Left, Receipt, State
 from auditexport_pipeline.core.batch import Bodies as Bodies
@@ -92,11 +92,11 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
     is sealed already does not change; `write` reads its rows again if it has to send them.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
-    started = time.perf_counter()
+    started = threads.monotonic()
     with leases_renewed(outbox, claim, limits):
         batch = outbox.renew(claim, limits.lease_s)
         if batch.state is not State.CLAIMED:
-            return FetchedBatch(claim=claim, rows=batch.entries, seconds=time.perf_counter() - started)
+            return FetchedBatch(claim=claim, rows=batch.entries, seconds=threads.monotonic() - started)
         rows = ClaimedRows(batch)
         rows.read(outbox, limits.batch_bytes)
         if rows.keys:
@@ -109,7 +109,7 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
         bodies=bodies,
         rows=sum(block.rows for block in cut.blocks),
         dead=len(rows.dead),
-        seconds=time.perf_counter() - started,
+        seconds=threads.monotonic() - started,
     )
 
 
@@ -151,7 +151,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
     can go on), `LeaseLost`, `BatchAltered`, `SetupIncomplete`.
     """
     _refuse_in_transaction(outbox)
-    started = time.perf_counter()
+    started = threads.monotonic()
     found = 0
     note = ""
     with leases_renewed(outbox, claim, limits):
@@ -174,7 +174,7 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
             attempt.note_stored([block for block in batch.blocks if block not in to_send])
             _Sending(writing, log, limits, attempt).all(to_send)
             batch, note = writing.batch, attempt.note()
-    return Sent(claim=claim, batch=batch, found=found, note=note, seconds=time.perf_counter() - started)
+    return Sent(claim=claim, batch=batch, found=found, note=note, seconds=threads.monotonic() - started)
 
 
 def record_written(outbox: Outbox, sent: Sent) -> Receipt:
@@ -217,7 +217,7 @@ class _Sending:
 
     def all(self, to_send: list[Block]) -> None:
         to_send = self._attempt.hold_back(to_send)
-        with ThreadPoolExecutor(self._limits.blocks_per_batch, thread_name_prefix="write") as pool:
+        with threads.pool(self._limits.blocks_per_batch, "write") as pool:
             while to_send := to_send or self._attempt.split_too_large():
                 progress()
                 # Of a stopped batch, all blocks are read before any is sent: then it is known which ones are released.
@@ -225,7 +225,7 @@ class _Sending:
                 at_once = len(to_send) if is_stopped else BLOCKS_AT_ONCE
                 to_send = [*self._send(to_send[:at_once], pool), *to_send[at_once:]]
 
-    def _send(self, blocks: list[Block], pool: ThreadPoolExecutor) -> list[Block]:
+    def _send(self, blocks: list[Block], pool: Executor) -> list[Block]:
         """Sends these blocks; returns the blocks to send next."""
         writing, limits, attempt = self._writing, self._limits, self._attempt
         # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
@@ -398,17 +398,17 @@ class _Marking:
     def _mark_rows(self, pks: PkSet, ids: int) -> Batch:
         *chunks, last = [*pks.chunks(self._chunk_rows)] or [PkSet()]
         self._mark(chunks)
-        until = time.monotonic() + LOCKED_PATIENCE_S
+        until = threads.monotonic() + LOCKED_PATIENCE_S
         while True:
             if not self.locked and (batch := self._finish(last, ids)) is not None:
                 return batch
-            if time.monotonic() > until and not last:
+            if threads.monotonic() > until and not last:
                 raise RowsLocked(f"{len(self.locked):,} rows of batch {self._batch.batch_id} are locked; run again")
             self._mark([*(self.locked | last).chunks(self._chunk_rows)])
             last = PkSet()
 
     def _finish(self, pks: PkSet, ids: int) -> Batch | None:
-        started = time.monotonic()
+        started = threads.monotonic()
         try:
             batch = self._outbox.finish_mark(self._batch.claim, pks, self._stamp_ms, self._total, ids=ids)
         except RowsLocked as error:
@@ -421,14 +421,14 @@ class _Marking:
     def _mark(self, chunks: Sequence[PkSet]) -> None:
         """Marks the rows that are not locked; `locked` has the others."""
         self.locked = PkSet()
-        with ThreadPoolExecutor(self._limits.mark_connections, thread_name_prefix="mark") as pool:
+        with threads.pool(self._limits.mark_connections, "mark") as pool:
             for marked in pool.map(self._mark_chunk, chunks):
                 self._total += marked
                 self.locked |= marked.locked
                 progress()
 
     def _mark_chunk(self, pks: PkSet) -> Marked:
-        started = time.monotonic()
+        started = threads.monotonic()
         marked = self._outbox.mark(self._batch.claim, pks, self._stamp_ms)
         self._rest(started, len(pks), self._limits.mark_connections)
         return marked
@@ -436,4 +436,4 @@ class _Marking:
     def _rest(self, started: float, rows: int, connections: int) -> None:
         rate = self._limits.max_rows_per_second
         due = started + rows * connections / rate if rate else 0.0
-        time.sleep(max(0.0, due - time.monotonic()) + self._limits.mark_pause_ms / 1000)
+        threads.sleep(max(0.0, due - threads.monotonic()) + self._limits.mark_pause_ms / 1000)

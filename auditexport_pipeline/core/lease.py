@@ -9,10 +9,10 @@ may take, which ClickHouse bounds by its own clock.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.ports import Outbox
@@ -28,7 +28,7 @@ class _Progress:
     """The time of a verb's last progress."""
 
     def __init__(self) -> None:
-        self.at_s = time.monotonic()
+        self.at_s = threads.monotonic()
 
 
 _thread = threading.local()
@@ -37,17 +37,17 @@ _thread = threading.local()
 def progress() -> None:
     """Notes that the verb of this thread makes progress."""
     if (current := getattr(_thread, "current", None)) is not None:
-        current.at_s = time.monotonic()
+        current.at_s = threads.monotonic()
 
 
 @contextmanager
 def leases_renewed(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
     """Renews the leases of the claim's plan while the block runs and makes progress."""
-    last, done = _Progress(), threading.Event()
+    last, done = _Progress(), threads.event()
     longest_s = limits.insert_timeout_s + LONGEST_SILENCE_S
 
     def renew() -> None:
-        while not done.wait(limits.lease_s / RENEWALS_PER_LEASE) and time.monotonic() - last.at_s < longest_s:
+        while not done.wait(limits.lease_s / RENEWALS_PER_LEASE) and threads.monotonic() - last.at_s < longest_s:
             try:
                 outbox.renew(claim, limits.lease_s)
             except LeaseLost:
@@ -56,7 +56,7 @@ def leases_renewed(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[Non
                 continue
 
     _thread.current = last
-    threading.Thread(target=renew, name="lease", daemon=True).start()
+    threads.start(renew, "lease")
     try:
         yield
     finally:

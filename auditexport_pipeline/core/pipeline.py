@@ -14,14 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
-from threading import Event, Semaphore
 from typing import Literal
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import export, threads
 from auditexport_pipeline.core.batch import Batch, Bodies, Claim, Receipt
 from auditexport_pipeline.core.export import FetchedBatch
 from auditexport_pipeline.core.ports import AuditLog, Outbox
@@ -48,7 +46,7 @@ class Timing:
 
 @dataclass(slots=True, kw_only=True)
 class _Span:
-    """When a verb was at work, by `time.monotonic`; without an end while it still is."""
+    """When a verb was at work, by `threads.monotonic`; without an end while it still is."""
 
     started_s: float
     ended_s: float | None = None
@@ -67,15 +65,15 @@ class _Journal:
         self._spans: dict[tuple[Verb, int], _Span] = {}
 
     def called(self, verb: Verb, claim: Claim) -> None:
-        self._called_s[verb, claim.batch_id] = time.monotonic()
+        self._called_s[verb, claim.batch_id] = threads.monotonic()
 
     @contextlib.contextmanager
     def at_work(self, verb: Verb, claim: Claim) -> Iterator[None]:
-        span = self._spans[verb, claim.batch_id] = _Span(started_s=time.monotonic())
+        span = self._spans[verb, claim.batch_id] = _Span(started_s=threads.monotonic())
         try:
             yield
         finally:
-            span.ended_s = time.monotonic()
+            span.ended_s = threads.monotonic()
 
     def timing(self, verb: Verb, batch_id: int) -> Timing | None:
         span = self._spans.get((verb, batch_id))
@@ -98,9 +96,9 @@ class _Work:
     """One batch for the threads, and its results."""
 
     claim: Claim
-    fetched: Future[FetchedBatch] = field(default_factory=Future)
-    receipt: Future[Receipt] = field(default_factory=Future)
-    marked: Future[Batch] = field(default_factory=Future)
+    fetched: Future[FetchedBatch] = field(default_factory=threads.future)
+    receipt: Future[Receipt] = field(default_factory=threads.future)
+    marked: Future[Batch] = field(default_factory=threads.future)
     written: bool = False  # the caller has the receipt or the error; if it asks again, it writes the batch itself
     done: bool = False  # the same for the mark
 
@@ -128,9 +126,9 @@ class _Threads:
         self._limits = limits
         self._time_for = time_for
         self.works = [_Work(claim=claim) for claim in claims]
-        self._room = Semaphore(BATCHES_IN_MEMORY)
-        self._stopped = Event()
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"prefetch_{verb}") for verb in VERBS]
+        self._room = threads.semaphore(BATCHES_IN_MEMORY)
+        self._stopped = threads.event()
+        self._pools = [threads.pool(1, f"prefetch_{verb}") for verb in VERBS]
         self._fetching, self._writing, self._marking = self._pools
         self._fetching.submit(self._fetch_all)
 

@@ -9,9 +9,9 @@ exported it last: a requeued row stays until its newer batch is due.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.actions import Actor
 from auditexport_pipeline.core.batch import NO_ENTRIES, Batch, Holding
 from auditexport_pipeline.core.compare import as_sealed, compare_block
@@ -156,7 +156,7 @@ class _Sweeping:
                 self.action_id = self.upkeep.record_action("sweep", self.by, selection)
             rows += self.upkeep.delete(batch.batch_id, chunk, self.before_ms, self.action_id)
             if self.retention.pause_s:
-                time.sleep(self.retention.pause_s)
+                threads.sleep(self.retention.pause_s)
         self.upkeep.record_swept(batch.batch_id)
         return rows
 

@@ -7,7 +7,6 @@ creating and checking tables (`schema`), and decisions (`core`).
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ import msgspec
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import OperationalError
 
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.backlog import Backlog
 from auditexport_pipeline.core.batch import (
     Batch,
@@ -113,9 +113,9 @@ class MySQLOutbox(Database):
             # since.
             key = f"{_key_of(epoch)}{secrets.token_hex(16)}"[:KEY_LETTERS]
             plan = Plan(epoch=epoch, claim_key=key, owner=owner, process=process, lease_ms=lease_s * 1000)
-            started = time.monotonic()
+            started = threads.monotonic()
             yield MySQLPlanning(connection, plan, last_ms=last_ms)
-            if time.monotonic() - started > LONG_PLAN_S:  # the lease of the first batch began when it was claimed
+            if threads.monotonic() - started > LONG_PLAN_S:  # the lease of the first batch began when it was claimed
                 _renew_plan(connection, epoch, key, plan.lease_ms)
 
     def reserve_inserted_at(self, count: int) -> list[int]:

@@ -43,6 +43,10 @@ NOT_IN_CORE = {
     *("os", "socket", "subprocess", "datetime", "http", "urllib"),
 }
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime"}
+WAITS_OR_WORKS = re.compile(
+    r"time\.(sleep|monotonic|perf_counter)|threading\.(Thread|Timer|Event|Lock|Semaphore|Condition|Barrier)|"
+    r"concurrent\.futures\.\w*PoolExecutor|(asyncio|multiprocessing|queue)\b"
+)
 NEEDLESS_AT_START = {"pandas", "chdb", "clickhouse_connect", "httpx", "prometheus_client", "rich", "matplotlib"}
 # The report loads libraries for charts; it is loaded only when a report is made.
 MAY_BE_HEAVY = {"local", "processes", "celery_worker", "report"}
@@ -100,6 +104,14 @@ def core_has_no_wall_clock(path: str, source: str) -> list[str]:
         return []
     used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     return sorted((used | set(imports(path, source))) & WALL_CLOCK)
+
+
+def core_waits_and_works_beside_itself_in_one_place(path: str, source: str) -> list[str]:
+    """`core.threads` can be replaced, so that the simulation runs all of core in its own order and time."""
+    if part_of(path) != "core" or path == "core/threads.py":
+        return []
+    used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return sorted(name for name in used | set(imports(path, source)) if WAITS_OR_WORKS.match(name))
 
 
 def nothing_heavy_is_imported_early(path: str, source: str) -> list[str]:
@@ -169,6 +181,12 @@ RULES: Mapping[Rule, list[tuple[str, str]]] = {
     core_has_no_wall_clock: [
         ("core/x.py", "import time\ntime.time()"),
         ("core/x.py", "from time import time"),
+    ],
+    core_waits_and_works_beside_itself_in_one_place: [
+        ("core/x.py", "import time\ntime.sleep(1)"),
+        ("core/x.py", "from time import monotonic"),
+        ("core/x.py", "import threading\nthreading.Thread(target=f).start()"),
+        ("core/x.py", "from concurrent.futures import ThreadPoolExecutor"),
     ],
     nothing_heavy_is_imported_early: [
         ("cli/x.py", "import pandas as pd"),
