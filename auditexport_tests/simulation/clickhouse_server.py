@@ -53,6 +53,9 @@ class SimulatedClickHouse:
         self.clock_offset_ms = 0
         self.conditions = Conditions()
         self.parts: list[Part] = []
+        self.merged_away: list[
+            StoredEntry
+        ] = []  # for the oracle: what merges have replaced by a later entry of its key
         self.tokens: deque[str] = deque(maxlen=window)
         self.keeps_days = keeps_days
         self.defined_at_ms = 0
@@ -75,6 +78,8 @@ class SimulatedClickHouse:
         last: dict[Key, StoredEntry] = {}
         for part in found:
             for entry in part.entries:
+                if entry.key in last:
+                    self.merged_away.append(last[entry.key])
                 last[entry.key] = entry
         self.parts = [part for part in self.parts if part.month != month]
         self.parts.append(Part(month, [last[key] for key in sorted(last)]))

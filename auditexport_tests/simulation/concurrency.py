@@ -1,26 +1,53 @@
-"""Threads, pools, events and the clock of a simulated process, with the interfaces of Python's own.
-
-A program that takes these instead of `threading`, `time` and `concurrent.futures` runs on the scheduler.
-"""
+"""`core.threads` on the scheduler: the core's threads, pools, futures, events and clock, in simulated order and time."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+from auditexport_pipeline.core.threads import Threads
 from auditexport_tests.simulation.scheduler import Killed, Scheduler
 
 T = TypeVar("T")
 
 
-class SimulatedFuture(Future[T]):
+class SimulatedThreads(Threads):
+    """Each thread, and each worker of a pool, is a task of the process that starts it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def monotonic(self) -> float:
+        return self._scheduler.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self._scheduler.sleep(seconds)
+
+    def start(self, work: Callable[[], object], name: str) -> None:
+        process = self._scheduler.current.process
+        self._scheduler.spawn(f"{process.name}/{name}", work, process)
+
+    def pool(self, workers: int, name: str) -> SimulatedPool:
+        return SimulatedPool(self._scheduler, workers, name)
+
+    def future(self) -> SimulatedFuture:
+        return SimulatedFuture(self._scheduler)
+
+    def event(self) -> SimulatedEvent:
+        return SimulatedEvent(self._scheduler)
+
+    def semaphore(self, value: int) -> SimulatedSemaphore:
+        return SimulatedSemaphore(self._scheduler, value)
+
+
+class SimulatedFuture(Future[Any]):
     def __init__(self, scheduler: Scheduler) -> None:
         super().__init__()
         self._scheduler = scheduler
 
-    def result(self, timeout: float | None = None) -> T:
+    def result(self, timeout: float | None = None) -> Any:
         self._scheduler.wait(self.done, timeout)
         return super().result(0)
 
@@ -58,25 +85,19 @@ class SimulatedSemaphore:
         self._value += 1
 
 
-class SimulatedPool:
-    """`ThreadPoolExecutor`: at most `max_workers` calls at once, in the order in which they were submitted."""
+class SimulatedPool(Executor):
+    """`ThreadPoolExecutor`: at most `workers` calls at once, begun in the order in which they were submitted."""
 
-    def __init__(self, scheduler: Scheduler, max_workers: int, thread_name_prefix: str = "pool") -> None:
+    def __init__(self, scheduler: Scheduler, workers: int, name: str) -> None:
         self._scheduler = scheduler
         self._process = scheduler.current.process
-        self._most = max_workers
-        self._name = thread_name_prefix
+        self._most = workers
+        self._name = name
         self._waiting: deque[Callable[[], None]] = deque()
         self._at_work = 0
 
-    def __enter__(self) -> SimulatedPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-
-    def submit(self, call: Callable[..., T], *arguments: Any, **named: Any) -> SimulatedFuture[T]:
-        future: SimulatedFuture[T] = SimulatedFuture(self._scheduler)
+    def submit(self, call: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        future = SimulatedFuture(self._scheduler)
 
         def work() -> None:
             if not future.set_running_or_notify_cancel():
@@ -91,14 +112,10 @@ class SimulatedPool:
         self._waiting.append(work)
         if self._at_work < self._most:
             self._at_work += 1
-            self._scheduler.spawn(f"{self._scheduler.current.process.name}/{self._name}", self._run, self._process)
+            self._scheduler.spawn(f"{self._process.name}/{self._name}", self._run, self._process)
         return future
 
-    def map(self, call: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-        futures = [self.submit(call, item) for item in items]
-        return (future.result() for future in futures)
-
-    def shutdown(self, wait: bool = True) -> None:
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         if wait:
             self._scheduler.wait(lambda: not self._at_work)
 
@@ -108,13 +125,3 @@ class SimulatedPool:
                 self._waiting.popleft()()
         finally:
             self._at_work -= 1
-
-
-__all__ = [
-    "CancelledError",
-    "InvalidStateError",
-    "SimulatedEvent",
-    "SimulatedFuture",
-    "SimulatedPool",
-    "SimulatedSemaphore",
-]

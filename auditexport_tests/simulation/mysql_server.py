@@ -1,30 +1,30 @@
 """A simulated MySQL server: tables, READ COMMITTED transactions, row locks, a log of commits, and what goes wrong with them.
 
-It knows nothing of the exporter. Statements on its tables are in `mysql_statements`. Errors have the server's codes.
+It knows nothing of the exporter. What statements mean is in `statements`. Errors are the driver's, with the server's codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pymysql
-from sqlalchemy.exc import OperationalError
 
 from auditexport_tests.simulation.scheduler import Scheduler
 
 Row = Mapping[str, Any]
 Key = Any
-LOCK_WAIT_TIMEOUT, DEADLOCK, CONNECTION_LOST = 1205, 1213, 2013
+LOCK_WAIT_TIMEOUT, DEADLOCK, DUPLICATE, CONNECTION_LOST = 1205, 1213, 1062, 2013
 
 # Called before each statement and each COMMIT; says what happens to the connection there.
 Weather = Callable[[str], "str | None"]
 DIES, ANSWER_LOST = "the connection dies", "the answer is lost"
 
 
-def failure(code: int, words: str) -> OperationalError:
-    return OperationalError("(simulated)", {}, pymysql.err.OperationalError(code, words))
+def failure(code: int, words: str) -> pymysql.err.OperationalError:
+    return pymysql.err.OperationalError(code, words)
 
 
 @dataclass(eq=False)
@@ -90,39 +90,52 @@ class Transaction:
     """A READ COMMITTED transaction. Each read sees what is committed by then, and its own changes."""
 
     def __init__(self, server: SimulatedMySQL, lock_wait_s: float) -> None:
-        self._server = server
+        self.server = server
         self._lock_wait_s = lock_wait_s
         self._own: dict[tuple[str, Key], Row | None] = {}
         self._waits_for: tuple[str, Key] | None = None
         self._dead = False
+        self.committed = False  # whether the server did the COMMIT, whatever its client was told
         server.open.add(self)
 
     # ── statements ───────────────────────────────────────────────────────────────────────────────
 
     def statement(self, what: str) -> None:
         """The start of a statement: a step, at which the connection can die."""
-        self._server.scheduler.step(what)
-        if self._dead or self._server.weather(what) == DIES:
+        self.server.scheduler.step(what)
+        if self._dead or self.server.weather(what) == DIES:
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
+
+    @contextmanager
+    def undone_on_timeout(self) -> Iterator[None]:
+        """A statement whose wait for a lock times out has changed nothing; its transaction goes on, and keeps its locks."""
+        before = dict(self._own)
+        try:
+            yield
+        except pymysql.err.OperationalError as error:
+            if error.args[0] == LOCK_WAIT_TIMEOUT:
+                self._own = before
+            raise
 
     def get(self, table: str, key: Key) -> Row | None:
         if (table, key) in self._own:
             return self._own[table, key]
-        return self._server.tables[table].rows.get(key)
+        return self.server.tables[table].rows.get(key)
 
-    def rows(self, table: str) -> Iterator[tuple[Key, Row]]:
-        """All rows by ascending key, as one statement sees them."""
-        committed = self._server.tables[table].rows
-        keys = set(committed) | {key for name, key in self._own if name == table}
-        for key in sorted(keys):
+    def rows(self, table: str, keys: Iterable[Key] | None = None) -> Iterator[tuple[Key, Row]]:
+        """The rows with these ascending keys, or all rows by ascending key, as one statement sees them."""
+        if keys is None:
+            own = {key for name, key in self._own if name == table}
+            keys = sorted({*self.server.tables[table].rows, *own})
+        for key in keys:
             row = self.get(table, key)
             if row is not None:
                 yield key, row
 
     def lock(self, table: str, key: Key, *, alone: bool = True, skip: bool = False) -> bool:
         """Locks a row until the end; False for `skip`, if another transaction has it. Raises errors 1205 and 1213."""
-        held = self._server.locks.setdefault((table, key), {})
+        held = self.server.locks.setdefault((table, key), {})
 
         def free() -> bool:
             return all(other is self or not (alone or held[other]) for other in held)
@@ -135,7 +148,7 @@ class Transaction:
                 if self._in_a_circle():
                     self.roll_back()
                     raise failure(DEADLOCK, "Deadlock found when trying to get lock; try restarting transaction")
-                if not self._server.scheduler.wait(lambda: self._dead or free(), self._lock_wait_s):
+                if not self.server.scheduler.wait(lambda: self._dead or free(), self._lock_wait_s):
                     raise failure(LOCK_WAIT_TIMEOUT, "Lock wait timeout exceeded; try restarting transaction")
             finally:
                 self._waits_for = None
@@ -150,25 +163,30 @@ class Transaction:
 
     def new_key(self, table: str) -> int:
         """The next AUTO_INCREMENT; it is used up whatever becomes of the transaction."""
-        number = self._server.tables[table].next_key
-        self._server.tables[table].next_key += 1
+        number = self.server.tables[table].next_key
+        self.server.tables[table].next_key += 1
         return number
+
+    def duplicate(self, table: str, key: Key) -> pymysql.err.IntegrityError:
+        """Error 1062."""
+        return pymysql.err.IntegrityError(DUPLICATE, f"Duplicate entry '{key}' for key '{table}.PRIMARY'")
 
     # ── its end ──────────────────────────────────────────────────────────────────────────────────
 
     def commit(self) -> None:
         """Raises error 2013 when the connection dies: before the server got the COMMIT, or after it did it."""
-        self._server.scheduler.step("COMMIT")
-        happens = None if self._dead else self._server.weather("COMMIT")
+        self.server.scheduler.step("COMMIT")
+        happens = None if self._dead else self.server.weather("COMMIT")
         if self._dead or happens == DIES:
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
-        self._server.commit(
+        self.server.commit(
             tuple(
-                Change(table, key, self._server.tables[table].rows.get(key), row)
+                Change(table, key, self.server.tables[table].rows.get(key), row)
                 for (table, key), row in self._own.items()
             )
         )
+        self.committed = True
         self._end()
         if happens == ANSWER_LOST:
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
@@ -183,9 +201,9 @@ class Transaction:
         self.roll_back()
 
     def _end(self) -> None:
-        self._server.open.discard(self)
-        for place in [place for place, held in self._server.locks.items() if self in held]:
-            del self._server.locks[place][self]
+        self.server.open.discard(self)
+        for place in [place for place, held in self.server.locks.items() if self in held]:
+            del self.server.locks[place][self]
 
     def _in_a_circle(self) -> bool:
         """Whether those that hold what this transaction waits for wait for it in turn."""
@@ -195,7 +213,7 @@ class Transaction:
             one = todo.pop()
             if one._waits_for is None:
                 continue
-            for other in self._server.locks.get(one._waits_for, {}):
+            for other in self.server.locks.get(one._waits_for, {}):
                 if other is self and one is not self:
                     return True
                 if other not in seen and other is not self:

@@ -99,6 +99,10 @@ class Scheduler:
         self.now_s += STEP_S
         self._pause(None, None)
 
+    def tell(self, what: str) -> None:
+        """A line of the story that is no step."""
+        self.story.append((self.now_s, self.current.name, what))
+
     def sleep(self, seconds: float) -> None:
         self._pause(lambda: False, self.now_s + max(0.0, seconds))
 

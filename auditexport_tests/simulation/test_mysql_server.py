@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from pymysql.err import OperationalError
 
 from auditexport_pipeline.mysql.errors import code_and_words
 from auditexport_tests.simulation.choices import Choices
@@ -36,7 +36,7 @@ def play(mysql: SimulatedMySQL, **tasks: Callable[[], Any]) -> dict[str, Any]:
         try:
             results[name] = task()
         except OperationalError as error:
-            results[name] = code_and_words(error.orig)[0]
+            results[name] = code_and_words(error)[0]
 
     for name, task in tasks.items():
         mysql.scheduler.spawn(name, lambda name=name, task=task: run(name, task), Process(name))  # type: ignore[misc]

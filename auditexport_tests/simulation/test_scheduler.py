@@ -119,7 +119,7 @@ def test_a_pool_runs_as_many_calls_at_once_as_it_has_threads() -> None:
         return number * 2
 
     def work() -> None:
-        with SimulatedPool(scheduler, 2) as pool:
+        with SimulatedPool(scheduler, 2, "pool") as pool:
             results.extend(pool.map(call, range(6)))
 
     scheduler.spawn("work", work, Process("work"))
