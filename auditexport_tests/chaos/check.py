@@ -52,7 +52,9 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Facts:
+class Facts:
+    """What both databases hold after a history."""
+
     book: Book
     marks: dict[int, int | None]
     batches: list[Batch]
@@ -72,7 +74,7 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
         "SELECT pk, event_id, reason FROM clickhouse_outbox_dead_letter WHERE state IN ('open', 'discarded', 'held')"
     )
     batches = databases.direct.outbox.batches(sorted(row.batch_id for row in ledger))
-    facts = _Facts(
+    facts = Facts(
         book=book,
         marks={row.pk: row.deleted_at for row in sql("SELECT pk, deleted_at FROM clickhouse_outbox")},
         batches=batches,
@@ -86,13 +88,19 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
         forgetful=sum(batch.attempts for batch in batches if batch.generation and (overflow or batch.counts.released)),
         swept_rows=sum(row.swept_rows for row in ledger) if swept else 0,
     )
+    verdict = verdict_of(facts)
+    verdict.month_changed = month_changes(databases)
+    return verdict
+
+
+def verdict_of(facts: Facts) -> Verdict:
+    """What is wrong with these facts."""
     verdict = Verdict(
-        events=len({row.key for _, row in book.all_rows() if row.kind == "event"}),
+        events=len({row.key for _, row in facts.book.all_rows() if row.kind == "event"}),
         entries=sum(facts.stored.values()),
         dead=len(facts.letters),
-        batches=len(batches),
-        replayed=sum(batch.attempts > 1 for batch in batches),
-        month_changed=month_changes(databases),
+        batches=len(facts.batches),
+        replayed=sum(batch.attempts > 1 for batch in facts.batches),
         forgetful=facts.forgetful,
     )
     verdict.violations = [
@@ -103,12 +111,12 @@ def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> V
     verdict.ledger = [
         f"batch {batch.batch_id} generation {batch.generation} {batch.state} epoch {batch.epoch} attempts {batch.attempts} "
         f"pks {batch.pks} {batch.counts} blocks {[(block.inserted_at_ms, str(block.pks)) for block in batch.blocks]}"
-        for batch in batches
+        for batch in facts.batches
     ]
     return verdict
 
 
-def _against_the_application(facts: _Facts, verdict: Verdict) -> Iterator[str]:
+def _against_the_application(facts: Facts, verdict: Verdict) -> Iterator[str]:
     committed: defaultdict[Key, list[Row]] = defaultdict(list)
     for pk, row in facts.book.all_rows():
         letter = facts.letters.get((pk, row.event_id))
@@ -141,7 +149,7 @@ def _against_the_application(facts: _Facts, verdict: Verdict) -> Iterator[str]:
         yield f"the view shows {twice} events twice and {len(copies.keys() - facts.in_view.keys())} not at all"
 
 
-def _against_the_ledger(facts: _Facts) -> Iterator[str]:
+def _against_the_ledger(facts: Facts) -> Iterator[str]:
     expected: Counter[Entry] = Counter()
     requeued: set[Entry] = set()
     closed = [batch for batch in facts.batches if batch.state in CLOSED]
@@ -169,7 +177,7 @@ def _against_the_ledger(facts: _Facts) -> Iterator[str]:
         yield f"{surplus.total()} entries are there that the ledger does not list: {_entries(surplus)}"
 
 
-def _outbox_against_ledger(facts: _Facts) -> Iterator[str]:
+def _outbox_against_ledger(facts: Facts) -> Iterator[str]:
     listed: defaultdict[int, set[int]] = defaultdict(set)  # the marks of the batches that list a pk
     for batch in facts.batches:
         counts, claimed = batch.counts, facts.claimed_rows[batch.batch_id]
