@@ -21,9 +21,10 @@ from auditexport_pipeline.core.errors import (
     LeaseLost,
     SetupIncomplete,
 )
+from auditexport_pipeline.core.format import counted
 from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, Refusal, RefusalKind
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.split import Splitter
+from auditexport_pipeline.core.split import SMALL_ROW, Splitter
 from auditexport_pipeline.core.versions import VERSIONS
 
 # If a view fails on a requeue, the block is sent this often, under a new token each time, until its copy can be
@@ -32,6 +33,10 @@ COPIES_OF_A_REQUEUE = 3
 # On a busy server a block can exceed a limit of memory or time by chance: it is split after the second refusal. Its
 # size is the same each time.
 STRIKES = {RefusalKind.MEMORY: 2, RefusalKind.TIME: 2, RefusalKind.SIZE: 1}
+# A row that is not much larger than the usual one exceeds memory or time because the server is busy. It is set aside only
+# after so many refusals; until then its batch waits, and others go on.
+STRIKES_OF_A_USUAL_ROW = 8
+MUCH_LARGER = 10
 # A run waits at most this long until no INSERT of a block can be at work; otherwise it continues with other batches.
 WAIT_IN_RUN_S = 5.0
 # `inserted_at`s that a note names; the ledger has all of them.
@@ -192,7 +197,7 @@ class Attempt:
         flagged: dict[int, Block] = {}
         for block, refusal in struck.items():
             strikes = block.strikes + 1
-            split = strikes >= STRIKES[refusal.kind]
+            split = strikes >= self._strikes_to_split(block, refusal.kind)
             fits = split and block.rows == 1 and self._another_fits(block)
             flagged[block.number] = replace(
                 block, strikes=strikes, limit=f"{refusal.kind}: {refusal}" if split else "", fits=fits
@@ -200,21 +205,38 @@ class Attempt:
             if split:
                 self._too_large.add(block.number)
             elif error is None:
-                error = AuditLogUnavailable(
-                    f"ClickHouse did not take batch {batch.batch_id}, block {block.number} ({block.rows:,} rows, "
-                    f"{block.bytes:,} bytes): {refusal}. Nothing of the block is stored; it is sent again, and split "
-                    f"if that happens again. {WHAT_TO_RAISE[refusal.kind].capitalize()}"
-                )
+                error = self._sent_again(block, refusal, strikes)
         self._writing.cut([flagged.get(block.number, block) for block in batch.blocks])
         return error
+
+    def _strikes_to_split(self, block: Block, kind: RefusalKind) -> int:
+        """Refusals after which a block is split, or a single row is set aside."""
+        usual_row = block.rows == 1 and block.bytes < MUCH_LARGER * (self._usual_row_bytes(block) or len(SMALL_ROW))
+        return STRIKES_OF_A_USUAL_ROW if usual_row and kind is not RefusalKind.SIZE else STRIKES[kind]
+
+    def _sent_again(self, block: Block, refusal: Refusal, strikes: int) -> AuditExportError:
+        """The error for a block that exceeded a limit, perhaps by chance."""
+        cure = WHAT_TO_RAISE[refusal.kind]
+        message = (
+            f"ClickHouse did not take batch {self._writing.batch.batch_id}, block {block.number} "
+            f"({counted(block.rows, 'row')}, {block.bytes:,} bytes): {refusal}. Nothing of the block is stored; it is sent again"
+            f"{', and split if that happens again' if block.rows > 1 else ''}. {cure[0].upper()}{cure[1:]}"
+        )
+        if strikes >= STRIKES[refusal.kind]:
+            return BatchWaits(message, WAIT_IN_RUN_S)
+        return AuditLogUnavailable(message)
+
+    def _usual_row_bytes(self, block: Block) -> float:
+        """The average row of the batch's other blocks, in bytes; 0 when there are none."""
+        others = [other for other in self._writing.batch.blocks if other.number != block.number]
+        return sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
 
     def _another_fits(self, block: Block) -> bool:
         """Whether only this row is too large: ClickHouse took another row of usual size in this attempt.
 
         If no other row was sent, the parser must accept a small made-up row and refuse this one.
         """
-        others = [other for other in self._writing.batch.blocks if other.number != block.number]
-        usual = sum(other.bytes for other in others) / max(1, sum(other.rows for other in others))
+        usual = self._usual_row_bytes(block)
         if any(taken.row_bytes * 2 >= usual for taken in self._taken):
             return True
         return self._splitter.is_too_large_alone(block)

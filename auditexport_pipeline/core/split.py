@@ -213,7 +213,10 @@ class Splitter:
         pks = list(sealed.rows)
         count = min(block.rows, MOST_PARTS, 2 ** max(1, block.strikes - 1))
         parts = [pks[len(pks) * n // count : len(pks) * (n + 1) // count] for n in range(count)]
-        return self._writing.replace(block, self._parts(sealed, parts, self._new_blocks(block, count)))
+        shells = self._new_blocks(block, count)
+        if count == block.rows:  # what the block exceeded says nothing about a single row
+            shells = [replace(shell, strikes=0) for shell in shells]
+        return self._writing.replace(block, self._parts(sealed, parts, shells))
 
     def _divide(self, block: Block, sealed: SealedRows, groups: Sequence[Group]) -> list[Block]:
         """Divides a refused block into a block for each group; the first keeps number and `inserted_at`."""

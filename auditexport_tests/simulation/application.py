@@ -29,8 +29,9 @@ _INSERT = (
 class Application:
     """One writer and its other hands, on a server that can fail."""
 
-    def __init__(self, name: str, mysql: SimulatedMySQL, book: Book, choices: Choices) -> None:
+    def __init__(self, name: str, mysql: SimulatedMySQL, book: Book, choices: Choices, *, repeats: bool) -> None:
         self._name = name
+        self._repeats = repeats
         self._mysql = mysql
         self._book = book
         self._choices = choices
@@ -100,7 +101,9 @@ class Application:
     def _row(self) -> Row:
         choose = self._choices
         kind = choose.below(40)
-        if kind == 39 and self._written:  # the same event again, as it was or with another description
+        if (
+            kind == 39 and self._written and self._repeats
+        ):  # the same event again, as it was or with another description
             event = dict(choose.one_of(self._written))
             if choose.below(2):
                 event["description"] = f"again {choose.below(100)}"
