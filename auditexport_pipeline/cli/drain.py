@@ -72,6 +72,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
     from auditexport_pipeline.core.backlog import COUNT_TO
     from auditexport_pipeline.core.drain import Drain
     from auditexport_pipeline.mysql.dead_letters import release_held
+    from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
     from auditexport_pipeline.preflight import refuse_unless_ready
 
     settings = Limits(**{name: value for name, value in limits.items() if value != ()})
@@ -88,6 +89,7 @@ def drain(once: bool, as_json: bool, **limits: Any) -> None:
             clickhouse,
             owner=owner,
             process=owner,
+            upkeep=MySQLMaintenance(mysql),
             dead_owners=processes.dead,
             limits=settings,
             stopping=stopping,

@@ -27,7 +27,7 @@ from auditexport_pipeline.core.errors import (
 from auditexport_pipeline.core.outcome import outcome_of
 from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
-from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Moment, Outbox
+from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Maintenance, Moment, Outbox
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
 
@@ -137,7 +137,7 @@ class Drain:
     When `stopping()`, the current batch is finished and the others are given back: their leases end at once.
 
     `dead_owners` gets the owners of open batches and returns those that are known to be dead; `exported` are batches
-    that this owner has exported before. Durable effects: those of the verbs. Raises what the verbs raise.
+    that this owner has exported before; `upkeep` explains entries that are gone (`core.verify`). Durable effects: those of the verbs. Raises what the verbs raise.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Drain:
         limits: Limits,
         listener: Listener,
         process: str = "",
+        upkeep: Maintenance | None = None,
         dead_owners: Callable[[list[str]], Collection[str]] = lambda _: (),
         stopping: Callable[[], bool] = lambda: False,
         exported: Iterable[int] = (),
@@ -158,6 +159,7 @@ class Drain:
         self._log = log
         self._owner = owner
         self._process = process
+        self._upkeep = upkeep
         self._limits = limits
         self._listener = listener
         self._dead_owners = dead_owners
@@ -325,7 +327,7 @@ class Drain:
 
     def _verify(self, plan: _Plan) -> None:
         """Verifies the batches of this plan, also after an interruption, and batches of earlier runs."""
-        outcome = verify_recent(self._outbox, self._log, len(plan.claims))
+        outcome = verify_recent(self._outbox, self._log, len(plan.claims), upkeep=self._upkeep)
         plan.wrong = any(outcome.values())
         self.done.verified |= outcome
         self._listener.verified(outcome)

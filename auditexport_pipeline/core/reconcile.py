@@ -248,7 +248,7 @@ class _Reconciliation:
         closed = [batch for batch in page if batch.version in VERSIONS and batch.state not in OPEN]
         unverified = [batch for batch in closed if batch.state is State.EXPORTED]
         if unverified and not self.dry_run:
-            verify(self.outbox, self.log, unverified)
+            verify(self.outbox, self.log, unverified, upkeep=self.upkeep)
             fresh = {batch.batch_id: batch for batch in self.outbox.batches(batch.batch_id for batch in unverified)}
             closed = [replace(fresh.get(batch.batch_id, batch), swept=batch.swept) for batch in closed]
         holdings = self.log.holdings([block.inserted_at_ms for batch in closed for block in batch.blocks])

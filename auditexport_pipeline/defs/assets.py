@@ -301,7 +301,7 @@ def _finish_export(names: Names) -> dg.OpDefinition:
                     f"{planned.batches} batches were planned and {len(batch_ids)} arrived: steps were skipped, as a retry "
                     "from failure does. Nothing is lost: launch a new run, which adopts the others"
                 )
-            verified = verify_recent(outbox, step.audit_log, len(batch_ids))
+            verified = verify_recent(outbox, step.audit_log, len(batch_ids), upkeep=names.maintenance(context))
             if limits.linger_s and not any(verified.values()) and not unmarked(outbox.batches(batch_ids)):
                 verified |= _stay(context, names, step, planned.started_at_s, batch_ids)
             done = outcome_of(outbox, _owner(context), batch_ids, planned.since, verified)
@@ -361,6 +361,7 @@ def _stay(
         step.audit_log,
         owner=_owner(context),
         process=process_of(context),
+        upkeep=names.maintenance(context),
         limits=limits,
         listener=_Warnings(context),
         exported=exported,
