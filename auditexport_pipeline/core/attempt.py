@@ -269,6 +269,13 @@ class Attempt:
 
     # ── blocks that are too large ────────────────────────────────────────────────────────────────
 
+    def split_what_is_due(self) -> list[Block]:
+        """As `split_too_large`, before anything is sent, and only if no INSERT of the batch can be at work.
+
+        The blocks of a requeue are sent by each attempt, and each INSERT puts the split off again.
+        """
+        return self._split_blocks() if self._too_large and self._left_ms() < 0 else []
+
     def split_too_large(self) -> list[Block]:
         """Splits the blocks that exceeded a limit, once ClickHouse lacks them and no INSERT of them can be at work.
 
@@ -277,7 +284,7 @@ class Attempt:
         blocks to send. Raises `BatchWaits` when it is too early, or when a single row exceeds the limit.
         """
         batch = self._writing.batch
-        blocks = [block for block in batch.blocks if block.number in self._too_large]
+        blocks = self._blocks_to_split()
         if not blocks:
             return []
         for block in blocks:
@@ -288,18 +295,30 @@ class Attempt:
                     f"{block.number}): {block.limit}. No row of ordinary size was taken either, so the limit is "
                     f"wrong, and nothing was set aside: {WHAT_TO_RAISE[_kind(block)]}"
                 )
-        left_ms = self.until_ms - self._log.deadline_ms(0)
+        left_ms = self._left_ms()
         if left_ms >= 0:
             wait_s = (left_ms + 1) / 1000
             if wait_s > WAIT_IN_RUN_S:
                 raise BatchWaits(
-                    f"batch {batch.batch_id}, block {blocks[0].number} ({blocks[0].rows:,} rows, {blocks[0].bytes:,} bytes) "
-                    f"is too large ({blocks[0].limit}). An INSERT of it can be at work for another {wait_s:.0f} s; a run "
-                    f"after that splits it. To have it taken whole, {WHAT_TO_RAISE[_kind(blocks[0])]}",
+                    f"batch {batch.batch_id}, block {blocks[0].number} ({counted(blocks[0].rows, 'row')}, "
+                    f"{blocks[0].bytes:,} bytes) is too large ({blocks[0].limit}). An INSERT of it can be at work for "
+                    f"another {wait_s:.0f} s; a run after that splits it. To have it taken whole, "
+                    f"{WHAT_TO_RAISE[_kind(blocks[0])]}",
                     wait_s,
                 )
             threads.sleep(wait_s)
             return self.split_too_large()
+        return self._split_blocks()
+
+    def _blocks_to_split(self) -> list[Block]:
+        return [block for block in self._writing.batch.blocks if block.number in self._too_large]
+
+    def _left_ms(self) -> int:
+        """How long an INSERT of the batch can still be at work, by ClickHouse's clock; less than 0 when none can."""
+        return self.until_ms - self._log.deadline_ms(0)
+
+    def _split_blocks(self) -> list[Block]:
+        batch, blocks = self._writing.batch, self._blocks_to_split()
         self._writing.outbox.renew(batch.claim, self._limits.lease_s)
         self._too_large.clear()
         held = self._holdings([block.inserted_at_ms for block in blocks])

@@ -204,7 +204,7 @@ class _Sending:
 
     A refused block is split around the poison rows: the ledger records the new cut, then the new blocks are sent. This
     goes on while the probe budget of `core.poison` lasts, so a flood of poison rows costs one drain no more than that.
-    Blocks that are too large come last, because they may be split only when no INSERT of the batch can be at work.
+    Blocks that are too large are split first or last, because no INSERT of the batch may be at work then.
     """
 
     def __init__(self, writing: Writing, log: AuditLog, limits: Limits, attempt: Attempt) -> None:
@@ -217,6 +217,7 @@ class _Sending:
 
     def all(self, to_send: list[Block]) -> None:
         to_send = self._attempt.hold_back(to_send)
+        to_send += self._attempt.split_what_is_due()
         with threads.pool(self._limits.blocks_per_batch, "write") as pool:
             while to_send := to_send or self._attempt.split_too_large():
                 progress()

@@ -214,6 +214,39 @@ def test_a_server_without_memory_sets_nothing_aside(stack: Stack) -> None:
     assert (stack.counts(), stack.pending(), dead_letters(stack)) == ((4, 4), 0, [])
 
 
+def test_a_busy_proxy_sets_no_ordinary_row_aside(stack: Stack) -> None:
+    """A row is not too large because the server is slow while it is sent (simulation, seed 2062)."""
+    insert(stack, rows=4, row_bytes=100)
+    refused = 0
+
+    def busy(request: Request, forward: Forward) -> Answer:
+        nonlocal refused
+        if request.statement.lstrip().startswith(b"INSERT") and b"evt_1" in request.statement and refused < 6:
+            refused += 1
+            return Answer(status=504, headers={"Server": "nginx"}, body=b"<html><h1>Gateway Time-out</h1></html>")
+        return forward(request)
+
+    with HttpProxy(stack.clickhouse_url, busy) as proxy:
+        errors = drained(stack, ClickHouseAuditLog(proxy.url), 12)
+
+    assert (refused, stack.counts(), stack.pending(), dead_letters(stack)) == (6, (4, 4), 0, []), errors
+
+
+def test_a_requeue_with_one_block_too_large_is_split_beside_the_others(stack: Stack) -> None:
+    """Each attempt sends the blocks of a requeue again; that must not put the split off for ever (simulation, seed 61914)."""
+    limits = Limits(batch_rows=10_000, blocks_per_batch=2)
+    insert(stack, rows=5_000, row_bytes=10)
+    insert(stack, rows=50, row_bytes=40_000, at=6_000)
+    drain(stack.outbox, stack.log, limits, owner="first")
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL")
+
+    with proxied(stack, 1_500_000) as log:
+        errors = drained(stack, log, 4, limits=limits)
+
+    assert (stack.pending(), dead_letters(stack)) == (0, []), errors
+    assert stack.clickhouse("SELECT uniqExact(event_id) FROM audit_logs_raw_v1") == [(5_050,)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["first export", "requeue"])
 @pytest.mark.parametrize(
