@@ -33,7 +33,7 @@ from auditexport_pipeline.core.attempt import Attempt
 from auditexport_pipeline.core.batch import Batch, Block, Claim, Left, Receipt, State
 from auditexport_pipeline.core.batch import Bodies as Bodies
 from auditexport_pipeline.core.compare import rows_held
-from auditexport_pipeline.core.cuts import Writing
+from auditexport_pipeline.core.cuts import Writing, read_sealed
 from auditexport_pipeline.core.errors import (
     BatchAltered,
     InsertOutcomeUnknown,
@@ -377,16 +377,18 @@ class _Marking:
         return not recovered or self._outbox.own_ids(self._batch.pks, self._stamp_ms) == self._batch.ids
 
     def _proven(self) -> tuple[PkSet, int]:
-        """The rows of the batch whose events ClickHouse has, and the sum of their ids. Our marks on other rows are
-        cleared.
+        """The rows of the batch, and the sum of their ids. Our marks on other rows are cleared.
 
-        When pks begin again between the seal and the mark, other events have our pks. They must stay pending.
+        When pks begin again between the seal and the mark, other events have our pks. They must stay pending. The rows of
+        a block that are all as sealed are ours, even if their entries were erased meanwhile. Of the others, those are ours
+        whose events ClickHouse has.
         """
         ids = 0
         others: list[int] = []
+        as_sealed = PkSet.union(block.pks for block in self._batch.blocks if self._is_as_sealed(block))
         for row, _, is_held in rows_held(self._outbox, self._log, self._batch.pks):
             progress()
-            if not is_held:
+            if not is_held and row.pk not in as_sealed:
                 others.append(row.pk)
             elif row.exported_at_ms in (None, self._stamp_ms):  # not rows with another mark
                 ids += id_hash(row.event_id)
@@ -395,6 +397,14 @@ class _Marking:
             self._outbox.take_back(self._batch.claim, chunk, self._stamp_ms)
         self._total = Marked(vanished=len(swapped))
         return self._batch.pks - swapped, ids
+
+    def _is_as_sealed(self, block: Block) -> bool:
+        progress()
+        try:
+            read_sealed(self._outbox, self._batch, block)
+        except BatchAltered:
+            return False
+        return True
 
     def _mark_rows(self, pks: PkSet, ids: int) -> Batch:
         *chunks, last = [*pks.chunks(self._chunk_rows)] or [PkSet()]

@@ -73,3 +73,19 @@ def test_rows_that_others_delete_before_the_mark_cost_the_rest_nothing(stack: St
     run(stack)
     merge(stack)
     assert stack.counts() == (ROWS, ROWS)
+
+
+def test_an_event_that_was_erased_before_its_mark_is_not_exported_again(stack: Stack) -> None:
+    """Its row is the sealed one, though ClickHouse has its event no more (simulation, seed 40538)."""
+    first, second, *_ = fill(stack, ROWS)
+    (erased,) = stack.sql("SELECT event_id FROM clickhouse_outbox WHERE pk = :pk", pk=first)
+
+    def erase() -> None:
+        by_id = f"event_id = '{erased.event_id}' SETTINGS mutations_sync = 2"
+        stack.log.client().command(f"ALTER TABLE audit_logs_raw_v1 DELETE WHERE {by_id}")
+        stack.sql("UPDATE clickhouse_outbox SET deleted_at = 5 WHERE pk = :pk", pk=second)
+
+    run(stack, crash_at=CrashPoint("before mark 1", then=erase))
+    run(stack)
+    assert stack.pending() == 0
+    assert stack.counts() == (ROWS - 1, ROWS - 1)
