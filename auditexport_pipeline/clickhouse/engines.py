@@ -22,8 +22,8 @@ TABLE = next(iter(VERSIONS.values())).table
 LOCAL = "_local"
 LOCAL_TABLE = f"{TABLE}{LOCAL}"
 VIEW = "audit_logs"
-# Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs, and
-# it only has to cover an INSERT that is still running when its replay begins.
+# Blocks whose tokens ClickHouse remembers. At the largest of 64 × 16 blocks a run this covers ten runs (five on 26.3, where
+# an INSERT takes two places), and it only has to cover an INSERT that is still running when its replay begins.
 DEDUPLICATION_WINDOW = 10_000
 # How long a replicated table remembers them: a week, the default before 25.10 made it an hour. A lease may last a day.
 DEDUPLICATION_WINDOW_S = 604_800

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from auditexport_pipeline.core.actions import Erasure
 from auditexport_pipeline.core.batch import Batch, Block, Holding
-from auditexport_pipeline.core.errors import AuditLogUnavailable, ForeignAnswer, InsertOutcomeUnknown, LeaseLost
+from auditexport_pipeline.core.errors import (
+    AuditLogUnavailable,
+    ForeignAnswer,
+    InsertOutcomeUnknown,
+    LeaseLost,
+    WrongAddress,
+)
 from auditexport_pipeline.core.event import Key
 from auditexport_pipeline.core.ports import Refusal, RefusalKind, StoredEntry
-from auditexport_tests.simulation.clickhouse_server import DAY_MS, SimulatedClickHouse, entry_of
+from auditexport_tests.simulation.clickhouse_server import DAY_MS, OUT_OF_MEMORY, TIMED_OUT, SimulatedClickHouse
 
 T = TypeVar("T")
 LIMITS = {413: RefusalKind.SIZE, 504: RefusalKind.TIME, 408: RefusalKind.TIME}
+# Statuses to which a rerun gets the same answer.
+PERMANENT = (401, 404, 405, 407, 411)
+# How much longer the sender waits than the server may work.
+GRACE_S = 15
 
 
 class SimulatedAuditLog:
@@ -27,14 +38,14 @@ class SimulatedAuditLog:
     # ── questions ────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, what: str, answer: Callable[[], T]) -> T:
-        """A SELECT: one step, and an answer of that instant."""
+        """A SELECT: one step, and an answer of that instant. It is sent again once when its connection dies."""
         self._scheduler.step(what)
         conditions = self._server.conditions
-        if conditions.down or conditions.dies():
+        if conditions.down or (conditions.dies() and conditions.dies()):
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
         status = conditions.proxy_answers()
         if status:
-            raise ForeignAnswer("a proxy (simulated) answered; run again", status)
+            raise _foreign(status)
         return answer()
 
     def deadline_ms(self, within_s: float) -> int:
@@ -70,10 +81,10 @@ class SimulatedAuditLog:
 
     def contents(self, version: str, payloads: Sequence[bytes], inserted_at_ms: int) -> list[int]:
         def answer() -> list[int]:
-            entries = [entry_of(version, payload, inserted_at_ms) for payload in payloads]
-            if None in entries:
+            entries, refusal = self._server.parse(payloads, inserted_at_ms)
+            if refusal is not None:
                 raise AuditLogUnavailable("ClickHouse (simulated) cannot parse a payload; run again")
-            return [entry.content for entry in entries if entry is not None]
+            return [entry.content for entry in entries]
 
         return self._ask("parses payloads for a comparison", answer)
 
@@ -104,26 +115,32 @@ class SimulatedAuditLog:
 
         return self._ask("counts what an erasure names", lambda: sum(map(named, self._entries())))
 
+    def definition(self, version: str) -> str:
+        return self._ask("reads the table's definition", lambda: f"definition {self._server.definition}")
+
     def definition_age_s(self, version: str) -> int:
-        return self._ask("reads the table's age", lambda: (self._server.now_ms() - self._server.defined_at_ms) // 1000)
+        # The clock's seconds that began since.
+        server = self._server
+        return self._ask("reads the table's age", lambda: server.now_ms() // 1000 - server.defined_at_ms // 1000)
 
     def ttl(self, version: str) -> str:
-        keeps = self._server.keeps_days
-        return self._ask("reads the table's TTL", lambda: "" if keeps is None else f"inserted_at + {keeps} days")
+        return self._ask("reads the table's TTL", self._server.ttl)
 
     def past_ttl(self, version: str, inserted_at_ms: Sequence[int], *, ahead_s: int = 0) -> dict[int, bool | None]:
-        return self._ask("evaluates the TTL", lambda: {at: self._past(at, ahead_s) for at in inserted_at_ms})
+        past = self._server.past_ttl
+        return self._ask("evaluates the TTL", lambda: {at: past(None, at, ahead_s) for at in inserted_at_ms})
 
     def past_ttl_of(self, version: str, inserted_at_ms: int, keys: Sequence[Key]) -> dict[Key, bool | None]:
-        return self._ask("evaluates the TTL", lambda: dict.fromkeys(keys, self._past(inserted_at_ms, 0)))
+        past = self._server.past_ttl
+        return self._ask("evaluates the TTL", lambda: {key: past(key, inserted_at_ms) for key in keys})
 
     def kept_ms(self) -> int | None:
-        keeps = self._server.keeps_days
-        return self._ask("reads the table's TTL", lambda: None if keeps is None else keeps * DAY_MS)
+        def answer() -> int | None:
+            server = self._server
+            known = server.keeps_days is not None and server.keeps_by == "inserted_at" and not server.keeps_but
+            return server.keeps_days * DAY_MS if known and server.keeps_days is not None else None
 
-    def _past(self, at_ms: int, ahead_s: int) -> bool:
-        keeps = self._server.keeps_days
-        return keeps is not None and at_ms + keeps * DAY_MS <= self._server.now_ms() + ahead_s * 1000
+        return self._ask("reads the table's TTL", answer)
 
     def _entries(self) -> list[StoredEntry]:
         return list(self._server.entries())
@@ -134,9 +151,16 @@ class SimulatedAuditLog:
     # ── INSERTs ──────────────────────────────────────────────────────────────────────────────────
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
+        """It goes once, as an INSERT does, and a proxy's limit is an answer to it too."""
         sent = [*payloads]
         payloads.clear()
-        return self._ask("probes rows", lambda: self._parse(version, sent, 0)[1])
+        self._scheduler.step("probes rows")
+        conditions = self._server.conditions
+        if conditions.down or conditions.dies():
+            raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
+        if (status := conditions.proxy_answers()) or sum(map(len, sent)) > conditions.most_bytes:
+            return _limit(status or 413)
+        return self._server.parse(sent, 0)[1]
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
@@ -147,60 +171,72 @@ class SimulatedAuditLog:
         what = f"batch {batch.batch_id}, block {block.number}"
         scheduler.step(f"sends the INSERT of {what}")
         conditions = server.conditions
-        status = conditions.proxy_answers()
-        if conditions.down or conditions.dies() or (status and not conditions.passes_on):
-            if status:
-                return self._foreign(status)
+        if conditions.down:
             raise AuditLogUnavailable("ClickHouse (simulated) cannot be reached; nothing was sent, run again")
+        if conditions.dies():
+            raise _unknown(what)  # the sender cannot tell this from an answer that is lost
+        status = conditions.proxy_answers()
+        if status and not conditions.passes_on:
+            return _limit(status)
+        if sum(map(len, sent)) > conditions.most_bytes:
+            return _limit(413)
 
         answers: list[Refusal | BaseException | None] = []
 
         def work() -> None:
-            answers.append(
-                self._work(batch.version, sent, block.inserted_at_ms, batch.token(block), deadline_ms, timeout_s)
-            )
+            answers.append(self._work(sent, block.inserted_at_ms, batch.token(block), deadline_ms, timeout_s))
 
         scheduler.spawn(f"clickhouse: INSERT of {what}", work, server.process)
-        answered = scheduler.wait(lambda: bool(answers), timeout_s + 10)
+        answered = scheduler.wait(lambda: bool(answers), timeout_s + GRACE_S)
         if not answered or conditions.answer_lost():
-            raise InsertOutcomeUnknown(f"no answer from ClickHouse (simulated) to the INSERT of {what}; run again")
+            raise _unknown(what)
         if status:
-            return self._foreign(status)
+            return _limit(status)
         (answer,) = answers
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
     def _work(
-        self, version: str, payloads: Sequence[bytes], at_ms: int, token: str, deadline_ms: int, timeout_s: int
+        self, payloads: Sequence[bytes], at_ms: int, token: str, deadline_ms: int, timeout_s: int
     ) -> Refusal | BaseException | None:
         """What the server does with an INSERT, also when nobody waits for it any more."""
         server, conditions = self._server, self._server.conditions
+        on_its_way_s = conditions.arrives_after_s()
+        if on_its_way_s:
+            self._scheduler.sleep(on_its_way_s)
+        if not conditions.most_rows:
+            return OUT_OF_MEMORY
         if server.now_ms() > deadline_ms:
             return LeaseLost("the deadline of this INSERT has passed (simulated)")
-        if sum(map(len, payloads)) > conditions.most_bytes:
-            return Refusal(code=413, name="HTTP 413", kind=RefusalKind.SIZE)
-        entries, refusal = self._parse(version, payloads, at_ms)
-        if refusal is not None:
-            return refusal
-        if len(entries) > conditions.most_rows:
-            return Refusal(code=241, name="MEMORY_LIMIT_EXCEEDED", kind=RefusalKind.MEMORY)
-        takes_s = conditions.insert_s()
-        self._scheduler.sleep(min(takes_s, float(timeout_s)))
-        if takes_s > timeout_s:
-            return Refusal(code=159, name="TIMEOUT_EXCEEDED", kind=RefusalKind.TIME)
-        return server.store(entries, token)
+        if (refused := server.refuses()) is not None:
+            return refused
+        entries, refusal = server.parse(payloads, at_ms)
+        if refusal is None and len(entries) > conditions.most_rows:
+            return OUT_OF_MEMORY
+        if refusal is None:
+            takes_s = conditions.insert_s()
+            self._scheduler.sleep(min(takes_s, float(timeout_s)))
+            refusal = TIMED_OUT if takes_s > timeout_s else server.store(entries, token, timeout_s - takes_s)
+        if refusal is not None and refusal.kind is RefusalKind.ROWS:
+            return replace(refusal, definition=f"definition {server.definition}")
+        return refusal
 
-    def _parse(self, version: str, payloads: Sequence[bytes], at_ms: int) -> tuple[list[StoredEntry], Refusal | None]:
-        entries = [entry_of(version, payload, at_ms) for payload in payloads]
-        if None in entries:
-            return [], Refusal(code=117, name="INCORRECT_DATA")
-        return [entry for entry in entries if entry is not None], None
 
-    def _foreign(self, status: int) -> Refusal:
-        if status in LIMITS:
-            return Refusal(code=status, name=f"HTTP {status}", kind=LIMITS[status])
-        raise ForeignAnswer("a proxy (simulated) answered the INSERT; run again", status)
+def _unknown(what: str) -> InsertOutcomeUnknown:
+    return InsertOutcomeUnknown(f"no answer from ClickHouse (simulated) to the INSERT of {what}; run again")
+
+
+def _limit(status: int) -> Refusal:
+    """A proxy's answer to rows. Raises unless it is about a limit."""
+    if status not in LIMITS:
+        raise _foreign(status)
+    return Refusal(code=status, name=f"HTTP {status}", kind=LIMITS[status], meaning="a proxy (simulated) answered")
+
+
+def _foreign(status: int) -> ForeignAnswer | WrongAddress:
+    kind = WrongAddress if status in PERMANENT or 300 <= status < 400 else ForeignAnswer
+    return kind(f"a proxy (simulated) answered HTTP {status}; run again", status)
 
 
 def _holdings(entries: object) -> dict[int, Holding]:

@@ -10,7 +10,8 @@ a little with each step, and to the next alarm when every task waits: an hour co
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from auditexport_tests.simulation.choices import Choices
@@ -77,6 +78,23 @@ class Scheduler:
     def run(self) -> None:
         """Runs all tasks to their ends. Raises `Stuck`, or the first error that a task did not expect."""
         if self._tasks:
+            self._hand_over(None)
+            self._over.acquire()
+        if self.errors:
+            raise self.errors[0]
+
+    @contextmanager
+    def taking_part(self, name: str) -> Iterator[None]:
+        """The calling thread is a task until the block ends; then all others run to their ends, as in `run`."""
+        task = Task(name=name, process=Process(name))
+        task.baton.acquire()
+        self._tasks.append(task)
+        self._current = task
+        try:
+            yield
+        finally:
+            task.done = True
+            self._tasks.remove(task)
             self._hand_over(None)
             self._over.acquire()
         if self.errors:
