@@ -28,6 +28,7 @@ class SimulatedResult(IteratorResult[Any]):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(SimpleResultMetaData(answer.names), iter(answer.rows))
+        self.returns_rows = bool(answer.names)
         self.rowcount = answer.matched
         self.lastrowid = answer.last_key
         self.cursor = _Cursor(answer.rows)

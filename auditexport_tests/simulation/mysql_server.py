@@ -16,7 +16,7 @@ from auditexport_tests.simulation.scheduler import Scheduler
 
 Row = Mapping[str, Any]
 Key = Any
-LOCK_WAIT_TIMEOUT, DEADLOCK, DUPLICATE, CONNECTION_LOST = 1205, 1213, 1062, 2013
+LOCK_WAIT_TIMEOUT, DEADLOCK, DUPLICATE, CONNECTION_LOST, NOT_REACHED = 1205, 1213, 1062, 2013, 2003
 
 # Called before each statement and each COMMIT; says what happens to the connection there.
 Weather = Callable[[str], "str | None"]
@@ -54,13 +54,24 @@ class SimulatedMySQL:
         self.clock_offset_ms = 0
         self.log: list[tuple[Change, ...]] = []
         self.locks: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # by row: who holds it, and whether alone
+        self.queues: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # those that wait for a row, in their order
         self.open: set[Transaction] = set()
+        self.down = False
 
     def now_ms(self) -> int:
         return 1_700_000_000_000 + int(self.scheduler.now_s * 1000) + self.clock_offset_ms
 
     def begin(self, lock_wait_s: float) -> Transaction:
+        """Raises error 2003 while the server is down."""
+        if self.down:
+            self.scheduler.step("cannot connect")
+            raise failure(NOT_REACHED, "Can't connect to MySQL server")
         return Transaction(self, lock_wait_s)
+
+    def in_use(self, table: str) -> bool:
+        """Whether a transaction has changed or locked rows of the table, so that a TRUNCATE of it waits."""
+        locked = any(held for (name, _), held in self.locks.items() if name == table)
+        return locked or any(one.has_changed(table) for one in self.open)
 
     def fail_over(self, lost_commits: int = 0) -> None:
         """Another server takes over, which has not got the last commits. Every connection dies."""
@@ -69,9 +80,16 @@ class SimulatedMySQL:
         for _ in range(min(lost_commits, len(self.log))):
             for change in reversed(self.log.pop()):
                 self._put(change.table, change.key, change.before)
-        for table in self.tables.values():
-            numbers = [key for key in table.rows if isinstance(key, int)]
-            table.next_key = max(numbers, default=0) + 1
+        if lost_commits:  # the other server has seen no higher keys than those of its commits
+            for table in self.tables.values():
+                logged = (change.key for changes in self.log for change in changes if change.table == table.name)
+                numbers = [key for key in (*table.rows, *logged) if isinstance(key, int)]
+                table.next_key = max(numbers, default=0) + 1
+
+    def truncate(self, table: str) -> None:
+        """TRUNCATE TABLE: a commit of its own, after which keys begin again at 1."""
+        self.commit(tuple(Change(table, key, row, None) for key, row in self.tables[table].rows.items()))
+        self.tables[table].next_key = 1
 
     def commit(self, changes: tuple[Change, ...]) -> None:
         if changes:
@@ -94,7 +112,9 @@ class Transaction:
         self._lock_wait_s = lock_wait_s
         self._own: dict[tuple[str, Key], Row | None] = {}
         self._waits_for: tuple[str, Key] | None = None
+        self._waits = 0  # how often it has waited
         self._dead = False
+        self._victim = False  # of a deadlock that another transaction closed while this one waited
         self.committed = False  # whether the server did the COMMIT, whatever its client was told
         server.open.add(self)
 
@@ -118,6 +138,9 @@ class Transaction:
                 self._own = before
             raise
 
+    def has_changed(self, table: str) -> bool:
+        return any(name == table for name, _ in self._own)
+
     def get(self, table: str, key: Key) -> Row | None:
         if (table, key) in self._own:
             return self._own[table, key]
@@ -135,27 +158,93 @@ class Transaction:
 
     def lock(self, table: str, key: Key, *, alone: bool = True, skip: bool = False) -> bool:
         """Locks a row until the end; False for `skip`, if another transaction has it. Raises errors 1205 and 1213."""
-        held = self.server.locks.setdefault((table, key), {})
-
-        def free() -> bool:
-            return all(other is self or not (alone or held[other]) for other in held)
-
-        if not free():
+        place = (table, key)
+        held = self.server.locks.setdefault(place, {})
+        if self in held and (held[self] or not alone):
+            return True
+        if self._blocked(place, alone):
             if skip:
                 return False
-            self._waits_for = (table, key)
+            self._waits_for = place
+            self._waits += 1
+            self.server.queues.setdefault(place, {})[self] = alone
             try:
-                if self._in_a_circle():
-                    self.roll_back()
+                while circle := self._circle():
+                    victim = min(circle, key=Transaction._weight)  # the first of equals is this one
+                    victim.roll_back()
+                    if victim is self:
+                        raise failure(DEADLOCK, "Deadlock found when trying to get lock; try restarting transaction")
+                    victim._victim = True
+                ready = self.server.scheduler.wait(
+                    lambda: self._dead or self._victim or not self._blocked(place, alone), self._lock_wait_s
+                )
+                if self._victim:
                     raise failure(DEADLOCK, "Deadlock found when trying to get lock; try restarting transaction")
-                if not self.server.scheduler.wait(lambda: self._dead or free(), self._lock_wait_s):
+                if not ready:
                     raise failure(LOCK_WAIT_TIMEOUT, "Lock wait timeout exceeded; try restarting transaction")
             finally:
-                self._waits_for = None
+                self._leave_queue()
             if self._dead:
                 raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
-        held[self] = alone or held.get(self, False)
+        held[self] = alone
         return True
+
+    def _blocked(self, place: tuple[str, Key], alone: bool) -> bool:
+        return next(self._blockers(place, alone), None) is not None
+
+    def _blockers(self, place: tuple[str, Key], alone: bool) -> Iterator[Transaction]:
+        """Those that have the row, and those that have waited for it longer, unless both sides share it."""
+        held = self.server.locks.get(place, {})
+        for other, other_alone in held.items():
+            if other is not self and (alone or other_alone):
+                yield other
+        if self in held:  # it has a share already
+            return
+        for other, other_alone in self.server.queues.get(place, {}).items():
+            if other is self:
+                return
+            if alone or other_alone:
+                yield other
+
+    def _leave_queue(self) -> None:
+        if self._waits_for is not None:
+            del self.server.queues[self._waits_for][self]
+            if not self.server.queues[self._waits_for]:
+                del self.server.queues[self._waits_for]
+            self._waits_for = None
+
+    def locked_row(
+        self, table: str, key: Key, matches: Callable[[Row], bool], *, alone: bool = True, skip: bool = False
+    ) -> Row | None:
+        """Locks a row; the row, if it is there then and matches. If not, it is unlocked, unless it was waited for."""
+        had, waits = self in self.server.locks.get((table, key), ()), self._waits
+        if not self.lock(table, key, alone=alone, skip=skip):
+            return None
+        row = self.get(table, key)
+        if row is not None and matches(row):
+            return row
+        if not had and waits == self._waits:
+            del self.server.locks[table, key][self]
+        return None
+
+    def meets(self, table: str, key: Key) -> bool:
+        """Whether a statement that locks meets a row here: one that is there, or that another transaction is inserting."""
+        return next(self.versions(table, key), None) is not None
+
+    def versions(self, table: str, key: Key) -> Iterator[Row]:
+        """The row as this transaction sees it, and as another one is changing it."""
+        row = self.get(table, key)
+        if row is not None:
+            yield row
+        for other in self.server.locks.get((table, key), ()):
+            changed = None if other is self else other._own.get((table, key))
+            if changed is not None:
+                yield changed
+
+    def keys_that_may_be(self, table: str) -> set[Key]:
+        """All keys under which `meets` can find a row."""
+        changed = {key for one in self.server.open for name, key in one._own if name == table}
+        return changed | self.server.tables[table].rows.keys()
 
     def put(self, table: str, key: Key, row: Row | None) -> None:
         """Inserts, changes or (None) deletes a row that this transaction has locked."""
@@ -166,6 +255,10 @@ class Transaction:
         number = self.server.tables[table].next_key
         self.server.tables[table].next_key += 1
         return number
+
+    def use_key(self, table: str, key: int) -> None:
+        """A key that the client gives: the next AUTO_INCREMENT is beyond it, whatever becomes of the transaction."""
+        self.server.tables[table].next_key = max(self.server.tables[table].next_key, key + 1)
 
     def duplicate(self, table: str, key: Key) -> pymysql.err.IntegrityError:
         """Error 1062."""
@@ -201,22 +294,28 @@ class Transaction:
         self.roll_back()
 
     def _end(self) -> None:
+        self._leave_queue()
         self.server.open.discard(self)
         for place in [place for place, held in self.server.locks.items() if self in held]:
             del self.server.locks[place][self]
 
-    def _in_a_circle(self) -> bool:
-        """Whether those that hold what this transaction waits for wait for it in turn."""
-        seen: set[Transaction] = set()
-        todo = [self]
-        while todo:
-            one = todo.pop()
-            if one._waits_for is None:
+    def _weight(self) -> int:
+        """The transaction that has changed and locked least is the victim of a deadlock."""
+        return len(self._own) + sum(1 for held in self.server.locks.values() if self in held)
+
+    def _circle(self) -> list[Transaction]:
+        """Transactions from this one on, each of which waits for the next, and the last one for this one; or none."""
+        seen: set[Transaction] = {self}
+        paths = [[self]]
+        while paths:
+            path = paths.pop()
+            last, place = path[-1], path[-1]._waits_for
+            if place is None:
                 continue
-            for other in self.server.locks.get(one._waits_for, {}):
-                if other is self and one is not self:
-                    return True
-                if other not in seen and other is not self:
+            for other in last._blockers(place, self.server.queues[place][last]):
+                if other is self:
+                    return path
+                if other not in seen:
                     seen.add(other)
-                    todo.append(other)
-        return False
+                    paths.append([*path, other])
+        return []

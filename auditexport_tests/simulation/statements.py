@@ -7,6 +7,7 @@ else orders them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any
 import sqlglot
 from sqlglot import exp
 
-from auditexport_pipeline.sql import load
+from auditexport_pipeline.sql import keys_of, load
 from auditexport_tests.simulation.expressions import (
     AGGREGATES,
     GROUP,
@@ -24,7 +25,9 @@ from auditexport_tests.simulation.expressions import (
     NotSimulated,
     Row,
     Value,
+    alike,
     compiled,
+    ordered,
 )
 from auditexport_tests.simulation.mysql_server import Key, Transaction
 
@@ -49,6 +52,7 @@ class Definition:
     key: str
     defaults: Mapping[str, Any]
     counts_keys_up: bool
+    indexes: tuple[tuple[str, ...], ...]
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +80,8 @@ def _definition(statement: str) -> Definition:
             key = column.name
     for declared in tree.find_all(exp.PrimaryKey):
         key = declared.expressions[0].name
-    return Definition(name=tree.this.this.name, key=key, defaults=defaults, counts_keys_up=counted)
+    indexes = tuple(tuple(columns.split(",")) for columns in keys_of(statement).values())
+    return Definition(name=tree.this.this.name, key=key, defaults=defaults, counts_keys_up=counted, indexes=indexes)
 
 
 def _no_columns(column: exp.Column) -> str:
@@ -205,6 +210,60 @@ def _keys(where: exp.Expression | None, source: _Source) -> Keys:
     return lambda call: None
 
 
+class _Reach:
+    """The rows that a statement which locks comes to before it looks at conditions that its index does not answer.
+
+    Shown by MariaDB 10.11, 11.8 and MySQL 9: SELECT … FOR UPDATE and DELETE wait for each of these rows, whether it matches or
+    not. So does an UPDATE of rows that it names by key (also by a range of one key), or finds by a secondary index; of other
+    rows it passes those whose committed version does not match (InnoDB calls that a semi-consistent read). The index is the
+    primary key where a condition is about it, otherwise the one of which most columns are given.
+    """
+
+    def __init__(self, where: exp.Expression | None, source: _Source) -> None:
+        assert source.definition is not None
+        self._table, key = source.definition.name, source.definition.key
+        self._named = _keys(where, source)
+        within = [
+            part
+            for part in _conjuncts(where)
+            if not part.find(exp.Subquery)
+            and (columns := list(part.find_all(exp.Column)))
+            and all(column.name == key for column in columns)
+        ]
+        self._within = [compiled(part, lambda column: "key") for part in within]
+        self._ranges = [
+            (compiled(found.args["low"], _no_columns), compiled(found.args["high"], _no_columns))
+            for part in within
+            for found in part.find_all(exp.Between)
+        ]
+        given = {
+            part.this.name: part
+            for part in _conjuncts(where)
+            if isinstance(part, exp.EQ) and isinstance(part.this, exp.Column) and not part.expression.find(exp.Column)
+        }
+        prefixes = [list(itertools.takewhile(given.__contains__, columns)) for columns in source.definition.indexes]
+        by_index = [] if self._within else max(prefixes, key=len, default=[])
+        self._by_index = [compiled(given[column], lambda column: column.name) for column in by_index]
+
+    def keys(self, transaction: Transaction, call: Call) -> list[tuple[Key, bool]]:
+        """In ascending order, each with whether the statement waits for it though it does not match."""
+        named = self._named(call)
+        if named is not None:
+            return [(key, True) for key in named if transaction.meets(self._table, key)]
+        found: Iterable[Key] = transaction.keys_that_may_be(self._table)
+        if self._by_index:
+            return [(key, True) for key in sorted(found) if self._in_index(key, transaction, call)]
+        for value in self._within:
+            found = [key for key in found if value({"key": key}, call)]
+        single = {first for low, high in self._ranges if (first := low({}, call)) == high({}, call)}
+        return [(key, key in single) for key in sorted(found) if transaction.meets(self._table, key)]
+
+    def _in_index(self, key: Key, transaction: Transaction, call: Call) -> bool:
+        """Whether the index leads to this row as it is, or as another transaction is changing it."""
+        rows = transaction.versions(self._table, key)
+        return any(all(value(row, call) for value in self._by_index) for row in rows)
+
+
 # ── SELECT ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -244,6 +303,7 @@ class _Select:
         self._distinct = node.args.get("distinct") is not None
         locks = node.args.get("locks") or []
         self._lock = locks[0] if locks else None
+        self._reach = _Reach(where.this if where is not None else None, self._sources[0]) if locks else None
         window = node.find(exp.Window)
         own_window = window is not None and window.find_ancestor(exp.Select) is node
         self._numbered_by = self._value(window.args["order"].expressions[0].this) if own_window else None
@@ -269,21 +329,22 @@ class _Select:
         return self._value(node)
 
     def run(self, transaction: Transaction, call: Call) -> Answer:
-        rows = self._rows(transaction, call)
-        if self._lock is not None:
-            rows = self._locked(transaction, call, rows)
-        found: list[Row] = list(rows)
+        found: list[Row] = list(
+            self._rows(transaction, call) if self._lock is None else self._locked(transaction, call)
+        )
         if self._numbered_by is not None:
             by = self._numbered_by
             found.sort(key=lambda row: by(row, call))
             found = [{**row, ROW_NUMBER: number} for number, row in enumerate(found, start=1)]
         if self._grouped:
             found = self._groups(found, call)
+        elif self._order and self._order[-1][1]:
+            found.reverse()  # an index that is read from its end has the keys of equal entries in descending order
         for value, descending in reversed(self._order):
             found.sort(key=lambda row, value=value: _order_of(value(row, call)), reverse=descending)  # type: ignore[misc]
         answers = [tuple(value(row, call) for value in self._values) for row in found]
         if self._distinct:
-            answers = list(dict.fromkeys(answers))
+            answers = list({tuple(map(alike, answer)): answer for answer in reversed(answers)}.values())[::-1]
         if self._limit is not None:
             answers = answers[: self._limit({}, call)]
         return Answer(names=self.names, rows=answers)
@@ -320,17 +381,17 @@ class _Select:
             nulls = _under(source.alias, dict.fromkeys(source.columns))
             yield from self._join({**row, **nulls}, rest, transaction, call)
 
-    def _locked(self, transaction: Transaction, call: Call, rows: Iterator[Row]) -> Iterator[Row]:
-        definition = self._sources[0].definition
+    def _locked(self, transaction: Transaction, call: Call) -> Iterator[Row]:
+        definition, where = self._sources[0].definition, self._where
         assert definition is not None
         assert self._lock is not None
+        assert self._reach is not None
         alone, skip = bool(self._lock.args.get("update")), self._lock.args.get("wait") is False
-        for seen in list(rows):
-            key = seen[definition.key]
-            if not transaction.lock(definition.name, key, alone=alone, skip=skip):
-                continue
-            row = transaction.get(definition.name, key)
-            if row is not None and (self._where is None or self._where(row, call)):
+        for key, _ in self._reach.keys(transaction, call):
+            row = transaction.locked_row(
+                definition.name, key, lambda row: where is None or where(row, call), alone=alone, skip=skip
+            )
+            if row is not None:
                 yield row
 
     def _groups(self, rows: list[Row], call: Call) -> list[Row]:
@@ -338,7 +399,7 @@ class _Select:
             return [{**(rows[0] if rows else {}), GROUP: rows}]
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in rows:
-            groups.setdefault(tuple(value(row, call) for value in self._by), []).append(row)
+            groups.setdefault(tuple(alike(value(row, call)) for value in self._by), []).append(row)
         return [{**members[0], GROUP: members} for members in groups.values()]
 
 
@@ -362,7 +423,7 @@ def _under(alias: str, row: Row) -> Row:
 
 def _order_of(value: Any) -> tuple[bool, Any]:
     """NULL comes first."""
-    return (value is not None, value)
+    return (value is not None, ordered(value))
 
 
 # ── statements that change rows ──────────────────────────────────────────────────────────────────
@@ -380,15 +441,17 @@ def _matching(tree: exp.Expression) -> Callable[[Transaction, Call], Iterator[tu
     definition = source.definition
     assert definition is not None
     condition = tree.args["where"].this
-    where, keys = compiled(condition, lambda column: column.name), _keys(condition, source)
+    where, reach = compiled(condition, lambda column: column.name), _Reach(condition, source)
+    passes = isinstance(tree, exp.Update)
 
     def matching(transaction: Transaction, call: Call) -> Iterator[tuple[Key, Row]]:
-        for key, seen in list(transaction.rows(definition.name, keys(call))):
-            if not where(seen, call):
-                continue
-            transaction.lock(definition.name, key)
-            row = transaction.get(definition.name, key)
-            if row is not None and where(row, call):
+        for key, waits in reach.keys(transaction, call):
+            if passes and not waits:
+                seen = transaction.get(definition.name, key)
+                if seen is None or not where(seen, call):
+                    continue
+            row = transaction.locked_row(definition.name, key, lambda row: bool(where(row, call)))
+            if row is not None:
                 yield key, row
 
     return matching
@@ -446,16 +509,23 @@ def _insert(tree: exp.Insert) -> Statement:
         row = {**definition.defaults, **{name: value({}, call) for name, value in zip(columns, values, strict=True)}}
         if definition.counts_keys_up and row[definition.key] is None:
             row[definition.key] = transaction.new_key(definition.name)
+        elif definition.counts_keys_up:
+            transaction.use_key(definition.name, row[definition.key])
         key = row[definition.key]
         transaction.lock(definition.name, key)
         existing = transaction.get(definition.name, key)
+        matched = 1
         if existing is None:
             transaction.put(definition.name, key, row)
         elif on_duplicate is not None:
             call.inserted = row
-            transaction.put(definition.name, key, _changed(existing, on_duplicate, call))
-        elif not ignore:
+            changed = _changed(existing, on_duplicate, call)
+            matched = 1 if changed == existing else 2
+            transaction.put(definition.name, key, changed)
+        elif ignore:
+            matched = 0
+        else:
             raise transaction.duplicate(definition.name, key)
-        return Answer(rows=[], matched=1, last_key=key)
+        return Answer(rows=[], matched=matched, last_key=key if definition.counts_keys_up and matched else 0)
 
     return run
