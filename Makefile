@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test test-all test-e2e lint format bench bench-quick chaos server lock clean
+.PHONY: help demo dev test test-all test-e2e lint format bench bench-quick chaos simulate server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-e2e   the Dagster UI in a headless browser, a deployment, Celery; pictures are in $(STATE)/e2e"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed beside the ancestor, latency, freshness and memory, on this machine (bench-quick: 5 minutes)"
+	@echo "make simulate   random histories on simulated databases, thousands of them: SECONDS (600), SEED (1)"
 	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
 
 demo: $(READY) server
@@ -51,6 +52,10 @@ format: $(READY)
 
 chaos: $(READY) server
 	@$(BIN)/python -m auditexport_tests.chaos
+
+# PYTHONHASHSEED, because a seed must give the same history in each process.
+simulate: $(READY)
+	@PYTHONHASHSEED=0 SECONDS=$(or $(SECONDS),600) SEED=$(or $(SEED),1) HISTORIES=$(HISTORIES) $(BIN)/python -m auditexport_tests.simulation
 
 bench: $(READY) server
 	@$(BIN)/python -m auditexport_tests.benchmarks

@@ -48,13 +48,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield running
 
 
-# `make test` runs this one; the others, of up to a minute each, are for `make test-all`.
-FAST = ("kills",)
-
-
-@pytest.mark.parametrize(
-    "theme", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in THEMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", THEMES)
 def test_whatever_happens_every_committed_event_is_there_once(rig: Rig, theme: str) -> None:
     """The promise, under each kind of real fault: no loss, no copy, nothing stuck."""
     plan = THEMES[theme]

@@ -12,7 +12,7 @@ from auditexport_pipeline.core.event import OutboxRow, Undecodable
 from auditexport_pipeline.core.versions import VERSIONS
 from auditexport_tests.chaos.application import FOREIGN_MARK, MEDDLING, Book, Kind, Row
 from auditexport_tests.simulation.choices import Choices
-from auditexport_tests.simulation.mysql_server import SimulatedMySQL
+from auditexport_tests.simulation.mysql_server import SimulatedMySQL, Transaction
 from auditexport_tests.simulation.statements import run
 
 OUTBOX = "clickhouse_outbox"
@@ -41,9 +41,10 @@ class Application:
     def write(self) -> None:
         """One transaction of a few rows. Some rest before their end, some are rolled back, some have no known end."""
         choose = self._choices
-        transaction = self._mysql.begin(LOCK_WAIT_S)
+        transaction: Transaction | None = None
         rows: dict[int, Row] = {}
         try:
+            transaction = self._mysql.begin(LOCK_WAIT_S)
             for _ in range((1, 2, 3, 8)[choose.below(4)]):
                 row = self._row()
                 values = {"version": UNKNOWN if row.kind == "unknown" else KNOWN, "event_id": row.event_id}
@@ -56,14 +57,17 @@ class Application:
                 return
             transaction.commit()
         except MySQLError:
-            transaction.roll_back()
+            if transaction is not None:
+                transaction.roll_back()
         finally:
-            # No step since the COMMIT: what is in the table now is what was committed.
-            self._book.rows |= {pk: row for pk, row in rows.items() if pk in self._mysql.tables[OUTBOX].rows}
+            if transaction is not None and transaction.committed:  # no step since the COMMIT
+                self._book.rows |= rows
 
     def meddle(self, pks: Sequence[int], what: str) -> None:
         """Deletes or marks rows, or clears their marks, by SQL."""
         statement, changes = MEDDLING[what]
+        if self._mysql.down:
+            return
         transaction = self._mysql.begin(LOCK_WAIT_S)
         changed: dict[int, Any] = {}
         try:
@@ -87,6 +91,8 @@ class Application:
 
     def hold(self, pks: Sequence[int], seconds: float) -> None:
         """Locks rows, rests, and rolls back."""
+        if self._mysql.down:
+            return
         transaction = self._mysql.begin(LOCK_WAIT_S)
         try:
             for pk in sorted(pks, reverse=True):

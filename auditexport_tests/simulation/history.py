@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 from auditexport_pipeline.core import claiming, reading, reconcile, requeue, sweep, threads
-from auditexport_pipeline.core.actions import Actor, RowFilter
+from auditexport_pipeline.core.actions import Actor, Erasure, RowFilter
 from auditexport_pipeline.core.batch import OPEN
 from auditexport_pipeline.core.dead_letters import DeadLetterFilter
 from auditexport_pipeline.core.drain import Drain, Drained, Listener
 from auditexport_pipeline.core.errors import AuditExportError
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core.ports import StoredEntry
 from auditexport_pipeline.core.settings import Limits, Retention
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.sql import load
 from auditexport_tests.chaos.application import Book
-from auditexport_tests.chaos.check import Facts, Verdict, verdict_of
+from auditexport_tests.chaos.check import Facts, Verdict, forgetful_attempts, verdict_of
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, Application, columns_of
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.choices import Choices
@@ -127,6 +128,10 @@ class World:
         self.verdict = Verdict()
         self.storm = 0  # of MySQL's connections: so many of a thousand statements fail
         self.swept = False
+        self.forgot = False  # a failover lost commits
+        # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
+        self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
+        self.erasures: set[tuple[str, str]] = set()  # workspace_id and event_id
         self._most_actions = most_actions
         self._calm_clickhouse()
 
@@ -191,11 +196,12 @@ class World:
 
         def work(run: Run) -> None:
             outbox, log = outbox_on(self.mysql), SimulatedAuditLog(self.clickhouse)
-            dead_letters.release_held(outbox, self._definition)
+            dead_letters.release_held(outbox, log.definition)
             drain = Drain(
                 outbox,
                 log,
                 owner=run.owner,
+                upkeep=MySQLMaintenance(outbox),
                 limits=limits,
                 listener=_Tells(self.scheduler),
                 dead_owners=self.dead_owners if knows_dead else lambda owners: (),
@@ -208,7 +214,10 @@ class World:
                 drain.until_empty(lambda: outbox.backlog(limits.versions, count_to=1_000))
             else:
                 until_s = self.scheduler.now_s + 30
-                drain.stay(lambda: self.scheduler.now_s < until_s)
+                drain.stay(
+                    lambda: self.scheduler.now_s < until_s,
+                    release=lambda: dead_letters.release_held(outbox, log.definition),
+                )
 
         return self.start("quiet" if quiet else "run", work)
 
@@ -232,9 +241,6 @@ class World:
             return DIES
         return None
 
-    def _definition(self, version: str) -> str:
-        return f"{self.clickhouse.definition}"
-
     def _calm_clickhouse(self) -> None:
         self.clickhouse.conditions = Conditions(table_refuses=lambda entry: entry.key[3].startswith(REFUSED))
 
@@ -244,6 +250,7 @@ class World:
         transaction = self.mysql.begin(1.0)
         statement(transaction, load("mysql/schema.sql")["ledger_head"], {})
         transaction.commit()
+        self.mysql.log.clear()  # no failover loses this
         for _ in range(1 + self.choices.below(self._most_actions)):
             name = self.choices.one_of(_WEIGHTED)
             self.happened[name] += 1
@@ -278,10 +285,12 @@ class World:
             if run.error is not None:
                 self.scheduler.sleep(30)
                 continue
-            if not self._open() and not self._pending():
+            if not self.open_batches() and not self._pending():
                 return True
             self.scheduler.sleep(30)
-        return self._violated(f"after {LAST_DRAINS} quiet drains, open: {self._open()}, pending: {self._pending()}")
+        return self._violated(
+            f"after {LAST_DRAINS} quiet drains, open: {self.open_batches()}, pending: {self._pending()}"
+        )
 
     def _reconcile_quietly(self) -> bool:
         """A reconciliation names exactly the rows that other hands marked before they were exported."""
@@ -290,22 +299,23 @@ class World:
         last_ms = max(self.mysql.tables[LEDGER].rows[0]["inserted_at_ms"], *times_ms, 0)
         self.scheduler.sleep(max(0, last_ms + 1_000 - self.mysql.now_ms()) / 1000)
         for repaired in (False, True):
-            facts = self.facts()
-            absent = _never_exported(facts, self._set_aside())
-            self.book.expect_requeue(1, lambda pk, row: pk in absent)  # noqa: B023 - called here and now
+            absent = self._absent()
             run = self.operate("reconcile", _reconcile(repair=True))
             if not self.scheduler.wait(lambda run=run: run.ended, QUIET_WITHIN_S) or run.report is None:  # type: ignore[misc]
                 return self._violated(f"a quiet reconciliation did not end: {run.error}")
-            found = set(run.report.missing_pks)
+            repaired_pks = set(run.report.missing_pks)
+            self.book.expect_requeue(1, lambda pk, row: pk in repaired_pks)  # noqa: B023 - called here and now
+            erased = {pk for pk, row in self.book.rows.items() if (row.workspace_id, row.event_id) in self.erasures}
+            found, absent = self._named(repaired_pks - erased), self._named(absent - erased)
+            if self.forgot:
+                return self._drain_quietly()
             if found != absent or (repaired and absent):
-                return self._violated(
-                    f"reconcile finds rows {sorted(found)} missing, the book {sorted(absent)}, repaired {repaired}"
-                )
+                return self._violated(f"reconcile finds {found} missing, the book {absent}, repaired {repaired}")
             if not self._drain_quietly():
                 return False
         return True
 
-    def _open(self) -> list[int]:
+    def open_batches(self) -> list[int]:
         return [
             key for key, row in self.mysql.tables[LEDGER].rows.items() if row["state"] in {*map(str, OPEN), "exported"}
         ]
@@ -315,25 +325,46 @@ class World:
         rows = self.mysql.tables[OUTBOX].rows.items()
         return [pk for pk, row in rows if row["deleted_at"] is None and row["version"] == KNOWN and pk not in letters]
 
-    def _set_aside(self) -> set[int]:
-        return {pk for pk, row in self.mysql.tables[LETTERS].rows.items() if row["state"] != "retried"}
+    def _absent(self) -> set[int]:
+        """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
+        keeps_days = self.clickhouse.keeps_days or 36_500
+        past_ttl_ms = min(self.mysql.now_ms(), self.clickhouse.now_ms()) - keeps_days * 86_400_000
+        known = {entry.key for entry in [*self.clickhouse.entries(), *self.gone["erased"], *self.clickhouse.expired]}
+        lost = {entry.key: entry.inserted_at_ms > past_ttl_ms for entry in self.gone["lost"]}
+        set_aside = {pk for pk, row in self.mysql.tables[LETTERS].rows.items() if row["state"] != "retried"}
+        absent = set()
+        for pk, row in self.mysql.tables[OUTBOX].rows.items():
+            meant = self.book.rows[pk]
+            if row["deleted_at"] is None or pk in set_aside or meant.kind == "unknown" or meant.key in known:
+                continue
+            # Of a row that was never exported, its age decides; of one that was, that of its entry.
+            if lost.get(meant.key, row["created_at"] > past_ttl_ms) if meant.key else row["created_at"] > past_ttl_ms:
+                absent.add(pk)
+        return absent
+
+    def _named(self, pks: set[int]) -> list[str]:
+        """The events of these rows: of several rows of one event, a reconciliation names one."""
+        return sorted({self.book.rows[pk].event_id for pk in pks})
 
     def _judge(self) -> None:
         self.verdict = verdict_of(self.facts())
+        if self.forgot:  # rows go out again where nothing knows any more that they did
+            self.verdict.violations = [line for line in self.verdict.violations if "lost" in line or "pending" in line]
+            return
         for run in self.runs:
             if run.report is not None:
                 seen = run.report.found
                 if seen.altered or seen.unexpected or (seen.duplicated and not self.verdict.forgetful):
                     self.violations.append(f"{run.owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
-            if run.done is not None and run.done.discrepant:
+            if run.done is not None and run.done.discrepant and not self.gone["lost"]:
                 self.violations.append(f"{run.owner} found {run.done.discrepant}")
 
     def facts(self) -> Facts:
         ledger = self.mysql.tables[LEDGER].rows
         outbox = outbox_on(self.mysql)
         batches = outbox.batches(sorted(key for key in ledger if key))
-        entries = [*self.clickhouse.entries(), *self.clickhouse.merged_away]
-        stored = Counter((entry.inserted_at_ms, columns_of(entry.key, entry.fingerprint)) for entry in entries)
+        stored = _counted(self.clickhouse.entries())
+        taken = [*self.clickhouse.merged, *self.clickhouse.expired, *self.gone["lost"], *self.gone["erased"]]
         letters = self.mysql.tables[LETTERS].rows
         return Facts(
             book=self.book,
@@ -342,8 +373,9 @@ class World:
             claimed_rows={key: row["claimed_rows"] for key, row in ledger.items() if key},
             letters={(pk, row["event_id"]): row["reason"] for pk, row in letters.items() if row["state"] in _HOLDING},
             stored=stored,
-            in_view=Counter({(str(c[2]), str(c[3]), int(str(c[1])), str(c[0])) for _, c in stored}),
-            forgetful=sum(batch.attempts for batch in batches if batch.generation and batch.counts.released),
+            gone=_counted(taken),
+            in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
+            forgetful=forgetful_attempts(batches),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
         )
 
@@ -351,12 +383,8 @@ class World:
 _HOLDING = ("open", "discarded", "held")
 
 
-def _never_exported(facts: Facts, set_aside: set[int]) -> set[int]:
-    """Rows that other hands marked before they were exported or set aside."""
-    stored = set(facts.in_view)
-    marked = {pk for pk, mark in facts.marks.items() if mark is not None} - set_aside
-    rows = {pk: facts.book.rows[pk] for pk in marked}
-    return {pk for pk, row in rows.items() if row.kind != "unknown" and row.key not in stored}
+def _counted(entries: Iterable[StoredEntry]) -> Counter[tuple[int, tuple[object, ...]]]:
+    return Counter((entry.inserted_at_ms, columns_of(entry.key, entry.fingerprint)) for entry in entries)
 
 
 class _Tells(Listener):
@@ -465,6 +493,93 @@ def clickhouse_limits(world: World) -> None:
 
 
 @action(1)
+def mysql_goes_down(world: World) -> None:
+    """Every connection dies, and for a while there is no other; or that is over."""
+    world.mysql.down = not world.mysql.down
+    if world.mysql.down:
+        world.mysql.fail_over()
+
+
+@action(1)
+def mysql_fails_over(world: World) -> None:
+    """Another server takes over; one time in four it has not got the last commits."""
+    lost = 1 + world.choices.below(20) if world.choices.below(4) == 3 else 0
+    world.forgot = world.forgot or lost > 0
+    world.mysql.fail_over(lost)
+    if lost:  # rows are gone, and rows that had been deleted are back
+        book = world.book
+        known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
+        rows = world.mysql.tables[OUTBOX].rows.items()
+        book.rows = {pk: known[pk, row["event_id"]] for pk, row in rows}
+
+
+@action(1)
+def pks_begin_again(world: World) -> None:
+    """The application empties its table, which counts from 1 again. TRUNCATE waits for every transaction on the table."""
+    # What is gone from both cannot be repaired, and an event that is written again under its old pk is taken for a requeue.
+    if not world.mysql.in_use(OUTBOX) and not world.gone["lost"] and not world.repeats:
+        world.book.begin_again({pk: row["deleted_at"] for pk, row in world.mysql.tables[OUTBOX].rows.items()})
+        world.mysql.truncate(OUTBOX)
+
+
+@action(1)
+def clickhouse_loses_entries(world: World) -> None:
+    """Entries are gone whose rows are marked in the outbox: nothing else could name them."""
+    marked = _marked_events(world)
+    entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
+    if entries and not world.swept:
+        first = world.choices.below(len(entries))
+        _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
+
+
+@action(1)
+def erase(world: World) -> None:
+    """An erasure of one event, recorded first.
+
+    Of an event whose row is marked, and whose batch is not open: until then its row can be exported again.
+    """
+    marked = set() if world.open_batches() else _marked_events(world)
+    entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
+    if not entries:
+        return
+    workspace_id, _, _, event_id = world.choices.one_of(entries).key
+
+    def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
+        world.erasures.add((workspace_id, event_id))
+        upkeep.add_erasures(ACTOR, [Erasure(workspace_id=workspace_id, event_id=event_id)])
+        named = [one for one in world.clickhouse.entries() if (one.key[0], one.key[3]) == (workspace_id, event_id)]
+        _remove(world, "erased", named)
+
+    world.operate("erase", work)
+
+
+@action(1)
+def months_pass(world: World) -> None:
+    """Days or months in which nobody works, and the table's TTL.
+
+    Not while a batch is open: of entries that have expired since, no run can know that they were there.
+    """
+    if world.open_batches():
+        return
+    world.scheduler.sleep((1, 40, 100)[world.choices.below(3)] * 86_400.0)
+    if world.choices.below(2):
+        world.clickhouse.expire()
+
+
+def _marked_events(world: World) -> set[str]:
+    """Events all of whose rows are marked."""
+    rows = world.mysql.tables[OUTBOX].rows.values()
+    pending = {row["event_id"] for row in rows if row["deleted_at"] is None}
+    return {row["event_id"] for row in rows} - pending
+
+
+def _remove(world: World, why: str, entries: Sequence[StoredEntry]) -> None:
+    removed = set(map(id, entries))
+    world.gone[why] += entries
+    world.clickhouse.mutate(lambda entry: None if id(entry) in removed else entry)
+
+
+@action(1)
 def clickhouse_merges(world: World) -> None:
     if world.clickhouse.parts:
         world.clickhouse.merge(world.choices.one_of(world.clickhouse.parts).month)
@@ -485,7 +600,7 @@ def meddle(world: World) -> None:
     """Other hands delete rows, mark them, or clear their marks."""
     pks = _some(world, 4)
     what = world.choices.one_of(("delete", "mark", "clear"))
-    if pks:
+    if pks and not (what == "delete" and world.gone["lost"]):  # what is gone from both cannot be repaired
         application = world.choices.one_of(world.applications)
         world.beside("other hands", lambda: application.meddle(pks, what))
 
@@ -554,7 +669,7 @@ def reconcile_all(world: World) -> None:
 @action(1)
 def sweep_rows(world: World) -> None:
     """Deletes rows that were exported a minute ago."""
-    if world.repeats:
+    if world.repeats or world.gone["lost"]:
         return
     world.swept = True
 

@@ -1,0 +1,187 @@
+"""Controls of the simulation: the exporter with one rule taken away. Each must soon break a promise in some history.
+
+A control changes the text of a copy of the package, so that what is tested is the code and not a stand-in for it.
+`python -m auditexport_tests.simulation.controls` prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Histories within which a control must be found.
+MOST_HISTORIES = 1_000
+_CHILD = """
+import json, sys
+from auditexport_tests.simulation.many import first_broken
+print(json.dumps(first_broken(int(sys.argv[1]), int(sys.argv[2]))))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A rule, and the texts that take it away: by file, what stands there and what takes its place."""
+
+    rule: str
+    changes: tuple[tuple[str, str, str], ...]
+
+
+def _control(rule: str, *changes: tuple[str, str, str]) -> Control:
+    return Control(rule=rule, changes=changes)
+
+
+_NO_TOKEN = ("core/batch.py", "-{block.digest}-{block.number}", "-{block.digest}-{id(object())}-{self.attempts}")
+_NO_LOOK_FIRST = ("core/export.py", "if batch.attempts > 1:", "if False:")
+_NO_HOLDER = (
+    "mysql/outbox.py",
+    "    if row is None or not _holds(claim, row):\n        raise _lost(claim, row)\n    if row.state",
+    "    if row is None:\n        raise _lost(claim, row)\n    if row.state",
+)
+_NO_STATE = ("mysql/outbox.py", "if row.state not in tuple(map(str, states)):", "if False:")
+_NO_CUT = ("mysql/outbox.py", "if cut_digest is not None and row.digest != cut_digest:", "if False:")
+CONTROLS = (
+    _control("a block has one token at every attempt", _NO_TOKEN),
+    _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST),
+    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER),
+    _control("MySQL refuses a step that the batch is past", _NO_STATE),
+    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT),
+    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT),
+    _control(
+        "ClickHouse refuses an INSERT after its deadline",
+        (
+            "core/export.py",
+            "deadline_ms = self._log.deadline_ms(START_WITHIN_S)",
+            "deadline_ms = self._log.deadline_ms(10**9)",
+        ),
+    ),
+    _control(
+        "nothing is split while an INSERT of it can be at work",
+        ("core/attempt.py", "return self.until_ms - self._log.deadline_ms(0)", "return -1"),
+    ),
+    _control(
+        "a stopped batch waits until no INSERT of it can be at work",
+        (
+            "core/export.py",
+            "self._writing.outbox.stop(batch.claim, str(error), wait_ms=wait_ms)",
+            "self._writing.outbox.stop(batch.claim, str(error), wait_ms=0)",
+        ),
+        (
+            "core/export.py",
+            "if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:",
+            "if (left_ms := -1) >= 0:",
+        ),
+    ),
+    _control(
+        "rows are marked after ClickHouse has them",
+        (
+            "core/export.py",
+            "    return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))",
+            "    batch = outbox.record_written(claim, batch.digest) if batch.state is State.SEALED else batch\n    return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))",
+        ),
+    ),
+    _control(
+        "a batch marks only the rows that it sealed",
+        ("mysql/outbox.py", "if total.ids != ids:", "if False:"),
+    ),
+    _control(
+        "rows that are read again must be those that were sealed",
+        ("core/cuts.py", "if str(digest) != block.digest:", "if False:"),
+    ),
+    _control(
+        "a plan claims no row of an open batch",
+        ("core/claiming.py", "free = page - self._in_batches", "free = page"),
+    ),
+    _control(
+        "a plan that adopts a batch takes it from its owner",
+        (
+            "mysql/outbox.sql",
+            "SET epoch = :epoch, claim_key = :claim_key, owner = :owner, process",
+            "SET owner = :owner, process",
+        ),
+    ),
+    _control(
+        "an inserted_at is never used again",
+        (
+            "mysql/outbox.py",
+            'max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)',
+            'connection.execute(SQL["now_ms"]).scalar_one()',
+        ),
+    ),
+    _control(
+        "entries of the first export do not prove a requeue",
+        (
+            "core/attempt.py",
+            "if not is_requeue(block) and block.inserted_at_ms in held}",
+            "if block.inserted_at_ms in held}",
+        ),
+        (
+            "core/export.py",
+            "block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings",
+            "block for block in to_send if block.inserted_at_ms not in holdings",
+        ),
+    ),
+    _control(
+        "a requeue that cannot be proven does not put a split off",
+        ("core/export.py", "        to_send += self._attempt.split_what_is_due()\n", ""),
+    ),
+    _control(
+        "a busy server is not a row that is too large",
+        ("core/attempt.py", "return STRIKES_OF_A_USUAL_ROW if usual_row", "return STRIKES[kind] if usual_row"),
+    ),
+    _control(
+        "a late verification knows erasures and the TTL",
+        ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
+    ),
+    _control(
+        "a plan leaves out the rows of dead letters",
+        (
+            "mysql/outbox.sql",
+            "letter.state IN ('open', 'discarded', 'held')\n  LEFT JOIN",
+            "letter.state IN ('never')\n  LEFT JOIN",
+        ),
+    ),
+)
+
+
+def mutated(control: Control, directory: Path) -> None:
+    """Copies the packages there, and takes the rule away."""
+    for package in ("auditexport_pipeline", "auditexport_tests"):
+        shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, text, instead in control.changes:
+        path = directory / "auditexport_pipeline" / file
+        source = path.read_text()
+        if source.count(text) != 1:
+            raise ValueError(f"{file} has {source.count(text)} times, and not once: {text}")
+        path.write_text(source.replace(text, instead))
+
+
+def found(control: Control, first: int = 1, most: int = MOST_HISTORIES) -> tuple[int, str] | None:
+    """After how many histories a promise was broken, and which; None if none was."""
+    with tempfile.TemporaryDirectory() as directory:
+        mutated(control, Path(directory))
+        environment = {**os.environ, "PYTHONPATH": directory, "PYTHONHASHSEED": "0"}
+        child = [sys.executable, "-c", _CHILD, str(first), str(most)]
+        done = subprocess.run(child, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        answer = json.loads(done.stdout)
+    return (answer[0], answer[1]) if answer else None
+
+
+def main() -> None:
+    print(f"{'taken away':62} {'histories':>9}  the first promise that was broken")
+    for control in CONTROLS:
+        answer = found(control)
+        histories, violation = answer or (0, "NONE")
+        print(f"{control.rule:62} {histories or MOST_HISTORIES:9,}  {violation[:110]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
