@@ -92,6 +92,7 @@ def test_a_setup_that_is_not_ready_claims_nothing(prompt: Prompt, stack: Stack) 
     assert (stack.pending(), states(stack)) == (10, set())
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_is_exactly_once(stack: Stack, prompt: Prompt) -> None:
     """A killed drain needs no repair: start it again, and every event is in ClickHouse once."""
     seed_outbox(stack.mysql_url, seed=5, events=400, malformed=4, writers=1)
@@ -133,6 +134,7 @@ def leasing(stack: Stack) -> tuple[str, ...]:
     return stack.outbox.backlog(tuple(VERSIONS), count_to=10).leasing_owners
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_the_batches_to_their_lease(stack: Stack, prompt: Prompt) -> None:
     """When something hangs, the way out must not hang too."""
     seed_outbox(stack.mysql_url, seed=7, events=400, writers=1)

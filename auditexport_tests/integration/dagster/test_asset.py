@@ -153,6 +153,7 @@ def test_an_empty_outbox_still_materializes(exporter: Exporter) -> None:
     assert "oldest_event" not in shown
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_over_is_reported_and_taken_by_the_next(exporter: Exporter, stack: Stack) -> None:
     """A bounded run must say what waits, and must not lose it."""
     stack.put(*events(7))
@@ -389,6 +390,7 @@ def test_refused_settings_start_nothing_and_claim_nothing(exporter: Exporter, st
     assert stack.pending() == 2
 
 
+@pytest.mark.slow
 def test_the_implicit_asset_job_takes_the_same_settings(exporter: Exporter, stack: Stack) -> None:
     """Materialize with a configuration from the launchpad must reach every op."""
     stack.put(*events(5))
@@ -408,6 +410,7 @@ def _rows_read(stack: Stack) -> int:
     return sum(int(str(row[1])) for row in stack.sql("SHOW GLOBAL STATUS LIKE 'Handler_read_next'"))
 
 
+@pytest.mark.slow
 def test_in_one_process_the_rows_are_handed_over_in_memory(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +476,7 @@ def _payloads_with_canaries() -> list[tuple[str, str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_dagster_stores_no_payload_of_a_run(exporter: Exporter, stack: Stack) -> None:
     """Audit payloads are personal data; Dagster's storage has many readers and a long retention."""
     stack.log.client().command(

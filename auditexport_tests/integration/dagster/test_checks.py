@@ -36,6 +36,7 @@ def failed(found: dict[str, dg.AssetCheckEvaluation]) -> dict[str, str]:
     return {name: each.severity.value for name, each in found.items() if not each.passed}
 
 
+@pytest.mark.slow
 def test_each_check_fails_for_its_own_trouble(exporter: Exporter, stack: Stack) -> None:
     """All succeed after a drain, the control. Then those fail whose trouble no run can report, and no others."""
     stack.put(*events(5))
@@ -72,6 +73,7 @@ def test_each_check_fails_for_its_own_trouble(exporter: Exporter, stack: Stack) 
     assert failed(evaluate(exporter, build_audit_export_defs(targets={"lag_s": 100_000}))) == troubles
 
 
+@pytest.mark.slow
 def test_open_dead_letters_are_counted_by_reason_and_workspace(exporter: Exporter, stack: Stack) -> None:
     """A run succeeds although it set rows aside. One that was discarded or whose row is gone does not count."""
     pks = stack.put(*(event(f"evt_{n}", workspace, time="canary") for n, workspace in enumerate(["a", "a", "b|x"])))

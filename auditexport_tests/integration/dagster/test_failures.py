@@ -102,6 +102,7 @@ def test_a_short_outage_costs_no_run_and_a_long_one_no_event(
     assert (_entries(mortal), stack.pending()) == ((6, 6), 0)
 
 
+@pytest.mark.slow
 def test_a_run_claims_nothing_while_clickhouse_cannot_be_asked(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

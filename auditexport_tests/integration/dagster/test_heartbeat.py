@@ -42,6 +42,7 @@ def test_the_sensor_sends_fail_for_a_drain_that_died(runs: Sensor, exporter: Exp
     assert heart.paths == [f"/{SECRET}/fail"] * 2  # the first was answered 500
 
 
+@pytest.mark.slow
 def test_the_sensor_sends_no_fail_that_a_step_sent(
     runs: Sensor, exporter: Exporter, stack: Stack, heart: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def numbers(result: dg.ExecuteInProcessResult, op: str) -> dict[str, object]:
     return {name: value.value for name, value in output.metadata.items()}
 
 
+@pytest.mark.slow
 def test_a_loss_is_found_repaired_and_gone_by_jobs_alone(exporter: Exporter, stack: Stack) -> None:
     """An operator repairs a loss in the Dagster UI, without SQL."""
     stack.put(*events(20))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import Exporter, events, everything_once
 from auditexport_tests.support.faults import content
@@ -21,6 +23,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_fatal_finding_claims_nothing(exporter: Exporter, stack: Stack) -> None:
     """With each of these faults a whole drain could succeed; only the preflight stops it."""
     stack.put(*events(20))

@@ -79,6 +79,7 @@ def test_a_discrepancy_is_a_drains_status_whichever_round_found_it(
     assert "exported 3 rows" in done.output
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_counts_what_every_attempt_exported(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_sweep_fails_whichever_attempt_found_the_loss(
     assert "batch 1: 1 missing" in line
 
 
+@pytest.mark.slow
 def test_a_reconciliation_fails_whichever_attempt_found_the_loss(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_copies_that_have_not_merged_count_once(stack: Stack) -> None:
     assert not found.bins["difference"].any()
 
 
+@pytest.mark.slow
 def test_every_number_on_the_page_is_one_that_both_databases_count(
     stack: Stack, prompt: Prompt, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_roll_back_finishes_what_the_new_release_left_open(upgraded: Stack, ol
     assert_everything_once(upgraded)
 
 
+@pytest.mark.slow
 def test_both_releases_drain_one_backlog_at_the_same_time(upgraded: Stack, old: OldRelease) -> None:
     """Hosts are upgraded one after the other: for minutes both claim, write and mark beside each other."""
     rows = 600
