@@ -5,6 +5,7 @@ An action may find nothing to act on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,11 +79,11 @@ def mysql_storm(world: World) -> None:
     world.storm = 0 if world.storm else (10, 50, 300)[world.choices.below(3)]
 
 
-@action(2)
+@action(3)
 def clickhouse_storm(world: World) -> None:
-    """Connections die, answers are lost, a proxy answers, INSERTs are slow; or that is over."""
+    """Connections die, answers are lost, a proxy answers, INSERTs are slow or late, the server is killed; or that is over."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = choose.below(6)
+    how = choose.below(8)
     if how == 0:
         world.calm_clickhouse()
     elif how == 1:
@@ -92,20 +93,25 @@ def clickhouse_storm(world: World) -> None:
     elif how == 3:
         statuses = (502, 504, 429)
         conditions.passes_on = bool(choose.below(2))
+        conditions.proxy_waits_s = (math.inf, 1.0)[choose.below(2)]
         conditions.proxy_answers = lambda: choose.one_of(statuses) if choose.chance(200) else 0
     elif how == 4:
         conditions.insert_s = lambda: (0.05, 1.0, 30.0, 170.0)[choose.below(4)]
+    elif how == 5:
+        conditions.arrives_after_s = lambda: (0.0, 0.0, 5.0, 100.0, 400.0)[choose.below(5)]
+    elif how == 6:
+        world.clickhouse.crash()
     else:
         conditions.down = not conditions.down
 
 
-@action(1)
+@action(2)
 def clickhouse_limits(world: World) -> None:
-    """A limit of rows or bytes for one INSERT, or a failing view; or none."""
+    """A limit of rows, bytes or memory for one INSERT, or a view that fails, is slow or has no target; or none."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = choose.below(4)
+    how = choose.below(7)
     conditions.most_rows, conditions.most_bytes = 2**63, 2**63
-    conditions.view_fails = lambda entry: False
+    conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
     if how == 1:
         conditions.most_rows = 1 + choose.below(3)
     elif how == 2:
@@ -113,6 +119,13 @@ def clickhouse_limits(world: World) -> None:
     elif how == 3:
         odd = choose.below(5)
         conditions.view_fails = lambda entry: entry.key[2] % 5 == odd
+        conditions.view_fails_first = lambda: bool(choose.below(2))
+    elif how == 4:
+        conditions.view_s = lambda: (0.0, 170.0)[choose.below(2)]
+    elif how == 5:
+        conditions.view_lacks_target = True
+    elif how == 6:
+        conditions.most_rows = 0
 
 
 @action(1)

@@ -187,11 +187,12 @@ class SimulatedAuditLog:
             answers.append(self._work(sent, block.inserted_at_ms, batch.token(block), deadline_ms, timeout_s))
 
         scheduler.spawn(f"clickhouse: INSERT of {what}", work, server.process)
-        answered = scheduler.wait(lambda: bool(answers), timeout_s + GRACE_S)
+        patience_s = min(conditions.proxy_waits_s, timeout_s + GRACE_S) if status else timeout_s + GRACE_S
+        answered = scheduler.wait(lambda: bool(answers), patience_s)
+        if status:  # the INSERT may go on
+            return _limit(status)
         if not answered or conditions.answer_lost():
             raise _unknown(what)
-        if status:
-            return _limit(status)
         (answer,) = answers
         if isinstance(answer, BaseException):
             raise answer

@@ -9,6 +9,7 @@ simulation and the servers the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,7 @@ class Conditions:
     answer_lost: Callable[[], bool] = lambda: False
     proxy_answers: Callable[[], int] = lambda: 0  # an HTTP status instead of ClickHouse's answer
     passes_on: bool = True  # whether that proxy has passed the request on
+    proxy_waits_s: float = math.inf  # for ClickHouse's answer, before it answers itself
     view_fails: Callable[[StoredEntry], bool] = lambda _: False
     view_fails_first: Callable[[], bool] = lambda: False  # before the block is stored; `VIEWS_MAY_FAIL_FIRST`
     view_s: Callable[[], float] = lambda: 0.0  # how long the views take after the block is stored

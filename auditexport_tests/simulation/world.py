@@ -34,6 +34,7 @@ from auditexport_tests.simulation.statements import definitions
 
 LEDGER, LETTERS = "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter"
 ACTOR = Actor(who="simulation", why="to see what happens")
+ENGINES = ("26.9", "26.3", "25.8")
 # States in which a dead letter keeps its row out of batches.
 HOLDING = ("open", "discarded", "held")
 
@@ -58,7 +59,7 @@ class World:
         self.choices = choices
         self.scheduler = Scheduler(choices)
         self.mysql = SimulatedMySQL(self.scheduler, list(definitions()), self._weather)
-        self.clickhouse = SimulatedClickHouse(self.scheduler)
+        self.clickhouse = SimulatedClickHouse(self.scheduler, engine=choices.one_of(ENGINES))
         self.book = Book()
         # Of a repeated event whose rows are swept, nobody can tell a merge of the two entries from the loss of one.
         self.repeats = bool(choices.below(2))
