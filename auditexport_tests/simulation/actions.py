@@ -63,6 +63,8 @@ def pause(world: World) -> None:
         run = world.choices.one_of(runs)
         run.process.paused_until_s = world.scheduler.now_s + (10.0, 100.0, 3_600.0)[world.choices.below(3)]
         run.declared_dead = bool(world.choices.below(2))
+        if run.declared_dead:
+            world.drain()
 
 
 @action(1)
@@ -94,6 +96,7 @@ def clickhouse_storm(world: World) -> None:
         statuses = (502, 504, 429)
         conditions.passes_on = bool(choose.below(2))
         conditions.proxy_waits_s = (math.inf, 1.0)[choose.below(2)]
+        conditions.insert_s = lambda: (0.05, 30.0)[choose.below(2)]
         conditions.proxy_answers = lambda: choose.one_of(statuses) if choose.chance(200) else 0
     elif how == 4:
         conditions.insert_s = lambda: (0.05, 1.0, 30.0, 170.0)[choose.below(4)]

@@ -29,9 +29,13 @@ _INSERT = (
 class Application:
     """One writer and its other hands, on a server that can fail."""
 
-    def __init__(self, name: str, mysql: SimulatedMySQL, book: Book, choices: Choices, *, repeats: bool) -> None:
+    def __init__(
+        self, name: str, mysql: SimulatedMySQL, book: Book, choices: Choices, *, repeats: bool, odd_in: int = 40
+    ) -> None:
+        """With `repeats`, one event in `odd_in` is an earlier one; of the same rarity are rows of each other odd kind."""
         self._name = name
         self._repeats = repeats
+        self._odd_in = odd_in
         self._mysql = mysql
         self._book = book
         self._choices = choices
@@ -106,10 +110,8 @@ class Application:
 
     def _row(self) -> Row:
         choose = self._choices
-        kind = choose.below(40)
-        if (
-            kind == 39 and self._written and self._repeats
-        ):  # the same event again, as it was or with another description
+        odd = self._odd_in - choose.below(self._odd_in)
+        if odd == 1 and self._written and self._repeats:  # the same event, as it was or with another description
             event = dict(choose.one_of(self._written))
             if choose.below(2):
                 event["description"] = f"again {choose.below(100)}"
@@ -122,11 +124,11 @@ class Application:
             "bucket": "unkey_mutations",
             "event": "key.create",
         }
-        if kind == 38:
+        if odd == 2:
             return row_of("malformed", {**event, "time": "soon"})
-        if kind == 37:
+        if odd == 3:
             return row_of("unknown", event)
-        if kind == 36:
+        if odd == 4:
             return row_of("refused", {**event, "event_id": f"{REFUSED}-{event['event_id']}"})
         self._written = [*self._written[-9:], event]
         return row_of("event", event)

@@ -63,8 +63,10 @@ class World:
         self.book = Book()
         # Of a repeated event whose rows are swept, nobody can tell a merge of the two entries from the loss of one.
         self.repeats = bool(choices.below(2))
+        odd_in = (40, 10)[choices.below(2)]
         self.applications = [
-            Application(f"app{n}", self.mysql, self.book, choices, repeats=self.repeats) for n in range(2)
+            Application(f"app{n}", self.mysql, self.book, choices, repeats=self.repeats, odd_in=odd_in)
+            for n in range(2)
         ]
         self.runs: list[Run] = []
         self.others_at_work = 0
