@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from auditexport_pipeline.core import export
+from auditexport_pipeline.core import threads
 from auditexport_pipeline.core.batch import Batch, Claim
 from auditexport_pipeline.core.drain import Drain
 from auditexport_pipeline.core.pks import PkSet
@@ -84,20 +83,27 @@ class Watched(CrashingOutbox):
         return self.real.finish_mark(claim, pks, *arguments, ids=ids)
 
 
-def test_a_throttled_run_marks_in_small_chunks_and_rests_for_the_remainder(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Timeless(threads.Threads):
+    """Nothing takes time, so that the whole remainder of a throttle is to be seen, on a busy machine too."""
+
+    def __init__(self) -> None:
+        self.rests: list[float] = []
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.rests.append(seconds)
+
+
+def test_a_throttled_run_marks_in_small_chunks_and_rests_for_the_remainder(stack: Stack) -> None:
     """Behind the COMMIT of a large chunk, the application's own transactions wait."""
     stack.put(*events(20))
-    rests: list[float] = []
-    # Marking takes no time, so that the whole remainder is to be seen, on a busy machine too.
-    monkeypatch.setattr(
-        export, "time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter, sleep=rests.append)
-    )
-    outbox = Watched(stack)
-    drain(outbox, stack.log, Limits(max_rows_per_second=500, mark_pause_ms=100, mark_connections=1), owner="one")
+    outbox, timeless = Watched(stack), Timeless()
+    with threads.replaced(timeless):
+        drain(outbox, stack.log, Limits(max_rows_per_second=500, mark_pause_ms=100, mark_connections=1), owner="one")
     assert outbox.chunks == [5, 5, 5, 5]
-    assert rests == pytest.approx([5 / 500 + 0.1] * 4)
+    assert timeless.rests == pytest.approx([5 / 500 + 0.1] * 4)
     assert stack.pending() == 0
 
 
