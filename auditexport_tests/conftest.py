@@ -36,6 +36,7 @@ def pytest_report_header() -> list[str]:
 FIRST = (
     *("test_secrets.py", "test_chaos.py", "test_asset.py", "test_launches.py"),
     *("test_table_faults.py", "test_failures.py", "test_cli.py", "test_memory.py"),
+    *("test_histories.py", "test_payload_fuzz.py"),
 )
 
 

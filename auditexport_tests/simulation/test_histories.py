@@ -9,7 +9,7 @@ from auditexport_tests.simulation.controls import CONTROLS, Control, found
 from auditexport_tests.simulation.history import play
 from auditexport_tests.simulation.many import shrunk, story_of
 
-# Two minutes of histories, half of them in `make test`.
+# Two minutes of histories, a quarter of them in `make test`.
 SHARDS = 12
 HISTORIES_OF_A_SHARD = 200
 # Taken away, each is found within a few dozen histories; the others take longer.
@@ -17,7 +17,7 @@ FOUND_SOON = ("a block has one token at every attempt", "rows are marked after C
 
 
 @pytest.mark.parametrize(
-    "shard", [pytest.param(shard, marks=[pytest.mark.slow] * (shard >= SHARDS // 2)) for shard in range(SHARDS)]
+    "shard", [pytest.param(shard, marks=[pytest.mark.slow] * (shard >= SHARDS // 4)) for shard in range(SHARDS)]
 )
 def test_no_history_breaks_a_promise(shard: int) -> None:
     """Whoever dies, waits, lies or acts at the same time: each event is there once, and every report is true."""

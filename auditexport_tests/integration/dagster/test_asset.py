@@ -166,6 +166,7 @@ def test_what_a_run_leaves_over_is_reported_and_taken_by_the_next(exporter: Expo
     everything_once(stack, 7)
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_exports_what_arrives(exporter: Exporter, stack: Stack) -> None:
     """Until another drain waits in the queue for its place."""
     stack.put(*events(2))
@@ -187,6 +188,7 @@ def test_a_run_that_stays_exports_what_arrives(exporter: Exporter, stack: Stack)
     everything_once(stack, 8)
 
 
+@pytest.mark.slow
 def test_each_step_reports_what_ran_ahead_of_it(exporter: Exporter, stack: Stack) -> None:
     """Each batch is marked before the next is fetched. Where a thread did the work, log and metadata say so."""
     stack.put(*events(4))

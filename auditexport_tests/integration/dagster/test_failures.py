@@ -231,6 +231,7 @@ def test_a_lost_lease_is_not_retried(exporter: Exporter, stack: Stack, monkeypat
     assert stack.counts() == (0, 0)
 
 
+@pytest.mark.slow
 def test_rows_that_clickhouse_loses_after_its_acknowledgement_fail_the_run(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

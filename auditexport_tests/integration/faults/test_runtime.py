@@ -46,6 +46,7 @@ def test_a_throttled_run_takes_what_it_can_mark_in_its_time(
     assert set(states(stack)) == {"verified"}
 
 
+@pytest.mark.slow
 def test_no_batch_is_begun_for_which_there_is_no_time(
     exporter: Exporter, stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
