@@ -31,10 +31,11 @@ class Control:
 
     rule: str
     changes: tuple[tuple[str, str, str], ...]
+    missed: bool = True  # False: other rules cover this one, or no history reaches what it prevents; a hole either way
 
 
-def _control(rule: str, *changes: tuple[str, str, str]) -> Control:
-    return Control(rule=rule, changes=changes)
+def _control(rule: str, *changes: tuple[str, str, str], missed: bool = True) -> Control:
+    return Control(rule=rule, changes=changes, missed=missed)
 
 
 _NO_TOKEN = ("core/batch.py", "-{block.digest}-{block.number}", "-{block.digest}-{id(object())}-{self.attempts}")
@@ -49,17 +50,19 @@ _NO_CUT = ("mysql/outbox.py", "if cut_digest is not None and row.digest != cut_d
 CONTROLS = (
     _control("a block has one token at every attempt", _NO_TOKEN),
     _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST),
-    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER),
-    _control("MySQL refuses a step that the batch is past", _NO_STATE),
-    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT),
-    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT),
+    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER, missed=False),
+    _control("MySQL refuses a step that the batch is past", _NO_STATE, missed=False),
+    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, missed=False),
+    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, missed=False),
     _control(
         "ClickHouse refuses an INSERT after its deadline",
         ("core/export.py", "deadline_ms=deadline_ms,", "deadline_ms=2**62,"),
+        missed=False,
     ),
     _control(
         "nothing is split while an INSERT of it can be at work",
         ("core/attempt.py", "return self.until_ms - self._log.deadline_ms(0)", "return -1"),
+        missed=False,
     ),
     _control(
         "a stopped batch waits until no INSERT of it can be at work",
@@ -73,6 +76,7 @@ CONTROLS = (
             "if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:",
             "if (left_ms := -1) >= 0:",
         ),
+        missed=False,
     ),
     _control(
         "rows are marked after ClickHouse has them",
@@ -85,6 +89,7 @@ CONTROLS = (
     _control(
         "a batch marks only the rows that it sealed",
         ("mysql/outbox.py", "if total.ids != ids:", "if False:"),
+        missed=False,
     ),
     _control(
         "rows that are read again must be those that were sealed",
@@ -109,6 +114,7 @@ CONTROLS = (
             'max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)',
             'connection.execute(SQL["now_ms"]).scalar_one()',
         ),
+        missed=False,
     ),
     _control(
         "entries of the first export do not prove a requeue",
@@ -122,18 +128,22 @@ CONTROLS = (
             "block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings",
             "block for block in to_send if block.inserted_at_ms not in holdings",
         ),
+        missed=False,
     ),
     _control(
         "a requeue that cannot be proven does not put a split off",
         ("core/export.py", "        to_send += self._attempt.split_what_is_due()\n", ""),
+        missed=False,
     ),
     _control(
         "a busy server is not a row that is too large",
         ("core/attempt.py", "return STRIKES_OF_A_USUAL_ROW if usual_row", "return STRIKES[kind] if usual_row"),
+        missed=False,
     ),
     _control(
         "a late verification knows erasures and the TTL",
         ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
+        missed=False,
     ),
     _control(
         "a plan leaves out the rows of dead letters",
