@@ -137,7 +137,8 @@ class Drain:
     When `stopping()`, the current batch is finished and the others are given back: their leases end at once.
 
     `dead_owners` gets the owners of open batches and returns those that are known to be dead; `exported` are batches
-    that this owner has exported before; `upkeep` explains entries that are gone (`core.verify`). Durable effects: those of the verbs. Raises what the verbs raise.
+    that this owner has exported before; `upkeep` explains entries that are gone (`core.verify`). Durable effects: those
+    of the verbs. Raises what the verbs raise.
     """
 
     def __init__(

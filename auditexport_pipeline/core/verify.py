@@ -56,11 +56,10 @@ def verify(
             holding = holdings.get(block.inserted_at_ms, NO_ENTRIES)
             compared = compare_block(outbox, log, batch, block, holding, excuses=excuses)
             if compared.discrepancy and excuses is None and upkeep is not None:
-                excuses = _excuses(upkeep, log)
+                excuses, upkeep = _excuses(upkeep, log), None  # read once, also in vain
                 compared = compare_block(outbox, log, batch, block, holding, excuses=excuses)
-            if compared.settled and not batch.is_requeue(
-                block
-            ):  # a requeue compares its own rows only, not the whole group
+            # A requeue compares its own rows only, not the whole group.
+            if compared.settled and not batch.is_requeue(block):
                 observed[block.inserted_at_ms] = holding
             found += compared.discrepancy
         outbox.record_verified(batch, found, observed)
