@@ -16,7 +16,7 @@ from auditexport_pipeline.core.errors import TableRefuses
 from auditexport_pipeline.core.event import Undecodable, explain, normal_form
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.poison import Group, ProbeBudget, next_to_halve, search
-from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, DeadLetter, Refusal
+from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, DeadLetter, Refusal, RefusalKind
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 
@@ -102,6 +102,9 @@ class Splitter:
                 )
                 unresolved = set(found.unresolved)
                 for pk, answer in found.refused.items():
+                    if answer.kind is not RefusalKind.ROWS:  # a busy server; a row that is too large fails alone, later
+                        unresolved.add(pk)
+                        continue
                     problem = explain(rows[pk].payload) if pk in normalised else None
                     dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
         if not dead and not normalised and not unresolved:
