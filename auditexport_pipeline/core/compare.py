@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.batch import Batch, Block, Holding, pks_of
-from auditexport_pipeline.core.event import Key, Undecodable, normal_form
+from auditexport_pipeline.core.errors import AuditExportError
+from auditexport_pipeline.core.event import Key, Undecodable, explain, normal_form
 from auditexport_pipeline.core.excuses import (
     COPIES,
     EXPIRED,
@@ -255,12 +256,12 @@ def _expected(outbox: Outbox, log: AuditLog, group: InsertGroup) -> dict[Key, _E
     for rows in _batched(outbox.read(group.pks, row_bytes=row_bytes), ROWS_AT_ONCE):
         events = [(row, event) for row in rows if not isinstance(event := decode(row), Undecodable)]
         payloads = [normal_form(row.payload) if row.pk in normalised else row.payload for row, _ in events]
-        contents = log.contents(version, payloads, at_ms)
-        for (row, event), content in zip(events, contents, strict=True):
+        for (row, event), content in zip(events, _contents(log, version, payloads, at_ms), strict=True):
             # Has a row already where a requeued one had been folded into another one.
             known = expected.setdefault(event.key, _Expected(version=version, key=event.key, inserted_at_ms=at_ms))
             known.pks.append(row.pk)
-            known.contents.add((event.fingerprint, content))
+            if content is not None:
+                known.contents.add((event.fingerprint, content))
             known.pending |= row.exported_at_ms is None
             known.marked |= row.exported_at_ms in stamps
     for batch, block in group.blocks:
@@ -270,6 +271,28 @@ def _expected(outbox: Outbox, log: AuditLog, group: InsertGroup) -> dict[Key, _E
                     known.copies += again * max(1, batch.attempts)
                     known.again_ms = max(known.again_ms or 0, batch.exported_at_ms or 0)
     return expected
+
+
+def _contents(log: AuditLog, version: str, payloads: list[bytes], at_ms: int) -> list[int | None]:
+    """As `AuditLog.contents`, also where ClickHouse refuses payloads: None for one that it takes in no form. Under pks
+    that began again there can be rows that were never sent.
+    """
+    try:
+        return [*log.contents(version, payloads, at_ms)]
+    except AuditExportError:
+        forms = [_form_that_is_taken(payload) for payload in payloads]
+        if forms == payloads:
+            raise
+    contents = iter(log.contents(version, [form for form in forms if form is not None], at_ms))
+    return [None if form is None else next(contents) for form in forms]
+
+
+def _form_that_is_taken(payload: bytes) -> bytes | None:
+    problem = explain(payload)
+    if problem is not None and problem.reason == "duplicate_key":
+        payload = normal_form(payload)
+        problem = explain(payload)
+    return payload if problem is None else None
 
 
 @dataclass(slots=True, kw_only=True)
