@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE := .auditexport
 
-.PHONY: help demo dev test test-all test-e2e lint format bench bench-quick chaos simulate server lock clean
+.PHONY: help demo dev test test-all test-e2e lint format bench bench-quick chaos simulate simulate-coverage server lock clean
 
 help:
 	@echo "make demo    watch 100,000 events move from MySQL to ClickHouse, verified"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed beside the ancestor, latency, freshness and memory, on this machine (bench-quick: 5 minutes)"
 	@echo "make simulate   random histories on simulated databases, thousands of them: SECONDS (600), SEED (1)"
+	@echo "make simulate-coverage   what of core they ran, by lines and branches: HISTORIES (2000)"
 	@echo "make chaos   random histories full of faults, for CHAOS_SECONDS (600) from CHAOS_SEED"
 
 demo: $(READY) server
@@ -56,6 +57,10 @@ chaos: $(READY) server
 # PYTHONHASHSEED, because a seed must give the same history in each process.
 simulate: $(READY)
 	@PYTHONHASHSEED=0 SECONDS=$(or $(SECONDS),600) SEED=$(or $(SEED),1) HISTORIES=$(HISTORIES) $(BIN)/python -m auditexport_tests.simulation
+
+# What of core the histories ran. In one process: a history's threads are counted together.
+simulate-coverage: $(READY)
+	@PYTHONHASHSEED=0 SEED=$(or $(SEED),1) HISTORIES=$(or $(HISTORIES),2000) $(BIN)/python -m auditexport_tests.simulation.coverage_of_core
 
 bench: $(READY) server
 	@$(BIN)/python -m auditexport_tests.benchmarks
