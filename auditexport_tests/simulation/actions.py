@@ -19,11 +19,25 @@ from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
-from auditexport_tests.simulation.world import ACTOR, LETTERS, Run, World
+from auditexport_tests.simulation.choices import Choices
+from auditexport_tests.simulation.world import ACTOR, LEDGER, LETTERS, Run, World
 
 Act = Callable[[World], None]
 ACTIONS: dict[str, Act] = {}
-WEIGHTED: list[str] = []
+WEIGHTS: dict[str, int] = {}
+# By what a history multiplies the weight of an action. The plain choice comes first.
+SWARM = (1, 1, 0, 4)
+EFFECTS = ("INSERT", "sealed", "written", "exported", "claimed")
+
+
+def weighted(choices: Choices) -> list[str]:
+    """The names of all actions, each as often as one history may choose it.
+
+    Histories differ: some have many of an action, others none of it (Groce et al., "Swarm Testing"). With the same weights
+    everywhere, what takes four kills in one minute or two weeks of quiet would never be seen.
+    """
+    factors = {name: choices.one_of(SWARM) for name in WEIGHTS} | {"write": 1, "drain": 1}
+    return [name for name, weight in WEIGHTS.items() for _ in range(weight * factors[name])]
 
 
 def action(weight: int) -> Callable[[Act], Act]:
@@ -32,7 +46,7 @@ def action(weight: int) -> Callable[[Act], Act]:
     def register(act: Act) -> Act:
         name = act.__name__.replace("_", " ")
         ACTIONS[name] = act
-        WEIGHTED.extend([name] * weight)
+        WEIGHTS[name] = weight
         return act
 
     return register
@@ -52,8 +66,17 @@ def drain(world: World) -> None:
 
 @action(4)
 def kill(world: World) -> None:
+    """At once, or after one of its next effects."""
     if runs := world.at_work():
-        world.scheduler.kill(world.choices.one_of(runs).process)
+        run = world.choices.one_of(runs)
+        _at_once_or_later(world, run, lambda: world.scheduler.kill(run.process))
+
+
+@action(3)
+def run_in_steps(world: World) -> None:
+    """A run whose steps are processes of their own, as Dagster starts them."""
+    if len(world.at_work()) < 4:
+        world.run_in_steps()
 
 
 @action(3)
@@ -61,10 +84,33 @@ def pause(world: World) -> None:
     """A process stops for up to an hour, as its machine does, and goes on."""
     if runs := world.at_work():
         run = world.choices.one_of(runs)
-        run.process.paused_until_s = world.scheduler.now_s + (10.0, 100.0, 3_600.0)[world.choices.below(3)]
-        run.declared_dead = bool(world.choices.below(2))
-        if run.declared_dead:
-            world.drain()
+        seconds = (100.0, 0.05, 0.3, 3.0, 3_600.0)[world.choices.below(5)]
+        declared_dead = bool(world.choices.below(2))
+
+        def stop() -> None:
+            run.process.paused_until_s = world.scheduler.now_s + seconds
+            run.declared_dead = declared_dead
+            if declared_dead:
+                world.drain()
+
+        _at_once_or_later(world, run, stop)
+
+
+def _at_once_or_later(world: World, run: Run, act: Callable[[], object]) -> None:
+    """Half of the time after the run's next commit to the ledger that leaves a batch in a chosen state, or its next INSERT."""
+    if world.choices.below(2):
+        world.invariants.armed.append((run.owner, world.choices.one_of(EFFECTS), act))
+    else:
+        act()
+
+
+def _at_any_time(world: World, what: str, act: Callable[[], None]) -> None:
+    """At once, or as `_at_once_or_later`, by a process of its own."""
+    runs = world.at_work()
+    if runs:
+        _at_once_or_later(world, world.choices.one_of(runs), lambda: world.beside(what, act))
+    else:
+        act()
 
 
 @action(1)
@@ -83,9 +129,9 @@ def mysql_storm(world: World) -> None:
 
 @action(3)
 def clickhouse_storm(world: World) -> None:
-    """Connections die, answers are lost, a proxy answers, INSERTs are slow or late, the server is killed; or that is over."""
+    """Connections die, answers are lost, INSERTs are slow or late, the server is killed; or that is over."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = choose.below(8)
+    how = choose.below(7)
     if how == 0:
         world.calm_clickhouse()
     elif how == 1:
@@ -93,27 +139,35 @@ def clickhouse_storm(world: World) -> None:
     elif how == 2:
         conditions.answer_lost = lambda: choose.chance(300)
     elif how == 3:
-        statuses = (502, 504, 429)
-        conditions.passes_on = bool(choose.below(2))
-        conditions.proxy_waits_s = (math.inf, 1.0)[choose.below(2)]
-        conditions.insert_s = lambda: (0.05, 30.0)[choose.below(2)]
-        conditions.proxy_answers = lambda: choose.one_of(statuses) if choose.chance(200) else 0
-    elif how == 4:
         conditions.insert_s = lambda: (0.05, 1.0, 30.0, 170.0)[choose.below(4)]
-    elif how == 5:
+    elif how == 4:
         conditions.arrives_after_s = lambda: (0.0, 0.0, 5.0, 100.0, 400.0)[choose.below(5)]
-    elif how == 6:
+    elif how == 5:
         world.clickhouse.crash()
     else:
         conditions.down = not conditions.down
 
 
 @action(2)
+def proxy(world: World) -> None:
+    """Something in front of ClickHouse answers some requests itself, and perhaps passes them on; or it is impatient; or that is over."""
+    choose, conditions = world.choices, world.clickhouse.conditions
+    status, often = choose.one_of((0, 502, 504, 504, 429)), (200, 800)[choose.below(2)]
+    conditions.passes_on = bool(choose.below(2))
+    conditions.proxy_waits_s = (math.inf, 1.0)[choose.below(2)]
+    conditions.insert_s = (lambda: 0.05, lambda: (0.05, 30.0)[choose.below(2)])[choose.below(2)]
+    conditions.proxy_answers = lambda: status if choose.chance(often) else 0
+    conditions.proxy_patience_s = (math.inf, 1.0, 20.0)[choose.below(3)]
+    if conditions.proxy_patience_s < math.inf:
+        conditions.proxy_answers = lambda: 0
+
+
+@action(3)
 def clickhouse_limits(world: World) -> None:
     """A limit of rows, bytes or memory for one INSERT, or a view that fails, is slow or has no target; or none."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = choose.below(7)
-    conditions.most_rows, conditions.most_bytes = 2**63, 2**63
+    how = choose.below(8)
+    conditions.most_rows, conditions.most_bytes, conditions.is_busy = 2**63, 2**63, lambda: False
     conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
     if how == 1:
         conditions.most_rows = 1 + choose.below(3)
@@ -129,6 +183,8 @@ def clickhouse_limits(world: World) -> None:
         conditions.view_lacks_target = True
     elif how == 6:
         conditions.most_rows = 0
+    elif how == 7:
+        conditions.is_busy = lambda: bool(choose.below(2))
 
 
 @action(1)
@@ -143,56 +199,84 @@ def mysql_goes_down(world: World) -> None:
 def mysql_fails_over(world: World) -> None:
     """Another server takes over; one time in four it has not got the last commits."""
     lost = 1 + world.choices.below(20) if world.choices.below(4) == 3 else 0
-    world.forgot = world.forgot or lost > 0
+    _at_any_time(world, "failover", lambda: _fail_over(world, lost))
+
+
+def _fail_over(world: World, lost: int) -> None:
     world.mysql.fail_over(lost)
     if lost:  # rows are gone, and rows that had been deleted are back
+        world.forgot = True
+        world.invariants.forget()
         book = world.book
         known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
         rows = world.mysql.tables[OUTBOX].rows.items()
         book.rows = {pk: known[pk, row["event_id"]] for pk, row in rows}
+        world.drain()
 
 
 @action(1)
 def pks_begin_again(world: World) -> None:
-    """The application empties its table, which counts from 1 again. TRUNCATE waits for every transaction on the table."""
-    # What is gone from both cannot be repaired, and an event that is written again under its old pk is taken for a requeue.
+    """The application empties its table, which counts from 1 again, and goes on."""
+    _at_any_time(world, "TRUNCATE", lambda: _begin_again(world))
+
+
+def _begin_again(world: World) -> None:
+    # It waits for every transaction on the table. What is gone from both servers cannot be repaired, and an event that is
+    # written again under its old pk is taken for a requeue.
+    world.scheduler.wait(lambda: not world.mysql.in_use(OUTBOX), 50.0)
     if not world.mysql.in_use(OUTBOX) and not world.gone["lost"] and not world.repeats:
         world.book.begin_again({pk: row["deleted_at"] for pk, row in world.mysql.tables[OUTBOX].rows.items()})
         world.mysql.truncate(OUTBOX)
+        for application in world.applications:
+            world.beside("writer", application.write)
 
 
-@action(1)
+@action(2)
 def clickhouse_loses_entries(world: World) -> None:
     """Entries are gone whose rows are marked in the outbox: nothing else could name them."""
     marked = _marked_events(world)
     entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
-    if entries and not world.swept:
+    if entries and not world.swept and not world.others_at_work:
         first = world.choices.below(len(entries))
         _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
 
 
-@action(1)
+@action(2)
 def erase(world: World) -> None:
-    """An erasure of one event, recorded first.
+    """An erasure of one event, or of a workspace's events within a time, recorded first.
 
-    Of an event whose row is marked, and whose batch is not open: until then its row can be exported again.
+    Of events whose rows are marked, while no batch is open: until then a row can be exported again.
     """
     marked = set() if world.open_batches() else _marked_events(world)
-    entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
+    entries = list(world.clickhouse.entries())
     if not entries:
         return
-    workspace_id, _, _, event_id = world.choices.one_of(entries).key
+    workspace_id, _, time_ms, event_id = world.choices.one_of(entries).key
+    if world.choices.below(2):
+        erasure = Erasure(workspace_id=workspace_id, event_id=event_id)
+    else:
+        before, after = world.choices.below(500), 1 + world.choices.below(500)
+        erasure = Erasure(workspace_id=workspace_id, from_ms=time_ms - before, to_ms=time_ms + after)
+    if not all(entry.key[3] in marked for entry in entries if erasure.covers(entry.key)):
+        return
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-        world.erasures.add((workspace_id, event_id))
-        upkeep.add_erasures(ACTOR, [Erasure(workspace_id=workspace_id, event_id=event_id)])
-        named = [one for one in world.clickhouse.entries() if (one.key[0], one.key[3]) == (workspace_id, event_id)]
-        _remove(world, "erased", named)
+        upkeep.add_erasures(ACTOR, [erasure])
+        _remove(world, "erased", [one for one in world.clickhouse.entries() if erasure.covers(one.key)])
 
     world.operate("erase", work)
 
 
 @action(1)
+def clickhouse_forgets_tokens(world: World) -> None:
+    """More blocks were inserted than its window has; not while an INSERT of an open batch can be at work."""
+    ledger = world.mysql.tables[LEDGER].rows.values()
+    if max(row["inserts_until_ms"] for row in ledger) < world.clickhouse.now_ms() and not world.forgot:
+        world.clickhouse.tokens.clear()
+        world.tokens_forgotten = True
+
+
+@action(2)
 def months_pass(world: World) -> None:
     """Days or months in which nobody works, and the table's TTL.
 
@@ -224,24 +308,29 @@ def clickhouse_merges(world: World) -> None:
         world.clickhouse.merge(world.choices.one_of(world.clickhouse.parts).month)
 
 
-@action(1)
+@action(2)
 def clocks_step(world: World) -> None:
     """One of the two clocks is set forward, or back."""
-    step_ms = (1_000, 60_000, -1_000, -60_000)[world.choices.below(4)]
-    if world.choices.below(2):
-        world.clickhouse.clock_offset_ms += step_ms
+    step_ms = (1_000, 60_000, -1_000, -120_000, -20)[world.choices.below(5)]
+    if world.choices.below(2):  # we promise nothing where ClickHouse's is set back by more than a minute
+        world.clickhouse.clock_offset_ms = max(-60_000, world.clickhouse.clock_offset_ms + step_ms)
     else:
         world.mysql.clock_offset_ms += step_ms
+        world.set_back = world.set_back or step_ms < 0
 
 
 @action(2)
 def meddle(world: World) -> None:
     """Other hands delete rows, mark them, or clear their marks."""
-    pks = _some(world, 4)
-    what = world.choices.one_of(("delete", "mark", "clear"))
-    if pks and not (what == "delete" and world.gone["lost"]):  # what is gone from both cannot be repaired
-        application = world.choices.one_of(world.applications)
-        world.beside("other hands", lambda: application.meddle(pks, what))
+    in_work, what = bool(world.choices.below(2)), world.choices.one_of(("delete", "mark", "clear"))
+    application = world.choices.one_of(world.applications)
+
+    def act() -> None:
+        pks = _some(world, 4, in_work=in_work)
+        if pks and not (what == "delete" and world.gone["lost"]):  # what is gone from both cannot be repaired
+            world.beside("other hands", lambda: application.meddle(pks, what))
+
+    _at_any_time(world, "other hands", act)
 
 
 @action(2)
@@ -253,17 +342,23 @@ def hold_rows(world: World) -> None:
         world.beside("holder", lambda: world.applications[0].hold(pks, seconds))
 
 
-@action(2)
+@action(3)
 def requeue_rows(world: World) -> None:
-    pks = _some(world, 3)
+    """By pks, by workspace, by event, or by batch."""
+    pks, choose = _some(world, 3), world.choices
     if not pks:
         return
-    missing_only = world.choices.chance(300)
-    low, high = min(pks), max(pks)
-    world.book.expect_requeue(1, lambda pk, row: low <= pk <= high)
+    missing_only, how = choose.chance(300), choose.below(4)
+    row = world.book.rows[pks[0]]
+    which = RowFilter(from_pk=min(pks), to_pk=max(pks))
+    if how == 1:
+        which = RowFilter(workspace_id=row.workspace_id)
+    elif how == 2:
+        which = RowFilter(event_ids=(row.event_id,))
+    elif how == 3 and (batches := sorted(key for key in world.mysql.tables[LEDGER].rows if key)):
+        which = RowFilter(batch_ids=(choose.one_of(batches),))
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-        which = RowFilter(from_pk=low, to_pk=high)
         requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)
 
     world.operate("requeue", work)
@@ -291,10 +386,7 @@ def _on_letters(world: World, verb: Callable[..., Any]) -> None:
 
 @action(1)
 def reconcile_all(world: World) -> None:
-    repair = bool(world.choices.below(2))
-    if repair:
-        world.book.expect_requeue(1, lambda pk, row: True)
-    world.reconcile(repair=repair)
+    world.reconcile(repair=bool(world.choices.below(2)))
 
 
 @action(1)
@@ -310,9 +402,9 @@ def sweep_rows(world: World) -> None:
     world.operate("sweep", work)
 
 
-def _some(world: World, most: int) -> list[int]:
-    """Some rows that are committed, close to each other."""
-    pks = sorted(world.book.rows)
+def _some(world: World, most: int, *, in_work: bool = False) -> list[int]:
+    """Some rows that are committed, close to each other; of an open batch, if there is one and that is asked for."""
+    pks = sorted((world.book.rows.keys() & world.rows_in_work() if in_work else ()) or world.book.rows)
     if not pks:
         return []
     first = world.choices.below(len(pks))

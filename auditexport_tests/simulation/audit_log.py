@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -28,17 +29,33 @@ PERMANENT = (401, 404, 405, 407, 411)
 GRACE_S = 15
 
 
+class Watch:
+    """Sees what a process sends. This one looks away."""
+
+    def asks(self) -> None:
+        """Called before each request."""
+
+    @contextmanager
+    def insert(
+        self, batch: Batch, block: Block, payloads: Sequence[bytes], deadline_ms: int
+    ) -> Iterator[Callable[[float], None]]:
+        """Around the server's work on an INSERT; gets to know when it arrives."""
+        yield lambda at_s: None
+
+
 class SimulatedAuditLog:
     """The connection of one process to the server."""
 
-    def __init__(self, server: SimulatedClickHouse) -> None:
+    def __init__(self, server: SimulatedClickHouse, watch: Watch | None = None) -> None:
         self._server = server
+        self._watch = watch or Watch()
         self._scheduler = server.scheduler
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, what: str, answer: Callable[[], T]) -> T:
         """A SELECT: one step, and an answer of that instant. It is sent again once when its connection dies."""
+        self._watch.asks()
         self._scheduler.step(what)
         conditions = self._server.conditions
         if conditions.down or (conditions.dies() and conditions.dies()):
@@ -154,13 +171,14 @@ class SimulatedAuditLog:
         """It goes once, as an INSERT does, and a proxy's limit is an answer to it too."""
         sent = [*payloads]
         payloads.clear()
+        self._watch.asks()
         self._scheduler.step("probes rows")
         conditions = self._server.conditions
         if conditions.down or conditions.dies():
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
         if (status := conditions.proxy_answers()) or sum(map(len, sent)) > conditions.most_bytes:
             return _limit(status or 413)
-        return self._server.parse(sent, 0)[1]
+        return OUT_OF_MEMORY if conditions.is_busy() else self._server.parse(sent, 0)[1]
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
@@ -169,6 +187,7 @@ class SimulatedAuditLog:
         payloads.clear()
         server, scheduler = self._server, self._scheduler
         what = f"batch {batch.batch_id}, block {block.number}"
+        self._watch.asks()
         scheduler.step(f"sends the INSERT of {what}")
         conditions = server.conditions
         if conditions.down:
@@ -184,11 +203,16 @@ class SimulatedAuditLog:
         answers: list[Refusal | BaseException | None] = []
 
         def work() -> None:
-            answers.append(self._work(sent, block.inserted_at_ms, batch.token(block), deadline_ms, timeout_s))
+            with self._watch.insert(batch, block, sent, deadline_ms) as arrives:
+                answers.append(
+                    self._work(sent, block.inserted_at_ms, batch.token(block), deadline_ms, timeout_s, arrives)
+                )
 
         scheduler.spawn(f"clickhouse: INSERT of {what}", work, server.process)
-        patience_s = min(conditions.proxy_waits_s, timeout_s + GRACE_S) if status else timeout_s + GRACE_S
-        answered = scheduler.wait(lambda: bool(answers), patience_s)
+        proxy_s, own_s = conditions.proxy_waits_s if status else conditions.proxy_patience_s, timeout_s + GRACE_S
+        answered = scheduler.wait(lambda: bool(answers), min(proxy_s, own_s))
+        if not answered and proxy_s < own_s:
+            status = status or 504
         if status:  # the INSERT may go on
             return _limit(status)
         if not answered or conditions.answer_lost():
@@ -199,14 +223,21 @@ class SimulatedAuditLog:
         return answer
 
     def _work(
-        self, payloads: Sequence[bytes], at_ms: int, token: str, deadline_ms: int, timeout_s: int
+        self,
+        payloads: Sequence[bytes],
+        at_ms: int,
+        token: str,
+        deadline_ms: int,
+        timeout_s: int,
+        arrives: Callable[[float], None],
     ) -> Refusal | BaseException | None:
         """What the server does with an INSERT, also when nobody waits for it any more."""
         server, conditions = self._server, self._server.conditions
         on_its_way_s = conditions.arrives_after_s()
+        arrives(self._scheduler.now_s + on_its_way_s)
         if on_its_way_s:
             self._scheduler.sleep(on_its_way_s)
-        if not conditions.most_rows:
+        if not conditions.most_rows or conditions.is_busy():
             return OUT_OF_MEMORY
         if server.now_ms() > deadline_ms:
             return LeaseLost("the deadline of this INSERT has passed (simulated)")

@@ -57,11 +57,13 @@ class Conditions:
     proxy_answers: Callable[[], int] = lambda: 0  # an HTTP status instead of ClickHouse's answer
     passes_on: bool = True  # whether that proxy has passed the request on
     proxy_waits_s: float = math.inf  # for ClickHouse's answer, before it answers itself
+    proxy_patience_s: float = math.inf  # an INSERT that takes longer gets a 504, and goes on
     view_fails: Callable[[StoredEntry], bool] = lambda _: False
     view_fails_first: Callable[[], bool] = lambda: False  # before the block is stored; `VIEWS_MAY_FAIL_FIRST`
     view_s: Callable[[], float] = lambda: 0.0  # how long the views take after the block is stored
     view_lacks_target: bool = False  # its target was dropped
     table_refuses: Callable[[StoredEntry], bool] = lambda _: False
+    is_busy: Callable[[], bool] = lambda: False  # there is no memory for this INSERT or probe
     most_rows: int = 2**63  # of one INSERT's memory; 0: there is no memory for any INSERT or probe
     most_bytes: int = 2**63  # of one request
     most_parts: int = (
@@ -81,6 +83,9 @@ class SimulatedClickHouse:
         self.clock_offset_ms = 0
         self.conditions = Conditions()
         self.parts: list[Part] = []
+        self.on_store: list[
+            Callable[[Sequence[StoredEntry], str], None]
+        ] = []  # gets each block that is new, and its token
         # For an oracle: entries that a merge replaced by a later one of their key, and that the TTL deleted.
         self.merged: list[StoredEntry] = []
         self.expired: list[StoredEntry] = []
@@ -219,6 +224,8 @@ class SimulatedClickHouse:
             if token:
                 self.tokens.append(Token(token, month))
             self.parts.append(Part(month, sorted(entries, key=lambda entry: entry.key)))
+            for listener in self.on_store:
+                listener(entries, token)
         takes_s = conditions.view_s()
         if takes_s:
             self.scheduler.sleep(min(takes_s, timeout_s))

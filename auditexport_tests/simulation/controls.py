@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Histories within which a control must be found.
-MOST_HISTORIES = 1_000
+MOST_HISTORIES = 2_000
 _CHILD = """
 import json, sys
 from auditexport_tests.simulation.many import first_broken
@@ -38,7 +38,11 @@ def _control(rule: str, *changes: tuple[str, str, str], missed: bool = True) -> 
     return Control(rule=rule, changes=changes, missed=missed)
 
 
-_NO_TOKEN = ("core/batch.py", "-{block.digest}-{block.number}", "-{block.digest}-{id(object())}-{self.attempts}")
+_NO_TOKEN = (
+    "core/batch.py",
+    "-{block.digest}-{block.number}",
+    "-{block.digest}-{self.attempts}-{self.inserts_until_ms}",
+)
 _NO_LOOK_FIRST = ("core/export.py", "if batch.attempts > 1:", "if False:")
 _NO_HOLDER = (
     "mysql/outbox.py",
@@ -144,6 +148,50 @@ CONTROLS = (
         "a late verification knows erasures and the TTL",
         ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
         missed=False,
+    ),
+    _control("a later attempt looks first", _NO_LOOK_FIRST),
+    _control(
+        "an epoch that recurs after a failover is another one",
+        (
+            "mysql/outbox.py",
+            "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
+            "return bool(row.epoch == claim.epoch)",
+        ),
+    ),
+    _control(
+        "a receipt is of the cut that the ledger has",
+        (
+            "core/export.py",
+            "batch.exported_at_ms is None or receipt.digest != batch.digest",
+            "batch.exported_at_ms is None",
+        ),
+        _NO_CUT,
+    ),
+    _control(
+        "a row repeats an event, and not a pk",
+        (
+            "core/origins.py",
+            "next((at_ms for at_ms in candidate_times if (keys[pk], at_ms) in held), None)",
+            "next(iter(candidate_times), None)",
+        ),
+    ),
+    _control(
+        "an erasure explains what it names",
+        ("core/actions.py", "and (self.to_ms is None or at_ms < self.to_ms)", ""),
+        ("core/actions.py", "and (self.from_ms is None or at_ms >= self.from_ms)", ""),
+        ("core/actions.py", 'and self.event_id in ("", event_id)', ""),
+    ),
+    _control(
+        "an erasure explains nothing that came later",
+        ("core/excuses.py", "if sent_ms <= recorded.at_ms or (", "if True or ("),
+    ),
+    _control(
+        "an unknown TTL explains nothing",
+        (
+            "core/excuses.py",
+            '(EXPIRED if known else "", known is None)',
+            '("" if known is False else EXPIRED, known is None)',
+        ),
     ),
     _control(
         "a plan leaves out the rows of dead letters",

@@ -5,7 +5,7 @@ It knows nothing of the exporter. What statements mean is in `statements`. Error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,7 @@ class SimulatedMySQL:
         self.weather = weather
         self.clock_offset_ms = 0
         self.log: list[tuple[Change, ...]] = []
+        self.on_commit: list[Callable[[Sequence[Change]], None]] = []  # called before the changes take effect
         self.locks: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # by row: who holds it, and whether alone
         self.queues: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # those that wait for a row, in their order
         self.open: set[Transaction] = set()
@@ -94,6 +95,8 @@ class SimulatedMySQL:
     def commit(self, changes: tuple[Change, ...]) -> None:
         if changes:
             self.log.append(changes)
+            for listener in self.on_commit:
+                listener(changes)
         for change in changes:
             self._put(change.table, change.key, change.after)
 
@@ -109,6 +112,7 @@ class Transaction:
 
     def __init__(self, server: SimulatedMySQL, lock_wait_s: float) -> None:
         self.server = server
+        self.task = server.scheduler.acting
         self._lock_wait_s = lock_wait_s
         self._own: dict[tuple[str, Key], Row | None] = {}
         self._waits_for: tuple[str, Key] | None = None

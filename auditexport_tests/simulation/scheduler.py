@@ -34,6 +34,7 @@ class Process:
     name: str
     dead: bool = False
     paused_until_s: float = 0.0
+    plan: str | None = None  # the key of the plan under which a step works
 
 
 @dataclass(eq=False)
@@ -110,6 +111,16 @@ class Scheduler:
     def current(self) -> Task:
         assert self._current is not None
         return self._current
+
+    @property
+    def acting(self) -> Task | None:
+        """The task whose turn it is; None before the first one."""
+        return self._current
+
+    @property
+    def actor(self) -> str:
+        """The name of the process whose turn it is; "" before the first one's."""
+        return self._current.process.name if self._current is not None else ""
 
     def step(self, what: str) -> None:
         """A point where another task may go first. Raises `Killed` when this task's process is dead."""

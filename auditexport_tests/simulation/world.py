@@ -6,27 +6,32 @@ Simulated are both servers, the threads and the time.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auditexport_pipeline.core import reconcile
-from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.batch import OPEN
+from auditexport_pipeline.core import claiming, reconcile
+from auditexport_pipeline.core.actions import Actor, Erasure
+from auditexport_pipeline.core.batch import OPEN, Claim, Receipt, blocks_from_text
 from auditexport_pipeline.core.drain import Drain, Drained, Listener
 from auditexport_pipeline.core.errors import AuditExportError
+from auditexport_pipeline.core.export import fetch, mark, write
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import StoredEntry
 from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
-from auditexport_tests.chaos.application import Book
+from auditexport_tests.chaos.application import FOREIGN_MARK, Book
 from auditexport_tests.chaos.check import Facts, forgetful_attempts
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, Application, columns_of
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.clickhouse_server import Conditions, SimulatedClickHouse
+from auditexport_tests.simulation.invariants import Invariants
 from auditexport_tests.simulation.mysql_engine import outbox_on
 from auditexport_tests.simulation.mysql_server import ANSWER_LOST, DIES, SimulatedMySQL
 from auditexport_tests.simulation.scheduler import Killed, Process, Scheduler
@@ -34,6 +39,14 @@ from auditexport_tests.simulation.statements import definitions
 
 LEDGER, LETTERS = "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter"
 ACTOR = Actor(who="simulation", why="to see what happens")
+# Days, the column by which ClickHouse counts them, and the only workspace whose entries it deletes.
+TTLS: tuple[tuple[int | None, str, str], ...] = (
+    (90, "inserted_at", ""),
+    (90, "inserted_at", ""),
+    (90, "inserted_at", "ws_1"),
+    (90, "time", ""),
+    (None, "inserted_at", ""),
+)
 ENGINES = ("26.9", "26.3", "25.8")
 # States in which a dead letter keeps its row out of batches.
 HOLDING = ("open", "discarded", "held")
@@ -60,6 +73,8 @@ class World:
         self.scheduler = Scheduler(choices)
         self.mysql = SimulatedMySQL(self.scheduler, list(definitions()), self._weather)
         self.clickhouse = SimulatedClickHouse(self.scheduler, engine=choices.one_of(ENGINES))
+        ttl = self.clickhouse
+        ttl.keeps_days, ttl.keeps_by, ttl.keeps_but = choices.one_of(TTLS)
         self.book = Book()
         # Of a repeated event whose rows are swept, nobody can tell a merge of the two entries from the loss of one.
         self.repeats = bool(choices.below(2))
@@ -77,14 +92,19 @@ class World:
         self.forgot = False  # a failover lost commits
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
-        self.erasures: set[tuple[str, str]] = set()  # workspace_id and event_id
+        self.tokens_forgotten = False
+        self.set_back = False  # MySQL's clock: an erasure can be recorded before what it erased
         self.calm_clickhouse()
+        self.invariants = Invariants(self.mysql, self.clickhouse, self.book, lambda: {run.owner for run in self.runs})
 
     # ── what is at work ──────────────────────────────────────────────────────────────────────────
 
-    def start(self, name: str, work: Callable[[Run], None]) -> Run:
-        """A process of its own. Errors of the exporter's tree end it; any other is a violation."""
-        run = Run(owner=f"{name} {len(self.runs)}", process=Process(f"{name} {len(self.runs)}"))
+    def start(
+        self, name: str, work: Callable[[Run], None], step_of: Run | None = None, claim: Claim | None = None
+    ) -> Run:
+        """A process of its own, or a step of a run. Errors of the exporter's tree end it; any other is a violation."""
+        owner = step_of.owner if step_of is not None else f"{name} {len(self.runs)}"
+        run = Run(owner=owner, process=Process(owner, plan=claim.key if claim is not None else None))
         self.runs.append(run)
 
         def life() -> None:
@@ -101,7 +121,7 @@ class World:
             finally:
                 run.ended = True
 
-        self.scheduler.spawn(run.process.name, life, run.process)
+        self.scheduler.spawn(run.process.name if step_of is None else f"{owner}/{name}", life, run.process)
         return run
 
     def at_work(self) -> list[Run]:
@@ -121,12 +141,13 @@ class World:
 
     def dead_owners(self, owners: Sequence[str]) -> list[str]:
         """Those that a run knows to be dead; one that was declared dead may be alive."""
-        known = {run.owner for run in self.runs if run.process.dead or run.ended or run.declared_dead}
+        alive = {run.owner for run in self.runs if not (run.process.dead or run.ended or run.declared_dead)}
+        known = {run.owner for run in self.runs} - alive
         return [owner for owner in owners if owner in known]
 
-    def drain(self, *, quiet: bool = False) -> Run:
+    def _limits(self, *, quiet: bool = False) -> Limits:
         choose = self.choices
-        limits = Limits(
+        return Limits(
             batch_rows=1_000 if quiet else (4, 10, 40)[choose.below(3)],
             max_batches=64 if quiet else (8, 2)[choose.below(2)],
             blocks_per_batch=1 if quiet else (1, 2, 4)[choose.below(3)],
@@ -134,13 +155,20 @@ class World:
             mark_connections=1 if quiet else (1, 2)[choose.below(2)],
             insert_timeout_s=60 if quiet else (60, 2)[choose.below(2)],
             linger_s=60,
+            max_rows_per_second=0 if quiet else (0, 0, 50)[choose.below(3)],
+            mark_pause_ms=0 if quiet else (0, 0, 10)[choose.below(3)],
         )
+
+    def drain(self, *, quiet: bool = False) -> Run:
+        choose = self.choices
+        limits = self._limits(quiet=quiet)
         how = 1 if quiet else choose.below(3)
         retried = quiet or not choose.below(2)
         knows_dead = quiet or not choose.chance(200)
+        stops_s = self.scheduler.now_s + (math.inf if quiet else (math.inf, math.inf, 0.1, 5.0)[choose.below(4)])
 
         def work(run: Run) -> None:
-            outbox, log = outbox_on(self.mysql), SimulatedAuditLog(self.clickhouse)
+            outbox, log = outbox_on(self.mysql), self.audit_log()
             dead_letters.release_held(outbox, log.definition)
             drain = Drain(
                 outbox,
@@ -151,6 +179,7 @@ class World:
                 listener=_Tells(self.scheduler),
                 dead_owners=self.dead_owners if knows_dead else lambda owners: (),
                 retried=retried,
+                stopping=lambda: self.scheduler.now_s >= stops_s,
             )
             run.done = drain.done
             if how == 0:
@@ -166,14 +195,54 @@ class World:
 
         return self.start("quiet" if quiet else "run", work)
 
+    def run_in_steps(self) -> Run:
+        """A run as Dagster's multiprocess executor does it: a plan, then a process for each step of each batch.
+
+        A step can be started again while its first process is at work, and so can the whole run. The steps of a run that is
+        killed go on.
+        """
+        limits = self._limits()
+
+        def work(run: Run) -> None:
+            outbox, log = outbox_on(self.mysql), self.audit_log()
+            for _ in range(1 + self.choices.below(2)):
+                owners = claiming.open_owners(outbox)
+                claims = claiming.claim(outbox, owner=run.owner, dead_owners=self.dead_owners(owners), limits=limits)
+                for claim in claims:
+                    self._steps(run, claim, limits)
+                verify_recent(outbox, log, len(claims), upkeep=MySQLMaintenance(outbox))
+
+        return self.start("steps", work)
+
+    def _steps(self, run: Run, claim: Claim, limits: Limits) -> None:
+        receipts: list[Receipt] = []
+
+        def step(verb: str, work: Callable[[Any, SimulatedAuditLog], object]) -> bool:
+            """Whether one of the processes of the step ended well."""
+            attempts: list[Run] = []
+            for patience_s in ((100.0, 0.02, 1.0)[self.choices.below(3)], 600.0):
+                attempts.append(self.start(verb, lambda _: work(outbox_on(self.mysql), self.audit_log()), run, claim))
+                self.scheduler.wait(lambda: all(one.ended or one.process.dead for one in attempts), patience_s)
+                if any(one.ended and one.error is None and not one.process.dead for one in attempts):
+                    return True
+            return False
+
+        if step("fetch", lambda outbox, log: fetch(outbox, log, claim, limits)) and step(
+            "write", lambda outbox, log: receipts.append(write(outbox, log, claim, {}, limits))
+        ):
+            step("mark", lambda outbox, log: mark(outbox, log, receipts[-1], limits))
+
     def operate(self, verb: str, work: Callable[[Run, Any, MySQLMaintenance, SimulatedAuditLog], None]) -> Run:
         """An operator's verb, beside everything else that is at work."""
 
         def life(run: Run) -> None:
             outbox = outbox_on(self.mysql)
-            work(run, outbox, MySQLMaintenance(outbox), SimulatedAuditLog(self.clickhouse))
+            work(run, outbox, MySQLMaintenance(outbox), self.audit_log())
 
         return self.start(verb, life)
+
+    def audit_log(self) -> SimulatedAuditLog:
+        return SimulatedAuditLog(self.clickhouse, self.invariants)
 
     def reconcile(self, *, repair: bool) -> Run:
         """A reconciliation of everything so far."""
@@ -200,10 +269,13 @@ class World:
 
     # ── what is there ────────────────────────────────────────────────────────────────────────────
 
-    def open_batches(self) -> list[int]:
-        return [
-            key for key, row in self.mysql.tables[LEDGER].rows.items() if row["state"] in {*map(str, OPEN), "exported"}
-        ]
+    def open_batches(self, *, unverified: bool = False) -> list[int]:
+        states = {*map(str, OPEN), *(["exported"] if unverified else [])}
+        return [key for key, row in self.mysql.tables[LEDGER].rows.items() if row["state"] in states]
+
+    def rows_in_work(self) -> set[int]:
+        batches = self.mysql.tables[LEDGER].rows.values()
+        return {pk for row in batches if row["state"] in map(str, OPEN) for pk in PkSet.parse(row["pks"])}
 
     def pending_rows(self) -> list[int]:
         letters = {pk for pk, row in self.mysql.tables[LETTERS].rows.items() if row["state"] in HOLDING}
@@ -212,20 +284,54 @@ class World:
 
     def absent_rows(self) -> set[int]:
         """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
-        keeps_days = self.clickhouse.keeps_days or 36_500
-        past_ttl_ms = min(self.mysql.now_ms(), self.clickhouse.now_ms()) - keeps_days * 86_400_000
-        known = {entry.key for entry in [*self.clickhouse.entries(), *self.gone["erased"], *self.clickhouse.expired]}
-        lost = {entry.key: entry.inserted_at_ms > past_ttl_ms for entry in self.gone["lost"]}
-        set_aside = {pk for pk, row in self.mysql.tables[LETTERS].rows.items() if row["state"] != "retried"}
+        clickhouse = self.clickhouse
+        ahead_s = min(0, self.mysql.now_ms() - clickhouse.now_ms()) // 1000
+        known = {entry.key for entry in [*clickhouse.entries(), *self.gone["erased"], *clickhouse.expired]}
+        lost = {entry.key: not clickhouse.past_ttl(entry.key, entry.inserted_at_ms) for entry in self.gone["lost"]}
+        letters = self.mysql.tables[LETTERS].rows.items()
+        set_aside = {(pk, row["event_id"]) for pk, row in letters if row["state"] != "retried"}
+        batches = [row for key, row in self.mysql.tables[LEDGER].rows.items() if key]
+        sent = PkSet.union(block.pks for row in batches for block in blocks_from_text(row["manifest"])[0])
+        folded = PkSet.union(PkSet.parse(row["pks"]) for row in batches) - sent
         absent = set()
         for pk, row in self.mysql.tables[OUTBOX].rows.items():
             meant = self.book.rows[pk]
-            if row["deleted_at"] is None or pk in set_aside or meant.kind == "unknown" or meant.key in known:
+            # A folded row went out as another row, by which a reconciliation looks for its event.
+            if row["deleted_at"] is None or (pk, row["event_id"]) in set_aside or pk in folded:
                 continue
-            # Of a row that was never exported, its age decides; of one that was, that of its entry.
-            if lost.get(meant.key, row["created_at"] > past_ttl_ms) if meant.key else row["created_at"] > past_ttl_ms:
+            if meant.kind == "unknown" or meant.key in known:
+                continue
+            # Of a row that was never exported, its age decides, if that is all that the TTL asks for; of others, the entry.
+            young = not clickhouse.past_ttl(None, row["created_at"], ahead_s)
+            if lost.get(meant.key, young) if meant.key else young:
                 absent.add(pk)
         return absent
+
+    def unsure_rows(self) -> set[int]:
+        """Rows of which a reconciliation may say either: an erasure names their events, and they were there when it was recorded; or
+        other hands have marked them since their export, and the TTL that took their entries depends on the event.
+        """
+        clickhouse = self.clickhouse
+        expired = {one.key for one in clickhouse.expired if clickhouse.past_ttl(None, one.inserted_at_ms) is None}
+        rows = self.mysql.tables[OUTBOX].rows.items()
+        marked = {pk for pk, row in rows if row["deleted_at"] == FOREIGN_MARK and self.book.rows[pk].key in expired}
+        erasures = self.mysql.tables["clickhouse_outbox_erasure"].rows.values()
+        recorded = self.mysql.tables["clickhouse_outbox_action"].rows
+        taken = {entry.key for entry in self.gone["erased"]} if self.set_back else set()
+        return marked | {
+            pk
+            for row in erasures
+            for pk, written in rows
+            if (key := self.book.rows[pk].key) is not None
+            and Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}).covers(key)
+            and (written["created_at"] <= recorded[row["action_id"]]["at_ms"] or key in taken)
+        }
+
+    def unexplained(self) -> set[int]:
+        """The `inserted_at`s of entries that expired by a TTL that depends on the event, and whose rows are gone."""
+        rows = {(row["workspace_id"], row["event_id"]) for row in self.mysql.tables[OUTBOX].rows.values()}
+        times = {one.inserted_at_ms for one in self.clickhouse.expired if (one.key[0], one.key[3]) not in rows}
+        return {at_ms for at_ms in times if self.clickhouse.past_ttl(None, at_ms) is None}
 
     def named(self, pks: set[int]) -> list[str]:
         """The events of these rows: of several rows of one event, a reconciliation names one."""
@@ -246,8 +352,9 @@ class World:
             letters={(pk, row["event_id"]): row["reason"] for pk, row in letters.items() if row["state"] in HOLDING},
             stored=stored,
             gone=_counted(taken),
+            unexplained=self.unexplained(),
             in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
-            forgetful=forgetful_attempts(batches),
+            forgetful=forgetful_attempts(batches, overflow=self.tokens_forgotten),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
         )
 
