@@ -150,6 +150,9 @@ def mysql_fails_over(world: World) -> None:
         known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
         rows = world.mysql.tables[OUTBOX].rows.items()
         book.rows = {pk: known[pk, row["event_id"]] for pk, row in rows}
+        for pk, row in rows:  # changes of payloads are lost too
+            if book.rows[pk].payload != row["payload"]:
+                book.rows[pk].becomes(next(one for one in book.rows[pk].earlier if one.payload == row["payload"]))
 
 
 @action(1)
@@ -264,7 +267,7 @@ def requeue_rows(world: World) -> None:
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
         which = RowFilter(from_pk=low, to_pk=high)
-        requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)
+        run.result = requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)
 
     world.operate("requeue", work)
 
@@ -284,7 +287,7 @@ def _on_letters(world: World, verb: Callable[..., Any]) -> None:
     if pks:
 
         def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-            verb(outbox, DeadLetterFilter(state=None, pks=PkSet.of(pks)), ACTOR)
+            run.result = verb(outbox, DeadLetterFilter(state=None, pks=PkSet.of(pks)), ACTOR)
 
         world.operate(verb.__name__, work)
 
@@ -305,7 +308,7 @@ def sweep_rows(world: World) -> None:
     world.swept = True
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-        sweep.sweep(outbox, upkeep, log, Retention(outbox_days=1 / 1440, chunk_rows=3), ACTOR)
+        run.result = sweep.sweep(outbox, upkeep, log, Retention(outbox_days=1 / 1440, chunk_rows=3), ACTOR)
 
     world.operate("sweep", work)
 

@@ -40,6 +40,7 @@ class SimulatedAuditLog:
     def _ask(self, what: str, answer: Callable[[], T]) -> T:
         """A SELECT: one step, and an answer of that instant. It is sent again once when its connection dies."""
         self._scheduler.step(what)
+        self._server.asked[self._scheduler.current.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or (conditions.dies() and conditions.dies()):
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
@@ -152,9 +153,10 @@ class SimulatedAuditLog:
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         """It goes once, as an INSERT does, and a proxy's limit is an answer to it too."""
-        sent = [*payloads]
+        sent = [bytes(payload) for payload in payloads]
         payloads.clear()
         self._scheduler.step("probes rows")
+        self._server.asked[self._scheduler.current.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or conditions.dies():
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
@@ -165,11 +167,12 @@ class SimulatedAuditLog:
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
-        sent = [*payloads]
+        sent = [bytes(payload) for payload in payloads]
         payloads.clear()
         server, scheduler = self._server, self._scheduler
         what = f"batch {batch.batch_id}, block {block.number}"
         scheduler.step(f"sends the INSERT of {what}")
+        server.asked[scheduler.current.process.name] += 1
         conditions = server.conditions
         if conditions.down:
             raise AuditLogUnavailable("ClickHouse (simulated) cannot be reached; nothing was sent, run again")
@@ -218,7 +221,7 @@ class SimulatedAuditLog:
         if refusal is None:
             takes_s = conditions.insert_s()
             self._scheduler.sleep(min(takes_s, float(timeout_s)))
-            refusal = TIMED_OUT if takes_s > timeout_s else server.store(entries, token, timeout_s - takes_s)
+            refusal = TIMED_OUT if takes_s > timeout_s else server.store(entries, token, timeout_s - takes_s, payloads)
         if refusal is not None and refusal.kind is RefusalKind.ROWS:
             return replace(refusal, definition=f"definition {server.definition}")
         return refusal

@@ -38,6 +38,14 @@ class Part:
     entries: list[StoredEntry]
 
 
+class Received(NamedTuple):
+    """A block that was stored, as it was sent."""
+
+    token: str
+    at_ms: int
+    payloads: tuple[bytes, ...]
+
+
 class Token(NamedTuple):
     """Of a block that was stored, and the partition of its part."""
 
@@ -84,6 +92,8 @@ class SimulatedClickHouse:
         # For an oracle: entries that a merge replaced by a later one of their key, and that the TTL deleted.
         self.merged: list[StoredEntry] = []
         self.expired: list[StoredEntry] = []
+        self.received: list[Received] = []
+        self.asked: Counter[str] = Counter()  # requests by process
         self.tokens: deque[Token] = deque()
         self.remember(window)
         self.keeps_days = keeps_days
@@ -203,7 +213,9 @@ class SimulatedClickHouse:
             return AuditLogUnavailable("ClickHouse (simulated) has too many parts (code 252); run again")
         return None
 
-    def store(self, entries: list[StoredEntry], token: str, timeout_s: float = 2**31) -> Refusal | None:
+    def store(
+        self, entries: list[StoredEntry], token: str, timeout_s: float = 2**31, payloads: Sequence[bytes] = ()
+    ) -> Refusal | None:
         """One block, after it was parsed: the whole of it, at one instant. Then the views get it, also when its token is known."""
         conditions = self.conditions
         if any(conditions.table_refuses(entry) for entry in entries):
@@ -219,6 +231,7 @@ class SimulatedClickHouse:
             if token:
                 self.tokens.append(Token(token, month))
             self.parts.append(Part(month, sorted(entries, key=lambda entry: entry.key)))
+            self.received.append(Received(token, entries[0].inserted_at_ms, tuple(payloads)))
         takes_s = conditions.view_s()
         if takes_s:
             self.scheduler.sleep(min(takes_s, timeout_s))

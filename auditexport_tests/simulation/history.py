@@ -12,12 +12,14 @@ from unittest.mock import patch
 from auditexport_pipeline.core import claiming, reading, reconcile, requeue, sweep, threads
 from auditexport_pipeline.sql import load
 from auditexport_tests.chaos.check import Verdict, verdict_of
+from auditexport_tests.simulation import actors as actors
 from auditexport_tests.simulation.actions import ACTIONS, WEIGHTED
 from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
 from auditexport_tests.simulation.scheduler import Process, Stuck
 from auditexport_tests.simulation.statements import run as statement
+from auditexport_tests.simulation.truth import Truth
 from auditexport_tests.simulation.world import LEDGER, World
 
 # Blocks of a few rows, and chunks of a few batches.
@@ -96,7 +98,7 @@ def _settled(world: World) -> bool:
     world.mysql.down = False
     world.calm_clickhouse()
     for run in world.runs:
-        run.process.paused_until_s = 0.0
+        run.process.paused_until_s = min(run.process.paused_until_s, world.scheduler.now_s)
     if not world.scheduler.wait(lambda: not world.at_work() and not world.others_at_work, QUIET_WITHIN_S):
         names = ", ".join(run.owner for run in world.at_work())
         return _violated(world, f"{names} did not end within {QUIET_WITHIN_S:.0f} s without faults")
@@ -151,14 +153,18 @@ def _reconciled_quietly(world: World) -> bool:
 def _judged(world: World) -> Verdict:
     """What the oracle says, and whether each run told the truth."""
     verdict = verdict_of(world.facts())
+    world.violations += Truth(world).lies()
     if world.forgot:  # rows go out again where nothing knows any more that they did
         verdict.violations = [line for line in verdict.violations if "lost" in line or "pending" in line]
         return verdict
+    altered = world.altered()
     for run in world.runs:
         if run.report is not None:
             seen = run.report.found
-            if seen.altered or seen.unexpected or (seen.duplicated and not verdict.forgetful):
+            false = seen.altered > len(altered) or (seen.altered and altered.isdisjoint(seen.event_ids))
+            if false or seen.unexpected or (seen.duplicated and not verdict.forgetful):
                 world.violations.append(f"{run.owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
-        if run.done is not None and run.done.discrepant and not world.gone["lost"]:
+        true = {f"{n + 1} altered" for n in range(len(altered))}
+        if run.done is not None and not true.issuperset(run.done.discrepant.values()) and not world.gone["lost"]:
             world.violations.append(f"{run.owner} found {run.done.discrepant}")
     return verdict

@@ -5,6 +5,7 @@ It knows nothing of the exporter. What statements mean is in `statements`. Error
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,26 @@ class Change:
     after: Row | None
 
 
+@dataclass(slots=True, eq=False)
+class Commit:
+    """One commit, and the process that made it. For an oracle: the server itself forgets what a failover loses."""
+
+    at_s: float
+    who: str
+    changes: tuple[Change, ...]
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """For so long one process waited for a lock of another one that was alive and not paused."""
+
+    who: str
+    blocker: str
+    table: str
+    seconds: float
+
+
 class SimulatedMySQL:
     """One server. Its clock is the scheduler's, and what was set back or forward of it."""
 
@@ -57,6 +78,11 @@ class SimulatedMySQL:
         self.queues: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # those that wait for a row, in their order
         self.open: set[Transaction] = set()
         self.down = False
+        # For an oracle: all commits, waits for locks, and statements by process, also of those that failed.
+        self.commits: list[Commit] = []
+        self.waits: list[Wait] = []
+        self.asked: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
 
     def now_ms(self) -> int:
         return 1_700_000_000_000 + int(self.scheduler.now_s * 1000) + self.clock_offset_ms
@@ -77,7 +103,9 @@ class SimulatedMySQL:
         """Another server takes over, which has not got the last commits. Every connection dies."""
         for transaction in list(self.open):
             transaction.die()
+        kept = (commit for commit in reversed(self.commits) if not commit.lost)
         for _ in range(min(lost_commits, len(self.log))):
+            next(kept).lost = True
             for change in reversed(self.log.pop()):
                 self._put(change.table, change.key, change.before)
         if lost_commits:  # the other server has seen no higher keys than those of its commits
@@ -94,6 +122,7 @@ class SimulatedMySQL:
     def commit(self, changes: tuple[Change, ...]) -> None:
         if changes:
             self.log.append(changes)
+            self.commits.append(Commit(self.scheduler.now_s, self.scheduler.current.process.name, changes))
         for change in changes:
             self._put(change.table, change.key, change.after)
 
@@ -115,6 +144,9 @@ class Transaction:
         self._waits = 0  # how often it has waited
         self._dead = False
         self._victim = False  # of a deadlock that another transaction closed while this one waited
+        self._process = server.scheduler.current.process
+        self._locked_at_s: dict[tuple[str, Key], float] = {}
+        self._waits_since_s = 0.0
         self.committed = False  # whether the server did the COMMIT, whatever its client was told
         server.open.add(self)
 
@@ -123,7 +155,9 @@ class Transaction:
     def statement(self, what: str) -> None:
         """The start of a statement: a step, at which the connection can die."""
         self.server.scheduler.step(what)
+        self.server.asked[self._process.name] += 1
         if self._dead or self.server.weather(what) == DIES:
+            self.server.failed[self._process.name] += 1
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
 
@@ -167,6 +201,7 @@ class Transaction:
                 return False
             self._waits_for = place
             self._waits += 1
+            self._waits_since_s = self.server.scheduler.now_s
             self.server.queues.setdefault(place, {})[self] = alone
             try:
                 while circle := self._circle():
@@ -183,11 +218,22 @@ class Transaction:
                 if not ready:
                     raise failure(LOCK_WAIT_TIMEOUT, "Lock wait timeout exceeded; try restarting transaction")
             finally:
+                for other, other_alone in held.items():
+                    if other is not self and (alone or other_alone):
+                        other._blocked_since(self, place)
                 self._leave_queue()
             if self._dead:
                 raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
         held[self] = alone
+        self._locked_at_s[place] = self.server.scheduler.now_s
         return True
+
+    def _blocked_since(self, other: Transaction, place: tuple[str, Key]) -> None:
+        """Notes for how long another transaction has waited for this one, but not while this one's process was paused."""
+        since_s = max(other._waits_since_s, self._locked_at_s[place], self._process.paused_until_s)
+        seconds = self.server.scheduler.now_s - since_s
+        if seconds > 0:
+            self.server.waits.append(Wait(other._process.name, self._process.name, place[0], seconds))
 
     def _blocked(self, place: tuple[str, Key], alone: bool) -> bool:
         return next(self._blockers(place, alone), None) is not None
@@ -271,6 +317,7 @@ class Transaction:
         self.server.scheduler.step("COMMIT")
         happens = None if self._dead else self.server.weather("COMMIT")
         if self._dead or happens == DIES:
+            self.server.failed[self._process.name] += 1
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
         self.server.commit(
@@ -282,6 +329,7 @@ class Transaction:
         self.committed = True
         self._end()
         if happens == ANSWER_LOST:
+            self.server.failed[self._process.name] += 1
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
 
     def roll_back(self) -> None:
@@ -297,7 +345,10 @@ class Transaction:
         self._leave_queue()
         self.server.open.discard(self)
         for place in [place for place, held in self.server.locks.items() if self in held]:
-            del self.server.locks[place][self]
+            alone = self.server.locks[place].pop(self)
+            for other, other_alone in self.server.queues.get(place, {}).items():
+                if alone or other_alone:
+                    self._blocked_since(other, place)
 
     def _weight(self) -> int:
         """The transaction that has changed and locked least is the victim of a deadlock."""

@@ -6,6 +6,7 @@ Simulated are both servers, the threads and the time.
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from auditexport_pipeline.core.ports import StoredEntry
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
+from auditexport_pipeline.mysql.outbox import IN_CLICKHOUSE
 from auditexport_tests.chaos.application import Book
 from auditexport_tests.chaos.check import Facts, forgetful_attempts
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, Application, columns_of
@@ -49,6 +51,9 @@ class Run:
     declared_dead: bool = False
     error: AuditExportError | None = None
     done: Drained | None = None
+    settled: bool = False  # whether `done` is what the run reports at its end
+    stopping: bool = False  # somebody has asked it to end
+    result: object = None  # of an operator's verb
     report: reconcile.Report | None = None
 
 
@@ -150,6 +155,7 @@ class World:
                 limits=limits,
                 listener=_Tells(self.scheduler),
                 dead_owners=self.dead_owners if knows_dead else lambda owners: (),
+                stopping=lambda: run.stopping,
                 retried=retried,
             )
             run.done = drain.done
@@ -163,6 +169,8 @@ class World:
                     lambda: self.scheduler.now_s < until_s,
                     release=lambda: dead_letters.release_held(outbox, log.definition),
                 )
+            drain.done.settle(outbox, run.owner)
+            run.settled = True
 
         return self.start("quiet" if quiet else "run", work)
 
@@ -231,6 +239,16 @@ class World:
         """The events of these rows: of several rows of one event, a reconciliation names one."""
         return sorted({self.book.rows[pk].event_id for pk in pks})
 
+    def altered(self) -> set[str]:
+        """Events of which ClickHouse got another payload than their row has now: both stores really differ."""
+        changed = {row.event_id: row.payload.encode() for _, row in self.book.all_rows() if row.earlier}
+        sent = (payload for block in self.clickhouse.received for payload in block.payloads) if changed else ()
+        return {
+            event_id
+            for payload in sent
+            if (event_id := json.loads(payload)["event_id"]) in changed and payload != changed[event_id]
+        }
+
     def facts(self) -> Facts:
         ledger = self.mysql.tables[LEDGER].rows
         outbox = outbox_on(self.mysql)
@@ -249,6 +267,7 @@ class World:
             in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
             forgetful=forgetful_attempts(batches),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
+            explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
         )
 
 

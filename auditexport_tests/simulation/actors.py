@@ -1,0 +1,54 @@
+"""More of what can happen in a simulated history: payloads that change, locks where batches are, runs that are asked to end."""
+
+from __future__ import annotations
+
+from auditexport_pipeline.core.pks import PkSet
+from auditexport_tests.simulation.actions import action
+from auditexport_tests.simulation.world import LEDGER, World
+
+
+@action(2)
+def change_payloads(world: World) -> None:
+    """The application changes payloads of pending, claimed, sealed or exported rows."""
+    if pks := some_rows(world, 4):
+        application = world.choices.one_of(world.applications)
+        world.beside("changer", lambda: application.change(pks))
+
+
+@action(2)
+def lock_rows_of_a_batch(world: World) -> None:
+    """One transaction of the application rests on a lock, and another one soon wants the row beside it."""
+    pks = some_rows(world, 6)
+    if len(pks) < 2:
+        return
+    rests_s = (0.3, 0.8, 3.0)[world.choices.below(3)]
+    after_s = (0.0, 0.01, 0.3)[world.choices.below(3)]
+    first, second = world.applications[0], world.applications[1]
+
+    def wait_and_change() -> None:
+        world.scheduler.sleep(after_s)
+        second.change(pks[:-1])
+
+    world.beside("holder", lambda: first.hold(pks[-1:], rests_s))
+    world.beside("changer", wait_and_change)
+
+
+@action(1)
+def stop_a_run(world: World) -> None:
+    """Somebody asks a run to end, as Ctrl-C does."""
+    if runs := [run for run in world.at_work() if run.owner.startswith("run")]:
+        world.choices.one_of(runs).stopping = True
+
+
+def some_rows(world: World, most: int) -> list[int]:
+    """Some committed rows close to each other: of an open batch, the newest ones, or any."""
+    pks = sorted(world.book.rows)
+    if not pks:
+        return []
+    how = world.choices.below(3)
+    opened = world.open_batches() if how == 1 else []
+    if opened:
+        of_batch = PkSet.parse(world.mysql.tables[LEDGER].rows[world.choices.one_of(opened)]["pks"])
+        pks = [pk for pk in of_batch if pk in world.book.rows] or pks
+    first = max(0, len(pks) - most) if how == 2 else world.choices.below(len(pks))
+    return pks[first : first + 1 + world.choices.below(most)]
