@@ -102,6 +102,9 @@ class Splitter:
                 )
                 unresolved = set(found.unresolved)
                 for pk, answer in found.refused.items():
+                    if answer.kind in LIMITS_OF_A_BLOCK:  # a busy server, which says nothing about the row
+                        unresolved.add(pk)
+                        continue
                     problem = explain(rows[pk].payload) if pk in normalised else None
                     dead[pk] = DeadLetter.of(rows[pk], problem or _refused(answer))
         if not dead and not normalised and not unresolved:

@@ -1,0 +1,123 @@
+"""What the simulation found when it began to judge the numbers of runs: each a short story."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from auditexport_pipeline.core import threads
+from auditexport_pipeline.sql import load
+from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, row_of
+from auditexport_tests.simulation.choices import Choices
+from auditexport_tests.simulation.concurrency import SimulatedThreads
+from auditexport_tests.simulation.scheduler import Process
+from auditexport_tests.simulation.statements import run as statement
+from auditexport_tests.simulation.truth import Truth
+from auditexport_tests.simulation.world import LEDGER, LETTERS, Run, World
+
+EVENT = {"time": 1_700_000_000_000, "workspace_id": "ws_1", "bucket": "b", "event": "key.create"}
+
+
+def played(script: Callable[[World], None]) -> World:
+    """A world without chance, after this script and all that it began."""
+    world = World(Choices(given=()))
+
+    def direct() -> None:
+        transaction = world.mysql.begin(1.0)
+        statement(transaction, load("mysql/schema.sql")["ledger_head"], {})
+        transaction.commit()
+        script(world)
+
+    with ExitStack() as stack:
+        stack.enter_context(threads.replaced(SimulatedThreads(world.scheduler)))
+        world.scheduler.spawn("director", direct, Process("director"))
+        world.scheduler.run()
+    assert world.violations == []
+    assert list(Truth(world).lies()) == []
+    return world
+
+
+def write(world: World, *event_ids: str) -> list[int]:
+    """Commits one row for each of these events; returns their pks."""
+    transaction = world.mysql.begin(1.0)
+    pks = []
+    for event_id in event_ids:
+        row = row_of("refused" if event_id.startswith(REFUSED) else "event", {**EVENT, "event_id": event_id})
+        values = {"version": KNOWN, "workspace_id": "ws_1", "event_id": event_id, "payload": row.payload}
+        pk = statement(transaction, INSERT, values).last_key
+        world.book.rows[pk] = row
+        pks.append(pk)
+    transaction.commit()
+    return pks
+
+
+CHANGE = "UPDATE clickhouse_outbox SET payload = :payload WHERE pk = :pk"
+INSERT = (
+    "INSERT INTO clickhouse_outbox (version, workspace_id, event_id, payload, created_at) "
+    "VALUES (:version, :workspace_id, :event_id, :payload, 1700000000000)"
+)
+
+
+def finished(world: World, run: Run) -> Run:
+    assert world.scheduler.wait(lambda: run.ended, 7_200.0)
+    return run
+
+
+def test_a_probe_without_memory_sets_no_sound_row_aside() -> None:
+    """A server that runs out of memory while the rows of a refused block are probed says nothing about the rows."""
+
+    def script(world: World) -> None:
+        write(world, "one", f"{REFUSED}-two", "three")
+        conditions = world.clickhouse.conditions
+        refuses = conditions.table_refuses
+
+        def refuses_and_has_no_memory(entry: object) -> bool:
+            conditions.most_rows = 0
+            return refuses(entry)  # type: ignore[arg-type]
+
+        conditions.table_refuses = refuses_and_has_no_memory
+        finished(world, world.drain(quiet=True))
+        assert world.mysql.tables[LETTERS].rows == {}
+        world.calm_clickhouse()
+        finished(world, world.drain(quiet=True))
+
+    world = played(script)
+
+    assert sorted(entry.key[3] for entry in world.clickhouse.entries()) == ["one", "three"]
+    assert [row["deleted_at"] is None for row in world.mysql.tables[OUTBOX].rows.values()] == [False, True, False]
+
+
+def test_own_batches_of_a_failed_plan_do_not_count_as_adopted() -> None:
+    """`adopted` are batches of dead owners: a drain that plans again after an error takes up its own."""
+
+    def script(world: World) -> None:
+        write(world, "one", "two")
+        answers = iter((True, True))
+        world.clickhouse.conditions.dies = lambda: next(answers, False)  # also when it is asked again
+        run = finished(world, world.drain(quiet=True))
+        assert run.done is not None
+        assert (run.done.batches, run.done.adopted, run.done.rows) == (1, 0, 2)
+
+    played(script)
+
+
+def test_the_ledger_says_what_is_still_wrong_after_a_repair() -> None:
+    """One of two differences was repaired: the status must not show it for ever."""
+
+    def script(world: World) -> None:
+        _, two = write(world, "one", "two")
+        finished(world, world.drain(quiet=True))
+        world.clickhouse.mutate(lambda entry: None if entry.key[3] == "one" else entry)
+        transaction = world.mysql.begin(1.0)
+        changed = row_of("event", {**EVENT, "event_id": "two", "description": "changed"})
+        statement(transaction, CHANGE, {"pk": two, "payload": changed.payload})
+        transaction.commit()
+        world.book.rows[two].becomes(changed)
+        finished(world, world.reconcile(repair=True))
+        assert world.mysql.tables[LEDGER].rows[1]["last_error"] == "in ClickHouse: 1 missing, 1 altered"
+        finished(world, world.drain(quiet=True))
+        finished(world, world.reconcile(repair=True))
+
+    world = played(script)
+
+    assert world.mysql.tables[LEDGER].rows[1]["last_error"] == "in ClickHouse: 1 altered"
