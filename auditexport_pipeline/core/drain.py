@@ -44,7 +44,7 @@ class Drained:
 
     rounds: int = 0
     batches: int = 0
-    adopted: int = 0  # of those, adopted from dead owners
+    adopted: int = 0  # adopted from other owners, exported or not
     rows: int = 0
     entries: int = 0
     bytes: int = 0
@@ -60,6 +60,7 @@ class Drained:
     views: dict[int, str] = field(default_factory=dict)  # stored although a view failed: the note on the view
     wrong: dict[int, str] = field(default_factory=dict)  # discrepant, as the ledger has it
     claimed: set[int] = field(default_factory=set)
+    taken_over: set[int] = field(default_factory=set)  # adopted from other owners, exported or not
     since: Moment | None = None
     lost: list[int] = field(default_factory=list)  # adopted by another run
     released: list[int] = field(default_factory=list)  # claimed and given back, because the drain was interrupted
@@ -92,13 +93,14 @@ class Drained:
         self.verified = dict(outcome.verified)
         self.wrong = dict(outcome.wrong)
         self.batches = self.rows = self.entries = self.bytes = self.dead_letters = self.folded_rows = 0
-        self.deleted_by_others_rows = self.marked_by_others_rows = 0
+        self.adopted = self.deleted_by_others_rows = self.marked_by_others_rows = 0
         for batch in outcome.batches:
             self.add(batch)
         self.leased_by_others = claiming.leased_by_others(outbox, owner)
 
     def add(self, batch: Batch) -> None:
         self.batches += 1
+        self.adopted += batch.batch_id in self.taken_over
         self.waiting.pop(batch.batch_id, None)
         self.rows += batch.marked_rows
         self.entries += batch.entries
@@ -265,6 +267,7 @@ class Drain:
             left_alone=self._report_once,
             exported=self.done.claimed,
             cleared=plan.add_cleared,
+            taken_over=self.done.taken_over.add,
         )
         if plan.cleared:
             self._report_once(claiming.cleared_line(plan.cleared), "cleared")
@@ -299,7 +302,6 @@ class Drain:
                     )
                     continue
                 done.unmarked.pop(claim.batch_id, None)
-                done.adopted += claim.adopted
                 done.add(batch)
                 plan.given_back |= batch.counts.released > 0
                 self._listener.exported(batch)
