@@ -17,12 +17,12 @@ def change_payloads(world: World) -> None:
 
 @action(2)
 def lock_rows_of_a_batch(world: World) -> None:
-    """One transaction of the application rests on a lock, and another one soon wants the row beside it."""
+    """One transaction of the application rests on a lock, and another one soon wants the row beside it; a run may begin."""
     pks = some_rows(world, 6)
     if len(pks) < 2:
         return
-    rests_s = (0.3, 0.8, 3.0)[world.choices.below(3)]
-    after_s = (0.0, 0.01, 0.3)[world.choices.below(3)]
+    rests_s = (3.0, 0.8, 10.0)[world.choices.below(3)]
+    after_s = (0.3, 0.1, 1.0)[world.choices.below(3)]
     first, second = world.applications[0], world.applications[1]
 
     def wait_and_change() -> None:
@@ -31,6 +31,8 @@ def lock_rows_of_a_batch(world: World) -> None:
 
     world.beside("holder", lambda: first.hold(pks[-1:], rests_s))
     world.beside("changer", wait_and_change)
+    if world.choices.below(2) and len(world.at_work()) < 4:
+        world.drain()
 
 
 @action(1)

@@ -15,6 +15,7 @@ from auditexport_tests.chaos.check import Verdict, verdict_of
 from auditexport_tests.simulation import actors as actors
 from auditexport_tests.simulation.actions import ACTIONS, WEIGHTED
 from auditexport_tests.simulation.application import OUTBOX
+from auditexport_tests.simulation.bounds import Bounds
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
 from auditexport_tests.simulation.scheduler import Process, Stuck
@@ -153,7 +154,8 @@ def _reconciled_quietly(world: World) -> bool:
 def _judged(world: World) -> Verdict:
     """What the oracle says, and whether each run told the truth."""
     verdict = verdict_of(world.facts())
-    world.violations += Truth(world).lies()
+    truth = Truth(world)
+    world.violations += [*truth.lies(), *Bounds(world, truth).broken()]
     if world.forgot:  # rows go out again where nothing knows any more that they did
         verdict.violations = [line for line in verdict.violations if "lost" in line or "pending" in line]
         return verdict
@@ -161,7 +163,9 @@ def _judged(world: World) -> Verdict:
     for run in world.runs:
         if run.report is not None:
             seen = run.report.found
-            false = seen.altered > len(altered) or (seen.altered and altered.isdisjoint(seen.event_ids))
+            false = seen.altered > len(altered) or (
+                seen.altered and seen.event_ids and altered.isdisjoint(seen.event_ids)
+            )
             if false or seen.unexpected or (seen.duplicated and not verdict.forgetful):
                 world.violations.append(f"{run.owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
         true = {f"{n + 1} altered" for n in range(len(altered))}

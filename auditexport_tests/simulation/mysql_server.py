@@ -5,7 +5,7 @@ It knows nothing of the exporter. What statements mean is in `statements`. Error
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +65,14 @@ class Wait:
     seconds: float
 
 
+@dataclass(slots=True)
+class Meter:
+    """Payload bytes that a process holds, and held at most."""
+
+    bytes: int = 0
+    most: int = 0
+
+
 class SimulatedMySQL:
     """One server. Its clock is the scheduler's, and what was set back or forward of it."""
 
@@ -83,6 +91,7 @@ class SimulatedMySQL:
         self.waits: list[Wait] = []
         self.asked: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.meters: defaultdict[str, Meter] = defaultdict(Meter)  # of payloads, by process
 
     def now_ms(self) -> int:
         return 1_700_000_000_000 + int(self.scheduler.now_s * 1000) + self.clock_offset_ms

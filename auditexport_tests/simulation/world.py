@@ -47,6 +47,8 @@ class Run:
 
     owner: str
     process: Process
+    began_s: float = 0.0
+    ended_s: float = 0.0
     ended: bool = False
     declared_dead: bool = False
     error: AuditExportError | None = None
@@ -89,7 +91,8 @@ class World:
 
     def start(self, name: str, work: Callable[[Run], None]) -> Run:
         """A process of its own. Errors of the exporter's tree end it; any other is a violation."""
-        run = Run(owner=f"{name} {len(self.runs)}", process=Process(f"{name} {len(self.runs)}"))
+        process = Process(f"{name} {len(self.runs)}")
+        run = Run(owner=process.name, process=process, began_s=self.scheduler.now_s)
         self.runs.append(run)
 
         def life() -> None:
@@ -104,7 +107,7 @@ class World:
             except Exception:
                 self.violations.append(f"{run.owner} met an error outside the tree:\n{traceback.format_exc()}")
             finally:
-                run.ended = True
+                run.ended, run.ended_s = True, self.scheduler.now_s
 
         self.scheduler.spawn(run.process.name, life, run.process)
         return run
