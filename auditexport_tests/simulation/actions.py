@@ -19,6 +19,7 @@ from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
+from auditexport_tests.simulation.failovers import after_failover
 from auditexport_tests.simulation.world import ACTOR, LETTERS, Run, World
 
 Act = Callable[[World], None]
@@ -145,14 +146,10 @@ def mysql_fails_over(world: World) -> None:
     lost = 1 + world.choices.below(20) if world.choices.below(4) == 3 else 0
     world.forgot = world.forgot or lost > 0
     world.mysql.fail_over(lost)
-    if lost:  # rows are gone, and rows that had been deleted are back
-        book = world.book
-        known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
-        rows = world.mysql.tables[OUTBOX].rows.items()
-        book.rows = {pk: known[pk, row["event_id"]] for pk, row in rows}
-        for pk, row in rows:  # changes of payloads are lost too
-            if book.rows[pk].payload != row["payload"]:
-                book.rows[pk].becomes(next(one for one in book.rows[pk].earlier if one.payload == row["payload"]))
+    if lost:
+        world.failovers += 1
+        world.forgot_s = world.scheduler.now_s
+        after_failover(world)
 
 
 @action(1)

@@ -42,11 +42,14 @@ class Bounds:
         self.attempts: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
         self.claims: Counter[str] = Counter()
+        self.plans: Counter[str] = Counter()
         self.changes: Counter[str] = Counter()
         for commit in truth.commits:
             self.changes[commit.who] += len(commit.changes)
             for change in commit.changes:
-                if change.table == LEDGER and change.key and change.after is not None:
+                if change.table == LEDGER and not change.key and change.before is not None and change.after is not None:
+                    self.plans[commit.who] += change.after["epoch"] != change.before["epoch"]
+                elif change.table == LEDGER and change.after is not None:
                     before = change.before or {"attempts": 0, "digest": "", "claim_key": ""}
                     self.attempts[commit.who] += change.after["attempts"] > before["attempts"]
                     self.cuts[commit.who] += change.after["digest"] != before["digest"]
@@ -78,7 +81,7 @@ class Bounds:
         statements, requests = self.world.mysql.asked[owner], self.world.clickhouse.asked[owner]
         batches = len(self.truth.lives)
         if kind in DRAINS:
-            plans, attempts = self.truth.plans[owner], self.attempts[owner]
+            plans, attempts = self.plans[owner], self.attempts[owner]
             taken_back = self.world.mysql.failed[owner] + (run.process.dead or run.error is not None)
             units = plans + attempts + self.cuts[owner] + taken_back
             life_s = (run.ended_s if run.ended else self.world.scheduler.now_s) - run.began_s
@@ -106,6 +109,8 @@ class Bounds:
 
     def _bytes_of(self, batch_id: int) -> int:
         life = self.truth.lives[batch_id]
+        if not life.versions:  # a failover lost it, and only a dead letter is left
+            return 0
         first, sealed = life.versions[0], life.when("sealed") or life.versions[-1]
         if first.row is None:
             return 0

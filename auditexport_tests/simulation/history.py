@@ -18,6 +18,7 @@ from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.bounds import Bounds
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
+from auditexport_tests.simulation.failovers import unexplained
 from auditexport_tests.simulation.scheduler import Process, Stuck
 from auditexport_tests.simulation.statements import run as statement
 from auditexport_tests.simulation.truth import Truth
@@ -142,8 +143,6 @@ def _reconciled_quietly(world: World) -> bool:
         world.book.expect_requeue(1, lambda pk, row: pk in repaired_pks)  # noqa: B023 - called here and now
         erased = {pk for pk, row in world.book.rows.items() if (row.workspace_id, row.event_id) in world.erasures}
         found, absent = world.named(repaired_pks - erased), world.named(absent - erased)
-        if world.forgot:
-            return _drained_quietly(world)
         if found != absent or (repaired and absent):
             return _violated(world, f"reconcile finds {found} missing, the book {absent}, repaired {repaired}")
         if not _drained_quietly(world):
@@ -153,22 +152,22 @@ def _reconciled_quietly(world: World) -> bool:
 
 def _judged(world: World) -> Verdict:
     """What the oracle says, and whether each run told the truth."""
-    verdict = verdict_of(world.facts())
+    facts = world.facts()
+    verdict = verdict_of(facts)
     truth = Truth(world)
     world.violations += [*truth.lies(), *Bounds(world, truth).broken()]
-    if world.forgot:  # rows go out again where nothing knows any more that they did
-        verdict.violations = [line for line in verdict.violations if "lost" in line or "pending" in line]
-        return verdict
+    if world.forgot:
+        verdict.violations = list(unexplained(world, facts, verdict.violations))
     altered = world.altered()
     for run in world.runs:
         if run.report is not None:
             seen = run.report.found
-            false = seen.altered > len(altered) or (
-                seen.altered and seen.event_ids and altered.isdisjoint(seen.event_ids)
-            )
-            if false or seen.unexpected or (seen.duplicated and not verdict.forgetful):
+            named = set(seen.event_ids) if seen.altered == seen.total else set()
+            false = seen.altered > len(altered) or not named <= altered
+            if false or ((seen.unexpected or (seen.duplicated and not verdict.forgetful)) and not world.forgot):
                 world.violations.append(f"{run.owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
         true = {f"{n + 1} altered" for n in range(len(altered))}
-        if run.done is not None and not true.issuperset(run.done.discrepant.values()) and not world.gone["lost"]:
-            world.violations.append(f"{run.owner} found {run.done.discrepant}")
+        found = [] if run.done is None else list(run.done.discrepant.values())
+        if not true.issuperset(found) and not world.gone["lost"] and not world.forgot:
+            world.violations.append(f"{run.owner} found {found}")
     return verdict

@@ -82,6 +82,8 @@ class World:
         self.storm = 0  # of MySQL's connections: so many of a thousand statements fail
         self.swept = False
         self.forgot = False  # a failover lost commits
+        self.failovers = 0  # of those
+        self.forgot_s = -1.0  # when the last one was
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
         self.erasures: set[tuple[str, str]] = set()  # workspace_id and event_id
