@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.simulation.actions import action
-from auditexport_tests.simulation.world import LEDGER, World
+from auditexport_tests.simulation.audit_log import SimulatedAuditLog
+from auditexport_tests.simulation.status_truth import false_status
+from auditexport_tests.simulation.world import LEDGER, Run, World
 
 
 @action(2)
@@ -40,6 +45,16 @@ def stop_a_run(world: World) -> None:
     """Somebody asks a run to end, as Ctrl-C does."""
     if runs := [run for run in world.at_work() if run.owner.startswith("run")]:
         world.choices.one_of(runs).stopping = True
+
+
+@action(2)
+def look_at_the_status(world: World) -> None:
+    """Somebody looks at the status: whenever nothing was committed meanwhile, it must be true."""
+
+    def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
+        world.violations += false_status(world, outbox)
+
+    world.operate("status", work)
 
 
 def some_rows(world: World, most: int) -> list[int]:

@@ -19,8 +19,10 @@ from auditexport_tests.simulation.bounds import Bounds
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
 from auditexport_tests.simulation.failovers import unexplained
+from auditexport_tests.simulation.mysql_engine import outbox_on
 from auditexport_tests.simulation.scheduler import Process, Stuck
 from auditexport_tests.simulation.statements import run as statement
+from auditexport_tests.simulation.status_truth import false_status
 from auditexport_tests.simulation.truth import Truth
 from auditexport_tests.simulation.world import LEDGER, World
 
@@ -155,7 +157,7 @@ def _judged(world: World) -> Verdict:
     facts = world.facts()
     verdict = verdict_of(facts)
     truth = Truth(world)
-    world.violations += [*truth.lies(), *Bounds(world, truth).broken()]
+    world.violations += [*false_status(world, outbox_on(world.mysql)), *truth.lies(), *Bounds(world, truth).broken()]
     if world.forgot:
         verdict.violations = list(unexplained(world, facts, verdict.violations))
     altered = world.altered()
