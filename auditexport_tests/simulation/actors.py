@@ -8,6 +8,7 @@ from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.simulation.actions import action
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
+from auditexport_tests.simulation.failovers import after_failover
 from auditexport_tests.simulation.status_truth import false_status
 from auditexport_tests.simulation.world import LEDGER, Run, World
 
@@ -45,6 +46,36 @@ def stop_a_run(world: World) -> None:
     """Somebody asks a run to end, as Ctrl-C does."""
     if runs := [run for run in world.at_work() if run.owner.startswith("run")]:
         world.choices.one_of(runs).stopping = True
+
+
+@action(1)
+def mysql_splits(world: World) -> None:
+    """Another server takes over, but some runs go on with the old one for a while, and read and write there."""
+    if world.mysql.old is not None or world.choices.below(2) == 0:
+        return
+    if not world.at_work():
+        world.drain()
+    runs = [run.owner for run in world.at_work()]
+    some = runs if world.choices.below(2) else runs[:1]
+    lasts_s = (1.0, 10.0, 60.0)[world.choices.below(3)]
+    world.forgot = True
+    world.failovers += 1
+    world.happened["mysql is split"] += 1
+    world.mysql.split(some, world.choices.below(5))
+    after_failover(world)
+
+    def end() -> None:
+        world.scheduler.sleep(lasts_s)
+        world.mysql.end_split()
+        world.forgot_s = world.scheduler.now_s
+
+    world.beside("old server", end)
+
+
+@action(1)
+def clickhouse_memory_comes_and_goes(world: World) -> None:
+    """Other queries take ClickHouse's memory for moments."""
+    world.clickhouse.conditions.lacks_memory = lambda: world.choices.chance(300)
 
 
 @action(2)

@@ -71,6 +71,7 @@ class Conditions:
     view_lacks_target: bool = False  # its target was dropped
     table_refuses: Callable[[StoredEntry], bool] = lambda _: False
     most_rows: int = 2**63  # of one INSERT's memory; 0: there is no memory for any INSERT or probe
+    lacks_memory: Callable[[], bool] = lambda: False  # now and then there is none
     most_bytes: int = 2**63  # of one request
     most_parts: int = (
         2**63
@@ -195,7 +196,7 @@ class SimulatedClickHouse:
 
     def parse(self, payloads: Sequence[bytes], at_ms: int) -> tuple[list[StoredEntry], Refusal | None]:
         """The entries of a block, or the parser's error at the first row that it cannot read."""
-        if not self.conditions.most_rows:
+        if not self.conditions.most_rows or self.conditions.lacks_memory():
             return [], OUT_OF_MEMORY
         try:
             return [entry for payload in payloads if (entry := read_entry(payload, at_ms)) is not None], None
