@@ -232,6 +232,26 @@ def test_a_busy_proxy_sets_no_ordinary_row_aside(stack: Stack) -> None:
     assert (refused, stack.counts(), stack.pending(), dead_letters(stack)) == (6, (4, 4), 0, []), errors
 
 
+def test_a_busy_proxy_sets_no_row_aside_while_rows_are_probed(stack: Stack) -> None:
+    """One row that ClickHouse refuses lets the others be probed; a busy proxy then says nothing about them (simulation, seed 675)."""
+    insert(stack, rows=4, row_bytes=100)
+    stack.put(small_event("evt_refused", time=9, meta={"q": [[[1]], [None]]}))
+    answered = 0
+
+    def busy(request: Request, forward: Forward) -> Answer:
+        nonlocal answered
+        if b"INSERT INTO FUNCTION null" in request.statement and answered < 20:
+            answered += 1
+            return Answer(status=504, headers={"Server": "nginx"}, body=b"<html><h1>Gateway Time-out</h1></html>")
+        return forward(request)
+
+    with HttpProxy(stack.clickhouse_url, busy) as proxy:
+        errors = drained(stack, ClickHouseAuditLog(proxy.url), 12)
+
+    assert dead_letters(stack) == [("evt_refused", "refused_by_clickhouse")], errors
+    assert (answered, stack.counts(), stack.pending()) == (20, (4, 4), 1)
+
+
 def test_a_requeue_with_one_block_too_large_is_split_beside_the_others(stack: Stack) -> None:
     """Each attempt sends the blocks of a requeue again; that must not put the split off for ever (simulation, seed 61914)."""
     limits = Limits(batch_rows=10_000, blocks_per_batch=2)
