@@ -62,7 +62,7 @@ class Drained:
     claimed: set[int] = field(default_factory=set)
     taken_over: set[int] = field(default_factory=set)  # adopted from other owners, exported or not
     since: Moment | None = None
-    lost: list[int] = field(default_factory=list)  # adopted by another run
+    lost: list[int] = field(default_factory=list)  # left to another run, which has adopted them or can do so
     released: list[int] = field(default_factory=list)  # claimed and given back, because the drain was interrupted
     leased_by_others: list[Holder] = field(default_factory=list)  # the other owners of open batches
     interrupted: bool = False
@@ -79,12 +79,17 @@ class Drained:
     def leave(self, batch_id: int, error: AuditExportError) -> None:
         """Notes why a batch was left open."""
         if isinstance(error, LeaseLost):
-            self.lost.append(batch_id)
+            self.lose(batch_id)
         elif isinstance(error, BatchAltered):
             self.altered[batch_id] = str(error)
         else:
             assert isinstance(error, BatchWaits | BatchLocked | TableRefuses)
             self.waiting[batch_id] = error
+
+    def lose(self, batch_id: int) -> None:
+        """Notes a batch that is left to another run."""
+        if batch_id not in self.lost:
+            self.lost.append(batch_id)
 
     def settle(self, outbox: Outbox, owner: str) -> None:
         """Reads the result from the ledger, because a round that failed has exported and verified batches too."""
@@ -101,7 +106,11 @@ class Drained:
     def add(self, batch: Batch) -> None:
         self.batches += 1
         self.adopted += batch.batch_id in self.taken_over
+        # Whatever an earlier attempt of this drain met.
         self.waiting.pop(batch.batch_id, None)
+        self.unmarked.pop(batch.batch_id, None)
+        if batch.batch_id in self.lost:
+            self.lost.remove(batch.batch_id)
         self.rows += batch.marked_rows
         self.entries += batch.entries
         self.bytes += batch.bytes
@@ -301,7 +310,6 @@ class Drain:
                         f"batch {claim.batch_id} is in ClickHouse and not marked: {batch.last_error}"
                     )
                     continue
-                done.unmarked.pop(claim.batch_id, None)
                 done.add(batch)
                 plan.given_back |= batch.counts.released > 0
                 self._listener.exported(batch)
@@ -318,7 +326,7 @@ class Drain:
         by_id = {claim.batch_id: claim for claim in rest}
         for batch in self._outbox.batches(by_id):
             if not batch.held_by(by_id[batch.batch_id]):
-                self.done.lost.append(batch.batch_id)
+                self.done.lose(batch.batch_id)
             elif batch.state in OPEN:
                 self.done.released.append(batch.batch_id)
             else:

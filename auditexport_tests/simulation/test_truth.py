@@ -101,6 +101,28 @@ def test_own_batches_of_a_failed_plan_do_not_count_as_adopted() -> None:
     played(script)
 
 
+def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost() -> None:
+    """A run that was paused until its INSERT was too late goes on with the batch, which nobody has taken over."""
+
+    def script(world: World) -> None:
+        write(world, "one")
+        run = world.drain(quiet=True)
+        pauses = iter((200.0,))
+
+        def pause() -> bool:
+            if "asks for the time" in world.scheduler.story[-1][2] and (seconds := next(pauses, 0.0)):
+                run.process.paused_until_s = world.scheduler.now_s + seconds
+            return False
+
+        world.clickhouse.conditions.dies = pause
+        finished(world, run)
+        assert run.done is not None
+        assert (run.done.rows, run.done.lost) == (1, [])
+        assert "deadline" in str(world.scheduler.story)
+
+    played(script)
+
+
 def test_the_ledger_says_what_is_still_wrong_after_a_repair() -> None:
     """One of two differences was repaired: the status must not show it for ever."""
 
