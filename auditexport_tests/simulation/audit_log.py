@@ -40,7 +40,7 @@ class SimulatedAuditLog:
     def _ask(self, what: str, answer: Callable[[], T]) -> T:
         """A SELECT: one step, and an answer of that instant. It is sent again once when its connection dies."""
         self._scheduler.step(what)
-        self._server.asked[self._scheduler.current.process.name] += 1
+        self._server.asked[self._scheduler.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or (conditions.dies() and conditions.dies()):
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
@@ -156,7 +156,7 @@ class SimulatedAuditLog:
         sent = [bytes(payload) for payload in payloads]
         payloads.clear()
         self._scheduler.step("probes rows")
-        self._server.asked[self._scheduler.current.process.name] += 1
+        self._server.asked[self._scheduler.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or conditions.dies():
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
@@ -172,7 +172,7 @@ class SimulatedAuditLog:
         server, scheduler = self._server, self._scheduler
         what = f"batch {batch.batch_id}, block {block.number}"
         scheduler.step(f"sends the INSERT of {what}")
-        server.asked[scheduler.current.process.name] += 1
+        server.asked[scheduler.process.name] += 1
         conditions = server.conditions
         if conditions.down:
             raise AuditLogUnavailable("ClickHouse (simulated) cannot be reached; nothing was sent, run again")

@@ -75,7 +75,7 @@ class SimulatedConnection:
     def _count(self, answer: Answer) -> None:
         """Counts the payloads of an answer as held by the process that gets it."""
         place, server = answer.names.index("payload"), self._transaction.server
-        meter = server.meters[server.scheduler.current.process.name]
+        meter = server.meters[server.scheduler.process.name]
         for number, row in enumerate(answer.rows):
             if row[place] is not None:
                 held = Held(row[place])

@@ -107,7 +107,7 @@ class SimulatedMySQL:
         if self.down:
             self.scheduler.step("cannot connect")
             raise failure(NOT_REACHED, "Can't connect to MySQL server")
-        if self.old is not None and self.scheduler.current.process.name in self.old[1]:
+        if self.old is not None and self.scheduler.process.name in self.old[1]:
             return Transaction(self.old[0], lock_wait_s)
         return Transaction(self, lock_wait_s)
 
@@ -163,7 +163,7 @@ class SimulatedMySQL:
     def commit(self, changes: tuple[Change, ...]) -> None:
         if changes:
             self.log.append(changes)
-            who = self.scheduler.current.process.name
+            who = self.scheduler.process.name
             self.commits.append(Commit(self.scheduler.now_s, who, changes, lost=self.successor is not None))
         for change in changes:
             self._put(change.table, change.key, change.after)
@@ -186,7 +186,7 @@ class Transaction:
         self._waits = 0  # how often it has waited
         self._dead = False
         self._victim = False  # of a deadlock that another transaction closed while this one waited
-        self.process = server.scheduler.current.process
+        self.process = server.scheduler.process
         self._locked_at_s: dict[tuple[str, Key], float] = {}
         self._waits_since_s = 0.0
         self.committed = False  # whether the server did the COMMIT, whatever its client was told

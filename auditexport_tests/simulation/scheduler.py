@@ -36,6 +36,9 @@ class Process:
     paused_until_s: float = 0.0
 
 
+NOBODY = Process("")
+
+
 @dataclass(eq=False)
 class Task:
     """A thread of a process. It may go on when `ready()` holds, or when its alarm is over."""
@@ -110,6 +113,11 @@ class Scheduler:
     def current(self) -> Task:
         assert self._current is not None
         return self._current
+
+    @property
+    def process(self) -> Process:
+        """The process at work; one without a name before the first task runs."""
+        return self._current.process if self._current is not None else NOBODY
 
     def step(self, what: str) -> None:
         """A point where another task may go first. Raises `Killed` when this task's process is dead."""
