@@ -1,7 +1,8 @@
-"""What the simulation found when it began to judge the numbers of runs: each a short story."""
+"""Short stories: what the simulation found when it began to judge the numbers of runs, and payloads that change."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -123,6 +124,40 @@ def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost() -> No
     played(script)
 
 
+def test_a_payload_that_changes_before_the_seal_goes_out_as_changed() -> None:
+    """After the seal a change stops the batch; after the export nothing goes out."""
+
+    def script(world: World) -> None:
+        (pk,) = write(world, "one")
+        change(world, pk, "before the claim")
+        conditions = world.clickhouse.conditions
+        conditions.dies = lambda: "sends the INSERT" in world.scheduler.story[-1][2]
+        run = world.drain(quiet=True)
+        assert world.scheduler.wait(lambda: world.mysql.asked[run.owner] > 0 and world.open_batches() != [], 60)
+        assert world.scheduler.wait(lambda: world.mysql.tables[LEDGER].rows[1]["attempts"] > 0, 60)
+        change(world, pk, "after the seal")
+        finished(world, run)
+        world.calm_clickhouse()
+        while world.open_batches():
+            finished(world, world.drain(quiet=True))
+            world.scheduler.sleep(60)
+        change(world, pk, "after the export")
+        finished(world, world.drain(quiet=True))
+
+    world = played(script)
+
+    sent = [json.loads(payload)["description"] for block in world.clickhouse.received for payload in block.payloads]
+    assert sent == ["after the seal"]
+
+
+def change(world: World, pk: int, description: str) -> None:
+    changed = row_of("event", {**EVENT, "event_id": world.book.rows[pk].event_id, "description": description})
+    transaction = world.mysql.begin(1.0)
+    statement(transaction, CHANGE, {"pk": pk, "payload": changed.payload})
+    transaction.commit()
+    world.book.rows[pk].becomes(changed)
+
+
 def test_the_ledger_says_what_is_still_wrong_after_a_repair() -> None:
     """One of two differences was repaired: the status must not show it for ever."""
 
@@ -130,11 +165,7 @@ def test_the_ledger_says_what_is_still_wrong_after_a_repair() -> None:
         _, two = write(world, "one", "two")
         finished(world, world.drain(quiet=True))
         world.clickhouse.mutate(lambda entry: None if entry.key[3] == "one" else entry)
-        transaction = world.mysql.begin(1.0)
-        changed = row_of("event", {**EVENT, "event_id": "two", "description": "changed"})
-        statement(transaction, CHANGE, {"pk": two, "payload": changed.payload})
-        transaction.commit()
-        world.book.rows[two].becomes(changed)
+        change(world, two, "changed")
         finished(world, world.reconcile(repair=True))
         assert world.mysql.tables[LEDGER].rows[1]["last_error"] == "in ClickHouse: 1 missing, 1 altered"
         finished(world, world.drain(quiet=True))
