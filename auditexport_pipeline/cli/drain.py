@@ -191,8 +191,8 @@ class _Progress:
         if self._bar is not None:
             self._bar.update(self._task, total=max(self._backlog.rows, self._rows + rows), description="exporting")
         else:
-            from_dead = f"; {adopted} of them adopted from owners that are dead" if adopted else ""
-            self._line(f"claimed {batches(len(claims))}, {counted(rows, 'row')}{from_dead}")
+            left_open = f"; {adopted} of them had been left open" if adopted else ""
+            self._line(f"claimed {batches(len(claims))}, {counted(rows, 'row')}{left_open}")
 
     def exported(self, batch: Batch) -> None:
         if batch.view_note:

@@ -51,6 +51,7 @@ def claim(
     left_alone: Callable[[str], None] = lambda line: None,
     exported: Collection[int] = (),
     cleared: Callable[[PkSet], None] = lambda pks: None,
+    taken_over: Callable[[int], None] = lambda batch_id: None,
 ) -> list[Claim]:
     """Adopts the open batches of dead owners, then cuts new batches from pending rows, oldest pk first.
 
@@ -58,7 +59,8 @@ def claim(
     work. `max_rows` is the number of rows for which there is time. `exported` are the batches that this drain has
     exported: rows of them that are pending again wait for the next drain, and `cleared` gets their pks. `left_alone`
     gets a line for each open batch that this release or installation cannot continue, and for rows that are exported
-    again and again.
+    again and again. `taken_over` gets the id of each batch that is adopted from another owner: after a failed plan, a
+    drain adopts its own batches too.
 
     Source: the ledger, and `drainer_pending_idx` of the outbox. Durable effect: the returned batches are
     in the ledger under a new epoch. Loads pks only of rows that it claims. Idempotent: when the same
@@ -91,6 +93,8 @@ def claim(
                 claim = ledger.adopt(batch)
                 if claim is not None:
                     claims.append(claim)
+                    if batch.owner != owner:
+                        taken_over(batch.batch_id)
                 else:
                     left_alone(
                         f"{is_open}, and its row of clickhouse_outbox_batch is locked: it is left alone. End that transaction, "

@@ -44,7 +44,7 @@ class Drained:
 
     rounds: int = 0
     batches: int = 0
-    adopted: int = 0  # of those, adopted from dead owners
+    adopted: int = 0  # adopted from other owners, exported or not
     rows: int = 0
     entries: int = 0
     bytes: int = 0
@@ -60,8 +60,9 @@ class Drained:
     views: dict[int, str] = field(default_factory=dict)  # stored although a view failed: the note on the view
     wrong: dict[int, str] = field(default_factory=dict)  # discrepant, as the ledger has it
     claimed: set[int] = field(default_factory=set)
+    taken_over: set[int] = field(default_factory=set)  # adopted from other owners, exported or not
     since: Moment | None = None
-    lost: list[int] = field(default_factory=list)  # adopted by another run
+    lost: list[int] = field(default_factory=list)  # left to another run, which has adopted them or can do so
     released: list[int] = field(default_factory=list)  # claimed and given back, because the drain was interrupted
     leased_by_others: list[Holder] = field(default_factory=list)  # the other owners of open batches
     interrupted: bool = False
@@ -78,12 +79,17 @@ class Drained:
     def leave(self, batch_id: int, error: AuditExportError) -> None:
         """Notes why a batch was left open."""
         if isinstance(error, LeaseLost):
-            self.lost.append(batch_id)
+            self.lose(batch_id)
         elif isinstance(error, BatchAltered):
             self.altered[batch_id] = str(error)
         else:
             assert isinstance(error, BatchWaits | BatchLocked | TableRefuses)
             self.waiting[batch_id] = error
+
+    def lose(self, batch_id: int) -> None:
+        """Notes a batch that is left to another run."""
+        if batch_id not in self.lost:
+            self.lost.append(batch_id)
 
     def settle(self, outbox: Outbox, owner: str) -> None:
         """Reads the result from the ledger, because a round that failed has exported and verified batches too."""
@@ -92,14 +98,19 @@ class Drained:
         self.verified = dict(outcome.verified)
         self.wrong = dict(outcome.wrong)
         self.batches = self.rows = self.entries = self.bytes = self.dead_letters = self.folded_rows = 0
-        self.deleted_by_others_rows = self.marked_by_others_rows = 0
+        self.adopted = self.deleted_by_others_rows = self.marked_by_others_rows = 0
         for batch in outcome.batches:
             self.add(batch)
         self.leased_by_others = claiming.leased_by_others(outbox, owner)
 
     def add(self, batch: Batch) -> None:
         self.batches += 1
+        self.adopted += batch.batch_id in self.taken_over
+        # Whatever an earlier attempt of this drain met.
         self.waiting.pop(batch.batch_id, None)
+        self.unmarked.pop(batch.batch_id, None)
+        if batch.batch_id in self.lost:
+            self.lost.remove(batch.batch_id)
         self.rows += batch.marked_rows
         self.entries += batch.entries
         self.bytes += batch.bytes
@@ -265,6 +276,7 @@ class Drain:
             left_alone=self._report_once,
             exported=self.done.claimed,
             cleared=plan.add_cleared,
+            taken_over=self.done.taken_over.add,
         )
         if plan.cleared:
             self._report_once(claiming.cleared_line(plan.cleared), "cleared")
@@ -298,8 +310,6 @@ class Drain:
                         f"batch {claim.batch_id} is in ClickHouse and not marked: {batch.last_error}"
                     )
                     continue
-                done.unmarked.pop(claim.batch_id, None)
-                done.adopted += claim.adopted
                 done.add(batch)
                 plan.given_back |= batch.counts.released > 0
                 self._listener.exported(batch)
@@ -316,7 +326,7 @@ class Drain:
         by_id = {claim.batch_id: claim for claim in rest}
         for batch in self._outbox.batches(by_id):
             if not batch.held_by(by_id[batch.batch_id]):
-                self.done.lost.append(batch.batch_id)
+                self.done.lose(batch.batch_id)
             elif batch.state in OPEN:
                 self.done.released.append(batch.batch_id)
             else:

@@ -300,7 +300,9 @@ class _Reconciliation:
         if batch.state is State.DISCREPANT and not wrong and not complete:
             return missing
         state = State.DISCREPANT if wrong else State.VERIFIED
-        if not self.dry_run and (observed != batch.observed or state is not batch.state):
+        # A repair can end one of several differences, which changes neither the state nor what was settled.
+        differs = bool(wrong) and complete
+        if not self.dry_run and (differs or observed != batch.observed or state is not batch.state):
             self.upkeep.record_reconciled(batch, wrong, observed)
         return missing
 

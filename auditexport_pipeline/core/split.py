@@ -102,7 +102,7 @@ class Splitter:
                 )
                 unresolved = set(found.unresolved)
                 for pk, answer in found.refused.items():
-                    if answer.kind is not RefusalKind.ROWS:  # a busy server; a row that is too large fails alone, later
+                    if answer.kind in LIMITS_OF_A_BLOCK:  # a busy server, which says nothing about the row
                         unresolved.add(pk)
                         continue
                     problem = explain(rows[pk].payload) if pk in normalised else None

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Literal
 
@@ -41,10 +41,21 @@ class Row:
     deleted: bool = False  # by other hands, at any time
     cleared: int = 0  # times that its mark was cleared by hand
     requeued: int = 0  # times that a requeue may have cleared its mark
+    earlier: list[Row] = field(default_factory=list)  # what was committed here before other hands changed the payload
 
     @property
     def touched(self) -> bool:
         return bool(self.taken or self.deleted or self.cleared or self.requeued)
+
+    @property
+    def contents(self) -> list[Row]:
+        """Each content that was committed here: the present one first."""
+        return [self, *self.earlier]
+
+    def becomes(self, content: Row) -> None:
+        """Its payload is that of `content` now."""
+        self.earlier.append(replace(self, earlier=[]))
+        self.kind, self.payload, self.key, self.columns = content.kind, content.payload, content.key, content.columns
 
 
 @dataclass(slots=True)

@@ -67,6 +67,7 @@ class Facts:
     # inserted_at of entries that expired by a TTL that only the row could have told, which is gone too.
     unexplained: set[int] = field(default_factory=set)
     gone: Counter[Entry] = field(default_factory=Counter)  # was there; merges, a TTL or other hands took it
+    explained: Collection[str] = ()  # differences of a batch that are true
 
 
 def judge(databases: Databases, book: Book, *, overflow: bool, swept: bool) -> Verdict:
@@ -137,8 +138,10 @@ def _against_the_application(facts: Facts, verdict: Verdict) -> Iterator[str]:
     for pk, row in facts.book.all_rows():
         letter = facts.letters.get((pk, row.event_id))
         if row.kind == "event" and row.key is not None:
-            committed[row.key].append(row)
-            if letter:
+            may_be_dead = any(content.kind != "event" for content in row.earlier)
+            if not (letter and may_be_dead):
+                committed[row.key].append(row)
+            if letter and not may_be_dead:
                 yield f"row {pk} is a sound event and a dead letter: {letter}"
         elif row.kind in ("malformed", "refused") and not row.taken and not row.deleted and not letter:
             yield f"row {pk} is {row.kind}, and neither a dead letter nor held"
@@ -177,7 +180,12 @@ def _against_the_ledger(facts: Facts) -> Iterator[str]:
     for batch_id, inserted_at_ms, pk in listed:
         rows = facts.book.at(pk)
         # Where several tables had this pk, the entry shows whose row was sealed.
-        entries = {(inserted_at_ms, _comparable(row.columns)): row for row in rows if row.kind == "event"}
+        entries = {
+            (inserted_at_ms, _comparable(content.columns)): row
+            for row in rows
+            for content in row.contents
+            if content.kind == "event"
+        }
         if not entries:
             yield f"batch {batch_id} sent row {pk}, which is {rows[0].kind if rows else 'not committed'}"
             continue
@@ -200,7 +208,8 @@ def _outbox_against_ledger(facts: Facts) -> Iterator[str]:
     for batch in facts.batches:
         counts, claimed = batch.counts, facts.claimed_rows[batch.batch_id]
         unexplained = facts.unexplained & {block.inserted_at_ms for block in batch.blocks}
-        if batch.state is not State.VERIFIED and not (batch.state is State.DISCREPANT and unexplained):
+        known = batch.last_error in facts.explained or (batch.state is State.DISCREPANT and unexplained)
+        if batch.state is not State.VERIFIED and not known:
             yield f"batch {batch.batch_id} is {batch.state}, not verified: {batch.last_error}"
         gone = counts.dead + counts.released + counts.vanished + counts.elsewhere - counts.unmarked
         if batch.state in CLOSED and claimed != batch.rows + gone:
@@ -227,7 +236,7 @@ def _outbox_against_ledger(facts: Facts) -> Iterator[str]:
         row = facts.book.rows.get(pk)
         if mark is not None and mark != FOREIGN_MARK and mark not in listed[pk]:
             yield f"row {pk} has the mark {mark}, and no batch that lists it has"
-        if mark is None and row is not None and row.kind == "event":
+        if mark is None and row is not None and row.kind == "event" and (pk, row.event_id) not in facts.letters:
             yield f"row {pk} is pending in the end"
 
 

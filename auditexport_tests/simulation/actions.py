@@ -20,6 +20,7 @@ from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.choices import Choices
+from auditexport_tests.simulation.failovers import after_failover
 from auditexport_tests.simulation.world import ACTOR, LEDGER, LETTERS, Run, World
 
 Act = Callable[[World], None]
@@ -167,7 +168,7 @@ def clickhouse_limits(world: World) -> None:
     """A limit of rows, bytes or memory for one INSERT, or a view that fails, is slow or has no target; or none."""
     choose, conditions = world.choices, world.clickhouse.conditions
     how = choose.below(8)
-    conditions.most_rows, conditions.most_bytes, conditions.is_busy = 2**63, 2**63, lambda: False
+    conditions.most_rows, conditions.most_bytes, conditions.lacks_memory = 2**63, 2**63, lambda: False
     conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
     if how == 1:
         conditions.most_rows = 1 + choose.below(3)
@@ -184,7 +185,7 @@ def clickhouse_limits(world: World) -> None:
     elif how == 6:
         conditions.most_rows = 0
     elif how == 7:
-        conditions.is_busy = lambda: bool(choose.below(2))
+        conditions.lacks_memory = lambda: bool(choose.below(2))
 
 
 @action(1)
@@ -204,13 +205,10 @@ def mysql_fails_over(world: World) -> None:
 
 def _fail_over(world: World, lost: int) -> None:
     world.mysql.fail_over(lost)
-    if lost:  # rows are gone, and rows that had been deleted are back
-        world.forgot = True
-        world.invariants.forget()
-        book = world.book
-        known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
-        rows = world.mysql.tables[OUTBOX].rows.items()
-        book.rows = {pk: known[pk, row["event_id"]] for pk, row in rows}
+    if lost:
+        world.failovers += 1
+        world.forgot_s = world.scheduler.now_s
+        after_failover(world)
         world.drain()
 
 
@@ -359,7 +357,7 @@ def requeue_rows(world: World) -> None:
         which = RowFilter(batch_ids=(choose.one_of(batches),))
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-        requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)
+        run.result = requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)
 
     world.operate("requeue", work)
 
@@ -379,7 +377,7 @@ def _on_letters(world: World, verb: Callable[..., Any]) -> None:
     if pks:
 
         def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-            verb(outbox, DeadLetterFilter(state=None, pks=PkSet.of(pks)), ACTOR)
+            run.result = verb(outbox, DeadLetterFilter(state=None, pks=PkSet.of(pks)), ACTOR)
 
         world.operate(verb.__name__, work)
 
@@ -397,7 +395,7 @@ def sweep_rows(world: World) -> None:
     world.swept = True
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
-        sweep.sweep(outbox, upkeep, log, Retention(outbox_days=1 / 1440, chunk_rows=3), ACTOR)
+        run.result = sweep.sweep(outbox, upkeep, log, Retention(outbox_days=1 / 1440, chunk_rows=3), ACTOR)
 
     world.operate("sweep", work)
 

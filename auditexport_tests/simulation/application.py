@@ -25,6 +25,8 @@ _INSERT = (
     "VALUES (:version, :workspace_id, :event_id, :payload, CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED))"
 )
 
+_CHANGE = "UPDATE clickhouse_outbox SET payload = :payload WHERE pk = :pk"
+
 
 class Application:
     """One writer and its other hands, on a server that can fail."""
@@ -92,6 +94,30 @@ class Application:
             known.cleared += what == "clear"
             known.deleted |= what == "delete"
             known.taken |= what != "clear" and mark in (None, FOREIGN_MARK) and not known.cleared
+
+    def change(self, pks: Sequence[int]) -> None:
+        """Changes the payloads of rows, wherever their batches stand; a malformed one may be repaired."""
+        if self._mysql.down:
+            return
+        changed: dict[int, Row] = {}
+        transaction = self._mysql.begin(LOCK_WAIT_S)
+        try:
+            for pk in sorted(pks, reverse=True):
+                row = self._book.rows.get(pk)
+                if row is None or row.kind not in ("event", "malformed"):
+                    continue
+                event = {**json.loads(row.payload), "description": f"changed {self._choices.below(1000)}"}
+                if row.kind == "malformed" and self._choices.below(2):
+                    event["time"] = 1_700_000_000_000
+                content = row_of("event" if isinstance(event["time"], int) else "malformed", event)
+                if run(transaction, _CHANGE, {"pk": pk, "payload": content.payload}).matched:
+                    changed[pk] = content
+            transaction.commit()
+        except MySQLError:
+            transaction.roll_back()
+        if transaction.committed:
+            for pk, content in changed.items():
+                self._book.rows[pk].becomes(content)
 
     def hold(self, pks: Sequence[int], seconds: float) -> None:
         """Locks rows, rests, and rolls back."""

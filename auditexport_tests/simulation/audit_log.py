@@ -57,6 +57,7 @@ class SimulatedAuditLog:
         """A SELECT: one step, and an answer of that instant. It is sent again once when its connection dies."""
         self._watch.asks()
         self._scheduler.step(what)
+        self._server.asked[self._scheduler.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or (conditions.dies() and conditions.dies()):
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
@@ -169,26 +170,28 @@ class SimulatedAuditLog:
 
     def probe(self, version: str, payloads: list[bytes], *, timeout_s: int) -> Refusal | None:
         """It goes once, as an INSERT does, and a proxy's limit is an answer to it too."""
-        sent = [*payloads]
+        sent = [bytes(payload) for payload in payloads]
         payloads.clear()
         self._watch.asks()
         self._scheduler.step("probes rows")
+        self._server.asked[self._scheduler.process.name] += 1
         conditions = self._server.conditions
         if conditions.down or conditions.dies():
             raise AuditLogUnavailable("ClickHouse (simulated) gave no answer; run again")
         if (status := conditions.proxy_answers()) or sum(map(len, sent)) > conditions.most_bytes:
             return _limit(status or 413)
-        return OUT_OF_MEMORY if conditions.is_busy() else self._server.parse(sent, 0)[1]
+        return self._server.parse(sent, 0)[1]
 
     def insert(
         self, batch: Batch, block: Block, payloads: list[bytes], *, deadline_ms: int, timeout_s: int
     ) -> Refusal | None:
-        sent = [*payloads]
+        sent = [bytes(payload) for payload in payloads]
         payloads.clear()
         server, scheduler = self._server, self._scheduler
         what = f"batch {batch.batch_id}, block {block.number}"
         self._watch.asks()
         scheduler.step(f"sends the INSERT of {what}")
+        server.asked[scheduler.process.name] += 1
         conditions = server.conditions
         if conditions.down:
             raise AuditLogUnavailable("ClickHouse (simulated) cannot be reached; nothing was sent, run again")
@@ -237,7 +240,7 @@ class SimulatedAuditLog:
         arrives(self._scheduler.now_s + on_its_way_s)
         if on_its_way_s:
             self._scheduler.sleep(on_its_way_s)
-        if not conditions.most_rows or conditions.is_busy():
+        if not conditions.most_rows:
             return OUT_OF_MEMORY
         if server.now_ms() > deadline_ms:
             return LeaseLost("the deadline of this INSERT has passed (simulated)")
@@ -249,7 +252,7 @@ class SimulatedAuditLog:
         if refusal is None:
             takes_s = conditions.insert_s()
             self._scheduler.sleep(min(takes_s, float(timeout_s)))
-            refusal = TIMED_OUT if takes_s > timeout_s else server.store(entries, token, timeout_s - takes_s)
+            refusal = TIMED_OUT if takes_s > timeout_s else server.store(entries, token, timeout_s - takes_s, payloads)
         if refusal is not None and refusal.kind is RefusalKind.ROWS:
             return replace(refusal, definition=f"definition {server.definition}")
         return refusal

@@ -38,6 +38,14 @@ class Part:
     entries: list[StoredEntry]
 
 
+class Received(NamedTuple):
+    """A block that was stored, as it was sent."""
+
+    token: str
+    at_ms: int
+    payloads: tuple[bytes, ...]
+
+
 class Token(NamedTuple):
     """Of a block that was stored, and the partition of its part."""
 
@@ -63,8 +71,8 @@ class Conditions:
     view_s: Callable[[], float] = lambda: 0.0  # how long the views take after the block is stored
     view_lacks_target: bool = False  # its target was dropped
     table_refuses: Callable[[StoredEntry], bool] = lambda _: False
-    is_busy: Callable[[], bool] = lambda: False  # there is no memory for this INSERT or probe
     most_rows: int = 2**63  # of one INSERT's memory; 0: there is no memory for any INSERT or probe
+    lacks_memory: Callable[[], bool] = lambda: False  # now and then there is none
     most_bytes: int = 2**63  # of one request
     most_parts: int = (
         2**63
@@ -89,6 +97,8 @@ class SimulatedClickHouse:
         # For an oracle: entries that a merge replaced by a later one of their key, and that the TTL deleted.
         self.merged: list[StoredEntry] = []
         self.expired: list[StoredEntry] = []
+        self.received: list[Received] = []
+        self.asked: Counter[str] = Counter()  # requests by process
         self.tokens: deque[Token] = deque()
         self.remember(window)
         self.keeps_days = keeps_days
@@ -190,7 +200,7 @@ class SimulatedClickHouse:
 
     def parse(self, payloads: Sequence[bytes], at_ms: int) -> tuple[list[StoredEntry], Refusal | None]:
         """The entries of a block, or the parser's error at the first row that it cannot read."""
-        if not self.conditions.most_rows:
+        if not self.conditions.most_rows or self.conditions.lacks_memory():
             return [], OUT_OF_MEMORY
         try:
             return [entry for payload in payloads if (entry := read_entry(payload, at_ms)) is not None], None
@@ -208,7 +218,9 @@ class SimulatedClickHouse:
             return AuditLogUnavailable("ClickHouse (simulated) has too many parts (code 252); run again")
         return None
 
-    def store(self, entries: list[StoredEntry], token: str, timeout_s: float = 2**31) -> Refusal | None:
+    def store(
+        self, entries: list[StoredEntry], token: str, timeout_s: float = 2**31, payloads: Sequence[bytes] = ()
+    ) -> Refusal | None:
         """One block, after it was parsed: the whole of it, at one instant. Then the views get it, also when its token is known."""
         conditions = self.conditions
         if any(conditions.table_refuses(entry) for entry in entries):
@@ -224,6 +236,7 @@ class SimulatedClickHouse:
             if token:
                 self.tokens.append(Token(token, month))
             self.parts.append(Part(month, sorted(entries, key=lambda entry: entry.key)))
+            self.received.append(Received(token, entries[0].inserted_at_ms, tuple(payloads)))
             for listener in self.on_store:
                 listener(entries, token)
         takes_s = conditions.view_s()

@@ -201,6 +201,71 @@ CONTROLS = (
             "letter.state IN ('never')\n  LEFT JOIN",
         ),
     ),
+    # The numbers that runs report, and what they cost.
+    _control(
+        "rows that others marked or deleted do not count as exported",
+        (
+            "core/batch.py",
+            "return 0 if self.state in OPEN else self.rows - self.counts.unmarked",
+            "return 0 if self.state in OPEN else self.rows",
+        ),
+    ),
+    _control(
+        "only batches of other owners count as adopted",
+        ("core/claiming.py", "                    if batch.owner != owner:", "                    if True:"),
+    ),
+    _control(
+        "a held row is no dead letter",
+        ("core/cuts.py", "dead=batch.counts.dead + len(dead) - held", "dead=batch.counts.dead + len(dead)"),
+    ),
+    _control(
+        "an action counts the rows that it changed",
+        (
+            "mysql/maintenance.py",
+            "actions.count_rows(connection, action_id, rows)",
+            "actions.count_rows(connection, action_id, 0)",
+        ),
+    ),
+    _control(
+        "a sweep counts the rows that it deleted",
+        ("core/sweep.py", "rows += self.upkeep.delete(", "rows = self.upkeep.delete("),
+    ),
+    _control(
+        "a retry counts the letters that it changed",
+        (
+            "mysql/dead_letters.py",
+            "                    changed += len(pending)",
+            "                    changed += len(locked)",
+        ),
+    ),
+    _control(
+        "a server without memory says nothing about a row",
+        ("core/split.py", "if answer.kind in LIMITS_OF_A_BLOCK:  # a busy", "if False:  # a busy"),
+    ),
+    _control(
+        "the ledger says what is still wrong after a repair",
+        ("core/reconcile.py", "differs = bool(wrong) and complete", "differs = False"),
+    ),
+    _control(
+        "a mark waits for a lock of the application for a second",
+        ("mysql/session.py", "MARK_LOCK_WAIT_S = 1", "MARK_LOCK_WAIT_S = 30"),
+    ),
+    _control(
+        "a lease is renewed three times",
+        ("core/lease.py", "RENEWALS_PER_LEASE = 3", "RENEWALS_PER_LEASE = 300"),
+    ),
+    _control(
+        "the rows of two batches are in memory",
+        ("core/pipeline.py", "BATCHES_IN_MEMORY = 2", "BATCHES_IN_MEMORY = 9"),
+    ),
+    _control(
+        "a claim from before a failover is refused",
+        (
+            "mysql/outbox.py",
+            "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
+            "return bool(row.epoch == claim.epoch)",
+        ),
+    ),
 )
 
 

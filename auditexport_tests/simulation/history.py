@@ -10,14 +10,21 @@ from typing import Any
 from unittest.mock import patch
 
 from auditexport_pipeline.core import claiming, reading, reconcile, requeue, retries, sweep, threads
+from auditexport_pipeline.core.errors import TableRefuses
 from auditexport_pipeline.sql import load
 from auditexport_tests.chaos.check import Verdict, verdict_of
+from auditexport_tests.simulation import actors as actors
 from auditexport_tests.simulation.actions import ACTIONS, weighted
 from auditexport_tests.simulation.application import OUTBOX
+from auditexport_tests.simulation.bounds import Bounds
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
+from auditexport_tests.simulation.failovers import unexplained
+from auditexport_tests.simulation.mysql_engine import outbox_on
 from auditexport_tests.simulation.scheduler import Process, Stuck
 from auditexport_tests.simulation.statements import run as statement
+from auditexport_tests.simulation.status_truth import false_status
+from auditexport_tests.simulation.truth import Truth
 from auditexport_tests.simulation.world import LEDGER, World
 
 # Blocks of a few rows, and chunks of a few batches.
@@ -109,7 +116,7 @@ def _settled(world: World) -> bool:
     world.invariants.armed.clear()
     world.calm_clickhouse()
     for run in world.runs:
-        run.process.paused_until_s = 0.0
+        run.process.paused_until_s = min(run.process.paused_until_s, world.scheduler.now_s)
     if not world.scheduler.wait(lambda: not world.at_work() and not world.others_at_work, QUIET_WITHIN_S):
         names = ", ".join(run.owner for run in world.at_work())
         return _violated(world, f"{names} did not end within {QUIET_WITHIN_S:.0f} s without faults")
@@ -134,6 +141,9 @@ def _drained_quietly(world: World) -> bool:
         if not world.open_batches(unverified=True) and not world.pending_rows():
             return True
         world.scheduler.sleep(30)
+    waiting = run.done.waiting.values() if run.done is not None else ()
+    if any(isinstance(why, TableRefuses) for why in waiting) and world.only_refused_rows():
+        return False  # so it is: the table has taken no row that could show that it is right
     return _violated(
         world,
         f"after {LAST_DRAINS} quiet drains, open: {world.open_batches(unverified=True)}, pending: {world.pending_rows()}",
@@ -154,8 +164,6 @@ def _reconciled_quietly(world: World) -> bool:
         repaired_pks = set(run.report.missing_pks)
         erased = world.unsure_rows()
         found, absent = world.named(repaired_pks - erased), world.named(absent - erased)
-        if world.forgot:
-            return _drained_quietly(world)
         if found != absent or (repaired and absent):
             return _violated(world, f"reconcile finds {found} missing, the book {absent}, repaired {repaired}")
         if not _drained_quietly(world):
@@ -165,15 +173,23 @@ def _reconciled_quietly(world: World) -> bool:
 
 def _judged(world: World) -> Verdict:
     """What the oracle says, and whether each run told the truth."""
-    verdict = verdict_of(world.facts())
-    if world.forgot:  # rows go out again where nothing knows any more that they did
-        verdict.violations = [line for line in verdict.violations if "lost" in line or "pending" in line]
-        return verdict
+    facts = world.facts()
+    verdict = verdict_of(facts)
+    truth = Truth(world)
+    world.violations += [*false_status(world, outbox_on(world.mysql)), *truth.lies(), *Bounds(world, truth).broken()]
+    if world.forgot:
+        verdict.violations = list(unexplained(world, facts, verdict.violations))
+    altered = world.altered()
     for run in world.runs:
         if run.report is not None:
             seen = run.report.found
-            if seen.altered or seen.unexpected or (seen.duplicated and not verdict.forgetful):
+            named = set(seen.event_ids) if seen.altered == seen.total else set()
+            false = seen.altered > len(altered) or not named <= altered
+            if false or ((seen.unexpected or (seen.duplicated and not verdict.forgetful)) and not world.forgot):
                 world.violations.append(f"{run.owner} reconciled and found {seen}: {', '.join(seen.event_ids)}")
-        if run.done is not None and run.done.discrepant and not world.gone["lost"] and not world.unexplained():
-            world.violations.append(f"{run.owner} found {run.done.discrepant}")
+        true = {f"{n + 1} altered" for n in range(len(altered))}
+        found = [] if run.done is None else list(run.done.discrepant.values())
+        explained = world.gone["lost"] or world.forgot or world.unexplained()
+        if not true.issuperset(found) and not explained:
+            world.violations.append(f"{run.owner} found {found}")
     return verdict

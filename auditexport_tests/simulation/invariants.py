@@ -103,7 +103,7 @@ class Invariants(Watch):
     # ── MySQL ────────────────────────────────────────────────────────────────────────────────────
 
     def _commit(self, changes: Sequence[Change]) -> None:
-        actor = self._mysql.scheduler.actor
+        actor = self._mysql.scheduler.process.name
         exporter = actor in self._exporters()
         for change in changes:
             if change.table == LEDGER and change.key == 0 and change.before is not None and change.after is not None:

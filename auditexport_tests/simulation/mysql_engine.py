@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 
 from auditexport_pipeline.mysql.outbox import MySQLOutbox
 from auditexport_pipeline.mysql.session import LOCK_WAIT_S, MARK_LOCK_WAIT_S
-from auditexport_tests.simulation.mysql_server import SimulatedMySQL, Transaction
+from auditexport_tests.simulation.mysql_server import Meter, SimulatedMySQL, Transaction
 from auditexport_tests.simulation.statements import Answer, run
 
 _ERRORS = {pymysql.err.OperationalError: OperationalError, pymysql.err.IntegrityError: IntegrityError}
@@ -42,6 +42,15 @@ class _Cursor:
         return self._rows
 
 
+class Held(bytes):
+    """A payload that a process has read, counted for as long as the process holds it."""
+
+    meter: Meter
+
+    def __del__(self) -> None:
+        self.meter.bytes -= len(self)
+
+
 class _Dialect:
     is_mariadb = False
 
@@ -59,7 +68,21 @@ class SimulatedConnection:
             answer = Answer(rows=[])
             for one in given:
                 answer = run(self._transaction, statement.text, one)
+        if "payload" in answer.names:
+            self._count(answer)
         return SimulatedResult(answer)
+
+    def _count(self, answer: Answer) -> None:
+        """Counts the payloads of an answer as held by the process that gets it."""
+        place, server = answer.names.index("payload"), self._transaction.server
+        meter = server.meters[server.scheduler.process.name]
+        for number, row in enumerate(answer.rows):
+            if row[place] is not None:
+                held = Held(row[place])
+                held.meter = meter
+                meter.bytes += len(held)
+                answer.rows[number] = (*row[:place], held, *row[place + 1 :])
+        meter.most = max(meter.most, meter.bytes)
 
 
 class SimulatedEngine:

@@ -5,6 +5,7 @@ It knows nothing of the exporter. What statements mean is in `statements`. Error
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,34 @@ class Change:
     after: Row | None
 
 
+@dataclass(slots=True, eq=False)
+class Commit:
+    """One commit, and the process that made it. For an oracle: the server itself forgets what a failover loses."""
+
+    at_s: float
+    who: str
+    changes: tuple[Change, ...]
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """For so long one process waited for a lock of another one that was alive and not paused."""
+
+    who: str
+    blocker: str
+    table: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Meter:
+    """Payload bytes that a process holds, and held at most."""
+
+    bytes: int = 0
+    most: int = 0
+
+
 class SimulatedMySQL:
     """One server. Its clock is the scheduler's, and what was set back or forward of it."""
 
@@ -58,6 +87,18 @@ class SimulatedMySQL:
         self.queues: dict[tuple[str, Key], dict[Transaction, bool]] = {}  # those that wait for a row, in their order
         self.open: set[Transaction] = set()
         self.down = False
+        self.successor: SimulatedMySQL | None = (
+            None  # another server has taken over from this one, which does not know it
+        )
+        self.old: tuple[SimulatedMySQL, frozenset[str]] | None = (
+            None  # the one before, and the processes that still use it
+        )
+        # For an oracle: all commits, waits for locks, and statements by process, also of those that failed.
+        self.commits: list[Commit] = []
+        self.waits: list[Wait] = []
+        self.asked: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.meters: defaultdict[str, Meter] = defaultdict(Meter)  # of payloads, by process
 
     def now_ms(self) -> int:
         return 1_700_000_000_000 + int(self.scheduler.now_s * 1000) + self.clock_offset_ms
@@ -67,6 +108,8 @@ class SimulatedMySQL:
         if self.down:
             self.scheduler.step("cannot connect")
             raise failure(NOT_REACHED, "Can't connect to MySQL server")
+        if self.old is not None and self.scheduler.process.name in self.old[1]:
+            return Transaction(self.old[0], lock_wait_s)
         return Transaction(self, lock_wait_s)
 
     def in_use(self, table: str) -> bool:
@@ -78,7 +121,9 @@ class SimulatedMySQL:
         """Another server takes over, which has not got the last commits. Every connection dies."""
         for transaction in list(self.open):
             transaction.die()
+        kept = (commit for commit in reversed(self.commits) if not commit.lost)
         for _ in range(min(lost_commits, len(self.log))):
+            next(kept).lost = True
             for change in reversed(self.log.pop()):
                 self._put(change.table, change.key, change.before)
         if lost_commits:  # the other server has seen no higher keys than those of its commits
@@ -86,6 +131,30 @@ class SimulatedMySQL:
                 logged = (change.key for changes in self.log for change in changes if change.table == table.name)
                 numbers = [key for key in (*table.rows, *logged) if isinstance(key, int)]
                 table.next_key = max(numbers, default=0) + 1
+
+    def split(self, processes: Iterable[str], lost_commits: int = 0) -> None:
+        """As `fail_over`, but the old server lives on for these processes, until `end_split`.
+
+        Their transactions go on there, but for those that wait for a lock, and so do those that they begin. What the old server
+        commits from now on is lost.
+        """
+        old = SimulatedMySQL(self.scheduler, (), lambda what: self.weather(what))
+        old.tables = {name: Table(name, dict(table.rows), table.next_key) for name, table in self.tables.items()}
+        old.clock_offset_ms, old.successor = self.clock_offset_ms, self
+        old.commits, old.waits, old.asked, old.failed, old.meters = (
+            *(self.commits, self.waits, self.asked, self.failed, self.meters),
+        )
+        self.old = (old, frozenset(processes))
+        for transaction in [one for one in self.open if one.process.name in self.old[1] and one.waits_for is None]:
+            transaction.move_to(old)
+        self.fail_over(lost_commits)
+
+    def end_split(self) -> None:
+        """The old server is gone, and with it what it alone has committed."""
+        if self.old is not None:
+            for transaction in list(self.old[0].open):
+                transaction.die()
+            self.old = None
 
     def truncate(self, table: str) -> None:
         """TRUNCATE TABLE: a commit of its own, after which keys begin again at 1."""
@@ -97,6 +166,8 @@ class SimulatedMySQL:
             self.log.append(changes)
             for listener in self.on_commit:
                 listener(changes)
+            who = self.scheduler.process.name
+            self.commits.append(Commit(self.scheduler.now_s, who, changes, lost=self.successor is not None))
         for change in changes:
             self._put(change.table, change.key, change.after)
 
@@ -115,10 +186,13 @@ class Transaction:
         self.task = server.scheduler.acting
         self._lock_wait_s = lock_wait_s
         self._own: dict[tuple[str, Key], Row | None] = {}
-        self._waits_for: tuple[str, Key] | None = None
+        self.waits_for: tuple[str, Key] | None = None
         self._waits = 0  # how often it has waited
         self._dead = False
         self._victim = False  # of a deadlock that another transaction closed while this one waited
+        self.process = server.scheduler.process
+        self._locked_at_s: dict[tuple[str, Key], float] = {}
+        self._waits_since_s = 0.0
         self.committed = False  # whether the server did the COMMIT, whatever its client was told
         server.open.add(self)
 
@@ -127,7 +201,9 @@ class Transaction:
     def statement(self, what: str) -> None:
         """The start of a statement: a step, at which the connection can die."""
         self.server.scheduler.step(what)
+        self.server.asked[self.process.name] += 1
         if self._dead or self.server.weather(what) == DIES:
+            self.server.failed[self.process.name] += 1
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
 
@@ -169,8 +245,9 @@ class Transaction:
         if self._blocked(place, alone):
             if skip:
                 return False
-            self._waits_for = place
+            self.waits_for = place
             self._waits += 1
+            self._waits_since_s = self.server.scheduler.now_s
             self.server.queues.setdefault(place, {})[self] = alone
             try:
                 while circle := self._circle():
@@ -187,11 +264,22 @@ class Transaction:
                 if not ready:
                     raise failure(LOCK_WAIT_TIMEOUT, "Lock wait timeout exceeded; try restarting transaction")
             finally:
+                for other, other_alone in held.items():
+                    if other is not self and (alone or other_alone):
+                        other._blocked_since(self, place)
                 self._leave_queue()
             if self._dead:
                 raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
         held[self] = alone
+        self._locked_at_s[place] = self.server.scheduler.now_s
         return True
+
+    def _blocked_since(self, other: Transaction, place: tuple[str, Key]) -> None:
+        """Notes for how long another transaction has waited for this one, but not while this one's process was paused."""
+        since_s = max(other._waits_since_s, self._locked_at_s[place], self.process.paused_until_s)
+        seconds = self.server.scheduler.now_s - since_s
+        if seconds > 0:
+            self.server.waits.append(Wait(other.process.name, self.process.name, place[0], seconds))
 
     def _blocked(self, place: tuple[str, Key], alone: bool) -> bool:
         return next(self._blockers(place, alone), None) is not None
@@ -211,11 +299,11 @@ class Transaction:
                 yield other
 
     def _leave_queue(self) -> None:
-        if self._waits_for is not None:
-            del self.server.queues[self._waits_for][self]
-            if not self.server.queues[self._waits_for]:
-                del self.server.queues[self._waits_for]
-            self._waits_for = None
+        if self.waits_for is not None:
+            del self.server.queues[self.waits_for][self]
+            if not self.server.queues[self.waits_for]:
+                del self.server.queues[self.waits_for]
+            self.waits_for = None
 
     def locked_row(
         self, table: str, key: Key, matches: Callable[[Row], bool], *, alone: bool = True, skip: bool = False
@@ -275,6 +363,7 @@ class Transaction:
         self.server.scheduler.step("COMMIT")
         happens = None if self._dead else self.server.weather("COMMIT")
         if self._dead or happens == DIES:
+            self.server.failed[self.process.name] += 1
             self.die()
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
         self.server.commit(
@@ -286,6 +375,7 @@ class Transaction:
         self.committed = True
         self._end()
         if happens == ANSWER_LOST:
+            self.server.failed[self.process.name] += 1
             raise failure(CONNECTION_LOST, "Lost connection to MySQL server during query")
 
     def roll_back(self) -> None:
@@ -297,11 +387,23 @@ class Transaction:
         self._dead = True
         self.roll_back()
 
+    def move_to(self, server: SimulatedMySQL) -> None:
+        """The transaction goes on at another server, with its locks."""
+        for place, held in self.server.locks.items():
+            if self in held:
+                server.locks.setdefault(place, {})[self] = held.pop(self)
+        self.server.open.discard(self)
+        server.open.add(self)
+        self.server = server
+
     def _end(self) -> None:
         self._leave_queue()
         self.server.open.discard(self)
         for place in [place for place, held in self.server.locks.items() if self in held]:
-            del self.server.locks[place][self]
+            alone = self.server.locks[place].pop(self)
+            for other, other_alone in self.server.queues.get(place, {}).items():
+                if alone or other_alone:
+                    self._blocked_since(other, place)
 
     def _weight(self) -> int:
         """The transaction that has changed and locked least is the victim of a deadlock."""
@@ -313,7 +415,7 @@ class Transaction:
         paths = [[self]]
         while paths:
             path = paths.pop()
-            last, place = path[-1], path[-1]._waits_for
+            last, place = path[-1], path[-1].waits_for
             if place is None:
                 continue
             for other in last._blockers(place, self.server.queues[place][last]):

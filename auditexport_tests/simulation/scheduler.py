@@ -37,6 +37,9 @@ class Process:
     plan: str | None = None  # the key of the plan under which a step works
 
 
+NOBODY = Process("")
+
+
 @dataclass(eq=False)
 class Task:
     """A thread of a process. It may go on when `ready()` holds, or when its alarm is over."""
@@ -118,9 +121,9 @@ class Scheduler:
         return self._current
 
     @property
-    def actor(self) -> str:
-        """The name of the process whose turn it is; "" before the first one's."""
-        return self._current.process.name if self._current is not None else ""
+    def process(self) -> Process:
+        """The process at work; one without a name before the first task runs."""
+        return self._current.process if self._current is not None else NOBODY
 
     def step(self, what: str) -> None:
         """A point where another task may go first. Raises `Killed` when this task's process is dead."""

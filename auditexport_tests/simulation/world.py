@@ -6,7 +6,7 @@ Simulated are both servers, the threads and the time.
 
 from __future__ import annotations
 
-import math
+import json
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +25,7 @@ from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
+from auditexport_pipeline.mysql.outbox import IN_CLICKHOUSE
 from auditexport_tests.chaos.application import FOREIGN_MARK, Book
 from auditexport_tests.chaos.check import Facts, forgetful_attempts
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, Application, columns_of
@@ -58,10 +59,15 @@ class Run:
 
     owner: str
     process: Process
+    began_s: float = 0.0
+    ended_s: float = 0.0
     ended: bool = False
     declared_dead: bool = False
     error: AuditExportError | None = None
     done: Drained | None = None
+    settled: bool = False  # whether `done` is what the run reports at its end
+    stopping: bool = False  # somebody has asked it to end
+    result: object = None  # of an operator's verb
     report: reconcile.Report | None = None
 
 
@@ -90,6 +96,8 @@ class World:
         self.storm = 0  # of MySQL's connections: so many of a thousand statements fail
         self.swept = False
         self.forgot = False  # a failover lost commits
+        self.failovers = 0  # of those
+        self.forgot_s = -1.0  # when the last one was
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
         self.tokens_forgotten = False
@@ -104,7 +112,8 @@ class World:
     ) -> Run:
         """A process of its own, or a step of a run. Errors of the exporter's tree end it; any other is a violation."""
         owner = step_of.owner if step_of is not None else f"{name} {len(self.runs)}"
-        run = Run(owner=owner, process=Process(owner, plan=claim.key if claim is not None else None))
+        process = Process(owner, plan=claim.key if claim is not None else None)
+        run = Run(owner=owner, process=process, began_s=self.scheduler.now_s)
         self.runs.append(run)
 
         def life() -> None:
@@ -119,7 +128,7 @@ class World:
             except Exception:
                 self.violations.append(f"{run.owner} met an error outside the tree:\n{traceback.format_exc()}")
             finally:
-                run.ended = True
+                run.ended, run.ended_s = True, self.scheduler.now_s
 
         self.scheduler.spawn(run.process.name if step_of is None else f"{owner}/{name}", life, run.process)
         return run
@@ -165,7 +174,6 @@ class World:
         how = 1 if quiet else choose.below(3)
         retried = quiet or not choose.below(2)
         knows_dead = quiet or not choose.chance(200)
-        stops_s = self.scheduler.now_s + (math.inf if quiet else (math.inf, math.inf, 0.1, 5.0)[choose.below(4)])
 
         def work(run: Run) -> None:
             outbox, log = outbox_on(self.mysql), self.audit_log()
@@ -178,8 +186,8 @@ class World:
                 limits=limits,
                 listener=_Tells(self.scheduler),
                 dead_owners=self.dead_owners if knows_dead else lambda owners: (),
+                stopping=lambda: run.stopping,
                 retried=retried,
-                stopping=lambda: self.scheduler.now_s >= stops_s,
             )
             run.done = drain.done
             if how == 0:
@@ -192,6 +200,8 @@ class World:
                     lambda: self.scheduler.now_s < until_s,
                     release=lambda: dead_letters.release_held(outbox, log.definition),
                 )
+            drain.done.settle(outbox, run.owner)
+            run.settled = True
 
         return self.start("quiet" if quiet else "run", work)
 
@@ -282,6 +292,10 @@ class World:
         rows = self.mysql.tables[OUTBOX].rows.items()
         return [pk for pk, row in rows if row["deleted_at"] is None and row["version"] == KNOWN and pk not in letters]
 
+    def only_refused_rows(self) -> bool:
+        """Whether the table refuses every pending row."""
+        return all(self.book.rows[pk].kind == "refused" for pk in self.pending_rows())
+
     def absent_rows(self) -> set[int]:
         """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
         clickhouse = self.clickhouse
@@ -337,6 +351,16 @@ class World:
         """The events of these rows: of several rows of one event, a reconciliation names one."""
         return sorted({self.book.rows[pk].event_id for pk in pks})
 
+    def altered(self) -> set[str]:
+        """Events of which ClickHouse got another payload than their row has now: both stores really differ."""
+        changed = {row.event_id: row.payload.encode() for _, row in self.book.all_rows() if row.earlier}
+        sent = (payload for block in self.clickhouse.received for payload in block.payloads) if changed else ()
+        return {
+            event_id
+            for payload in sent
+            if (event_id := json.loads(payload)["event_id"]) in changed and payload != changed[event_id]
+        }
+
     def facts(self) -> Facts:
         ledger = self.mysql.tables[LEDGER].rows
         outbox = outbox_on(self.mysql)
@@ -356,6 +380,7 @@ class World:
             in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
             forgetful=forgetful_attempts(batches, overflow=self.tokens_forgotten),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
+            explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
         )
 
 

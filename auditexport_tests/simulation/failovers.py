@@ -1,0 +1,94 @@
+"""What a failover of MySQL that lost commits explains, and what it does not.
+
+It loses the last commits of all tables together, so outbox, ledger and dead letters still fit each other. What cannot fit is
+ClickHouse, which has what the lost commits were about:
+
+* entries of events whose rows were lost,
+* for each such failover one more copy of an event: nothing knows any more that it went out,
+* entries of blocks that only a lost commit had sealed,
+* batches that are discrepant because of such copies, and reports that name them.
+
+All else is judged as in any other history: no event is lost, pending, missing or altered, and no mark is there without its batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from auditexport_tests.chaos.application import FOREIGN_MARK
+from auditexport_tests.chaos.check import Facts
+from auditexport_tests.simulation.application import OUTBOX
+from auditexport_tests.simulation.world import LEDGER, World
+
+# Lines of `chaos.check` in the place of which `unexplained` has its own.
+_INSTEAD = (
+    "entries of events that were never committed",
+    "times too often",
+    "that the ledger does not list",
+    "is discrepant, not verified: in ClickHouse: ",
+)
+
+
+def after_failover(world: World) -> None:
+    """Corrects the book: rows are gone, rows that were deleted or marked are back, and so are earlier payloads."""
+    world.forgot = True
+    world.invariants.forget()
+    book = world.book
+    known = {(pk, row.event_id): row for table in (*book.past, book.rows) for pk, row in table.items()}
+    rows = world.mysql.tables[OUTBOX].rows
+    inserted = {
+        (change.key, change.after["event_id"])
+        for commit in world.mysql.commits
+        if commit.lost
+        for change in commit.changes
+        if change.table == OUTBOX and change.before is None and change.after is not None
+    }
+    there = {pk: known[pk, row["event_id"]] for pk, row in rows.items()}
+    deleted = {pk: row for pk, row in book.rows.items() if pk not in rows and (pk, row.event_id) not in inserted}
+    book.rows = {**deleted, **there}
+    for pk, row in there.items():
+        row.deleted = False
+        row.taken = rows[pk]["deleted_at"] == FOREIGN_MARK and row.taken
+        if row.payload != rows[pk]["payload"]:
+            row.becomes(next(one for one in row.earlier if one.payload == rows[pk]["payload"]))
+
+
+def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[str]:
+    """The violations that a failover with lost commits does not explain."""
+    yield from (line for line in violations if not any(text in line for text in _INSTEAD))
+    altered = len(world.altered())
+    for batch in facts.batches:
+        if str(batch.state) != "discrepant":
+            continue
+        found = batch.last_error.removeprefix("in ClickHouse: ")
+        counts = {kind: int(number) for number, kind in (one.split() for one in found.split(", "))}
+        if "missing" in counts or counts.get("altered", 0) > altered:
+            yield f"batch {batch.batch_id} is discrepant: {found}"
+    inserts: Counter[str] = Counter()
+    sealed: defaultdict[bool, set[str]] = defaultdict(set)  # digests of blocks, by whether the commit was lost
+    for commit in world.mysql.commits:
+        for change in commit.changes:
+            if change.after is None:
+                continue
+            if change.table == OUTBOX:
+                inserts[change.after["event_id"]] += change.before is None
+            elif change.table == LEDGER and change.key:
+                sealed[commit.lost] |= {block.get("digest", "") for block in json.loads(change.after["manifest"])}
+    again: Counter[str] = Counter()
+    for _, row in facts.book.all_rows():
+        again[row.event_id] += row.cleared + row.requeued
+    copies = Counter(str(columns[0]) for (_, columns), count in facts.stored.items() for _ in range(count))
+    for event_id, count in copies.items():
+        most = inserts[event_id] + again[event_id] + world.failovers + (facts.forgetful if again[event_id] else 0)
+        if count > most:
+            yield f"event {event_id} is there {count} times, of which {world.failovers} failovers and others explain {most}"
+    for block in world.clickhouse.received:
+        digest = block.token.split("-")[3]
+        if digest not in sealed[False] | sealed[True]:
+            yield f"ClickHouse got a block at {block.at_ms} that no commit had sealed"
+    lost_times = {block.at_ms for block in world.clickhouse.received if block.token.split("-")[3] in sealed[True]}
+    listed = {block.inserted_at_ms for batch in facts.batches for block in (*batch.blocks, *batch.given_back)}
+    if stray := {at_ms for at_ms, _ in facts.stored} - lost_times - listed:
+        yield f"ClickHouse has entries at {sorted(stray)}, which no batch of the ledger has, and no lost commit had"
