@@ -241,6 +241,7 @@ CONTROLS = (
     _control(
         "a server without memory says nothing about a row",
         ("core/split.py", "if answer.kind in LIMITS_OF_A_BLOCK:  # a busy", "if False:  # a busy"),
+        missed=False,  # about one history in a thousand reaches it; test_truth.py always does
     ),
     _control(
         "the ledger says what is still wrong after a repair",
@@ -265,6 +266,7 @@ CONTROLS = (
             "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
             "return bool(row.epoch == claim.epoch)",
         ),
+        missed=False,
     ),
 )
 
