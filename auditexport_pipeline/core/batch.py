@@ -21,6 +21,8 @@ Bodies = dict[str, list[bytes]]
 
 # The beginning of a note on a failed view in the ledger's column `last_error`; SQL statements compare it.
 VIEW_NOTE = "view "
+# Between that note and the reason why rows of the batch are not marked.
+NOT_MARKED = "; not marked: "
 # The beginning of a note on a view that prevents a block from being stored. It is cleared when the batch is written.
 VIEW_BARS = "a materialized view "
 
@@ -203,7 +205,7 @@ class Batch:
     @property
     def view_note(self) -> str:
         """The note on a materialized view that failed after entries of the batch were stored, or ""."""
-        return self.last_error if self.last_error.startswith(VIEW_NOTE) else ""
+        return self.last_error.split(NOT_MARKED)[0] if self.last_error.startswith(VIEW_NOTE) else ""
 
     @property
     def entries(self) -> int:

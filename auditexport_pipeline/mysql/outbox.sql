@@ -38,7 +38,7 @@ held.pk = letter.pk
 
 -- name: $view_note
 -- A note on a failed view stays with the batch: the view lacks the batch's rows for good.
-IF(last_error LIKE 'view %', last_error, '')
+IF(last_error LIKE 'view %', SUBSTRING_INDEX(last_error, '; not marked: ', 1), '')
 
 -- name: now_ms
 SELECT $now_ms AS now_ms
@@ -271,8 +271,11 @@ UPDATE clickhouse_outbox_batch SET state = 'exported', counts = :counts, lease_u
 WHERE batch_id = :batch_id
 
 -- name: leave_written
--- Primary key; under fence. Why rows of the batch are not marked. The batch stays open and holds its rows.
-UPDATE clickhouse_outbox_batch SET last_error = :error WHERE batch_id = :batch_id AND state = 'written'
+-- Primary key; under fence. Why rows of the batch are not marked, after the note on a failed view. The batch stays open and holds
+-- its rows.
+UPDATE clickhouse_outbox_batch
+SET last_error = IF(last_error LIKE 'view %', LEFT(CONCAT(LEFT($view_note, 600), '; not marked: ', :error), 1000), :error)
+WHERE batch_id = :batch_id AND state = 'written'
 
 -- name: unverified
 -- state_idx; no lock.

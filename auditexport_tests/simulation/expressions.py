@@ -339,8 +339,18 @@ def _anonymous(node: exp.Anonymous, of: Compile, names: Names) -> Value:
     return _function(operation)(node, of, names)
 
 
+def _substring_index(text: str, delimiter: str, count: int) -> str:
+    return delimiter.join(text.split(delimiter)[:count])
+
+
 def _bytes(value: Any) -> int:
     return len(value.encode() if isinstance(value, str) else value)
+
+
+def _of_all(operation: Callable[..., Any], *arguments: Any) -> Value:
+    *nodes, of = arguments
+    values = [of(node) for node in nodes]
+    return lambda row, call: operation(*(value(row, call) for value in values))
 
 
 # ── aggregates ───────────────────────────────────────────────────────────────────────────────────
@@ -401,6 +411,9 @@ _MAKERS: dict[type[Any], Maker] = {
     exp.Concat: _function(lambda *texts: "".join(texts)),
     exp.LowerHex: _function(lambda number: f"{number:x}"),
     exp.Left: _function(lambda value, length: value[:length]),
+    exp.SubstringIndex: lambda node, of, _: _of_all(
+        _substring_index, node.this, node.args["delimiter"], node.args["count"], of
+    ),
     exp.JSONExtract: _json_extract,
     exp.Anonymous: _anonymous,
     exp.Count: _aggregate(len),

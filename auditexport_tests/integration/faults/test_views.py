@@ -143,6 +143,20 @@ def test_views_in_a_chain_name_the_one_that_fails(stack: Stack) -> None:
     assert "inner_view" in states(stack)[0][1]
 
 
+def test_the_note_on_a_view_outlives_locked_rows(stack: Stack) -> None:
+    """Why rows are not marked must not take the place of what the view lacks for good (simulation, seed 1032825)."""
+    view(stack, "throwIf(startsWith(description, 'secret'), 'no')")
+    insert(stack)
+    with stack.outbox.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT pk FROM clickhouse_outbox ORDER BY pk LIMIT 1 FOR UPDATE")
+        drained(stack)
+        ((state, note),) = states(stack)
+        assert (state, "failing_view" in note, "locked" in note) == ("written", True, True)
+    drained(stack)
+    ((state, note),) = states(stack)
+    assert (state, "failing_view" in note, "locked" in note) == ("verified", True, False)
+
+
 def test_a_views_own_throw_is_not_the_end_of_a_lease(stack: Stack) -> None:
     """Our fence and a view's throwIf() have one code; after the fence nothing is written."""
     view(stack, "throwIf(startsWith(description, 'secret'), 'the lease of this flat has ended')")
