@@ -16,7 +16,7 @@ from auditexport_pipeline.core.errors import TableRefuses
 from auditexport_pipeline.core.event import Undecodable, explain, normal_form
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.poison import Group, ProbeBudget, next_to_halve, search
-from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, DeadLetter, Refusal, RefusalKind
+from auditexport_pipeline.core.ports import LIMITS_OF_A_BLOCK, AuditLog, DeadLetter, Refusal
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
 

@@ -185,7 +185,7 @@ def clickhouse_limits(world: World) -> None:
     elif how == 6:
         conditions.most_rows = 0
     elif how == 7:
-        conditions.lacks_memory = lambda: bool(choose.below(2))
+        conditions.lacks_memory = lambda: choose.chance(300)
 
 
 @action(1)
@@ -231,10 +231,11 @@ def _begin_again(world: World) -> None:
 
 @action(2)
 def clickhouse_loses_entries(world: World) -> None:
-    """Entries are gone whose rows are marked in the outbox: nothing else could name them."""
+    """Entries are gone whose rows are marked in the outbox and as they were: nothing else could name them."""
     marked = _marked_events(world)
     entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
-    if entries and not world.swept and not world.others_at_work:
+    changed = any(row.earlier for _, row in world.book.all_rows())
+    if entries and not changed and not world.swept and not world.others_at_work:
         first = world.choices.below(len(entries))
         _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
 

@@ -16,7 +16,7 @@ from auditexport_tests.simulation.world import LEDGER, Run, World
 @action(2)
 def change_payloads(world: World) -> None:
     """The application changes payloads of pending, claimed, sealed or exported rows."""
-    if pks := some_rows(world, 4):
+    if (pks := some_rows(world, 4)) and not world.gone["lost"]:
         application = world.choices.one_of(world.applications)
         world.beside("changer", lambda: application.change(pks))
 
@@ -33,7 +33,8 @@ def lock_rows_of_a_batch(world: World) -> None:
 
     def wait_and_change() -> None:
         world.scheduler.sleep(after_s)
-        second.change(pks[:-1])
+        if not world.gone["lost"]:
+            second.change(pks[:-1])
 
     world.beside("holder", lambda: first.hold(pks[-1:], rests_s))
     world.beside("changer", wait_and_change)

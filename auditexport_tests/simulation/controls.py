@@ -56,17 +56,15 @@ CONTROLS = (
     _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST),
     _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER, missed=False),
     _control("MySQL refuses a step that the batch is past", _NO_STATE, missed=False),
-    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, missed=False),
-    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, missed=False),
+    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT),
+    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT),
     _control(
         "ClickHouse refuses an INSERT after its deadline",
         ("core/export.py", "deadline_ms=deadline_ms,", "deadline_ms=2**62,"),
-        missed=False,
     ),
     _control(
         "nothing is split while an INSERT of it can be at work",
         ("core/attempt.py", "return self.until_ms - self._log.deadline_ms(0)", "return -1"),
-        missed=False,
     ),
     _control(
         "a stopped batch waits until no INSERT of it can be at work",
@@ -132,7 +130,6 @@ CONTROLS = (
             "block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings",
             "block for block in to_send if block.inserted_at_ms not in holdings",
         ),
-        missed=False,
     ),
     _control(
         "a requeue that cannot be proven does not put a split off",
@@ -142,22 +139,12 @@ CONTROLS = (
     _control(
         "a busy server is not a row that is too large",
         ("core/attempt.py", "return STRIKES_OF_A_USUAL_ROW if usual_row", "return STRIKES[kind] if usual_row"),
-        missed=False,
     ),
     _control(
         "a late verification knows erasures and the TTL",
         ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
-        missed=False,
     ),
     _control("a later attempt looks first", _NO_LOOK_FIRST),
-    _control(
-        "an epoch that recurs after a failover is another one",
-        (
-            "mysql/outbox.py",
-            "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
-            "return bool(row.epoch == claim.epoch)",
-        ),
-    ),
     _control(
         "a receipt is of the cut that the ledger has",
         (
@@ -180,10 +167,12 @@ CONTROLS = (
         ("core/actions.py", "and (self.to_ms is None or at_ms < self.to_ms)", ""),
         ("core/actions.py", "and (self.from_ms is None or at_ms >= self.from_ms)", ""),
         ("core/actions.py", 'and self.event_id in ("", event_id)', ""),
+        missed=False,
     ),
     _control(
         "an erasure explains nothing that came later",
         ("core/excuses.py", "if sent_ms <= recorded.at_ms or (", "if True or ("),
+        missed=False,
     ),
     _control(
         "an unknown TTL explains nothing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -70,8 +70,10 @@ def stores_each_row_by_itself(server: SimulatedClickHouse) -> None:
 def stores_what_a_constraint_refuses(server: SimulatedClickHouse) -> None:
     store = server.store
 
-    def wrong(entries: list[StoredEntry], token: str, timeout_s: float = 0) -> Refusal | None:
-        refusal = store(entries, token, timeout_s)
+    def wrong(
+        entries: list[StoredEntry], token: str, timeout_s: float = 0, payloads: Sequence[bytes] = ()
+    ) -> Refusal | None:
+        refusal = store(entries, token, timeout_s, payloads)
         if refusal is not None and refusal.constraint:
             server.parts.append(Part(month_of(entries[0].inserted_at_ms), entries[:1]))
         return refusal

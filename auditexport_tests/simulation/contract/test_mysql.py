@@ -113,6 +113,8 @@ def comparable(answer: Any, *, ordered: bool, typed: bool) -> Any:
 
 
 def _type_of(value: Any) -> type[Any]:
+    if isinstance(value, bytes):  # the simulation counts those that are held
+        return bytes
     return int if isinstance(value, bool) else type(value)
 
 
