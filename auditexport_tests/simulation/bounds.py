@@ -10,7 +10,8 @@ each new cut, and for its lease threads. What an error of a connection, or the e
 the largest size. Nothing is sent for each row but the chunks of marks. Without work it sends a few statements. The constants are
 the largest of some thousand histories, and a third more.
 
-Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, and of one more that is compared before its rows are marked.
+Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, of one more that is compared before its rows are marked, and of some
+that Python has not freed yet.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Bounds:
     def broken(self) -> Iterator[str]:
         """A sentence for each bound that was exceeded."""
         yield from self._waits()
-        most_bytes = (BATCHES_IN_MEMORY + 1) * self._largest_batch_bytes()
+        most_bytes = (BATCHES_IN_MEMORY + 4) * self._largest_batch_bytes()
         for run in self.world.runs:
             for what, number, most in self._work(run):
                 if number > most:
