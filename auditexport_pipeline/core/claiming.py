@@ -168,6 +168,9 @@ class _Cutter:
     def cut(self, version: str, most_batches: int, most_rows: int) -> Iterator[Claim]:
         """Cuts batches of one version. Each comes from one page of candidates and is bounded by bytes. The first
         batches are small, so that every stage of the pipeline soon has work.
+
+        A page that is not full was the last one: rows that commit from now on wait for the next plan. Otherwise a busy
+        application would get a batch, and an INSERT, for each row or two that commit while its rows are claimed.
         """
         limits = self._limits
         from_pk = batches = rows = 0
@@ -180,16 +183,21 @@ class _Cutter:
             if not page:
                 return
             from_pk = page.last + 1
+            last_page = len(page) < batch_rows
             free = page - self._in_batches
             if not free:
+                if last_page:
+                    return
                 continue
             pks, size = self._within_bytes(free)
             if len(pks) < len(free):
-                from_pk = pks.last + 1
+                from_pk, last_page = pks.last + 1, False
             for claim in islice(self._add(version, pks, size), most_batches - batches):
                 batches += 1
                 rows += claim.rows
                 yield claim
+            if last_page:
+                return
             # Where bytes bound the batches, and not rows, longer pages would be read in vain.
             taken = batch_rows if len(pks) == len(free) else len(pks)
             batch_rows = min(limits.batch_rows, max(FIRST_BATCH_ROWS, int(taken * FURTHER_BATCHES_GROW)))

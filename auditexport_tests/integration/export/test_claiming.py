@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier, Event
@@ -20,6 +21,7 @@ from auditexport_pipeline.core import claiming, export, reading
 from auditexport_pipeline.core.batch import Batch, Claim, State
 from auditexport_pipeline.core.settings import Limits
 from auditexport_pipeline.core.versions import VERSIONS
+from auditexport_pipeline.mysql.outbox import MySQLPlanning
 from auditexport_tests.conftest import Stack
 from auditexport_tests.support.builders import (
     claim,
@@ -61,6 +63,20 @@ def test_the_oldest_rows_are_claimed_first(stack: Stack) -> None:
     assert pks(stack, claim(stack, batch_rows=10, max_batches=2)) == [rows[:10], rows[10:20]]
     assert pks(stack, claim(stack, "two", batch_rows=10)) == [rows[20:]]
     assert claim(stack, "three", batch_rows=10) == []
+
+
+def test_rows_that_arrive_during_a_claim_wait_for_the_next_plan(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy application made dozens of batches of a row or two in each plan, each with an INSERT of its own."""
+    real = MySQLPlanning.payload_bytes
+
+    def while_another_row_commits(planning: MySQLPlanning, pks: Sequence[int]) -> dict[int, int]:
+        put(stack, 1)
+        return real(planning, pks)
+
+    monkeypatch.setattr(MySQLPlanning, "payload_bytes", while_another_row_commits)
+    put(stack, 3)
+    assert [batch.rows for batch in batches(stack, claim(stack))] == [3]
+    assert [batch.rows for batch in batches(stack, claim(stack, "two"))] == [1]
 
 
 def test_a_lower_pk_that_commits_later_is_found(stack: Stack) -> None:
