@@ -170,6 +170,7 @@ def clickhouse_limits(world: World) -> None:
     how = choose.below(8)
     conditions.most_rows, conditions.most_bytes, conditions.lacks_memory = 2**63, 2**63, lambda: False
     conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
+    world.forgetful = world.forgetful or how in (3, 4, 5)
     if how == 1:
         conditions.most_rows = 1 + choose.below(3)
     elif how == 2:
@@ -272,7 +273,7 @@ def clickhouse_forgets_tokens(world: World) -> None:
     ledger = world.mysql.tables[LEDGER].rows.values()
     if max(row["inserts_until_ms"] for row in ledger) < world.clickhouse.now_ms() and not world.forgot:
         world.clickhouse.tokens.clear()
-        world.tokens_forgotten = True
+        world.forgetful = True
 
 
 @action(2)

@@ -100,7 +100,7 @@ class World:
         self.forgot_s = -1.0  # when the last one was
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
-        self.tokens_forgotten = False
+        self.forgetful = False  # a requeue may leave more copies: tokens were forgotten, or a view failed
         self.set_back = False  # MySQL's clock: an erasure can be recorded before what it erased
         self.calm_clickhouse()
         self.invariants = Invariants(self.mysql, self.clickhouse, self.book, lambda: {run.owner for run in self.runs})
@@ -378,7 +378,7 @@ class World:
             gone=_counted(taken),
             unexplained=self.unexplained(),
             in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
-            forgetful=forgetful_attempts(batches, overflow=self.tokens_forgotten),
+            forgetful=forgetful_attempts(batches, overflow=self.forgetful),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
             explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
         )
