@@ -420,8 +420,9 @@ class _Work:
         found.explained[RENEWED] += min(lost, len(self.group.renewed - seen))
         lost -= found.explained[RENEWED]
         self._explain_without_rows(batch.version, lost)
-        # Of two rows of one event, the added one may have replaced the other.
-        comparable = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy and not lost
+        # Entries whose rows are there are compared with them. Of two rows of one event, the added one may have replaced the other.
+        same = baseline is not None and baseline.copies == 0 and not added and not found.discrepancy and not lost
+        comparable = same and bool(gone or others)
         entries = self._one_of_each() if comparable else None
         if baseline is not None and entries is not None:
             now = _sum_of(entries)
