@@ -11,7 +11,7 @@ from auditexport_tests.simulation.many import shrunk, story_of
 
 # Three minutes of histories, two of them in `make test`.
 SHARDS = 12
-HISTORIES_OF_A_SHARD = 300
+HISTORIES_OF_A_SHARD = 200
 # Taken away, these are missed within a few histories; others take longer.
 FOUND_SOON = ("a later attempt looks first, and a block has one token", "rows are marked after ClickHouse has them")
 
