@@ -4,7 +4,7 @@ It loses the last commits of all tables together, so outbox, ledger and dead let
 ClickHouse, which has what the lost commits were about:
 
 * entries of events whose rows were lost,
-* for each such failover one more copy of an event: nothing knows any more that it went out,
+* for each such failover one more copy of each row's event: nothing knows any more that it went out,
 * entries of blocks that only a lost commit had sealed,
 * batches that are discrepant because of such copies, and reports that name them,
 * a batch that lists rows which are dead letters: a lost cut had set them aside, and had sent their neighbours under the block's
@@ -89,7 +89,7 @@ def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[s
         again[row.event_id] += row.cleared + row.requeued
     copies = Counter(str(columns[0]) for (_, columns), count in facts.stored.items() for _ in range(count))
     for event_id, count in copies.items():
-        most = inserts[event_id] + again[event_id] + world.failovers + (facts.forgetful if again[event_id] else 0)
+        most = inserts[event_id] * (1 + world.failovers) + again[event_id] + (facts.forgetful if again[event_id] else 0)
         if count > most:
             yield f"event {event_id} is there {count} times, of which {world.failovers} failovers and others explain {most}"
     for block in world.clickhouse.received:

@@ -331,14 +331,16 @@ class World:
         marked = {pk for pk, row in rows if row["deleted_at"] == FOREIGN_MARK and self.book.rows[pk].key in expired}
         erasures = self.mysql.tables["clickhouse_outbox_erasure"].rows.values()
         recorded = self.mysql.tables["clickhouse_outbox_action"].rows
-        taken = {entry.key for entry in self.gone["erased"]} if self.set_back else set()
+        # An erasure can be recorded, by a clock that was set back, before what it erased; or a failover lost the record.
+        unsure = {entry.key for entry in self.gone["erased"]} if self.set_back or self.forgot else set()
+        marked |= {pk for pk, _ in rows if self.book.rows[pk].key in unsure}
         return marked | {
             pk
             for row in erasures
             for pk, written in rows
             if (key := self.book.rows[pk].key) is not None
             and Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}).covers(key)
-            and (written["created_at"] <= recorded[row["action_id"]]["at_ms"] or key in taken)
+            and written["created_at"] <= recorded[row["action_id"]]["at_ms"]
         }
 
     def unexplained(self) -> set[int]:
