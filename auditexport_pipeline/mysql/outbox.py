@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -396,6 +395,7 @@ class MySQLPlanning:
         self._connection = connection
         self._plan = plan
         self._last_ms = last_ms
+        self._letters: tuple[int, int] | None = None
 
     def open_batches(self) -> list[OpenBatch]:
         rows = self._connection.execute(SQL["open_batches"])
@@ -427,16 +427,20 @@ class MySQLPlanning:
     def candidates(self, version: str, from_pk: int, rows: int) -> PkSet:
         page = {"version": version, "from_pk": from_pk, "row_limit": rows}
         pks = PkSet(tuple(self._read("candidates", page)))
-        first_letter, last_letter = self._holding_letters
+        first_letter, last_letter = self._holding_letters()
         if pks and first_letter <= last_letter and first_letter <= pks.last and last_letter >= pks.first:
             return PkSet(tuple(self._read("candidates_beside_letters", page)))
         return pks
 
-    @cached_property
     def _holding_letters(self) -> tuple[int, int]:
-        """The first and the last pk that a dead letter holds. Other rows get no letter during a plan."""
-        ((first, last),) = self._read("holding_letters", {})
-        return (first, last) if last is not None else (1, 0)
+        """The first and the last pk that a dead letter holds, read once: other rows get no letter during a plan.
+
+        Not `cached_property`: until Python 3.12 its lock is one for all plans of the process, held during the statement.
+        """
+        if self._letters is None:
+            ((first, last),) = self._read("holding_letters", {})
+            self._letters = (first, last) if last is not None else (1, 0)
+        return self._letters
 
     def _read(self, statement: str, values: Mapping[str, object]) -> list[Any]:
         return _driver_rows(self._connection, statement, values)
