@@ -489,7 +489,7 @@ class SimulatedStage:
 
     def until_waiting(self, session: SimulatedSession) -> None:
         def waits() -> bool:
-            return session.transaction is not None and session.transaction._waits_for is not None
+            return session.transaction is not None and session.transaction.waits_for is not None
 
         assert self.scheduler.wait(waits, WAITS_WITHIN_S), "the statement does not wait for a lock"
 
