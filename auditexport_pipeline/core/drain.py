@@ -44,7 +44,7 @@ class Drained:
 
     rounds: int = 0
     batches: int = 0
-    adopted: int = 0  # adopted from other owners, exported or not
+    adopted: int = 0  # of those, adopted from other owners
     rows: int = 0
     entries: int = 0
     bytes: int = 0

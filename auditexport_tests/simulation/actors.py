@@ -44,7 +44,7 @@ def lock_rows_of_a_batch(world: World) -> None:
 
 @action(1)
 def stop_a_run(world: World) -> None:
-    """Somebody asks a run to end, as Ctrl-C does."""
+    """A run is asked to end, as by Ctrl-C."""
     if runs := [run for run in world.at_work() if run.owner.startswith("run")]:
         world.choices.one_of(runs).stopping = True
 
@@ -80,7 +80,7 @@ def clickhouse_memory_comes_and_goes(world: World) -> None:
 
 @action(2)
 def look_at_the_status(world: World) -> None:
-    """Somebody looks at the status: whenever nothing was committed meanwhile, it must be true."""
+    """Reads the status. If nothing was committed meanwhile, it must be true."""
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
         world.violations += false_status(world, outbox)

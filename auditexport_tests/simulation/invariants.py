@@ -1,7 +1,7 @@
 """The invariants of the design, checked whenever one of the two servers commits something.
 
-Later runs mend much: a batch that a zombie changed is finished by somebody else, and at the end of a history nothing shows it.
-So each rule here is checked at the instant at which it could be broken.
+Later runs repair a lot: another run finishes a batch that a zombie changed, and the end of the history does not show the fault. So
+each rule is checked at the moment at which it could be broken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from auditexport_tests.simulation.clickhouse_server import SimulatedClickHouse
 from auditexport_tests.simulation.mysql_server import Change, Row, SimulatedMySQL
 
 LEDGER = "clickhouse_outbox_batch"
-# What a plan, a renewed lease, and a reason for waiting change: nobody's work on the batch.
+# Columns that a plan, a renewed lease or a reason for waiting changes. A change of any other column is work on the batch.
 NO_WORK = frozenset(("lease_until_ms", "epoch", "claim_key", "owner", "process", "last_error"))
 STEPS: Mapping[State, Collection[State]] = {
     State.CLAIMED: (State.SEALED,),

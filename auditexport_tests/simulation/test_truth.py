@@ -103,7 +103,7 @@ def test_own_batches_of_a_failed_plan_do_not_count_as_adopted() -> None:
 
 
 def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost() -> None:
-    """A run that was paused until its INSERT was too late goes on with the batch, which nobody has taken over."""
+    """A run is paused until its INSERT is too late. No other run adopts the batch, and the run exports it."""
 
     def script(world: World) -> None:
         write(world, "one")

@@ -66,7 +66,7 @@ class Run:
     error: AuditExportError | None = None
     done: Drained | None = None
     settled: bool = False  # whether `done` is what the run reports at its end
-    stopping: bool = False  # somebody has asked it to end
+    stopping: bool = False  # it was asked to end
     result: object = None  # of an operator's verb
     report: reconcile.Report | None = None
 
@@ -96,8 +96,8 @@ class World:
         self.storm = 0  # of MySQL's connections: so many of a thousand statements fail
         self.swept = False
         self.forgot = False  # a failover lost commits
-        self.failovers = 0  # of those
-        self.forgot_s = -1.0  # when the last one was
+        self.failovers = 0  # that lost commits
+        self.forgot_s = -1.0  # when the last of those failovers was
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
         self.forgetful = False  # a requeue may leave more copies: tokens were forgotten, or a view failed
@@ -338,10 +338,18 @@ class World:
             pk
             for row in erasures
             for pk, written in rows
-            if (key := self.book.rows[pk].key) is not None
+            if (key := self._key(pk)) is not None
             and Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}).covers(key)
             and written["created_at"] <= recorded[row["action_id"]]["at_ms"]
         }
+
+    def _key(self, pk: int) -> tuple[str, str, int, str] | None:
+        """By which an erasure names the row's event; also of one that the table refuses. None for a malformed one."""
+        row = self.book.rows[pk]
+        if row.kind != "refused":
+            return row.key
+        event = json.loads(row.payload)
+        return (event["workspace_id"], event["bucket"], event["time"], event["event_id"])
 
     def unexplained(self) -> set[int]:
         """The `inserted_at`s of entries that expired by a TTL that depends on the event, and whose rows are gone."""
