@@ -292,10 +292,6 @@ class World:
         rows = self.mysql.tables[OUTBOX].rows.items()
         return [pk for pk, row in rows if row["deleted_at"] is None and row["version"] == KNOWN and pk not in letters]
 
-    def only_refused_rows(self) -> bool:
-        """Whether the table refuses every pending row."""
-        return all(self.book.rows[pk].kind == "refused" for pk in self.pending_rows())
-
     def absent_rows(self) -> set[int]:
         """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
         clickhouse = self.clickhouse
