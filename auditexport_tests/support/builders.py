@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from auditexport_pipeline.core import claiming, export
 from auditexport_pipeline.core.batch import Batch, Bodies, Claim
@@ -18,6 +19,7 @@ from auditexport_tests.support.crashes import Crash, CrashingAuditLog, CrashingO
 from auditexport_tests.support.stack import Stack
 
 FIRST_EVENT_MS = 1_760_000_000_000
+INVALID_JSON = 3140  # the code of MySQL, which checks JSON
 NEVER = "before nothing 1"  # a crash point that no run reaches
 Row = tuple[str, str, str]  # workspace_id, event_id, payload
 
@@ -55,6 +57,17 @@ def small_event(event_id: str, workspace_id: str = "ws_1", **fields: object) -> 
     """A row whose event has the required fields only, and these."""
     required = {"event_id": event_id, "time": 1, "workspace_id": workspace_id, "event": "key.create"}
     return workspace_id, event_id, json.dumps({**required, **fields})
+
+
+def put_with_meta(stack: Stack, event_id: str, meta: str) -> int | None:
+    """One row with this text as its meta; None if the server's JSON type refuses it."""
+    *ids, payload = small_event(event_id, meta=0)
+    try:
+        return stack.put((*ids, payload.replace('"meta": 0', f'"meta": {meta}')))[0]
+    except DBAPIError as error:
+        if error.orig is None or error.orig.args[0] != INVALID_JSON:
+            raise
+        return None
 
 
 def insert(stack: Stack, rows: Sequence[Row]) -> list[int]:

@@ -22,7 +22,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy.exc import DBAPIError
 
 from auditexport_pipeline.clickhouse import audit_log
 from auditexport_pipeline.core import claiming, export, verify
@@ -46,6 +45,7 @@ from auditexport_tests.support.builders import (
     ledger,
     lose,
     merge,
+    put_with_meta,
     runner,
     small_event,
     states,
@@ -724,18 +724,6 @@ REFUSED = {
 }
 # MySQL stores the last of two; MariaDB stores both, ClickHouse refuses both, and the event goes out in normal form.
 KEYS_TWICE = '{"k": 1, "k": 2, "o": {"z": 1, "z": 3}}'
-INVALID_JSON = 3140
-
-
-def _put_with_meta(stack: Stack, event_id: str, meta: str) -> int | None:
-    """One row with this text as its meta; None if the server's JSON type refuses it."""
-    *ids, payload = small_event(event_id, meta=0)
-    try:
-        return stack.put((*ids, payload.replace('"meta": 0', f'"meta": {meta}')))[0]
-    except DBAPIError as error:
-        if error.orig is None or error.orig.args[0] != INVALID_JSON:
-            raise
-        return None
 
 
 @pytest.mark.parametrize("place", [NEVER, "before replace_cut 1", "after replace_cut 1", "after replace_cut 2"])
@@ -744,9 +732,9 @@ def test_refused_rows_become_dead_letters_and_their_neighbours_arrive(stack: Sta
     refused = {}
     for number, (meta, reason) in enumerate(REFUSED.items()):
         fill(stack, 15, seed=10 + number)
-        if pk := _put_with_meta(stack, f"evt_{number}", meta):
+        if pk := put_with_meta(stack, f"evt_{number}", meta):
             refused[pk] = reason
-    _put_with_meta(stack, "evt_twice", KEYS_TWICE)
+    put_with_meta(stack, "evt_twice", KEYS_TWICE)
     is_mariadb = "MariaDB" in str(stack.sql("SELECT VERSION() AS v")[0].v)
     assert len(refused) == (len(REFUSED) if is_mariadb else 0)
     limits = Limits(batch_rows=100, blocks_per_batch=2)
