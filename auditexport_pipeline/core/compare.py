@@ -239,6 +239,11 @@ class _Expected(SentEvent):
     marked: bool = False  # by a batch of this group
     copies: int = 0  # that requeues may have added
 
+    @property
+    def came_back(self) -> bool:
+        """Whether a requeue has sent the event again, and its row still has a mark of this group."""
+        return self.again_ms is not None and self.marked
+
     def allows(self, entry: StoredEntry) -> bool:
         return (entry.fingerprint, entry.content) in self.contents
 
@@ -336,7 +341,7 @@ class _Work:
                 del self.expected[key]
         if self.group.first is None or self.added:
             return
-        absent = [key for key in self.expected if key not in self.stored]
+        absent = [key for key in self.expected if key not in self.stored and not self.expected[key].came_back]
         _, block = self.group.first
         rows, fingerprint = block.rows, block.fingerprint
         if self.baseline is not None and self.baseline.copies == 0:

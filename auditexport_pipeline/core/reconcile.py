@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from auditexport_pipeline.core.actions import Actor
-from auditexport_pipeline.core.batch import NO_ENTRIES, OPEN, Batch, Block, Holding, State
+from auditexport_pipeline.core.batch import NO_ENTRIES, OPEN, Batch, Block, Holding, State, pks_of
 from auditexport_pipeline.core.compare import (
     ROW_BYTES,
     Comparison,
@@ -252,10 +252,29 @@ class _Reconciliation:
             fresh = {batch.batch_id: batch for batch in self.outbox.batches(batch.batch_id for batch in unverified)}
             closed = [replace(fresh.get(batch.batch_id, batch), swept=batch.swept) for batch in closed]
         holdings = self.log.holdings([block.inserted_at_ms for batch in closed for block in batch.blocks])
-        missing = [pk for batch in closed for pk in self._compare_batch(batch, holdings)]
+        came_back = self._came_back(closed)
+        missing = [pk for batch in closed for pk in self._compare_batch(batch, holdings, came_back)]
         self.report.missing_pks |= PkSet.of(sorted(set(missing)))
 
-    def _compare_batch(self, batch: Batch, holdings: Mapping[int, Holding]) -> list[int]:
+    def _came_back(self, batches: Sequence[Batch]) -> set[int]:
+        """Each `inserted_at` that lacked erased entries when it was last compared, and that a requeue has. What explained
+        that does not explain that they are gone again.
+        """
+        lacking: defaultdict[str, list[Block]] = defaultdict(list)
+        for batch in batches:
+            for block in batch.first_blocks:
+                before = batch.observed.get(block.inserted_at_ms)
+                if before is not None and before.rows - before.copies < block.rows:
+                    lacking[batch.version].append(block)
+        came_back: set[int] = set()
+        for version, blocks in lacking.items():
+            past = self.excuses.past(version, [block.inserted_at_ms for block in blocks])
+            if pks := pks_of([block for block in blocks if not past[block.inserted_at_ms]]):
+                senders = self.outbox.sent_over(pks.first, pks.last)
+                came_back |= {one.inserted_at_ms for batch in senders for one in batch.blocks if batch.is_requeue(one)}
+        return came_back
+
+    def _compare_batch(self, batch: Batch, holdings: Mapping[int, Holding], came_back: set[int]) -> list[int]:
         """Compares the insert groups of one batch and records the outcome; returns the pks of the missing entries.
 
         A requeue is reported with the insert group of the first export. Its own rows are compared only to end a discrepancy.
@@ -286,7 +305,9 @@ class _Reconciliation:
             self.report.slots += 1
             line.stored += holding.rows
             self._count_rows(batch, block)
-            if holding.copies or holding != before:  # else it is as an earlier comparison found and explained it
+            if (
+                at_ms in came_back or holding.copies or holding != before
+            ):  # else it is as an earlier comparison found and explained it
                 self.report.slots_read += not as_sealed(batch, block, holding)
                 compared = compare_block(self.outbox, self.log, batch, block, holding, excuses=self.excuses)
                 self.report.add_comparison(compared, at_ms, line)

@@ -157,3 +157,15 @@ def test_an_erased_event_that_was_requeued_alters_nothing(exported: Stack) -> No
     erase(exported, event_id="evt_8")
     lose_events(exported, "evt_8")
     assert str(reconciled(exported).found) == "none"
+
+
+def test_an_erased_event_that_came_back_and_is_lost_is_missing(exported: Stack) -> None:
+    """ClickHouse holds what it held when the erasure explained it, which explains no later loss (simulation, seed 1733)."""
+    erase(exported, event_id="evt_7")
+    lose_events(exported, "evt_7")
+    assert reconciled(exported).clean
+    exported.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE event_id = 'evt_7'")
+    run(exported)
+    lose_events(exported, "evt_7")
+
+    assert reconciled(exported).found.missing == 1
