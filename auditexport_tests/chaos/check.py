@@ -101,13 +101,21 @@ def forgetful_attempts(batches: list[Batch], *, overflow: bool = False) -> int:
     """Attempts of requeued batches that nothing can tell from the first one: each may have left one more copy.
 
     ClickHouse forgot a token; or rows were released; or a view failed: it fails for a block under a known token too, and of
-    a requeue nothing shows that its copy is there, so that it goes out under another token.
+    a requeue nothing shows that its copy is there, so that it goes out under another token. So does one that is split after
+    a proxy gave up on its INSERT.
     """
     views_fail = any(batch.view_note for batch in batches)
     again = (batch for batch in batches if batch.generation)
     return sum(
-        batch.attempts for batch in again if overflow or batch.counts.released or (views_fail and batch.attempts > 1)
+        batch.attempts
+        for batch in again
+        if overflow or batch.counts.released or (batch.attempts > 1 and (views_fail or _was_split(batch)))
     )
+
+
+def _was_split(batch: Batch) -> bool:
+    """Blocks are numbered from 0, and those of a split have new numbers."""
+    return [block.number for block in batch.blocks] != [*range(len(batch.blocks))]
 
 
 def verdict_of(facts: Facts) -> Verdict:
@@ -191,8 +199,8 @@ def _against_the_ledger(facts: Facts) -> Iterator[str]:
             continue
         entry = next((one for one in entries if there[one] > expected[one]), next(iter(entries)))
         expected[entry] += 1
-        if entries[entry].cleared or entries[entry].requeued:
-            requeued.add(entry)
+        if entries[entry].cleared or entries[entry].requeued:  # whatever the row held when a copy went out
+            requeued |= {one for one, row in entries.items() if row is entries[entry]}
     missing, surplus = expected - facts.stored - facts.gone, facts.stored - expected
     for entry in requeued:
         surplus[entry] -= facts.forgetful

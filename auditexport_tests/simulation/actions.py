@@ -21,7 +21,7 @@ from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.failovers import after_failover
-from auditexport_tests.simulation.world import ACTOR, LEDGER, LETTERS, Run, World
+from auditexport_tests.simulation.world import ACTOR, ERASURES, LEDGER, LETTERS, Run, World, names
 
 Act = Callable[[World], None]
 ACTIONS: dict[str, Act] = {}
@@ -100,9 +100,14 @@ def pause(world: World) -> None:
 def _at_once_or_later(world: World, run: Run, act: Callable[[], object]) -> None:
     """Half of the time after the run's next commit to the ledger that leaves a batch in a chosen state, or its next INSERT."""
     if world.choices.below(2):
-        world.invariants.armed.append((run.owner, world.choices.one_of(EFFECTS), act))
+        after(world, run, world.choices.one_of(EFFECTS), act)
     else:
         act()
+
+
+def after(world: World, run: Run, effect: str, act: Callable[[], object]) -> None:
+    """Acts right after the run's next effect of this kind."""
+    world.invariants.armed.append((run.owner, effect, act))
 
 
 def _at_any_time(world: World, what: str, act: Callable[[], None]) -> None:
@@ -167,7 +172,7 @@ def proxy(world: World) -> None:
 def clickhouse_limits(world: World) -> None:
     """A limit of rows, bytes or memory for one INSERT, or a view that fails, is slow or has no target; or none."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = choose.below(8)
+    how = (0, 1, 2, 3, 4, 5, 6, 7, 7)[choose.below(9)]
     conditions.most_rows, conditions.most_bytes, conditions.lacks_memory = 2**63, 2**63, lambda: False
     conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
     world.forgetful = world.forgetful or how in (3, 4, 5)
@@ -197,11 +202,17 @@ def mysql_goes_down(world: World) -> None:
         world.mysql.fail_over()
 
 
-@action(1)
+@action(2)
 def mysql_fails_over(world: World) -> None:
-    """Another server takes over; one time in four it has not got the last commits."""
-    lost = 1 + world.choices.below(20) if world.choices.below(4) == 3 else 0
-    _at_any_time(world, "failover", lambda: _fail_over(world, lost))
+    """Another server takes over. It may lack the last commits, or just the last ones when a run has claimed rows."""
+    choose, runs = world.choices, world.at_work()
+    how = choose.below(4)
+    if how == 3 and runs:
+        lost = 1 + choose.below(3)
+        after(world, choose.one_of(runs), "claimed", lambda: world.beside("failover", lambda: _fail_over(world, lost)))
+    else:
+        lost = 1 + choose.below(20) if how == 2 else 0
+        _at_any_time(world, "failover", lambda: _fail_over(world, lost))
 
 
 def _fail_over(world: World, lost: int) -> None:
@@ -211,6 +222,14 @@ def _fail_over(world: World, lost: int) -> None:
         world.forgot_s = world.scheduler.now_s
         after_failover(world)
         world.drain()
+        _rest(world)
+
+
+def _rest(world: World) -> None:
+    """What was at work waits, each run for so long: for a dead connection to be given up, or behind a TRUNCATE's lock."""
+    for run in world.at_work()[:-1]:
+        seconds = (0.0, 0.5, 20.0)[world.choices.below(3)]
+        run.process.paused_until_s = max(run.process.paused_until_s, world.scheduler.now_s + seconds)
 
 
 @action(1)
@@ -228,15 +247,20 @@ def _begin_again(world: World) -> None:
         world.mysql.truncate(OUTBOX)
         for application in world.applications:
             world.beside("writer", application.write)
+        world.drain()
+        _rest(world)
 
 
 @action(2)
 def clickhouse_loses_entries(world: World) -> None:
     """Entries are gone whose rows are marked in the outbox and as they were: nothing else could name them."""
-    marked = _marked_events(world)
+    changed = {row.event_id for _, row in world.book.all_rows() if row.earlier}
+    marked = _marked_events(world) - changed
     entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
-    changed = any(row.earlier for _, row in world.book.all_rows())
-    if entries and not changed and not world.swept and not world.others_at_work:
+    if world.choices.below(2):  # those that an erasure could wrongly explain
+        near = {row["workspace_id"] for row in world.mysql.tables[ERASURES].rows.values()}
+        entries = [entry for entry in entries if entry.key[0] in near] or entries
+    if entries and not world.swept and not world.others_at_work:
         first = world.choices.below(len(entries))
         _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
 
@@ -257,12 +281,12 @@ def erase(world: World) -> None:
     else:
         before, after = world.choices.below(500), 1 + world.choices.below(500)
         erasure = Erasure(workspace_id=workspace_id, from_ms=time_ms - before, to_ms=time_ms + after)
-    if not all(entry.key[3] in marked for entry in entries if erasure.covers(entry.key)):
+    if not all(entry.key[3] in marked for entry in entries if names(erasure, entry.key)):
         return
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
         upkeep.add_erasures(ACTOR, [erasure])
-        _remove(world, "erased", [one for one in world.clickhouse.entries() if erasure.covers(one.key)])
+        _remove(world, "erased", [one for one in world.clickhouse.entries() if names(erasure, one.key)])
 
     world.operate("erase", work)
 
@@ -299,6 +323,7 @@ def _marked_events(world: World) -> set[str]:
 def _remove(world: World, why: str, entries: Sequence[StoredEntry]) -> None:
     removed = set(map(id, entries))
     world.gone[why] += entries
+    world.last_gone |= {entry.key: why for entry in entries}
     world.clickhouse.mutate(lambda entry: None if id(entry) in removed else entry)
 
 
@@ -311,8 +336,8 @@ def clickhouse_merges(world: World) -> None:
 @action(2)
 def clocks_step(world: World) -> None:
     """One of the two clocks is set forward, or back."""
-    step_ms = (1_000, 60_000, -1_000, -120_000, -20)[world.choices.below(5)]
-    if world.choices.below(2):  # we promise nothing where ClickHouse's is set back by more than a minute
+    step_ms = (1_000, -120_000, 60_000, -1_000, -120_000, -20)[world.choices.below(6)]
+    if world.choices.below(3) == 1:  # we promise nothing where ClickHouse's is set back by more than a minute
         world.clickhouse.clock_offset_ms = max(-60_000, world.clickhouse.clock_offset_ms + step_ms)
     else:
         world.mysql.clock_offset_ms += step_ms
@@ -322,11 +347,11 @@ def clocks_step(world: World) -> None:
 @action(2)
 def meddle(world: World) -> None:
     """Other hands delete rows, mark them, or clear their marks."""
-    in_work, what = bool(world.choices.below(2)), world.choices.one_of(("delete", "mark", "clear"))
+    what = world.choices.one_of(("delete", "mark", "clear"))
     application = world.choices.one_of(world.applications)
 
     def act() -> None:
-        pks = _some(world, 4, in_work=in_work)
+        pks = some_rows(world, 4)
         if pks and not (what == "delete" and world.gone["lost"]):  # what is gone from both cannot be repaired
             world.beside("other hands", lambda: application.meddle(pks, what))
 
@@ -336,7 +361,7 @@ def meddle(world: World) -> None:
 @action(2)
 def hold_rows(world: World) -> None:
     """The application locks rows, from high to low, and rests."""
-    pks = _some(world, 3)
+    pks = some_rows(world, 3)
     seconds = (0.5, 3.0, 30.0)[world.choices.below(3)]
     if pks:
         world.beside("holder", lambda: world.applications[0].hold(pks, seconds))
@@ -345,7 +370,7 @@ def hold_rows(world: World) -> None:
 @action(3)
 def requeue_rows(world: World) -> None:
     """By pks, by workspace, by event, or by batch."""
-    pks, choose = _some(world, 3), world.choices
+    pks, choose = some_rows(world, 3), world.choices
     if not pks:
         return
     missing_only, how = choose.chance(300), choose.below(4)
@@ -402,10 +427,15 @@ def sweep_rows(world: World) -> None:
     world.operate("sweep", work)
 
 
-def _some(world: World, most: int, *, in_work: bool = False) -> list[int]:
-    """Some rows that are committed, close to each other; of an open batch, if there is one and that is asked for."""
-    pks = sorted((world.book.rows.keys() & world.rows_in_work() if in_work else ()) or world.book.rows)
+def some_rows(world: World, most: int) -> list[int]:
+    """Some committed rows close to each other: of an open batch, the newest ones, or any."""
+    pks = sorted(world.book.rows)
     if not pks:
         return []
-    first = world.choices.below(len(pks))
+    how = world.choices.below(3)
+    opened = world.open_batches() if how == 1 else []
+    if opened:
+        of_batch = PkSet.parse(world.mysql.tables[LEDGER].rows[world.choices.one_of(opened)]["pks"])
+        pks = [pk for pk in of_batch if pk in world.book.rows] or pks
+    first = max(0, len(pks) - most) if how == 2 else world.choices.below(len(pks))
     return pks[first : first + 1 + world.choices.below(most)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from auditexport_pipeline.core.pks import PkSet
+from auditexport_pipeline.core import requeue
+from auditexport_pipeline.core.actions import RowFilter
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
-from auditexport_tests.simulation.actions import action
+from auditexport_tests.simulation.actions import action, after, some_rows
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.failovers import after_failover
 from auditexport_tests.simulation.status_truth import false_status
-from auditexport_tests.simulation.world import LEDGER, Run, World
+from auditexport_tests.simulation.world import ACTOR, Run, World
 
 
 @action(2)
@@ -72,10 +73,50 @@ def mysql_splits(world: World) -> None:
     world.beside("old server", end)
 
 
-@action(1)
-def clickhouse_memory_comes_and_goes(world: World) -> None:
-    """Other queries take ClickHouse's memory for moments."""
-    world.clickhouse.conditions.lacks_memory = lambda: world.choices.chance(300)
+@action(2)
+def changes_beside_a_late_insert(world: World) -> None:
+    """A run dies right after it has sent an INSERT, which arrives late; the application changes rows of its batch, and runs go on."""
+    if world.gone["lost"] or not (runs := world.at_work()):
+        return
+    run, application = world.choices.one_of(runs), world.choices.one_of(world.applications)
+    late_s = (30.0, 3.0, 100.0)[world.choices.below(3)]
+    again_s = (0.1, 5.0, 40.0)[world.choices.below(3)]
+
+    def go_on() -> None:
+        for _ in range(3):
+            world.drain()
+            world.scheduler.sleep(again_s)
+
+    def act() -> None:
+        world.clickhouse.conditions.arrives_after_s = lambda: late_s
+        world.scheduler.kill(run.process)
+        if pks := sorted(world.rows_in_work() & world.book.rows.keys()):
+            world.beside("changer", lambda: application.change(pks[-2:]))
+        world.beside("runs", go_on)
+
+    after(world, run, "INSERT", act)
+
+
+@action(2)
+def backlog(world: World) -> None:
+    """Some dozens of rows are pending, and ClickHouse is slow, when a run begins."""
+    for _ in range(6):
+        application = world.choices.one_of(world.applications)
+        application.write()
+    world.clickhouse.conditions.insert_s = lambda: 1.0
+    world.drain()
+
+
+@action(2)
+def requeue_under_a_limit(world: World) -> None:
+    """Requeues all rows, while ClickHouse takes few bytes, and a run begins."""
+
+    def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
+        run.result = requeue.requeue(outbox, upkeep, log, RowFilter(from_pk=0), ACTOR)
+        world.clickhouse.conditions.most_bytes = 400
+        world.drain()
+
+    world.operate("requeue", work)
 
 
 @action(2)
@@ -86,17 +127,3 @@ def look_at_the_status(world: World) -> None:
         world.violations += false_status(world, outbox)
 
     world.operate("status", work)
-
-
-def some_rows(world: World, most: int) -> list[int]:
-    """Some committed rows close to each other: of an open batch, the newest ones, or any."""
-    pks = sorted(world.book.rows)
-    if not pks:
-        return []
-    how = world.choices.below(3)
-    opened = world.open_batches() if how == 1 else []
-    if opened:
-        of_batch = PkSet.parse(world.mysql.tables[LEDGER].rows[world.choices.one_of(opened)]["pks"])
-        pks = [pk for pk in of_batch if pk in world.book.rows] or pks
-    first = max(0, len(pks) - most) if how == 2 else world.choices.below(len(pks))
-    return pks[first : first + 1 + world.choices.below(most)]

@@ -6,17 +6,17 @@ millisecond here, and so does each statement of others in between. A process tha
 that time: its locks end with its connection, which is the server's matter.
 
 Work. A drain sends a bounded number of statements and requests for each plan, each batch that it claims, each attempt to write one,
-each new cut, and for its lease threads. What an error of a connection, or the end of the process, takes back is at most a plan of
-the largest size. Nothing is sent for each row but the chunks of marks. Without work it sends a few statements. The constants are
-the largest of some thousand histories, and a third more.
+each new cut, each chunk of marks, and for its lease threads. What an error of a connection, or the end of the process, takes back is
+at most a plan of the largest size. Nothing is sent for each row. Without work it sends a few statements. The constants are the largest
+of some thousand histories, and a third more.
 
-Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, of one more that is compared before its rows are marked, and of some
+Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, of one more that is compared before its rows are marked, and of one
 that Python has not freed yet.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from auditexport_pipeline.core.pks import PkSet
@@ -31,6 +31,7 @@ BATCHES_IN_MEMORY = 2
 # Three verbs at a time renew a lease of 45 s three times, by four statements.
 RENEWALS_PER_S = 3 * 4 / 15
 PLAN_STATEMENTS = 100
+CHUNK_STATEMENTS = 8
 IDLE_STATEMENTS, IDLE_REQUESTS = 23, 3
 
 
@@ -42,9 +43,9 @@ class Bounds:
         self.truth = truth
         self.attempts: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
-        self.claims: Counter[str] = Counter()
         self.plans: Counter[str] = Counter()
         self.changes: Counter[str] = Counter()
+        self.claimed: defaultdict[str, list[int]] = defaultdict(list)  # rows of each batch
         for commit in truth.commits:
             self.changes[commit.who] += len(commit.changes)
             for change in commit.changes:
@@ -54,12 +55,13 @@ class Bounds:
                     before = change.before or {"attempts": 0, "digest": "", "claim_key": ""}
                     self.attempts[commit.who] += change.after["attempts"] > before["attempts"]
                     self.cuts[commit.who] += change.after["digest"] != before["digest"]
-                    self.claims[commit.who] += change.after["claim_key"] != before["claim_key"]
+                    if change.after["claim_key"] != before["claim_key"]:
+                        self.claimed[commit.who].append(change.after["claimed_rows"])
 
     def broken(self) -> Iterator[str]:
         """A sentence for each bound that was exceeded."""
         yield from self._waits()
-        most_bytes = (BATCHES_IN_MEMORY + 4) * self._largest_batch_bytes()
+        most_bytes = (BATCHES_IN_MEMORY + 2) * self._largest_batch_bytes()
         for run in self.world.runs:
             for what, number, most in self._work(run):
                 if number > most:
@@ -86,8 +88,12 @@ class Bounds:
             taken_back = self.world.mysql.failed[owner] + (run.process.dead or run.error is not None)
             units = plans + attempts + self.cuts[owner] + taken_back
             life_s = (run.ended_s if run.ended else self.world.scheduler.now_s) - run.began_s
-            most = 40 + 20 * units + 10 * self.claims[owner] + PLAN_STATEMENTS * taken_back + RENEWALS_PER_S * life_s
-            yield "statements", statements, most
+            most = (
+                40 + 20 * units + 10 * len(self.claimed[owner]) + PLAN_STATEMENTS * taken_back + RENEWALS_PER_S * life_s
+            )
+            # Rows under pks that began again are compared and marked up to three times.
+            chunks = sum(rows // run.mark_rows for rows in self.claimed[owner])
+            yield "statements", statements, most + CHUNK_STATEMENTS * chunks * (3 if self.world.book.past else 1)
             yield "requests", requests, 10 + 6 * (units + attempts)
             if kind == "quiet":
                 yield "plans", plans, 3 + 2 * attempts

@@ -203,13 +203,17 @@ class Truth:
             ),
             None,
         )
+        folded = self._folded(pks, life)
+        # Of one that was deleted, nothing shows any more into which row it was folded, and that this row left the batch.
+        unsent = pks - PkSet.union(PkSet.parse(block["pks"]) for block in blocks)
+        orphans = sum(self.at(pk, end) is None for pk in unsent)
         return {
             "batches": (1, 1),
             "rows": (standing, ever),
             "entries": (entries, most or entries),
             "bytes": (size, most or size),
             "dead_letters": (dead, dead),
-            "folded_rows": (folded := self._folded(pks, life), folded),
+            "folded_rows": (folded, max(folded, orphans)),
             "deleted_by_others_rows": (0, gone),
             "marked_by_others_rows": (0, elsewhere),
             "adopted": (adopted := int(before_last is not None), adopted),

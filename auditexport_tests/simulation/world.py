@@ -26,7 +26,7 @@ from auditexport_pipeline.core.verify import verify_recent
 from auditexport_pipeline.mysql import dead_letters
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
 from auditexport_pipeline.mysql.outbox import IN_CLICKHOUSE
-from auditexport_tests.chaos.application import FOREIGN_MARK, Book
+from auditexport_tests.chaos.application import FOREIGN_MARK, Book, Key
 from auditexport_tests.chaos.check import Facts, forgetful_attempts
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, Application, columns_of
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
@@ -38,7 +38,7 @@ from auditexport_tests.simulation.mysql_server import ANSWER_LOST, DIES, Simulat
 from auditexport_tests.simulation.scheduler import Killed, Process, Scheduler
 from auditexport_tests.simulation.statements import definitions
 
-LEDGER, LETTERS = "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter"
+LEDGER, LETTERS, ERASURES = "clickhouse_outbox_batch", "clickhouse_outbox_dead_letter", "clickhouse_outbox_erasure"
 ACTOR = Actor(who="simulation", why="to see what happens")
 # Days, the column by which ClickHouse counts them, and the only workspace whose entries it deletes.
 TTLS: tuple[tuple[int | None, str, str], ...] = (
@@ -67,6 +67,7 @@ class Run:
     done: Drained | None = None
     settled: bool = False  # whether `done` is what the run reports at its end
     stopping: bool = False  # it was asked to end
+    mark_rows: int = 50  # that a drain marks in one transaction
     result: object = None  # of an operator's verb
     report: reconcile.Report | None = None
 
@@ -100,6 +101,7 @@ class World:
         self.forgot_s = -1.0  # when the last of those failovers was
         # Entries that were removed from ClickHouse. What merges and the TTL take, the server knows.
         self.gone: dict[str, list[StoredEntry]] = {"lost": [], "erased": []}
+        self.last_gone: dict[Key, str] = {}  # why the last entry of a key was removed
         self.forgetful = False  # a requeue may leave more copies: tokens were forgotten, or a view failed
         self.set_back = False  # MySQL's clock: an erasure can be recorded before what it erased
         self.calm_clickhouse()
@@ -176,6 +178,7 @@ class World:
         knows_dead = quiet or not choose.chance(200)
 
         def work(run: Run) -> None:
+            run.mark_rows = 1 if limits.max_rows_per_second else limits.mark_rows
             outbox, log = outbox_on(self.mysql), self.audit_log()
             dead_letters.release_held(outbox, log.definition)
             drain = Drain(
@@ -296,7 +299,8 @@ class World:
         """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
         clickhouse = self.clickhouse
         ahead_s = min(0, self.mysql.now_ms() - clickhouse.now_ms()) // 1000
-        known = {entry.key for entry in [*clickhouse.entries(), *self.gone["erased"], *clickhouse.expired]}
+        erased = [entry for entry in self.gone["erased"] if self.last_gone[entry.key] == "erased"]
+        known = {entry.key for entry in [*clickhouse.entries(), *erased, *clickhouse.expired]}
         lost = {entry.key: not clickhouse.past_ttl(entry.key, entry.inserted_at_ms) for entry in self.gone["lost"]}
         letters = self.mysql.tables[LETTERS].rows.items()
         set_aside = {(pk, row["event_id"]) for pk, row in letters if row["state"] != "retried"}
@@ -325,7 +329,7 @@ class World:
         expired = {one.key for one in clickhouse.expired if clickhouse.past_ttl(None, one.inserted_at_ms) is None}
         rows = self.mysql.tables[OUTBOX].rows.items()
         marked = {pk for pk, row in rows if row["deleted_at"] == FOREIGN_MARK and self.book.rows[pk].key in expired}
-        erasures = self.mysql.tables["clickhouse_outbox_erasure"].rows.values()
+        erasures = self.mysql.tables[ERASURES].rows.values()
         recorded = self.mysql.tables["clickhouse_outbox_action"].rows
         # An erasure can be recorded, by a clock that was set back, before what it erased; or a failover lost the record.
         unsure = {entry.key for entry in self.gone["erased"]} if self.set_back or self.forgot else set()
@@ -335,9 +339,18 @@ class World:
             for row in erasures
             for pk, written in rows
             if (key := self._key(pk)) is not None
-            and Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}).covers(key)
+            and names(Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}), key)
             and written["created_at"] <= recorded[row["action_id"]]["at_ms"]
+            and not self._sent_again_after(pk, recorded[row["action_id"]]["at_ms"])
         }
+
+    def _sent_again_after(self, pk: int, at_ms: int) -> bool:
+        """Whether the row's event went out once more after that, under an earlier `inserted_at`: it was there already."""
+        mark, meant = self.mysql.tables[OUTBOX].rows[pk]["deleted_at"], self.book.rows[pk]
+        if mark is None or mark <= at_ms or not meant.requeued or meant.cleared or self.forgot:
+            return False
+        times = [one.at_ms for one in self.clickhouse.received if meant.payload.encode() in one.payloads]
+        return bool(times) and times[-1] <= at_ms
 
     def _key(self, pk: int) -> tuple[str, str, int, str] | None:
         """By which an erasure names the row's event; also of one that the table refuses. None for a malformed one."""
@@ -388,6 +401,14 @@ class World:
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
             explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
         )
+
+
+def names(erasure: Erasure, key: Key) -> bool:
+    """Whether an erasure is about the entry. `Erasure.covers` is what is judged."""
+    workspace_id, _, at_ms, event_id = key
+    from_ms, to_ms = erasure.from_ms, erasure.to_ms
+    within = (from_ms is None or from_ms <= at_ms) and (to_ms is None or at_ms < to_ms)
+    return within and workspace_id == erasure.workspace_id and (not erasure.event_id or event_id == erasure.event_id)
 
 
 def _counted(entries: Iterable[StoredEntry]) -> Counter[tuple[int, tuple[object, ...]]]:
