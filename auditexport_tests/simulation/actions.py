@@ -228,7 +228,7 @@ def _fail_over(world: World, lost: int) -> None:
 def _rest(world: World) -> None:
     """What was at work waits, each run for so long: for a dead connection to be given up, or behind a TRUNCATE's lock."""
     for run in world.at_work()[:-1]:
-        seconds = (0.0, 0.5, 20.0)[world.choices.below(3)]
+        seconds = (0.0, 0.1, 0.5, 20.0)[world.choices.below(4)]
         run.process.paused_until_s = max(run.process.paused_until_s, world.scheduler.now_s + seconds)
 
 

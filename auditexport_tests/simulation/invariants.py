@@ -128,7 +128,7 @@ class Invariants(Watch):
         work = changed - NO_WORK
         if was is not now:
             self._require(now in STEPS[was], f"batch {batch_id} went from {was} to {now}")
-        if was in OPEN and work:
+        if (was in OPEN and work) or "attempts" in work:
             self._require(
                 self._held(actor, before),
                 f"{actor} changed {', '.join(sorted(work))} of batch {batch_id}, which {before['owner']} holds",
