@@ -235,7 +235,12 @@ def _rest(world: World) -> None:
 @action(1)
 def pks_begin_again(world: World) -> None:
     """The application empties its table, which counts from 1 again, and goes on."""
-    _at_any_time(world, "TRUNCATE", lambda: _begin_again(world))
+    runs = world.at_work()
+    if runs and world.choices.below(2):  # between its INSERTs and its marks
+        run = world.choices.one_of(runs)
+        after(world, run, "written", lambda: world.beside("TRUNCATE", lambda: _begin_again(world)))
+    else:
+        _at_any_time(world, "TRUNCATE", lambda: _begin_again(world))
 
 
 def _begin_again(world: World) -> None:

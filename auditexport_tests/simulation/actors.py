@@ -79,11 +79,11 @@ def changes_beside_a_late_insert(world: World) -> None:
     if world.gone["lost"] or not (runs := world.at_work()):
         return
     run, application = world.choices.one_of(runs), world.choices.one_of(world.applications)
-    late_s = (30.0, 3.0, 100.0)[world.choices.below(3)]
+    late_s = (30.0, 3.0, 100.0, 400.0)[world.choices.below(4)]
     again_s = (0.1, 5.0, 40.0)[world.choices.below(3)]
 
     def go_on() -> None:
-        for _ in range(3):
+        for _ in range(2):
             world.drain()
             world.scheduler.sleep(again_s)
 
@@ -97,7 +97,7 @@ def changes_beside_a_late_insert(world: World) -> None:
     after(world, run, "INSERT", act)
 
 
-@action(2)
+@action(1)
 def backlog(world: World) -> None:
     """Some dozens of rows are pending, and ClickHouse is slow, when a run begins."""
     for _ in range(6):
@@ -107,7 +107,7 @@ def backlog(world: World) -> None:
     world.drain()
 
 
-@action(2)
+@action(1)
 def requeue_under_a_limit(world: World) -> None:
     """Requeues all rows, while ClickHouse takes few bytes, and a run begins."""
 
