@@ -104,7 +104,7 @@ class Bounds:
             yield "statements", statements, 20 + 2 * batches + self.changes[owner]
         elif kind == "reconcile":
             yield "statements", statements, 50 + 10 * batches + self.changes[owner]
-            yield "requests", requests, 10 + 10 * batches
+            yield "requests", requests, 10 + 15 * batches
         elif kind == "sweep":
             yield "statements", statements, 20 + 5 * self.changes[owner]
         elif kind in ("retry", "discard"):

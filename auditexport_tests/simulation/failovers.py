@@ -57,6 +57,11 @@ def after_failover(world: World) -> None:
     there = {pk: known[pk, row["event_id"]] for pk, row in rows.items()}
     deleted = {pk: row for pk, row in book.rows.items() if pk not in rows and (pk, row.event_id) not in inserted}
     book.rows = {**deleted, **there}
+    # What an earlier table had is there again where the TRUNCATE is lost, and was never there where its INSERT is.
+    book.past = [
+        {pk: row for pk, row in table.items() if row is not there.get(pk) and (pk, row.event_id) not in inserted}
+        for table in book.past
+    ]
     for pk, row in there.items():
         row.deleted = False
         row.taken = rows[pk]["deleted_at"] == FOREIGN_MARK and row.taken
