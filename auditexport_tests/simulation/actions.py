@@ -21,7 +21,7 @@ from auditexport_tests.simulation.application import OUTBOX
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.failovers import after_failover
-from auditexport_tests.simulation.world import ACTOR, ERASURES, LEDGER, LETTERS, Run, World, names
+from auditexport_tests.simulation.world import ACTOR, LEDGER, LETTERS, Run, World, names
 
 Act = Callable[[World], None]
 ACTIONS: dict[str, Act] = {}
@@ -262,16 +262,33 @@ def clickhouse_loses_entries(world: World) -> None:
     changed = {row.event_id for _, row in world.book.all_rows() if row.earlier}
     marked = _marked_events(world) - changed
     entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
-    if world.choices.below(2):  # those that an erasure could wrongly explain
-        near = {row["workspace_id"] for row in world.mysql.tables[ERASURES].rows.values()}
-        entries = [entry for entry in entries if entry.key[0] in near] or entries
+    how, erasures = world.choices.below(3), world.erasures()
+    if how == 1:  # those that an erasure could wrongly explain: in its workspace, or sent again since
+        entries = [entry for entry in entries if entry.key[0] in {one.workspace_id for one in erasures}] or entries
+    elif how == 2:
+        entries = [entry for entry in entries if any(names(one, entry.key) for one in erasures)] or entries
     if entries and not world.swept and not world.others_at_work:
         first = world.choices.below(len(entries))
         _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
 
 
-@action(2)
+@action(3)
 def erase(world: World) -> None:
+    """At once, or when a run has exported a batch and dies before it has verified it."""
+    runs = world.at_work()
+    if runs and world.choices.below(2):
+        run = world.choices.one_of(runs)
+
+        def act() -> None:
+            world.scheduler.kill(run.process)
+            world.beside("eraser", lambda: _erase(world))
+
+        after(world, run, "exported", act)
+    else:
+        _erase(world)
+
+
+def _erase(world: World) -> None:
     """An erasure of one event, or of a workspace's events within a time, recorded first.
 
     Of events whose rows are marked, while no batch is open: until then a row can be exported again.
@@ -374,17 +391,19 @@ def hold_rows(world: World) -> None:
 
 @action(3)
 def requeue_rows(world: World) -> None:
-    """By pks, by workspace, by event, or by batch."""
+    """By pks, by workspace, by event, by batch, or those of which some are erased."""
     pks, choose = some_rows(world, 3), world.choices
     if not pks:
         return
-    missing_only, how = choose.chance(300), choose.below(4)
+    missing_only, how, erasures = choose.chance(300), choose.below(5), world.erasures()
     row = world.book.rows[pks[0]]
     which = RowFilter(from_pk=min(pks), to_pk=max(pks))
     if how == 1:
         which = RowFilter(workspace_id=row.workspace_id)
     elif how == 2:
         which = RowFilter(event_ids=(row.event_id,))
+    elif how == 4 and erasures:
+        which = RowFilter(workspace_id=choose.one_of(erasures).workspace_id)
     elif how == 3 and (batches := sorted(key for key in world.mysql.tables[LEDGER].rows if key)):
         which = RowFilter(batch_ids=(choose.one_of(batches),))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,6 +295,10 @@ class World:
         rows = self.mysql.tables[OUTBOX].rows.items()
         return [pk for pk, row in rows if row["deleted_at"] is None and row["version"] == KNOWN and pk not in letters]
 
+    def erasures(self) -> list[Erasure]:
+        """Those on record."""
+        return [_erasure(row) for row in self.mysql.tables[ERASURES].rows.values()]
+
     def absent_rows(self) -> set[int]:
         """Rows that are marked, and that ClickHouse has lost, or that other hands marked before they were exported."""
         clickhouse = self.clickhouse
@@ -339,7 +343,7 @@ class World:
             for row in erasures
             for pk, written in rows
             if (key := self._key(pk)) is not None
-            and names(Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")}), key)
+            and names(_erasure(row), key)
             and written["created_at"] <= recorded[row["action_id"]]["at_ms"]
             and not self._sent_again_after(pk, recorded[row["action_id"]]["at_ms"])
         }
@@ -401,6 +405,10 @@ class World:
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
             explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
         )
+
+
+def _erasure(row: Mapping[str, Any]) -> Erasure:
+    return Erasure(**{name: row[name] for name in ("workspace_id", "event_id", "from_ms", "to_ms")})
 
 
 def names(erasure: Erasure, key: Key) -> bool:
