@@ -282,6 +282,7 @@ class _Select:
         joins = node.args.get("joins") or []
         self._sources = [_Source(part.this) for part in ([from_] if from_ is not None else []) + joins]
         self._joins = [(join.side == "LEFT", self._value(join.args["on"])) for join in joins]
+        self._points = [_point(join.args["on"], source) for join, source in zip(joins, self._sources[1:], strict=True)]
         where = node.args.get("where")
         self._where = self._value(where.this) if where is not None else None
         self._keys = _keys(where.this if where is not None else None, self._sources[0]) if self._sources else None
@@ -370,9 +371,11 @@ class _Select:
             yield row
             return
         source, *rest = others
-        left, on = self._joins[len(self._joins) - len(others)]
+        place = len(self._joins) - len(others)
+        (left, on), point = self._joins[place], self._points[place]
         matched = False
-        for other in source.rows(transaction, call):
+        keys = None if point is None else [key for key in [row[point]] if key is not None]
+        for other in source.rows(transaction, call, keys):
             both = {**row, **_under(source.alias, other)}
             if on(both, call):
                 matched = True
@@ -419,6 +422,17 @@ class _Union(_Select):
 
 def _under(alias: str, row: Row) -> Row:
     return {f"{alias}.{name}": value for name, value in row.items()}
+
+
+def _point(on: exp.Expression, source: _Source) -> str | None:
+    """The column of an earlier table that has the primary key of this one, where ON says so: then one row can match."""
+    for term in on.flatten() if isinstance(on, exp.And) else [on]:
+        if isinstance(term, exp.EQ) and isinstance(term.this, exp.Column) and isinstance(term.expression, exp.Column):
+            for here, there in ((term.this, term.expression), (term.expression, term.this)):
+                is_key = source.definition is not None and here.name == source.definition.key
+                if here.table == source.alias and is_key and there.table != source.alias:
+                    return f"{there.table}.{there.name}"
+    return None
 
 
 def _order_of(value: Any) -> tuple[bool, Any]:
