@@ -31,10 +31,10 @@ class Control:
 
     rule: str
     changes: tuple[tuple[str, str, str], ...]
-    seed: int  # of the first history that missed the rule, when the table was last printed
+    seed: int | None  # of the first history that missed the rule, when the table was last printed; None: a hole
 
 
-def _control(rule: str, *changes: tuple[str, str, str], seed: int = 1) -> Control:
+def _control(rule: str, *changes: tuple[str, str, str], seed: int | None = None) -> Control:
     return Control(rule=rule, changes=changes, seed=seed)
 
 
@@ -48,19 +48,21 @@ _NO_HOLDER = ("mysql/outbox.py", "return (row.epoch, row.claim_key) == (claim.ep
 _NO_STATE = ("mysql/outbox.py", "if row.state not in tuple(map(str, states)):", "if False:")
 _NO_CUT = ("mysql/outbox.py", "if cut_digest is not None and row.digest != cut_digest:", "if False:")
 CONTROLS = (
-    _control("a block has one token at every attempt", _NO_TOKEN),
-    _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST),
-    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER),
-    _control("MySQL refuses a step that the batch is past", _NO_STATE),
-    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT),
-    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT),
+    _control("a block has one token at every attempt", _NO_TOKEN, seed=12),
+    _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST, seed=5),
+    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER, seed=409),
+    _control("MySQL refuses a step that the batch is past", _NO_STATE, seed=34),
+    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, seed=517),
+    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, seed=34),
     _control(
         "ClickHouse refuses an INSERT after its deadline",
         ("core/export.py", "deadline_ms=deadline_ms,", "deadline_ms=2**62,"),
+        seed=902,
     ),
     _control(
         "nothing is split while an INSERT of it can be at work",
         ("core/attempt.py", "return self.until_ms - self._log.deadline_ms(0)", "return -1"),
+        seed=239,
     ),
     _control(
         "a stopped batch waits until no INSERT of it can be at work",
@@ -74,6 +76,7 @@ CONTROLS = (
             "if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:",
             "if (left_ms := -1) >= 0:",
         ),
+        seed=882,
     ),
     _control(
         "rows are marked after ClickHouse has them",
@@ -82,18 +85,22 @@ CONTROLS = (
             "    return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))",
             "    batch = outbox.record_written(claim, batch.digest) if batch.state is State.SEALED else batch\n    return record_written(outbox, send(outbox, log, claim, batch, bodies, limits))",
         ),
+        seed=1,
     ),
     _control(
         "a batch marks only the rows that it sealed",
         ("mysql/outbox.py", "if total.ids != ids:", "if False:"),
+        seed=215,
     ),
     _control(
         "rows that are read again must be those that were sealed",
         ("core/cuts.py", "if str(digest) != block.digest:", "if False:"),
+        seed=5,
     ),
     _control(
         "a plan claims no row of an open batch",
         ("core/claiming.py", "free = page - self._in_batches", "free = page"),
+        seed=3,
     ),
     _control(
         "a plan that adopts a batch takes it from its owner",
@@ -102,6 +109,7 @@ CONTROLS = (
             "SET epoch = :epoch, claim_key = :claim_key, owner = :owner, process",
             "SET owner = :owner, process",
         ),
+        seed=3,
     ),
     _control(
         "an inserted_at is never used again",
@@ -110,6 +118,7 @@ CONTROLS = (
             'max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)',
             'connection.execute(SQL["now_ms"]).scalar_one()',
         ),
+        seed=61,
     ),
     _control(
         "entries of the first export do not prove a requeue",
@@ -123,20 +132,24 @@ CONTROLS = (
             "block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings",
             "block for block in to_send if block.inserted_at_ms not in holdings",
         ),
+        seed=51,
     ),
     _control(
         "a requeue that cannot be proven does not put a split off",
         ("core/export.py", "        to_send += self._attempt.split_what_is_due()\n", ""),
+        seed=1551,
     ),
     _control(
         "a busy server is not a row that is too large",
         ("core/attempt.py", "return STRIKES_OF_A_USUAL_ROW if usual_row", "return STRIKES[kind] if usual_row"),
+        seed=18,
     ),
     _control(
         "a late verification knows erasures and the TTL",
         ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
+        seed=1244,
     ),
-    _control("a later attempt looks first", _NO_LOOK_FIRST),
+    _control("a later attempt looks first", _NO_LOOK_FIRST, seed=18),
     _control(
         "a receipt is of the cut that the ledger has",
         (
@@ -145,6 +158,7 @@ CONTROLS = (
             "batch.exported_at_ms is None",
         ),
         _NO_CUT,
+        seed=517,
     ),
     _control(
         "a row repeats an event, and not a pk",
@@ -153,12 +167,14 @@ CONTROLS = (
             "next((at_ms for at_ms in candidate_times if (keys[pk], at_ms) in held), None)",
             "next(iter(candidate_times), None)",
         ),
+        seed=44,
     ),
     _control(
         "an erasure explains what it names",
         ("core/actions.py", "and (self.to_ms is None or at_ms < self.to_ms)", ""),
         ("core/actions.py", "and (self.from_ms is None or at_ms >= self.from_ms)", ""),
         ("core/actions.py", 'and self.event_id in ("", event_id)', ""),
+        seed=461,
     ),
     _control(
         "an erasure explains nothing that came later",
@@ -171,6 +187,7 @@ CONTROLS = (
             '(EXPIRED if known else "", known is None)',
             '("" if known is False else EXPIRED, known is None)',
         ),
+        seed=86,
     ),
     _control(
         "a plan leaves out the rows of dead letters",
@@ -179,6 +196,7 @@ CONTROLS = (
             "letter.state IN ('open', 'discarded', 'held')\n  LEFT JOIN",
             "letter.state IN ('never')\n  LEFT JOIN",
         ),
+        seed=3,
     ),
     # The numbers that runs report, and what they cost.
     _control(
@@ -188,14 +206,17 @@ CONTROLS = (
             "return 0 if self.state in OPEN else self.rows - self.counts.unmarked",
             "return 0 if self.state in OPEN else self.rows",
         ),
+        seed=134,
     ),
     _control(
         "only batches of other owners count as adopted",
         ("core/claiming.py", "                    if batch.owner != owner:", "                    if True:"),
+        seed=18,
     ),
     _control(
         "a held row is no dead letter",
         ("core/cuts.py", "dead=batch.counts.dead + len(dead) - held", "dead=batch.counts.dead + len(dead)"),
+        seed=3,
     ),
     _control(
         "an action counts the rows that it changed",
@@ -204,10 +225,12 @@ CONTROLS = (
             "actions.count_rows(connection, action_id, rows)",
             "actions.count_rows(connection, action_id, 0)",
         ),
+        seed=12,
     ),
     _control(
         "a sweep counts the rows that it deleted",
         ("core/sweep.py", "rows += self.upkeep.delete(", "rows = self.upkeep.delete("),
+        seed=59,
     ),
     _control(
         "a retry counts the letters that it changed",
@@ -216,26 +239,32 @@ CONTROLS = (
             "                    changed += len(pending)",
             "                    changed += len(locked)",
         ),
+        seed=796,
     ),
     _control(
         "a server without memory says nothing about a row",
         ("core/split.py", "if answer.kind in LIMITS_OF_A_BLOCK:  # a busy", "if False:  # a busy"),
+        seed=787,
     ),
     _control(
         "the ledger says what is still wrong after a repair",
         ("core/reconcile.py", "differs = bool(wrong) and complete", "differs = False"),
+        seed=470,
     ),
     _control(
         "a mark waits for a lock of the application for a second",
         ("mysql/session.py", "MARK_LOCK_WAIT_S = 1", "MARK_LOCK_WAIT_S = 30"),
+        seed=619,
     ),
     _control(
         "a lease is renewed three times",
         ("core/lease.py", "RENEWALS_PER_LEASE = 3", "RENEWALS_PER_LEASE = 300"),
+        seed=5,
     ),
     _control(
         "the rows of two batches are in memory",
         ("core/pipeline.py", "BATCHES_IN_MEMORY = 2", "BATCHES_IN_MEMORY = 9"),
+        seed=32,
     ),
     _control(
         "a claim from before a failover is refused",
@@ -244,6 +273,7 @@ CONTROLS = (
             "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
             "return bool(row.epoch == claim.epoch)",
         ),
+        seed=531,
     ),
 )
 
