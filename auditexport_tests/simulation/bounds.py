@@ -10,7 +10,7 @@ each new cut, each chunk of marks, and for its lease threads. What an error of a
 at most a plan of the largest size. Nothing is sent for each row. Without work it sends a few statements. The constants are the largest
 of some thousand histories, and a third more.
 
-Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, of one more that is compared before its rows are marked, and of one
+Memory. A drain holds payloads of `BATCHES_IN_MEMORY` batches, of one more that is compared before its rows are marked, and of two
 that Python has not freed yet.
 """
 
@@ -61,7 +61,7 @@ class Bounds:
     def broken(self) -> Iterator[str]:
         """A sentence for each bound that was exceeded."""
         yield from self._waits()
-        most_bytes = (BATCHES_IN_MEMORY + 2) * self._largest_batch_bytes()
+        most_bytes = (BATCHES_IN_MEMORY + 3) * self._largest_batch_bytes()
         for run in self.world.runs:
             for what, number, most in self._work(run):
                 if number > most:
@@ -94,7 +94,7 @@ class Bounds:
             # Rows under pks that began again are compared and marked up to three times.
             chunks = sum(rows // run.mark_rows for rows in self.claimed[owner])
             yield "statements", statements, most + CHUNK_STATEMENTS * chunks * (3 if self.world.book.past else 1)
-            yield "requests", requests, 10 + 6 * (units + attempts)
+            yield "requests", requests, 15 + 8 * (units + attempts)
             if kind == "quiet":
                 yield "plans", plans, 3 + 2 * attempts
                 if run.ended and not attempts and not self.changes[owner] > plans:
