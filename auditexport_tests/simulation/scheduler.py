@@ -55,7 +55,7 @@ class Task:
 class Scheduler:
     """One history. `spawn` the first tasks, then `run`."""
 
-    def __init__(self, choices: Choices, *, most_steps: int = 200_000) -> None:
+    def __init__(self, choices: Choices, *, most_steps: int = 40_000) -> None:
         self.choices = choices
         self.now_s = 0.0
         self.steps = 0
