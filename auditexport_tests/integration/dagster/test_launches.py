@@ -255,6 +255,11 @@ def test_a_run_whose_worker_is_killed_is_launched_again(page: Page, stack: Stack
 
 def test_the_webhook_gets_failures_and_no_run_that_is_retried(page: Page, stack: Stack, hook: Webhook) -> None:
     """A killed and retried worker sends no alert; a failed launch sends one, and one for its recovery."""
+
+    def of_runs() -> list[str]:
+        """Where the index has another name, the sensor's next tick reports the outbox too."""
+        return [body["text"] for body in hook.bodies if "audit_log_export failed" in body["text"]]
+
     killed = _killed_while_it_marks(page, stack, stack.put(*events(8))[2])
     wait_until(lambda: _tag(page, killed, "dagster/will_retry"), what="Dagster's word on a retry")
     assert _tag(page, killed, "dagster/will_retry") == "true"
@@ -269,16 +274,16 @@ def test_the_webhook_gets_failures_and_no_run_that_is_retried(page: Page, stack:
         assert page.wait_for(failed).status is dg.DagsterRunStatus.FAILURE
     finally:
         stack.sql("ALTER TABLE clickhouse_outbox RENAME INDEX elsewhere_idx TO drainer_pending_idx")
-    wait_until(lambda: hook.bodies, what="the alert", within_s=WITHIN_S)
-    (body,) = hook.bodies
-    assert body["text"].startswith("*[ERROR] auditexport: audit_log_export failed*\nSetupIncomplete at plan_batches: ")
-    assert failed in body["text"]
-    assert killed not in body["text"]
+    wait_until(of_runs, what="the alert", within_s=WITHIN_S)
+    (text,) = of_runs()
+    assert text.startswith("*[ERROR] auditexport: audit_log_export failed*\nSetupIncomplete at plan_batches: ")
+    assert failed in text
+    assert killed not in text
     assert page.wait_for(page.launch()["run"]["runId"]).is_success
-    wait_until(lambda: len(hook.bodies) > 1, what="the recovery", within_s=WITHIN_S)
-    assert hook.titles() == [
-        "[ERROR] auditexport: audit_log_export failed",
-        "[RECOVERED] auditexport: audit_log_export failed",
+    wait_until(lambda: len(of_runs()) > 1, what="the recovery", within_s=WITHIN_S)
+    assert [text.splitlines()[0] for text in of_runs()] == [
+        "*[ERROR] auditexport: audit_log_export failed*",
+        "*[RECOVERED] auditexport: audit_log_export failed*",
     ]
 
 
