@@ -332,9 +332,10 @@ class _Work:
     def leave_out_other_events(self) -> None:
         """Leaves out rows that are other events under this group's pks; the group's own rows are gone from the outbox.
 
-        A row whose event is among the entries is the group's own. Of the others, these are other events: rows that a later
-        batch sent elsewhere; all rows, where the entries are exactly what was sealed; and, where there are more entries than
-        rows that are gone, as many of the rows that no batch of this group has marked.
+        A row whose event is among the entries is the group's own, and so is one that came back by a requeue. Of the others,
+        these are other events: rows that a later batch sent elsewhere; all rows, where the entries are exactly what was
+        sealed; and, where there are more entries than rows that are gone, as many of the rows that no batch of this group
+        has marked.
         """
         for key in [key for key in self.expected if key not in self.stored]:
             if all(pk in self.group.reused for pk in self.expected[key].pks):

@@ -257,8 +257,8 @@ class _Reconciliation:
         self.report.missing_pks |= PkSet.of(sorted(set(missing)))
 
     def _came_back(self, batches: Sequence[Batch]) -> set[int]:
-        """Each `inserted_at` that lacked erased entries when it was last compared, and that a requeue has. What explained
-        that does not explain that they are gone again.
+        """Each `inserted_at` that lacked entries when it was last compared, and under which a requeue has sent some again.
+        What explained the first loss does not explain a second one. The TTL explains both, so expired ones are left out.
         """
         lacking: defaultdict[str, list[Block]] = defaultdict(list)
         for batch in batches:
@@ -305,9 +305,8 @@ class _Reconciliation:
             self.report.slots += 1
             line.stored += holding.rows
             self._count_rows(batch, block)
-            if (
-                at_ms in came_back or holding.copies or holding != before
-            ):  # else it is as an earlier comparison found and explained it
+            # Otherwise it is as an earlier comparison found and explained it.
+            if at_ms in came_back or holding.copies or holding != before:
                 self.report.slots_read += not as_sealed(batch, block, holding)
                 compared = compare_block(self.outbox, self.log, batch, block, holding, excuses=self.excuses)
                 self.report.add_comparison(compared, at_ms, line)

@@ -172,7 +172,7 @@ def proxy(world: World) -> None:
 def clickhouse_limits(world: World) -> None:
     """A limit of rows, bytes or memory for one INSERT, or a view that fails, is slow or has no target; or none."""
     choose, conditions = world.choices, world.clickhouse.conditions
-    how = (0, 1, 2, 3, 4, 5, 6, 7, 7)[choose.below(9)]
+    how = min(choose.below(9), 7)
     conditions.most_rows, conditions.most_bytes, conditions.lacks_memory = 2**63, 2**63, lambda: False
     conditions.view_fails, conditions.view_s, conditions.view_lacks_target = lambda entry: False, lambda: 0.0, False
     world.forgetful = world.forgetful or how in (3, 4, 5)
@@ -301,8 +301,8 @@ def _erase(world: World) -> None:
     if world.choices.below(2):
         erasure = Erasure(workspace_id=workspace_id, event_id=event_id)
     else:
-        before, after = world.choices.below(500), 1 + world.choices.below(500)
-        erasure = Erasure(workspace_id=workspace_id, from_ms=time_ms - before, to_ms=time_ms + after)
+        earlier_ms, later_ms = world.choices.below(500), 1 + world.choices.below(500)
+        erasure = Erasure(workspace_id=workspace_id, from_ms=time_ms - earlier_ms, to_ms=time_ms + later_ms)
     if not all(entry.key[3] in marked for entry in entries if names(erasure, entry.key)):
         return
 
@@ -402,10 +402,10 @@ def requeue_rows(world: World) -> None:
         which = RowFilter(workspace_id=row.workspace_id)
     elif how == 2:
         which = RowFilter(event_ids=(row.event_id,))
-    elif how == 4 and erasures:
-        which = RowFilter(workspace_id=choose.one_of(erasures).workspace_id)
     elif how == 3 and (batches := sorted(key for key in world.mysql.tables[LEDGER].rows if key)):
         which = RowFilter(batch_ids=(choose.one_of(batches),))
+    elif how == 4 and erasures:
+        which = RowFilter(workspace_id=choose.one_of(erasures).workspace_id)
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
         run.result = requeue.requeue(outbox, upkeep, log, which, ACTOR, missing_only=missing_only)

@@ -50,7 +50,7 @@ _NO_CUT = ("mysql/outbox.py", "if cut_digest is not None and row.digest != cut_d
 CONTROLS = (
     _control("a block has one token at every attempt", _NO_TOKEN, seed=12),
     _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST, seed=5),
-    _control("MySQL refuses whoever does not hold the batch", _NO_HOLDER, seed=409),
+    _control("MySQL refuses a run that does not hold the batch", _NO_HOLDER, seed=409),
     _control("MySQL refuses a step that the batch is past", _NO_STATE, seed=34),
     _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, seed=517),
     _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, seed=34),

@@ -374,8 +374,7 @@ class _Select:
         place = len(self._joins) - len(others)
         (left, on), point = self._joins[place], self._points[place]
         matched = False
-        keys = None if point is None else [key for key in [row[point]] if key is not None]
-        for other in source.rows(transaction, call, keys):
+        for other in source.rows(transaction, call, [row[point]] if point is not None else None):
             both = {**row, **_under(source.alias, other)}
             if on(both, call):
                 matched = True

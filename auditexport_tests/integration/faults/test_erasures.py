@@ -147,13 +147,18 @@ def test_a_late_verification_knows_what_was_erased(stack: Stack) -> None:
     ]
 
 
+def bring_back(stack: Stack, event_id: str) -> None:
+    """The event is erased, which a reconciliation explains, and sent again."""
+    erase(stack, event_id=event_id)
+    lose_events(stack, event_id)
+    assert reconciled(stack).clean
+    stack.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE event_id = :event_id", event_id=event_id)
+    run(stack)
+
+
 def test_an_erased_event_that_was_requeued_alters_nothing(exported: Stack) -> None:
     """One entry came back and another one went: there are as many as before, and not the same ones (simulation, seed 1019644)."""
-    erase(exported, event_id="evt_7")
-    lose_events(exported, "evt_7")
-    assert reconciled(exported).clean
-    exported.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE event_id = 'evt_7'")
-    run(exported)
+    bring_back(exported, "evt_7")
     erase(exported, event_id="evt_8")
     lose_events(exported, "evt_8")
     assert str(reconciled(exported).found) == "none"
@@ -161,11 +166,6 @@ def test_an_erased_event_that_was_requeued_alters_nothing(exported: Stack) -> No
 
 def test_an_erased_event_that_came_back_and_is_lost_is_missing(exported: Stack) -> None:
     """ClickHouse holds what it held when the erasure explained it, which explains no later loss (simulation, seed 1733)."""
-    erase(exported, event_id="evt_7")
+    bring_back(exported, "evt_7")
     lose_events(exported, "evt_7")
-    assert reconciled(exported).clean
-    exported.sql("UPDATE clickhouse_outbox SET deleted_at = NULL WHERE event_id = 'evt_7'")
-    run(exported)
-    lose_events(exported, "evt_7")
-
     assert reconciled(exported).found.missing == 1
