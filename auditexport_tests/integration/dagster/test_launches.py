@@ -208,6 +208,7 @@ def test_a_run_killed_outside_the_daemon_blocks_neither_sensor_nor_pool(page: Pa
     """Dagster takes it for started for two hours, and its pool admits no run meanwhile: the sensor ends it."""
     pks = stack.put(*events(5))
     words = ["job", "execute", "-j", "audit_log_export", "-m", "auditexport_pipeline.definitions"]
+    words += ["--tags", '{"killed": "here"}']  # a retry of another test's run can begin meanwhile
     environment = {**os.environ, "DAGSTER_HOME": str(page.exporter.home), **urls(stack)}
     with stack.outbox.engine.connect() as application, application.begin():
         application.execute(sa.text("SELECT pk FROM clickhouse_outbox WHERE pk = :pk FOR UPDATE"), {"pk": pks[0]})
@@ -219,12 +220,13 @@ def test_a_run_killed_outside_the_daemon_blocks_neither_sensor_nor_pool(page: Pa
         finally:
             process.kill()
             process.wait()
-    (dead,) = page.runs()
+    (dead,) = page.exporter.instance.get_run_records(dg.RunsFilter(tags={"killed": "here"}))
     assert dead.dagster_run.status is dg.DagsterRunStatus.STARTED, "Dagster does not know"
     state = page.ask(START_SENSOR, selector={**LOCATION, "sensorName": "outbox_backlog_sensor"})["sensorState"]
     try:
         wait_until(lambda: stack.pending() == 0, what="a run that the sensor starts", within_s=WITHIN_S)
-        page.wait_for(page.runs()[-1].dagster_run.run_id)
+        for record in page.runs():
+            page.wait_for(record.dagster_run.run_id)
     finally:
         page.ask(STOP_SENSOR, id=state["id"])
     assert page.wait_for(dead.dagster_run.run_id).status is dg.DagsterRunStatus.FAILURE
