@@ -204,12 +204,18 @@ def mysql_goes_down(world: World) -> None:
 
 @action(2)
 def mysql_fails_over(world: World) -> None:
-    """Another server takes over. It may lack the last commits, or just the last ones when a run has claimed rows."""
-    choose, runs = world.choices, world.at_work()
+    """Another server takes over. It may lack the last commits, or just those of a run that has claimed rows."""
+    choose = world.choices
     how = choose.below(4)
-    if how == 3 and runs:
-        lost = 1 + choose.below(3)
-        after(world, choose.one_of(runs), "claimed", lambda: world.beside("failover", lambda: _fail_over(world, lost)))
+    if how == 3 and len(world.at_work()) < 4:
+        choose.one_of(world.applications).write()
+        run, lost = world.drain(), 1 + choose.below(3)
+
+        def lose_the_claim() -> None:
+            run.process.paused_until_s = world.scheduler.now_s + 0.02  # so that no statement of its dies
+            world.beside("failover", lambda: _fail_over(world, lost))
+
+        after(world, run, "claimed", lose_the_claim)
     else:
         lost = 1 + choose.below(20) if how == 2 else 0
         _at_any_time(world, "failover", lambda: _fail_over(world, lost))
@@ -228,7 +234,7 @@ def _fail_over(world: World, lost: int) -> None:
 def _rest(world: World) -> None:
     """What was at work waits, each run for so long: for a dead connection to be given up, or behind a TRUNCATE's lock."""
     for run in world.at_work()[:-1]:
-        seconds = (0.0, 0.1, 0.5, 20.0)[world.choices.below(4)]
+        seconds = (0.03, 0.0, 0.1, 20.0)[world.choices.below(4)]
         run.process.paused_until_s = max(run.process.paused_until_s, world.scheduler.now_s + seconds)
 
 
@@ -259,17 +265,22 @@ def _begin_again(world: World) -> None:
 @action(2)
 def clickhouse_loses_entries(world: World) -> None:
     """Entries are gone whose rows are marked in the outbox and as they were: nothing else could name them."""
-    changed = {row.event_id for _, row in world.book.all_rows() if row.earlier}
-    marked = _marked_events(world) - changed
-    entries = [entry for entry in world.clickhouse.entries() if entry.key[3] in marked]
+    entries = entries_that_can_be_lost(world)
     how, erasures = world.choices.below(3), world.erasures()
     if how == 1:  # those that an erasure could wrongly explain: in its workspace, or sent again since
         entries = [entry for entry in entries if entry.key[0] in {one.workspace_id for one in erasures}] or entries
     elif how == 2:
         entries = [entry for entry in entries if any(names(one, entry.key) for one in erasures)] or entries
-    if entries and not world.swept and not world.others_at_work:
+    if entries and not world.others_at_work:
         first = world.choices.below(len(entries))
-        _remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
+        remove(world, "lost", entries[first : first + 1 + world.choices.below(3)])
+
+
+def entries_that_can_be_lost(world: World) -> list[StoredEntry]:
+    """Those whose loss a reconciliation can prove."""
+    changed = {row.event_id for _, row in world.book.all_rows() if row.earlier}
+    marked = _marked_events(world) - changed
+    return [entry for entry in world.clickhouse.entries() if entry.key[3] in marked and not world.swept]
 
 
 @action(3)
@@ -308,7 +319,7 @@ def _erase(world: World) -> None:
 
     def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
         upkeep.add_erasures(ACTOR, [erasure])
-        _remove(world, "erased", [one for one in world.clickhouse.entries() if names(erasure, one.key)])
+        remove(world, "erased", [one for one in world.clickhouse.entries() if names(erasure, one.key)])
 
     world.operate("erase", work)
 
@@ -342,7 +353,7 @@ def _marked_events(world: World) -> set[str]:
     return {row["event_id"] for row in rows} - pending
 
 
-def _remove(world: World, why: str, entries: Sequence[StoredEntry]) -> None:
+def remove(world: World, why: str, entries: Sequence[StoredEntry]) -> None:
     removed = set(map(id, entries))
     world.gone[why] += entries
     world.last_gone |= {entry.key: why for entry in entries}
@@ -424,7 +435,10 @@ def discard_letters(world: World) -> None:
 
 
 def _on_letters(world: World, verb: Callable[..., Any]) -> None:
+    """All letters; perhaps other hands have just deleted the row of one."""
     pks = sorted(world.mysql.tables[LETTERS].rows)
+    if len(pks) > 1 and world.choices.below(2) and not world.gone["lost"]:
+        world.applications[0].meddle(pks[:1], "delete")
     if pks:
 
         def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from auditexport_pipeline.core import requeue
 from auditexport_pipeline.core.actions import RowFilter
 from auditexport_pipeline.mysql.maintenance import MySQLMaintenance
-from auditexport_tests.simulation.actions import action, after, some_rows
+from auditexport_tests.simulation.actions import action, after, entries_that_can_be_lost, remove, some_rows
 from auditexport_tests.simulation.audit_log import SimulatedAuditLog
 from auditexport_tests.simulation.failovers import after_failover
 from auditexport_tests.simulation.status_truth import false_status
-from auditexport_tests.simulation.world import ACTOR, Run, World
+from auditexport_tests.simulation.world import ACTOR, Run, World, names
 
 
 @action(2)
@@ -115,6 +115,27 @@ def requeue_under_a_limit(world: World) -> None:
         run.result = requeue.requeue(outbox, upkeep, log, RowFilter(from_pk=0), ACTOR)
         world.clickhouse.conditions.most_bytes = 400
         world.drain()
+
+    world.operate("requeue", work)
+
+
+@action(2)
+def an_erased_event_returns_and_is_lost(world: World) -> None:
+    """What an erasure named is requeued and exported again; ClickHouse loses it, and a reconciliation looks."""
+    erasures = world.erasures()
+    if not erasures:
+        return
+    erasure = world.choices.one_of(erasures)
+
+    def work(run: Run, outbox: Any, upkeep: MySQLMaintenance, log: SimulatedAuditLog) -> None:
+        which = RowFilter(workspace_id=erasure.workspace_id)
+        run.result = requeue.requeue(outbox, upkeep, log, which, ACTOR)
+        last = world.drain()
+        world.scheduler.wait(lambda: last.ended or last.process.dead, 600.0)
+        entries = [entry for entry in entries_that_can_be_lost(world) if names(erasure, entry.key)]
+        if entries and not world.others_at_work:
+            remove(world, "lost", entries[:1])
+            world.reconcile(repair=bool(world.choices.below(2)))
 
     world.operate("requeue", work)
 

@@ -31,10 +31,10 @@ class Control:
 
     rule: str
     changes: tuple[tuple[str, str, str], ...]
-    seed: int | None  # of the first history that missed the rule, when the table was last printed; None: a hole
+    seed: int  # of the first history that missed the rule, when the table was last printed
 
 
-def _control(rule: str, *changes: tuple[str, str, str], seed: int | None = None) -> Control:
+def _control(rule: str, *changes: tuple[str, str, str], seed: int) -> Control:
     return Control(rule=rule, changes=changes, seed=seed)
 
 
@@ -48,21 +48,21 @@ _NO_HOLDER = ("mysql/outbox.py", "return (row.epoch, row.claim_key) == (claim.ep
 _NO_STATE = ("mysql/outbox.py", "if row.state not in tuple(map(str, states)):", "if False:")
 _NO_CUT = ("mysql/outbox.py", "if cut_digest is not None and row.digest != cut_digest:", "if False:")
 CONTROLS = (
-    _control("a block has one token at every attempt", _NO_TOKEN, seed=12),
+    _control("a block has one token at every attempt", _NO_TOKEN, seed=59),
     _control("a later attempt looks first, and a block has one token", _NO_TOKEN, _NO_LOOK_FIRST, seed=5),
-    _control("MySQL refuses a run that does not hold the batch", _NO_HOLDER, seed=409),
-    _control("MySQL refuses a step that the batch is past", _NO_STATE, seed=34),
-    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, seed=517),
-    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, seed=34),
+    _control("MySQL refuses a run that does not hold the batch", _NO_HOLDER, seed=403),
+    _control("MySQL refuses a step that the batch is past", _NO_STATE, seed=52),
+    _control("MySQL refuses an attempt with an earlier cut", _NO_CUT, seed=115),
+    _control("MySQL has a fence: holder, step and cut", _NO_HOLDER, _NO_STATE, _NO_CUT, seed=52),
     _control(
         "ClickHouse refuses an INSERT after its deadline",
         ("core/export.py", "deadline_ms=deadline_ms,", "deadline_ms=2**62,"),
-        seed=902,
+        seed=750,
     ),
     _control(
         "nothing is split while an INSERT of it can be at work",
         ("core/attempt.py", "return self.until_ms - self._log.deadline_ms(0)", "return -1"),
-        seed=239,
+        seed=672,
     ),
     _control(
         "a stopped batch waits until no INSERT of it can be at work",
@@ -76,7 +76,7 @@ CONTROLS = (
             "if batch.state is State.STOPPED and (left_ms := batch.inserts_until_ms - log.deadline_ms(0)) >= 0:",
             "if (left_ms := -1) >= 0:",
         ),
-        seed=882,
+        seed=357,
     ),
     _control(
         "rows are marked after ClickHouse has them",
@@ -90,17 +90,17 @@ CONTROLS = (
     _control(
         "a batch marks only the rows that it sealed",
         ("mysql/outbox.py", "if total.ids != ids:", "if False:"),
-        seed=215,
+        seed=503,
     ),
     _control(
         "rows that are read again must be those that were sealed",
         ("core/cuts.py", "if str(digest) != block.digest:", "if False:"),
-        seed=5,
+        seed=99,
     ),
     _control(
         "a plan claims no row of an open batch",
         ("core/claiming.py", "free = page - self._in_batches", "free = page"),
-        seed=3,
+        seed=2,
     ),
     _control(
         "a plan that adopts a batch takes it from its owner",
@@ -118,7 +118,7 @@ CONTROLS = (
             'max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)',
             'connection.execute(SQL["now_ms"]).scalar_one()',
         ),
-        seed=61,
+        seed=40,
     ),
     _control(
         "entries of the first export do not prove a requeue",
@@ -132,22 +132,22 @@ CONTROLS = (
             "block for block in to_send if batch.is_requeue(block) or block.inserted_at_ms not in holdings",
             "block for block in to_send if block.inserted_at_ms not in holdings",
         ),
-        seed=51,
+        seed=49,
     ),
     _control(
         "a requeue that cannot be proven does not put a split off",
         ("core/export.py", "        to_send += self._attempt.split_what_is_due()\n", ""),
-        seed=1551,
+        seed=1600,
     ),
     _control(
         "a busy server is not a row that is too large",
         ("core/attempt.py", "return STRIKES_OF_A_USUAL_ROW if usual_row", "return STRIKES[kind] if usual_row"),
-        seed=18,
+        seed=1172,
     ),
     _control(
         "a late verification knows erasures and the TTL",
         ("core/verify.py", "and excuses is None and upkeep is not None:", "and False:"),
-        seed=1244,
+        seed=279,
     ),
     _control("a later attempt looks first", _NO_LOOK_FIRST, seed=18),
     _control(
@@ -158,7 +158,7 @@ CONTROLS = (
             "batch.exported_at_ms is None",
         ),
         _NO_CUT,
-        seed=517,
+        seed=115,
     ),
     _control(
         "a row repeats an event, and not a pk",
@@ -167,18 +167,19 @@ CONTROLS = (
             "next((at_ms for at_ms in candidate_times if (keys[pk], at_ms) in held), None)",
             "next(iter(candidate_times), None)",
         ),
-        seed=44,
+        seed=99,
     ),
     _control(
         "an erasure explains what it names",
         ("core/actions.py", "and (self.to_ms is None or at_ms < self.to_ms)", ""),
         ("core/actions.py", "and (self.from_ms is None or at_ms >= self.from_ms)", ""),
         ("core/actions.py", 'and self.event_id in ("", event_id)', ""),
-        seed=461,
+        seed=190,
     ),
     _control(
         "an erasure explains nothing that came later",
         ("core/excuses.py", "if sent_ms <= recorded.at_ms or (", "if True or ("),
+        seed=578,
     ),
     _control(
         "an unknown TTL explains nothing",
@@ -187,7 +188,7 @@ CONTROLS = (
             '(EXPIRED if known else "", known is None)',
             '("" if known is False else EXPIRED, known is None)',
         ),
-        seed=86,
+        seed=243,
     ),
     _control(
         "a plan leaves out the rows of dead letters",
@@ -206,12 +207,12 @@ CONTROLS = (
             "return 0 if self.state in OPEN else self.rows - self.counts.unmarked",
             "return 0 if self.state in OPEN else self.rows",
         ),
-        seed=134,
+        seed=99,
     ),
     _control(
         "only batches of other owners count as adopted",
         ("core/claiming.py", "                    if batch.owner != owner:", "                    if True:"),
-        seed=18,
+        seed=5,
     ),
     _control(
         "a held row is no dead letter",
@@ -225,12 +226,12 @@ CONTROLS = (
             "actions.count_rows(connection, action_id, rows)",
             "actions.count_rows(connection, action_id, 0)",
         ),
-        seed=12,
+        seed=2,
     ),
     _control(
         "a sweep counts the rows that it deleted",
         ("core/sweep.py", "rows += self.upkeep.delete(", "rows = self.upkeep.delete("),
-        seed=59,
+        seed=683,
     ),
     _control(
         "a retry counts the letters that it changed",
@@ -239,27 +240,32 @@ CONTROLS = (
             "                    changed += len(pending)",
             "                    changed += len(locked)",
         ),
-        seed=796,
+        seed=253,
     ),
     _control(
         "a server without memory says nothing about a row",
         ("core/split.py", "if answer.kind in LIMITS_OF_A_BLOCK:  # a busy", "if False:  # a busy"),
-        seed=787,
+        seed=278,
     ),
     _control(
         "the ledger says what is still wrong after a repair",
         ("core/reconcile.py", "differs = bool(wrong) and complete", "differs = False"),
-        seed=470,
+        seed=453,
+    ),
+    _control(
+        "a reconciliation counts the entries of every block",
+        ("core/reconcile.py", "line.stored += holding.rows", "line.stored = holding.rows"),
+        seed=2,
     ),
     _control(
         "a mark waits for a lock of the application for a second",
         ("mysql/session.py", "MARK_LOCK_WAIT_S = 1", "MARK_LOCK_WAIT_S = 30"),
-        seed=619,
+        seed=244,
     ),
     _control(
         "a lease is renewed three times",
         ("core/lease.py", "RENEWALS_PER_LEASE = 3", "RENEWALS_PER_LEASE = 300"),
-        seed=5,
+        seed=32,
     ),
     _control(
         "the rows of two batches are in memory",
@@ -273,7 +279,7 @@ CONTROLS = (
             "return (row.epoch, row.claim_key) == (claim.epoch, claim.key)",
             "return bool(row.epoch == claim.epoch)",
         ),
-        seed=531,
+        seed=2,
     ),
 )
 

@@ -10,8 +10,9 @@ ClickHouse, which has what the lost commits were about:
   under that of the whole,
 * entries that were erased, and whose erasure is not on record any more,
 * batches that are discrepant because of such copies, and reports that name them,
-* a batch that lists rows which are dead letters: a lost cut had set them aside, and had sent their neighbours under the block's
-  `inserted_at`. The next run takes the block for written, its verification finds the rows missing, and a repair tries them again.
+* a batch that lists rows which were never sent: a lost cut had sent their neighbours under the block's `inserted_at`, and perhaps
+  had set them aside. The next run takes the block for written, its verification finds the rows missing, and a repair tries them
+  again, unless they are gone or past the TTL.
 
 All else is judged as in any other history: no event is lost, pending, missing or altered, and no mark is there without its batch.
 """
@@ -23,7 +24,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from auditexport_pipeline.core.batch import blocks_from_text
+from auditexport_pipeline.core.batch import Block, blocks_from_text
+from auditexport_pipeline.core.pks import PkSet
 from auditexport_tests.chaos.application import FOREIGN_MARK
 from auditexport_tests.chaos.check import Facts
 from auditexport_tests.simulation.application import OUTBOX
@@ -37,7 +39,10 @@ _INSTEAD = (
     "is discrepant, not verified: in ClickHouse: ",
 )
 _LISTED, _AT = "that the ledger lists are not there as committed", re.compile(r" at (\d+) ×")
-_LISTS_A_DEAD_ROW = re.compile(r"sent row (\d+), which is (?:malformed|refused)|row (\d+) has the mark None")
+_UNSENT = re.compile(
+    r"sent row (\d+), which is (?:malformed|refused|unknown)|row (\d+) is (?:malformed|refused), and neither"
+)
+_UNMARKED = re.compile(r"row (\d+) has the mark None")
 
 
 def after_failover(world: World) -> None:
@@ -72,12 +77,15 @@ def after_failover(world: World) -> None:
 def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[str]:
     """The violations that a failover with lost commits does not explain."""
     dead = {pk for pk, _ in facts.letters}
-    cut_again = set(_cut_again_in_vain(world))
+    cut_again = list(_cut_again_in_vain(world))
+    cut_times, cut_rows = {block.inserted_at_ms for block in cut_again}, PkSet.union(block.pks for block in cut_again)
     for line in violations:
-        lists = _LISTS_A_DEAD_ROW.search(line)
-        if _LISTED in line and not line.endswith("…") and cut_again.issuperset(map(int, _AT.findall(line))):
+        unsent, unmarked = _UNSENT.search(line), _UNMARKED.search(line)
+        by_lost_cut = unsent is not None and int(unsent[1] or unsent[2]) in cut_rows
+        of_dead = unmarked is not None and int(unmarked[1]) in dead
+        if _LISTED in line and not line.endswith("…") and cut_times.issuperset(map(int, _AT.findall(line))):
             continue
-        if not any(text in line for text in _INSTEAD) and not (lists and int(lists[1] or lists[2]) in dead):
+        if not any(text in line for text in _INSTEAD) and not by_lost_cut and not of_dead:
             yield line
     altered = len(world.altered())
     for batch in facts.batches:
@@ -87,7 +95,8 @@ def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[s
         counts = {kind: int(number) for number, kind in (one.split() for one in found.split(", "))}
         times = {block.inserted_at_ms for block in batch.blocks}
         erased = sum(entry.inserted_at_ms in times for entry in world.gone["erased"])
-        if counts.get("missing", 0) > erased or counts.get("altered", 0) > altered:
+        unsent_rows = len(batch.pks & cut_rows)
+        if counts.get("missing", 0) > erased + unsent_rows or counts.get("altered", 0) > altered:
             yield f"batch {batch.batch_id} is discrepant: {found}"
     inserts: Counter[str] = Counter()
     sealed: defaultdict[bool, set[str]] = defaultdict(set)  # digests of blocks, by whether the commit was lost
@@ -117,12 +126,12 @@ def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[s
         yield f"ClickHouse has entries at {sorted(stray)}, which no batch of the ledger has, and no lost commit had"
 
 
-def _cut_again_in_vain(world: World) -> Iterator[int]:
-    """The `inserted_at` of each block that only a lost commit cut again."""
+def _cut_again_in_vain(world: World) -> Iterator[Block]:
+    """Each block that only a lost commit cut again."""
     for commit in world.mysql.commits:
         for change in commit.changes if commit.lost else ():
             if change.table == LEDGER and change.before is not None and change.after is not None:
                 kept = {(block.inserted_at_ms, block.digest) for block in blocks_from_text(change.after["manifest"])[0]}
                 for block in blocks_from_text(change.before["manifest"])[0]:
                     if (block.inserted_at_ms, block.digest) not in kept:
-                        yield block.inserted_at_ms
+                        yield block

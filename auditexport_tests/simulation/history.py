@@ -20,6 +20,7 @@ from auditexport_tests.simulation.choices import Choices
 from auditexport_tests.simulation.concurrency import SimulatedThreads
 from auditexport_tests.simulation.failovers import unexplained
 from auditexport_tests.simulation.mysql_engine import outbox_on
+from auditexport_tests.simulation.report_truth import false_report
 from auditexport_tests.simulation.scheduler import Process, Stuck
 from auditexport_tests.simulation.statements import run as statement
 from auditexport_tests.simulation.status_truth import false_status
@@ -157,6 +158,7 @@ def _reconciled_quietly(world: World) -> bool:
         run = world.reconcile(repair=True)
         if not world.scheduler.wait(lambda run=run: run.ended, QUIET_WITHIN_S) or run.report is None:  # type: ignore[misc]
             return _violated(world, f"a quiet reconciliation did not end: {run.error}")
+        world.violations += false_report(world, run.report)
         repaired_pks = set(run.report.missing_pks)
         erased = world.unsure_rows()
         found, absent = world.named(repaired_pks - erased), world.named(absent - erased)

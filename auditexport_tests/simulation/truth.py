@@ -131,6 +131,9 @@ class Truth:
                 yield from (f"{run.owner} reports {line}" for line in self._of_drain(run, run.done))
             elif isinstance(run.result, Requeue):
                 yield from (f"{run.owner} reports {line}" for line in self._of_requeue(run, run.result))
+            elif run.report is not None:
+                repaired = run.report.repaired or Requeue()
+                yield from (f"{run.owner} reports {line}" for line in self._of_requeue(run, repaired))
             elif isinstance(run.result, Sweep):
                 yield from (f"{run.owner} reports {line}" for line in self._of_sweep(run, run.result))
             elif isinstance(run.result, Acted):
