@@ -87,7 +87,7 @@ def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[s
             continue
         if not any(text in line for text in _INSTEAD) and not by_lost_cut and not of_dead:
             yield line
-    altered = len(world.altered())
+    altered, kept_losses = len(world.altered()), world.kept_losses()
     for batch in facts.batches:
         if str(batch.state) != "discrepant":
             continue
@@ -95,8 +95,9 @@ def unexplained(world: World, facts: Facts, violations: list[str]) -> Iterator[s
         counts = {kind: int(number) for number, kind in (one.split() for one in found.split(", "))}
         times = {block.inserted_at_ms for block in batch.blocks}
         erased = sum(entry.inserted_at_ms in times for entry in world.gone["erased"])
-        unsent_rows = len(batch.pks & cut_rows)
-        if counts.get("missing", 0) > erased + unsent_rows or counts.get("altered", 0) > altered:
+        lost = len(batch.pks & cut_rows) + sum(kept_losses[at_ms] for at_ms in times)
+        expired = sum(entry.inserted_at_ms in times & facts.unexplained for entry in world.clickhouse.expired)
+        if counts.get("missing", 0) > erased + lost + expired or counts.get("altered", 0) > altered:
             yield f"batch {batch.batch_id} is discrepant: {found}"
     inserts: Counter[str] = Counter()
     sealed: defaultdict[bool, set[str]] = defaultdict(set)  # digests of blocks, by whether the commit was lost

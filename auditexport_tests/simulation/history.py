@@ -154,16 +154,16 @@ def _reconciled_quietly(world: World) -> bool:
     last_ms = max(world.mysql.tables[LEDGER].rows[0]["inserted_at_ms"], *times_ms, 0)
     world.scheduler.sleep(max(0, last_ms + 1_000 - world.mysql.now_ms()) / 1000)
     for repaired in (False, True):
-        absent = world.absent_rows()
+        absent, unsure = world.absent_rows(), world.named(world.unsure_rows())
         run = world.reconcile(repair=True)
         if not world.scheduler.wait(lambda run=run: run.ended, QUIET_WITHIN_S) or run.report is None:  # type: ignore[misc]
             return _violated(world, f"a quiet reconciliation did not end: {run.error}")
         world.violations += false_report(world, run.report)
         repaired_pks = set(run.report.missing_pks)
-        erased = world.unsure_rows()
-        found, absent = world.named(repaired_pks - erased), world.named(absent - erased)
-        if found != absent or (repaired and absent):
-            return _violated(world, f"reconcile finds {found} missing, the book {absent}, repaired {repaired}")
+        found, lacking = world.named(repaired_pks) - unsure, world.named(absent) - unsure
+        if found != lacking or (repaired and lacking):
+            line = f"reconcile finds {sorted(found)} missing, the book {sorted(lacking)}, repaired {repaired}"
+            return _violated(world, line)
         if not _drained_quietly(world):
             return False
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -370,9 +370,28 @@ class World:
         times = {one.inserted_at_ms for one in self.clickhouse.expired if (one.key[0], one.key[3]) not in rows}
         return {at_ms for at_ms in times if self.clickhouse.past_ttl(None, at_ms) is None}
 
-    def named(self, pks: set[int]) -> list[str]:
+    def kept_losses(self) -> Counter[int]:
+        """By `inserted_at`: lost entries that their batch lacks for good.
+
+        Of a block one of whose rows was changed since its export and requeued, nothing proves that the others are what was sent: a
+        repair sends them as new. And of a repeated event, a repair sends no row but the one that went out, which may be gone.
+        """
+        changed = {pk for pk, row in self.book.all_rows() if row.earlier and row.requeued}
+        sent: defaultdict[int, set[int]] = defaultdict(set)
+        for row in self.mysql.tables[LEDGER].rows.values():
+            for block in blocks_from_text(row["manifest"])[0]:
+                sent[block.inserted_at_ms] |= {*block.pks}
+        rows = self.mysql.tables[OUTBOX].rows
+        there = {at_ms: {rows[pk]["event_id"] for pk in pks & rows.keys()} for at_ms, pks in sent.items()}
+        return Counter(
+            entry.inserted_at_ms
+            for entry in self.gone["lost"]
+            if sent[entry.inserted_at_ms] & changed or entry.key[3] not in there.get(entry.inserted_at_ms, ())
+        )
+
+    def named(self, pks: set[int]) -> set[str]:
         """The events of these rows: of several rows of one event, a reconciliation names one."""
-        return sorted({self.book.rows[pk].event_id for pk in pks})
+        return {self.book.rows[pk].event_id for pk in pks}
 
     def altered(self) -> set[str]:
         """Events of which ClickHouse got another payload than their row has now: both stores really differ."""
@@ -403,7 +422,10 @@ class World:
             in_view=Counter({entry.key for entry in self.clickhouse.entries()}),  # the view is not simulated
             forgetful=forgetful_attempts(batches, overflow=self.forgetful),
             swept_rows=sum(row["swept_rows"] for key, row in ledger.items() if key) if self.swept else 0,
-            explained=[f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))],
+            explained=[
+                *(f"{IN_CLICKHOUSE}{n + 1} altered" for n in range(len(self.altered()))),
+                *(f"{IN_CLICKHOUSE}{n + 1} missing" for n in range(self.kept_losses().total())),
+            ],
         )
 
 
