@@ -373,10 +373,10 @@ class World:
     def kept_losses(self) -> Counter[int]:
         """By `inserted_at`: lost entries that their batch lacks for good.
 
-        Of a block one of whose rows was changed since its export and requeued, nothing proves that the others are what was sent: a
+        Of a block one of whose rows was changed since its export and sent again, nothing proves that the others are what was sent: a
         repair sends them as new. And of a repeated event, a repair sends no row but the one that went out, which may be gone.
         """
-        changed = {pk for pk, row in self.book.all_rows() if row.earlier and row.requeued}
+        changed = {pk for pk, row in self.book.all_rows() if row.earlier and (row.requeued or row.cleared)}
         sent: defaultdict[int, set[int]] = defaultdict(set)
         for row in self.mysql.tables[LEDGER].rows.values():
             for block in blocks_from_text(row["manifest"])[0]:
