@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier, Event
+from unittest.mock import Mock
 
 import pytest
 
@@ -389,3 +390,27 @@ def test_inserted_at_increases_even_when_the_clock_steps_back(stack: Stack) -> N
     at_ms = [block.inserted_at_ms for batch in batches(stack, claims) for block in batch.blocks]
     assert at_ms == [9_000_000_000_001, 9_000_000_000_002]
     assert stack.outbox.reserve_inserted_at(2) == [9_000_000_000_003, 9_000_000_000_004]
+
+
+def test_plans_for_two_outboxes_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process plans for both. A property of the class, with one lock for all plans, held it up (simulated seed 1434)."""
+    first, second = (MySQLPlanning(Mock(), Mock(), last_ms=0) for _ in range(2))
+    asked, answered = Event(), Event()
+
+    def read(plan: MySQLPlanning, statement: str, values: object) -> list[tuple[object, ...]]:
+        if statement != "holding_letters":
+            return []
+        if plan is first:
+            asked.set()
+            answered.wait(30)
+        return [(None, None)]
+
+    monkeypatch.setattr(MySQLPlanning, "_read", read)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(first.candidates, "audit_log.v1", 0, 10)
+        try:
+            assert asked.wait(30)
+            assert not pool.submit(second.candidates, "audit_log.v1", 0, 10).result(timeout=20)
+        finally:
+            answered.set()
+        assert not waiting.result()
