@@ -14,7 +14,7 @@ from typing import Any
 
 from pymysql import err
 from pymysql.connections import MAX_PACKET_LEN, Connection, MySQLResult
-from pymysql.constants import CR
+from pymysql.constants import CR, SERVER_STATUS
 from pymysql.protocol import MysqlPacket
 
 # The stubs lack the names with an underscore, which this module needs.
@@ -44,6 +44,7 @@ class RowsConnection(_Connection):  # type: ignore[misc]
     """A PyMySQL connection whose buffered results are read by `_Rows`. Raises what PyMySQL raises."""
 
     _read_timeout: Any
+    _committed = False  # the last command was a COMMIT, after which the server has no transaction of this connection
 
     def _create_ssl_ctx(self, sslp: Any) -> Any:
         # If the URL has no TLS option, PyMySQL reads this machine's authorities for each connection, to offer TLS
@@ -60,6 +61,19 @@ class RowsConnection(_Connection):  # type: ignore[misc]
         except err.MySQLError as error:
             self._force_close()
             raise err.OperationalError(CR.CR_SERVER_GONE_ERROR, "the connection cannot be used any more") from error
+
+    def commit(self) -> None:
+        super().commit()
+        self._committed = not self.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS
+
+    def rollback(self) -> None:
+        """The pool rolls back each connection that comes back to it: a round trip for nothing after a COMMIT."""
+        if not self._committed:
+            super().rollback()
+
+    def _execute_command(self, command: int, sql: Any) -> None:
+        self._committed = False
+        super()._execute_command(command, sql)
 
     def connect(self, sock: Any = None) -> None:
         # A server that accepts the connection and then sends nothing (another service, a stopped host) is given the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pymysql
@@ -156,3 +157,28 @@ def test_the_missing_grant_for_the_row_image_is_named(stack: Stack) -> None:
 def test_another_image_is_refused_by_name() -> None:
     with pytest.raises(InvalidConfig, match="binlog_row_image that is none of FULL, MINIMAL, NOBLOB"):
         MySQLOutbox("mysql+pymysql://root@127.0.0.1/app?binlog_row_image=SMALL")
+
+
+def test_a_connection_is_rolled_back_unless_it_has_just_committed(stack: Stack) -> None:
+    """After a COMMIT it is a round trip for nothing; without one, the next user would commit what was left behind."""
+    with stack.outbox.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
+
+        def rollbacks(*statements: str, fails: bool = False) -> int:
+            before = so_far()
+            with suppress(InterruptedError), stack.outbox.engine.begin() as connection:
+                for statement in statements:
+                    connection.exec_driver_sql(statement)
+                if fails:
+                    raise InterruptedError
+            return so_far() - before
+
+        def so_far() -> int:
+            return int(watching.exec_driver_sql("SHOW GLOBAL STATUS LIKE 'Com_rollback'").one()[1])
+
+        change = "UPDATE clickhouse_outbox_batch SET last_error = 'changed' WHERE batch_id = 0"
+        assert rollbacks(change) == 0
+        assert rollbacks(change.replace("changed", "left behind"), fails=True) > 0
+        assert rollbacks("SELECT 1") == 0
+        # SQLAlchemy rolls back what it has begun; a transaction that a COMMIT began is none of its own.
+        assert rollbacks("SET SESSION completion_type = 'CHAIN'") == 1
+    assert [row.last_error for row in stack.sql("SELECT last_error FROM clickhouse_outbox_batch")] == ["changed"]
