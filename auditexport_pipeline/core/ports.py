@@ -283,8 +283,8 @@ class Outbox(Protocol):
 
     def seal(self, claim: Claim, cut: Cut) -> None: ...
 
-    def begin_write(self, claim: Claim, lease_s: int) -> Batch:
-        """Counts one more attempt to write, and returns the batch."""
+    def begin_write(self, claim: Claim, lease_s: int, until_ms: int = 0) -> Batch:
+        """Counts one more attempt to write, and returns the batch. Records `until_ms` as `allow_inserts` does."""
 
     def replace_cut(self, claim: Claim, cut: Cut, *, instead_of: str) -> None:
         """Replaces the cut with the digest `instead_of`. Raises `LeaseLost` when the ledger has another cut."""

@@ -85,12 +85,14 @@ def stamp_unlocked(connection: Connection, pks: PkSet, exported_at_ms: int) -> M
     pending = PkSet.of(pk for pk, stamp_ms in stamps.items() if stamp_ms is None)
     if pending:
         _update(connection, pending, exported_at_ms)
-        undone = len(pending) - _marked(connection, pending, exported_at_ms)[0]
-        if undone:
+        marked, ids = _marked(connection, pending, exported_at_ms)
+        if marked < len(pending):
             raise MarkRefused(
-                f"{undone:,} of {len(pending):,} rows do not keep their mark: deleted_at is another right after it was set. "
-                + triggers_to_blame(connection)
+                f"{len(pending) - marked:,} of {len(pending):,} rows do not keep their mark: deleted_at is another right after it "
+                "was set. " + triggers_to_blame(connection)
             )
+        if marked == len(pks):
+            return Marked(ids=ids)
     others = pks - PkSet.of(stamps)
     stamps |= _stamps(connection, "stamps", others)
     locked = PkSet.of(pk for pk in others if pk in stamps and stamps[pk] is None)

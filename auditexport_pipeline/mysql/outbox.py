@@ -120,7 +120,8 @@ class MySQLOutbox(Database):
     def reserve_inserted_at(self, count: int) -> list[int]:
         with self.transaction("reserving an inserted_at") as connection:
             _, last_ms = _lock_ledger(connection)
-            return _reserve(connection, last_ms, count)
+            now_ms = connection.execute(SQL["now_ms"]).scalar_one()
+            return _reserve(connection, max(now_ms, last_ms + 1), count)
 
     # ── a batch's life ───────────────────────────────────────────────────────────────────────────
 
@@ -221,11 +222,13 @@ class MySQLOutbox(Database):
             )
             dead_letters.add(connection, claim, cut.dead_letters)
 
-    def begin_write(self, claim: Claim, lease_s: int) -> Batch:
+    def begin_write(self, claim: Claim, lease_s: int, until_ms: int = 0) -> Batch:
         with self.transaction(f"beginning to write batch {claim.batch_id}") as connection:
-            _fence(connection, claim, State.SEALED, State.STOPPED, State.WRITTEN, *CLOSED_HERE)
-            connection.execute(SQL["begin_write"], {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000})
-            return _own(connection, claim)
+            batch = _fenced(connection, claim, State.SEALED, State.STOPPED, State.WRITTEN, *CLOSED_HERE)
+            values = {"batch_id": claim.batch_id, "lease_ms": lease_s * 1000, "until_ms": until_ms}
+            connection.execute(SQL["begin_write"], values)
+            until_ms = max(batch.inserts_until_ms, until_ms)
+            return replace(batch, attempts=batch.attempts + 1, inserts_until_ms=until_ms)
 
     def stop(self, claim: Claim, error: str, *, wait_ms: int) -> None:
         with self.transaction(f"stopping batch {claim.batch_id}") as connection:
@@ -248,7 +251,7 @@ class MySQLOutbox(Database):
 
     def finish_mark(self, claim: Claim, pks: PkSet, exported_at_ms: int, before: Marked, *, ids: int) -> Batch:
         def work(connection: Connection, stamp_rows: Stamp) -> Batch:
-            _fence(connection, claim, State.WRITTEN)
+            batch = _fenced(connection, claim, State.WRITTEN)
             last = stamp_rows(connection, pks, exported_at_ms)
             if last.locked:
                 raise RowsLocked(
@@ -259,15 +262,14 @@ class MySQLOutbox(Database):
                 raise RowsSwapped(
                     f"rows under the pks of batch {claim.batch_id} are not those that it sealed; run again"
                 )
-            counts = _own(connection, claim).counts
             counts = replace(
-                counts,
-                vanished=counts.vanished + total.vanished,
-                elsewhere=counts.elsewhere + total.elsewhere,
+                batch.counts,
+                vanished=batch.counts.vanished + total.vanished,
+                elsewhere=batch.counts.elsewhere + total.elsewhere,
                 unmarked=total.vanished + total.elsewhere,
             )
             connection.execute(SQL["record_exported"], {"batch_id": claim.batch_id, "counts": _counts_to_text(counts)})
-            return _own(connection, claim)
+            return replace(batch, state=State.EXPORTED, counts=counts, last_error=batch.view_note)
 
         return self._marking(f"marking the last rows of batch {claim.batch_id}", work)
 
@@ -453,7 +455,8 @@ class MySQLPlanning:
 
     def add(self, version: str, generation: int, blocks: Sequence[PlannedBlock]) -> Claim:
         new = sum(1 for block in blocks if block.inserted_at_ms is None)
-        reserved = iter(_reserve(self._connection, self._last_ms, new) if new else [])
+        last = self._connection.execute(SQL["moment"]).one()
+        reserved = iter(_reserve(self._connection, max(last.now_ms, self._last_ms + 1), new) if new else [])
         planned = tuple(
             Block(
                 number=number,
@@ -466,7 +469,7 @@ class MySQLPlanning:
         if new:
             self._last_ms = max(block.inserted_at_ms for block in planned)
         pks = pks_of(planned)
-        batch_id = self._connection.execute(SQL["last_batch_id"]).scalar_one() + 1
+        batch_id = last.batch_id + 1
         self._connection.execute(
             SQL["add_batch"],
             {
@@ -523,9 +526,8 @@ def _lock_ledger(connection: Connection) -> tuple[int, int]:
     return head.epoch, head.inserted_at_ms
 
 
-def _reserve(connection: Connection, last_ms: int, count: int) -> list[int]:
-    """`count` values of `inserted_at`, greater than every earlier one and than the database's clock or equal to it."""
-    first_ms = max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)
+def _reserve(connection: Connection, first_ms: int, count: int) -> list[int]:
+    """`count` values of `inserted_at` from this one on, which is greater than every earlier one, and not in the past."""
     connection.execute(SQL["reserve_inserted_at"], {"last_ms": first_ms + count - 1})
     return list(range(first_ms, first_ms + count))
 
@@ -536,7 +538,18 @@ def _fence(
     """Locks the batch's row of the ledger. Raises `LeaseLost` when another plan has adopted the batch, when the batch
     is past this step, or when it was split meanwhile.
     """
-    row = connection.execute(SQL["fence_shared" if shared else "fence"], {"batch_id": claim.batch_id}).one_or_none()
+    _checked(connection, "fence_shared" if shared else "fence", claim, states, cut_digest)
+
+
+def _fenced(connection: Connection, claim: Claim, *states: State) -> Batch:
+    """As `_fence`; returns the batch."""
+    return batch_of(_checked(connection, "fence_batch", claim, states))
+
+
+def _checked(
+    connection: Connection, fence: str, claim: Claim, states: Sequence[State], cut_digest: str | None = None
+) -> Row[tuple[object, ...]]:
+    row = connection.execute(SQL[fence], {"batch_id": claim.batch_id}).one_or_none()
     if row is None or not _holds(claim, row):
         raise _lost(claim, row)
     if row.state not in tuple(map(str, states)):
@@ -546,6 +559,7 @@ def _fence(
             f"batch {claim.batch_id} was split meanwhile, by a second attempt of the same step that a queue started; "
             "this attempt is refused and changed nothing. Nothing is lost: the other attempt or the next run continues"
         )
+    return row
 
 
 def _key_of(epoch: int) -> str:

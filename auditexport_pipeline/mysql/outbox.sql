@@ -121,10 +121,6 @@ ORDER BY first_pk
 -- Primary key, point by point, for a sample and for the large rows of a read; no lock.
 SELECT pk, OCTET_LENGTH(payload) AS bytes FROM clickhouse_outbox FORCE INDEX (PRIMARY) WHERE pk IN :pks
 
--- name: last_batch_id
--- Primary key, last entry; under lock_ledger.
-SELECT MAX(batch_id) AS batch_id FROM clickhouse_outbox_batch
-
 -- name: add_batch
 -- Under lock_ledger, so no other plan takes the batch_id.
 INSERT INTO clickhouse_outbox_batch
@@ -179,6 +175,10 @@ SELECT $batch_columns FROM clickhouse_outbox_batch WHERE batch_id = :batch_id
 -- Primary key. Locks the batch's row of the ledger until the commit, so that no plan adopts it in between.
 SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
 
+-- name: fence_batch
+-- Primary key. As fence, for a step that needs the whole batch: that saves a second statement.
+SELECT $batch_columns FROM clickhouse_outbox_batch WHERE batch_id = :batch_id FOR UPDATE
+
 -- name: fence_shared
 -- Primary key. As fence, for the chunks of one batch, which are marked at the same time.
 SELECT epoch, claim_key, state, owner, digest FROM clickhouse_outbox_batch WHERE batch_id = :batch_id LOCK IN SHARE MODE
@@ -204,7 +204,9 @@ WHERE batch_id = :batch_id
 
 -- name: begin_write
 -- Primary key; under fence.
-UPDATE clickhouse_outbox_batch SET attempts = attempts + 1, lease_until_ms = $now_ms + :lease_ms WHERE batch_id = :batch_id
+UPDATE clickhouse_outbox_batch
+SET attempts = attempts + 1, lease_until_ms = $now_ms + :lease_ms, inserts_until_ms = GREATEST(inserts_until_ms, :until_ms)
+WHERE batch_id = :batch_id
 
 -- name: stop
 -- Primary key; under fence. Epoch 0 ends the claim, also for its own retries. The lease ends when no INSERT of the
@@ -288,7 +290,7 @@ WHERE exported_at_ms > $now_ms - 1000 * :age_s AND version = :version AND entry_
 LIMIT 1
 
 -- name: moment
--- Primary key, last entry; no lock.
+-- Primary key, last entry; no lock. Also for the next batch_id and inserted_at, under lock_ledger.
 SELECT MAX(batch_id) AS batch_id, $now_ms AS now_ms FROM clickhouse_outbox_batch
 
 -- name: claimed_since

@@ -115,8 +115,8 @@ CONTROLS = (
         "an inserted_at is never used again",
         (
             "mysql/outbox.py",
-            'max(connection.execute(SQL["now_ms"]).scalar_one(), last_ms + 1)',
-            'connection.execute(SQL["now_ms"]).scalar_one()',
+            "max(last.now_ms, self._last_ms + 1)",
+            "last.now_ms",
         ),
         seed=40,
     ),
