@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from string import Template
@@ -318,11 +318,12 @@ class ClickHouseAuditLog:
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]:
         if not inserted_at_ms:
             return {}
-        lists = {"inserted_at_ms": list(inserted_at_ms)}
-        return {
-            at_ms: Holding(rows=rows, fingerprint=fingerprint, content=content, copies=copies)
-            for at_ms, rows, fingerprint, content, copies in self._look_up("holdings", "looking for blocks", lists)
-        }
+        return _holdings(self._look_up("holdings", "looking for blocks", {"inserted_at_ms": list(inserted_at_ms)}))[0]
+
+    def holdings_now(self, batch: Batch) -> tuple[dict[int, Holding], int | None]:
+        lists = {"inserted_at_ms": [block.inserted_at_ms for block in batch.blocks]}
+        statement, pieces = _with_lists(_sql("holdings", batch.version), lists)
+        return _holdings(self.rows("looking for blocks", statement, pieces) if batch.blocks else ())
 
     def entries_at(self, inserted_at_ms: int, *, most: int = MOST_ENTRIES) -> list[StoredEntry]:
         values = {"inserted_at_ms": inserted_at_ms, "most": most}
@@ -426,6 +427,16 @@ class ClickHouseAuditLog:
     def kept_ms(self) -> int | None:
         kept = [self._ttls().kept_ms(version.table) for version in VERSIONS.values()]
         return None if None in kept else max(one for one in kept if one is not None)
+
+
+def _holdings(rows: Iterable[Sequence[Any]]) -> tuple[dict[int, Holding], int | None]:
+    """By `inserted_at`, and the time of the query; None if it has no rows."""
+    held: dict[int, Holding] = {}
+    times_ms = set()
+    for at_ms, count, fingerprint, content, copies, now_ms in rows:
+        held[at_ms] = Holding(rows=count, fingerprint=fingerprint, content=content, copies=copies)
+        times_ms.add(int(now_ms))
+    return held, min(times_ms, default=None)
 
 
 def _entry(row: Sequence[Any]) -> StoredEntry:

@@ -20,9 +20,10 @@ FORMAT JSONEachRow
 SELECT toUnixTimestamp64Milli(now64(3)) AS now_ms
 
 -- name: holdings
--- minmax index on inserted_at, pruned to the partitions of these months. sum() of UInt64 wraps at 2^64.
+-- minmax index on inserted_at, pruned to the partitions of these months. sum() of UInt64 wraps at 2^64. The time is of this
+-- query; of several shards, the earliest.
 SELECT inserted_at, count() AS rows, sum($fingerprint) AS fingerprint, sum($content AS content) AS content_sum,
-       rows - uniqExact(content) AS copies
+       rows - uniqExact(content) AS copies, toUnixTimestamp64Milli(min(now64(3))) AS now_ms
 FROM $table
 WHERE inserted_at IN (SELECT arrayJoin({inserted_at_ms:Array(Int64)}))
 GROUP BY inserted_at

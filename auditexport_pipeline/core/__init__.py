@@ -22,8 +22,9 @@ States. The ledger is a table in the outbox's own database. It is the one source
           a later run marks the rest.
 * verify  Compares count and fingerprint: ours from the outbox, ClickHouse's from its columns.
 
-The effects of a small batch before its INSERT can share one commit, and those after it another (`core.export`). Drains
-commit them one by one.
+Of a plan that is one small batch, the claim, the seal and the first attempt share a commit, and so do `written`, the marks
+and `exported` (`core.small`). Larger batches, requeues, adopted batches, and whatever failed once commit them one by one,
+and so do the steps of Dagster's graph.
 
 What each crash leaves, and why it does no harm:
 
@@ -36,6 +37,8 @@ What each crash leaves, and why it does no harm:
     `written`                     written                   marks
     some chunks of marks          written                   marks the rest, with the same stamp
     `exported`                    exported                  verifies
+    a small batch's first commit  sealed, 1 attempt         looks first, sends the block
+    a small batch's second one    exported                  verifies
     a refused block               sealed, cut as before     sends it, is refused again, splits it
     the split of a block          sealed, with new blocks   sends the new blocks; released rows are pending
     a failing view's INSERT       sealed, 1 attempt         looks first: the block is there, and counts as written

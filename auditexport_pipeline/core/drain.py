@@ -2,7 +2,8 @@
 stays.
 
 The CLI's drain and the staying Dagster run use this loop. Dagster's graph runs one plan as steps (`defs.assets`). The
-verbs of a batch are in `core.export`, and `core.pipeline` runs them in threads.
+verbs of a batch are in `core.export`, and `core.pipeline` runs them in threads; `core.small` merges those of a plan that is
+one small batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from auditexport_pipeline.core import claiming, retries, threads
 from auditexport_pipeline.core.backlog import Backlog
@@ -29,13 +30,18 @@ from auditexport_pipeline.core.pipeline import Pipeline
 from auditexport_pipeline.core.pks import PkSet
 from auditexport_pipeline.core.ports import AuditLog, Discrepancy, Holder, Maintenance, Moment, Outbox
 from auditexport_pipeline.core.settings import Limits
-from auditexport_pipeline.core.verify import verify_recent
+from auditexport_pipeline.core.small import SmallBatches
+from auditexport_pipeline.core.verify import LEFTOVERS, verify
 
 # A block that is too large is split into more parts each time: after so many waits, into single rows.
 WAITS_WITHOUT_PROGRESS = 12
 CHECK_STOP_S = 0.2
 # Two statements: one to MySQL, and, while rows are held, one for the definition of ClickHouse's table.
 RELEASE_EVERY_S = 5.0
+# Small batches are verified by a look-up of their own. Batches that a dead run left unverified wait this long.
+LEFTOVERS_AFTER_S = 60.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,6 +184,8 @@ class Drain:
         self._stopping = stopping
         self._retries = retries.RETRIES if retried else 0
         self._pipeline = Pipeline()
+        self._small = SmallBatches(outbox, log, limits, self._note_verified)
+        self._skipped_s: float | None = None  # since when no batches of earlier runs were verified
         self._reported: set[str] = set()
         self._failures = 0
         self.done = Drained(since=outbox.moment(), claimed=set(exported))
@@ -185,7 +193,7 @@ class Drain:
     def one_plan(self) -> Drained:
         """Exports at most `max_batches` batches."""
         self._plan()
-        return self.done
+        return self._leave()
 
     def until_empty(self, backlog: Callable[[], Backlog]) -> Drained:
         """Exports until all rows that were pending at the start are exported. Rows that arrive later do not prolong it.
@@ -193,6 +201,10 @@ class Drain:
         Ends early after a batch whose mark was refused, because the next one would be refused as well, and after a plan
         that could not change any of its batches.
         """
+        self._empty(backlog)
+        return self._leave()
+
+    def _empty(self, backlog: Callable[[], Backlog]) -> None:
         started = threads.monotonic()
         waits = 0
         while True:
@@ -200,19 +212,19 @@ class Drain:
             settled_before = self.done.settled_rows
             plan = self._plan()
             if self.done.interrupted or len(plan.unmarked) == len(plan.claims) or Left.REFUSED in plan.unmarked:
-                return self.done
+                return
             if self.done.waiting:
                 waits = 0 if self.done.batches > exported_before else waits + 1
                 wait_s = max(error.wait_s for error in self.done.waiting.values())
                 if not wait_s or waits > WAITS_WITHOUT_PROGRESS:
-                    return self.done
+                    return
                 self._sleep(wait_s)
             elif len(plan.claims) < self._limits.max_batches:  # the plan claimed all pending rows
                 pending = backlog()
                 given_back = plan.given_back and self.done.settled_rows > settled_before
                 late = not given_back and pending.lag_s <= threads.monotonic() - started
                 if plan.cleared or not pending.rows or late:
-                    return self.done
+                    return
 
     def stay(
         self,
@@ -238,24 +250,46 @@ class Drain:
             if plan.left:
                 raise plan.left[0]
             if plan.unmarked or plan.wrong:
-                return self.done
+                return self._leave()
             self._sleep(started + self._limits.linger_poll_ms / 1000 - threads.monotonic())
         self.done.interrupted = self.done.interrupted or self._stopping()
+        return self._leave()
+
+    def _leave(self) -> Drained:
+        """Records and verifies what the plans have left for later."""
+        if self._skipped_s is not None:
+            self._retried(lambda: self._verify(_Plan()))
         return self.done
 
     # ── one plan ─────────────────────────────────────────────────────────────────────────────────
 
     def _plan(self, max_rows: int | None = None, *, adopt: bool = True) -> _Plan:
         """Claims, exports and verifies one plan, and after a transient error another one."""
+
+        def once() -> _Plan:
+            plan = self._claim(max_rows, adopt=adopt)
+            self._export(plan)
+            if self._is_to_verify(bool(plan.claims) or adopt):
+                self._verify(plan)
+            return plan
+
+        return self._retried(once)
+
+    def _is_to_verify(self, usually: bool) -> bool:
+        """Not after a small batch, which has its own look-up; batches of earlier runs wait for a minute then."""
+        if self._small.has_verified and self._skipped_s is None:
+            self._skipped_s = threads.monotonic()
+        if self._skipped_s is not None and threads.monotonic() - self._skipped_s > LEFTOVERS_AFTER_S:
+            return True
+        return usually and not self._small.has_verified
+
+    def _retried(self, work: Callable[[], Result]) -> Result:
         while True:
             exported_before = self.done.batches
             try:
-                plan = self._claim(max_rows, adopt=adopt)
-                self._export(plan)
-                if plan.claims or adopt:
-                    self._verify(plan)
+                result = work()
                 self._failures = 0
-                return plan
+                return result
             except TransientError as error:
                 self._failures = 0 if self.done.batches > exported_before else self._failures + 1
                 if self._failures > self._retries or self._stopping():
@@ -266,17 +300,20 @@ class Drain:
 
     def _claim(self, max_rows: int | None, *, adopt: bool) -> _Plan:
         plan = _Plan()
-        plan.claims = claiming.claim(
-            self._outbox,
-            owner=self._owner,
-            dead_owners=self._dead_owners(claiming.open_owners(self._outbox)) if adopt else (),
-            limits=self._limits,
-            process=self._process,
-            max_rows=max_rows,
-            left_alone=self._report_once,
-            exported=self.done.claimed,
-            cleared=plan.add_cleared,
-            taken_over=self.done.taken_over.add,
+        dead_owners = self._dead_owners(claiming.open_owners(self._outbox)) if adopt else ()
+        plan.claims = self._small.claim(
+            lambda: claiming.claim(
+                self._outbox,
+                owner=self._owner,
+                dead_owners=dead_owners,
+                limits=self._limits,
+                process=self._process,
+                max_rows=max_rows,
+                left_alone=self._report_once,
+                exported=self.done.claimed,
+                cleared=plan.add_cleared,
+                taken_over=self.done.taken_over.add,
+            )
         )
         if plan.cleared:
             self._report_once(claiming.cleared_line(plan.cleared), "cleared")
@@ -286,18 +323,16 @@ class Drain:
         return plan
 
     def _export(self, plan: _Plan) -> None:
-        outbox, log, limits, done = self._outbox, self._log, self._limits, self.done
+        done = self.done
         self._pipeline.plan(plan.claims)
         rest = list(plan.claims)
         try:
             for claim in plan.claims:
-                if self._stopping():
+                if self._stopping() and not self._small.has_begun(claim):
                     break
                 rest.remove(claim)
                 try:
-                    self._pipeline.fetch(outbox, log, claim, limits)
-                    receipt = self._pipeline.write(outbox, log, claim, limits)
-                    batch = self._pipeline.mark(outbox, log, receipt, limits)
+                    batch = self._small.export(claim) if self._small.has_begun(claim) else self._export_batch(claim)
                 except (LeaseLost, BatchWaits, BatchLocked, TableRefuses, BatchAltered) as error:
                     done.leave(claim.batch_id, error)
                     plan.left.append(error)
@@ -319,6 +354,12 @@ class Drain:
         if rest:
             self._give_back(rest)
 
+    def _export_batch(self, claim: Claim) -> Batch:
+        outbox, log, limits = self._outbox, self._log, self._limits
+        self._pipeline.fetch(outbox, log, claim, limits)
+        receipt = self._pipeline.write(outbox, log, claim, limits)
+        return self._pipeline.mark(outbox, log, receipt, limits)
+
     def _give_back(self, rest: Sequence[Claim]) -> None:
         """Ends the leases of the batches that are open, so that the next drain need not wait for them. It continues
         from their states in the ledger.
@@ -338,10 +379,16 @@ class Drain:
 
     def _verify(self, plan: _Plan) -> None:
         """Verifies the batches of this plan, also after an interruption, and batches of earlier runs."""
-        outcome = verify_recent(self._outbox, self._log, len(plan.claims), upkeep=self._upkeep)
+        batches = self._small.unverified(len(plan.claims) + LEFTOVERS)
+        outcome = verify(self._outbox, self._log, batches, upkeep=self._upkeep)
+        self._skipped_s = None
         plan.wrong = any(outcome.values())
+        self._note_verified(outcome)
+
+    def _note_verified(self, outcome: dict[int, Discrepancy]) -> None:
         self.done.verified |= outcome
-        self._listener.verified(outcome)
+        if outcome:
+            self._listener.verified(outcome)
 
     def _report_once(self, line: str, key: str = "") -> None:
         if (key or line) not in self._reported:

@@ -7,18 +7,8 @@ and the time, which the databases tell.
 Every verb may be run again after any crash, by the same run or by another one. It continues from the batch's state in
 the ledger.
 
-Effects of a small batch can share a commit (`Outbox.one_transaction`), in two groups, with the INSERT between them:
-
-    with outbox.one_transaction():      claim, fetch, outbox.begin_write       one COMMIT
-    send                                allow_inserts (a COMMIT), the INSERTs
-    with outbox.one_transaction():      record_written, mark                   one COMMIT
-
-The first group must be committed before anything is sent: otherwise a rollback would make sent rows pending again,
-under another `inserted_at`. So whatever asks ClickHouse refuses to run in an open transaction: `send`, and `fetch` of a
-batch whose rows were exported before. An adopted or large batch gains nothing from the first group, which holds the
-ledger's lock and so all other plans until the commit. The second group takes one chunk of `mark_rows` and no throttle,
-of one batch at a time, because `mark` renews the lease of the whole plan. If it raises an error, nothing of it has
-happened: call `record_written` and `mark` again, each on its own.
+Effects of a small batch share two commits (`core.small`). In an open transaction nothing here asks ClickHouse: `send`
+refuses to, and so does `fetch` of a batch whose rows were exported before.
 """
 
 from __future__ import annotations
@@ -81,7 +71,7 @@ class FetchedBatch:
     seconds: float = 0.0
 
 
-def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> FetchedBatch:
+def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits, *, batch: Batch | None = None) -> FetchedBatch:
     """Reads a claimed batch's rows by pk, decodes them, and seals those that can be exported.
 
     Rows whose pks were exported before keep their `inserted_at` only if they are proven to be the same events
@@ -89,12 +79,13 @@ def fetch(outbox: Outbox, log: AuditLog, claim: Claim, limits: Limits) -> Fetche
     asked.
 
     Durable effect: the seal (pks, blocks, digest) and the dead letters, in one transaction. A batch that
-    is sealed already does not change; `write` reads its rows again if it has to send them.
+    is sealed already does not change; `write` reads its rows again if it has to send them. `batch` is the batch as this
+    transaction has just claimed it. Otherwise its lease is renewed and it is read.
     Raises `LeaseLost`, `OutboxUnavailable`, `AuditLogUnavailable`.
     """
     started = threads.monotonic()
     with leases_renewed(outbox, claim, limits):
-        batch = outbox.renew(claim, limits.lease_s)
+        batch = batch or outbox.renew(claim, limits.lease_s)
         if batch.state is not State.CLAIMED:
             return FetchedBatch(claim=claim, rows=batch.entries, seconds=threads.monotonic() - started)
         rows = ClaimedRows(batch)
@@ -136,12 +127,35 @@ class Sent:
     note: str
     seconds: float
 
+    def receipt(self) -> Receipt:
+        """Valid once the ledger has the batch as written."""
+        return Receipt(
+            claim=self.claim,
+            digest=self.batch.digest,
+            entries=self.batch.entries,
+            blocks=len(self.batch.blocks),
+            bytes=self.batch.bytes,
+            found=self.found,
+            seconds=self.seconds,
+            note=self.note,
+        )
 
-def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodies, limits: Limits) -> Sent:
+
+def send(
+    outbox: Outbox,
+    log: AuditLog,
+    claim: Claim,
+    batch: Batch,
+    bodies: Bodies,
+    limits: Limits,
+    *,
+    deadline_ms: int | None = None,
+) -> Sent:
     """Sends the blocks of a batch that `Outbox.begin_write` returned, until ClickHouse has all of them.
 
     `bodies` are the blocks' payloads by digest, as `fetch` returned them. The payloads of other blocks are read
-    from the outbox and compared with the digest. `bodies` is emptied.
+    from the outbox and compared with the digest. `bodies` is emptied. `deadline_ms` is that of the first INSERTs, if
+    `begin_write` has recorded until when they can be at work. Otherwise the clock is asked and the ledger told here.
 
     A first attempt sends at once. Any later attempt first asks what ClickHouse has. A block is
     atomic, so ClickHouse has all of it, or none of it and the same block is sent under the same token.
@@ -172,26 +186,16 @@ def send(outbox: Outbox, log: AuditLog, claim: Claim, batch: Batch, bodies: Bodi
             writing = Writing(outbox, batch, bodies)
             attempt = Attempt(writing, log, limits)
             attempt.note_stored([block for block in batch.blocks if block not in to_send])
-            _Sending(writing, log, limits, attempt).all(to_send)
+            _Sending(writing, log, limits, attempt, deadline_ms).all(to_send)
             batch, note = writing.batch, attempt.note()
     return Sent(claim=claim, batch=batch, found=found, note=note, seconds=threads.monotonic() - started)
 
 
 def record_written(outbox: Outbox, sent: Sent) -> Receipt:
     """Records the batch as written, unless it is already. Raises `LeaseLost`, `OutboxUnavailable`."""
-    batch = sent.batch
-    if batch.state in UNWRITTEN:
-        batch = outbox.record_written(sent.claim, batch.digest)
-    return Receipt(
-        claim=sent.claim,
-        digest=batch.digest,
-        entries=batch.entries,
-        blocks=len(batch.blocks),
-        bytes=batch.bytes,
-        found=sent.found,
-        seconds=sent.seconds,
-        note=sent.note,
-    )
+    if sent.batch.state in UNWRITTEN:
+        sent = replace(sent, batch=outbox.record_written(sent.claim, sent.batch.digest))
+    return sent.receipt()
 
 
 def _refuse_in_transaction(outbox: Outbox) -> None:
@@ -207,11 +211,14 @@ class _Sending:
     Blocks that are too large are split first or last, because no INSERT of the batch may be at work then.
     """
 
-    def __init__(self, writing: Writing, log: AuditLog, limits: Limits, attempt: Attempt) -> None:
+    def __init__(
+        self, writing: Writing, log: AuditLog, limits: Limits, attempt: Attempt, deadline_ms: int | None
+    ) -> None:
         self._writing = writing
         self._log = log
         self._limits = limits
         self._attempt = attempt
+        self._deadline_ms = deadline_ms  # of the next INSERTs, if the ledger knows it already
         # Answers that the server's list of settings is outdated: a load balancer can choose servers of other versions.
         self._rereads = 2
 
@@ -229,14 +236,8 @@ class _Sending:
     def _send(self, blocks: list[Block], pool: Executor) -> list[Block]:
         """Sends these blocks; returns the blocks to send next."""
         writing, limits, attempt = self._writing, self._limits, self._attempt
-        # The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that
-        # was paused for long is refused. The deadline is read before the ledger: a run that is paused in between
-        # learns from the ledger whether it still holds the batch.
-        deadline_ms = self._log.deadline_ms(START_WITHIN_S)
-        until_ms = deadline_ms + limits.insert_timeout_s * 1000
-        attempt.until_ms = max(attempt.until_ms, until_ms)
-        writing.outbox.allow_inserts(writing.batch.claim, writing.batch.digest, limits.lease_s, until_ms)
-        altered = self._load(blocks, until_ms)
+        deadline_ms = self._allowed_until()
+        altered = self._load(blocks)
         if writing.batch.state is State.STOPPED:
             writing.give_back(altered)
         blocks = [block for block in blocks if block not in altered]
@@ -259,7 +260,23 @@ class _Sending:
         again = attempt.settle([(block, outcome) for block, outcome in outcomes if block not in outdated])
         return [*again, *(block for block in writing.batch.blocks if block in outdated)]
 
-    def _load(self, blocks: list[Block], until_ms: int) -> list[Block]:
+    def _allowed_until(self) -> int:
+        """The deadline of the next INSERTs, which the ledger knows.
+
+        The fence in ClickHouse: every INSERT must start before this moment of ClickHouse's clock, so a process that was
+        paused for long is refused. The deadline is read before the ledger: a run that is paused in between learns from
+        the ledger whether it still holds the batch.
+        """
+        writing, limits = self._writing, self._limits
+        deadline_ms, self._deadline_ms = self._deadline_ms, None
+        if deadline_ms is None:
+            deadline_ms = self._log.deadline_ms(START_WITHIN_S)
+            until_ms = deadline_ms + limits.insert_timeout_s * 1000
+            self._attempt.until_ms = max(self._attempt.until_ms, until_ms)
+            writing.outbox.allow_inserts(writing.batch.claim, writing.batch.digest, limits.lease_s, until_ms)
+        return deadline_ms
+
+    def _load(self, blocks: list[Block]) -> list[Block]:
         """Reads the payloads that are not in memory. Returns the altered blocks of a stopped batch; stops any other
         batch and raises `BatchAltered`.
         """
@@ -270,7 +287,7 @@ class _Sending:
                     self._writing.load(block)
             except BatchAltered as error:
                 if batch.state is not State.STOPPED:
-                    wait_ms = max(until_ms, batch.inserts_until_ms) - self._log.deadline_ms(0)
+                    wait_ms = self._attempt.until_ms - self._log.deadline_ms(0)
                     self._writing.outbox.stop(batch.claim, str(error), wait_ms=wait_ms)
                     raise
                 altered.append(block)
@@ -280,7 +297,7 @@ class _Sending:
 # ── mark ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
+def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits, *, batch: Batch | None = None) -> Batch:
     """Marks the batch's rows, chunk by chunk, and records the batch as exported with the last chunk.
 
     Durable effects: `deleted_at` of the rows, one transaction for each chunk, several at once; then the last chunk and
@@ -290,15 +307,15 @@ def mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Bat
     Where rows stay locked for longer than `LOCKED_PATIENCE_S`, or a trigger undoes or refuses the mark, the other rows
     are marked and the batch stays `written`. The returned batch has the reason in `left` and `last_error`. The rows are
     still in this batch, so they are not sent again, and the next run marks them. Raises `LeaseLost`,
-    `OutboxUnavailable`; in an open transaction also `MarkRefused`, and `RowsLocked` without waiting.
+    `OutboxUnavailable`; in an open transaction also `MarkRefused`, and `RowsLocked` without waiting. `batch` is the batch
+    as this transaction has just recorded it. Otherwise its lease is renewed and it is read.
     """
     with leases_renewed(outbox, receipt.claim, limits):
-        return _mark(outbox, log, receipt, limits)
+        return _mark(outbox, log, receipt, limits, batch or outbox.renew(receipt.claim, limits.lease_s))
 
 
-def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits) -> Batch:
+def _mark(outbox: Outbox, log: AuditLog, receipt: Receipt, limits: Limits, batch: Batch) -> Batch:
     claim = receipt.claim
-    batch = outbox.renew(claim, limits.lease_s)
     if batch.state is not State.WRITTEN:
         if batch.state in (State.EXPORTED, State.VERIFIED, State.DISCREPANT):
             return batch

@@ -42,7 +42,13 @@ def progress() -> None:
 
 @contextmanager
 def leases_renewed(outbox: Outbox, claim: Claim, limits: Limits) -> Iterator[None]:
-    """Renews the leases of the claim's plan while the block runs and makes progress."""
+    """Renews the leases of the claim's plan while the block runs and makes progress.
+
+    Not in an open transaction: it has locked the batch's row of the ledger, so no plan can adopt the batch.
+    """
+    if outbox.in_transaction:
+        yield
+        return
     last, done = _Progress(), threads.event()
     longest_s = limits.insert_timeout_s + LONGEST_SILENCE_S
 

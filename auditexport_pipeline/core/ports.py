@@ -334,8 +334,10 @@ class Outbox(Protocol):
 
     def unverified(self, batches: int) -> list[Batch]: ...
 
-    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
-        """Records the verification of an exported batch. `observed` is what ClickHouse held, by `inserted_at`."""
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> bool:
+        """Records the verification of an exported batch; False if another run has verified it. `observed` is what ClickHouse
+        held, by `inserted_at`.
+        """
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         """Batches with rows in this range of pks that may have sent something, by ascending id."""
@@ -424,6 +426,9 @@ class AuditLog(Protocol):
         """Seconds since the version's table was last altered, by ClickHouse's clock."""
 
     def holdings(self, inserted_at_ms: Sequence[int]) -> dict[int, Holding]: ...
+
+    def holdings_now(self, batch: Batch) -> tuple[dict[int, Holding], int | None]:
+        """As `holdings`, of a batch's blocks and in one request; also ClickHouse's time, None if it has none of them."""
 
     def entries_at(self, inserted_at_ms: int, *, most: int = ...) -> list[StoredEntry]:
         """The entries of one `inserted_at`, or `most` of them."""

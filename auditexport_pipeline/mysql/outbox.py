@@ -344,11 +344,11 @@ class MySQLOutbox(Database):
         found = self.rows("listing batches to verify", SQL["unverified"], values)
         return [batch_of(row) for row in found if row.version in VERSIONS][:batches]
 
-    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> None:
+    def record_verified(self, batch: Batch, discrepancy: Discrepancy, observed: Mapping[int, Holding]) -> bool:
         state = State.DISCREPANT if discrepancy else State.VERIFIED
         error = f"{IN_CLICKHOUSE}{discrepancy}" if discrepancy else ""
         with self.transaction(f"recording the verification of batch {batch.batch_id}") as connection:
-            connection.execute(
+            recorded = connection.execute(
                 SQL["record_verified"],
                 {
                     "batch_id": batch.batch_id,
@@ -358,6 +358,7 @@ class MySQLOutbox(Database):
                     "observed": observed_to_text(observed),
                 },
             )
+            return recorded.rowcount > 0
 
     def sent_over(self, first_pk: int, last_pk: int) -> list[Batch]:
         with self.transaction("reading the ledger") as connection:

@@ -43,6 +43,23 @@ def lock_rows_of_a_batch(world: World) -> None:
         world.drain()
 
 
+@action(2)
+def trickle(world: World) -> None:
+    """A run stays, and an application goes on writing: its batches follow each other, and share commits."""
+    if len(world.at_work()) >= 4:
+        return
+    application = world.choices.one_of(world.applications)
+    pauses_s = [(0.6, 0.1, 3.0)[world.choices.below(3)] for _ in range(3 + world.choices.below(4))]
+
+    def go_on() -> None:
+        for pause_s in pauses_s:
+            application.write()
+            world.scheduler.sleep(pause_s)
+
+    world.drain(stays=True)
+    world.beside("writer", go_on)
+
+
 @action(1)
 def stop_a_run(world: World) -> None:
     """A run is asked to end, as by Ctrl-C."""

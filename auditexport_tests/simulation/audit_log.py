@@ -75,6 +75,12 @@ class SimulatedAuditLog:
             "looks for blocks", lambda: _holdings(e for e in self._entries() if e.inserted_at_ms in wanted)
         )
 
+    def holdings_now(self, batch: Batch) -> tuple[dict[int, Holding], int | None]:
+        if not batch.blocks:
+            return {}, None
+        held = self.holdings([block.inserted_at_ms for block in batch.blocks])
+        return held, self._server.now_ms() if held else None
+
     def entries_at(self, inserted_at_ms: int, *, most: int = 2**63 - 1) -> list[StoredEntry]:
         return self._ask(
             "reads entries", lambda: [e for e in self._entries() if e.inserted_at_ms == inserted_at_ms][:most]

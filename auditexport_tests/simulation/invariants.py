@@ -24,7 +24,7 @@ LEDGER = "clickhouse_outbox_batch"
 NO_WORK = frozenset(("lease_until_ms", "epoch", "claim_key", "owner", "process", "last_error"))
 STEPS: Mapping[State, Collection[State]] = {
     State.CLAIMED: (State.SEALED,),
-    State.SEALED: (State.SEALED, State.WRITTEN, State.STOPPED),
+    State.SEALED: (State.SEALED, State.WRITTEN, State.STOPPED, State.EXPORTED),
     State.STOPPED: (State.SEALED, State.WRITTEN),
     State.WRITTEN: (State.WRITTEN, State.EXPORTED),
     State.EXPORTED: (State.EXPORTED, State.VERIFIED, State.DISCREPANT),
@@ -109,25 +109,28 @@ class Invariants(Watch):
             if change.table == LEDGER and change.key == 0 and change.before is not None and change.after is not None:
                 last_ms, now_ms = change.before["inserted_at_ms"], change.after["inserted_at_ms"]
                 self._require(now_ms >= last_ms, f"{now_ms} is reserved as inserted_at after {last_ms}")
-            elif change.table == LEDGER and change.after is not None:
+            elif change.table == LEDGER and change.key and change.after is not None:
                 self._ledger(actor, change.key, change.before, change.after)
                 was = change.before["state"] if change.before is not None else ""
-                if not self.forgot and (was, change.after["state"]) == ("written", "exported"):
+                if not self.forgot and was in ("sealed", "written") and change.after["state"] == "exported":
                     self._exported(actor, change.after, changes)
                 self._fire(actor, change.after["state"])
             elif change.table == OUTBOX and change.before is not None:
-                self._outbox(actor if exporter else "", change.key, change.before, change.after)
+                self._outbox(actor if exporter else "", change.key, change.before, change.after, changes)
 
     def _ledger(self, actor: str, batch_id: int, before: Row | None, after: Row) -> None:
         if not self.forgot:
             self._own_times(batch_id, after)
         if before is None:
+            self._begins(batch_id, after)
             return
         was, now = State(before["state"]), State(after["state"])
         changed = {name for name in after if before[name] != after[name]}
         work = changed - NO_WORK
         if was is not now:
             self._require(now in STEPS[was], f"batch {batch_id} went from {was} to {now}")
+        if (was, now) == (State.SEALED, State.EXPORTED) and not self.forgot:
+            self._exported_at_once(batch_id, after)
         if (was in OPEN and work) or "attempts" in work:
             self._require(
                 self._held(actor, before),
@@ -138,6 +141,23 @@ class Invariants(Watch):
             )
         if "manifest" in work and not self.forgot and was in (State.SEALED, State.STOPPED):
             self._left_the_cut(batch_id, before, after)
+
+    def _begins(self, batch_id: int, row: Row) -> None:
+        """A batch that is sealed by the commit that claims it is no requeue, and what may be sent of it is bounded."""
+        if row["state"] != State.CLAIMED:
+            sealed = row["state"] == State.SEALED and not row["generation"] and row["digest"]
+            self._require(bool(sealed), f"batch {batch_id} began as {row['state']}, of generation {row['generation']}")
+            bounded = row["attempts"] == 1  # and nothing is sent before the ledger knows until when
+            self._require(bounded, f"batch {batch_id} began with {row['attempts']} attempts")
+
+    def _exported_at_once(self, batch_id: int, row: Row) -> None:
+        """A batch skips `written` only at its first attempt, of a first export, and when all its blocks are stored."""
+        first = (row["attempts"], row["generation"]) == (1, 0)
+        self._require(first, f"batch {batch_id} skipped written at attempt {row['attempts']}")
+        times = {block.inserted_at_ms for block in blocks_from_text(row["manifest"])[0]}
+        self._require(
+            times <= self._stored_blocks, f"batch {batch_id} skipped written, and not all its blocks are stored"
+        )
 
     def _held(self, actor: str, row: Row) -> bool:
         plan = self._mysql.scheduler.current.process.plan
@@ -177,7 +197,7 @@ class Invariants(Watch):
         entries, refusal = clickhouse.parse(insert.payloads, insert.block.inserted_at_ms)
         return refusal is None and not any(map(clickhouse.conditions.table_refuses, entries))
 
-    def _outbox(self, exporter: str, pk: int, before: Row, after: Row | None) -> None:
+    def _outbox(self, exporter: str, pk: int, before: Row, after: Row | None, changes: Sequence[Change]) -> None:
         step = self._mysql.scheduler.steps
         if after is None:
             self._cleared_at.pop(pk, None)
@@ -190,7 +210,17 @@ class Invariants(Watch):
                 self._cleared_at[pk] = step
                 self._book.rows[pk].requeued += bool(exporter)
         elif exporter and not self.forgot and before["deleted_at"] is None and after["deleted_at"] is not None:
-            holders = [row for row in self._open_batches(pk) if row["exported_at_ms"] == after["deleted_at"]]
+            # The commit that exports a batch can fix its stamp too.
+            stamps = {
+                one.key: one.after["exported_at_ms"]
+                for one in changes
+                if one.table == LEDGER and one.after is not None and one.after["state"] == State.EXPORTED
+            }
+            holders = [
+                row
+                for row in self._open_batches(pk)
+                if stamps.get(row["batch_id"], row["exported_at_ms"]) == after["deleted_at"]
+            ]
             held = any(self._held(exporter, row) for row in holders)
             self._require(held, f"{exporter} marked row {pk}, and holds no batch with this mark that has it")
             self._require(
@@ -228,6 +258,9 @@ class Invariants(Watch):
         self, batch: Batch, block: Block, payloads: Sequence[bytes], deadline_ms: int
     ) -> Iterator[Callable[[float], None]]:
         insert = Insert(batch, block, payloads, deadline_ms, self._clickhouse.clock_offset_ms)
+        row = self._mysql.tables[LEDGER].rows.get(batch.batch_id)
+        allowed = row is not None and row["attempts"] > 0 and row["inserts_until_ms"] > deadline_ms
+        self._require(allowed or self.forgot, f"{insert.what} was sent, and the ledger does not know until when")
         self._at_work.append(insert)
         self._fire(batch.owner, "INSERT")
         try:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from auditexport_pipeline.core import threads
+import pytest
+
+from auditexport_pipeline.core import small, threads
 from auditexport_pipeline.sql import load
 from auditexport_tests.simulation.application import KNOWN, OUTBOX, REFUSED, row_of
 from auditexport_tests.simulation.choices import Choices
@@ -102,8 +104,14 @@ def test_own_batches_of_a_failed_plan_do_not_count_as_adopted() -> None:
     played(script)
 
 
-def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost() -> None:
-    """A run is paused until its INSERT is too late. No other run adopts the batch, and the run exports it."""
+@pytest.mark.parametrize("most_rows", [0, small.MOST_ROWS])
+def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost(
+    most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is paused until its INSERT is too late. No other run adopts the batch, and the run exports it; a small batch
+    at once.
+    """
+    monkeypatch.setattr(small, "MOST_ROWS", most_rows)
 
     def script(world: World) -> None:
         write(world, "one")
@@ -119,7 +127,8 @@ def test_a_batch_that_the_run_exports_in_the_end_is_not_reported_as_lost() -> No
         finished(world, run)
         assert run.done is not None
         assert (run.done.rows, run.done.lost) == (1, [])
-        assert "deadline" in str(world.scheduler.story)
+        assert world.mysql.tables[LEDGER].rows[1]["attempts"] == 2
+        assert ("deadline" in str(world.scheduler.story)) == (not most_rows)
 
     played(script)
 

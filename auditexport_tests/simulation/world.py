@@ -166,14 +166,16 @@ class World:
             mark_connections=1 if quiet else (1, 2)[choose.below(2)],
             insert_timeout_s=60 if quiet else (60, 2)[choose.below(2)],
             linger_s=60,
+            linger_poll_ms=1_000,
             max_rows_per_second=0 if quiet else (0, 0, 50)[choose.below(3)],
             mark_pause_ms=0 if quiet else (0, 0, 10)[choose.below(3)],
         )
 
-    def drain(self, *, quiet: bool = False) -> Run:
+    def drain(self, *, quiet: bool = False, stays: bool = False) -> Run:
+        """A drain in one of three ways; one that `stays` has mostly limits under which its batches are small."""
         choose = self.choices
-        limits = self._limits(quiet=quiet)
-        how = 1 if quiet else choose.below(3)
+        limits = self._limits(quiet=quiet or (stays and choose.below(4) < 3))
+        how = 2 if stays else 1 if quiet else choose.below(3)
         retried = quiet or not choose.below(2)
         knows_dead = quiet or not choose.chance(200)
 
@@ -198,7 +200,7 @@ class World:
             elif how == 1:
                 drain.until_empty(lambda: outbox.backlog(limits.versions, count_to=1_000))
             else:
-                until_s = self.scheduler.now_s + 30
+                until_s = self.scheduler.now_s + (10 if stays else 30)
                 drain.stay(
                     lambda: self.scheduler.now_s < until_s,
                     release=lambda: dead_letters.release_held(outbox, log.definition),

@@ -130,11 +130,18 @@ class CrashingOutbox(Crashing):
             self.crash_at.at("before claim")
         self.crash_at.at("after claim")
 
+    @contextmanager
+    def one_transaction(self) -> Iterator[None]:
+        with self.real.one_transaction():
+            yield
+            self.crash_at.at("before commit")
+        self.crash_at.at("after commit")
+
 
 class CrashingAuditLog(Crashing):
     """`core.ports.AuditLog`."""
 
-    PLACES: Mapping[str, str] = {"insert": "insert", "deadline_ms": "deadline"}
+    PLACES: Mapping[str, str] = {"insert": "insert", "deadline_ms": "deadline", "holdings_now": "look"}
 
 
 class CrashingMaintenance(Crashing):
