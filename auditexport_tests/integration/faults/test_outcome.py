@@ -38,8 +38,8 @@ def lossy(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Stack:
     """ClickHouse loses one entry of each batch right after it was marked."""
     real = export.mark
 
-    def mark(*arguments: Any) -> Any:
-        batch = real(*arguments)
+    def mark(*arguments: Any, **named: Any) -> Any:
+        batch = real(*arguments, **named)
         lose(stack, "evt_0")
         return batch
 
@@ -87,8 +87,8 @@ def test_a_run_that_stays_counts_what_every_attempt_exported(
     real = export.mark
     calls: list[int] = []
 
-    def mark(*arguments: Any) -> Any:
-        batch = real(*arguments)
+    def mark(*arguments: Any, **named: Any) -> Any:
+        batch = real(*arguments, **named)
         calls.append(1)
         if len(calls) == 1:
             stack.put(*events(90, "later"))
