@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import dagster as dg
@@ -16,9 +16,11 @@ import pytest
 import sqlalchemy as sa
 
 from auditexport_pipeline import processes
-from auditexport_pipeline.core import claiming
+from auditexport_pipeline.core import claiming, small
+from auditexport_pipeline.core.batch import Claim
 from auditexport_pipeline.core.errors import LeaseLost
 from auditexport_pipeline.core.settings import Limits
+from auditexport_pipeline.core.small import SmallBatches
 from auditexport_pipeline.defs import assets, drains
 from auditexport_tests.conftest import Stack
 from auditexport_tests.integration.dagster.conftest import ROOT, Exporter, events, everything_once, ledger, text_of
@@ -318,21 +320,26 @@ def test_a_drain_reports_who_holds_the_rows_that_it_leaves(prompt: Prompt, stack
 
 @pytest.fixture
 def taken(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Stack:
-    """Another run takes a batch over as soon as it is claimed."""
-    real = claiming.claim
+    """Another run takes a batch over as soon as its claim is committed."""
+    real = SmallBatches.claim
 
-    def take_over(*arguments: object, **named: object) -> object:
-        claims = real(*arguments, **named)  # type: ignore[arg-type]
-        monkeypatch.setattr(claiming, "claim", real)
-        real(stack.outbox, owner="other", dead_owners=(named["owner"],), limits=Limits())  # type: ignore[arg-type]
+    def take_over(batches: SmallBatches, claim: Callable[[], list[Claim]]) -> list[Claim]:
+        claims = real(batches, claim)
+        monkeypatch.setattr(SmallBatches, "claim", real)
+        (batch,) = stack.outbox.batches(one.batch_id for one in claims)
+        claiming.claim(stack.outbox, owner="other", dead_owners=(batch.owner,), limits=Limits())
         return claims
 
-    monkeypatch.setattr(claiming, "claim", take_over)
+    monkeypatch.setattr(SmallBatches, "claim", take_over)
     return stack
 
 
-def test_a_single_plan_that_lost_its_batch_exits_with_3(prompt: Prompt, taken: Stack) -> None:
+@pytest.mark.parametrize("most_rows", [0, small.MOST_ROWS], ids=["by the separate steps", "a small batch"])
+def test_a_single_plan_that_lost_its_batch_exits_with_3(
+    prompt: Prompt, taken: Stack, most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script that goes on after status 0 would go on without the rows."""
+    monkeypatch.setattr(small, "MOST_ROWS", most_rows)
     taken.put(*events(5))
     done = prompt("drain", "--once", status=3)
     assert "taken over by another run" in done.output
