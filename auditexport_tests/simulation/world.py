@@ -373,10 +373,11 @@ class World:
         return {at_ms for at_ms in times if self.clickhouse.past_ttl(None, at_ms) is None}
 
     def kept_losses(self) -> Counter[int]:
-        """By `inserted_at`: lost entries that their batch lacks for good.
+        """By `inserted_at`: lost or erased entries that their batch lacks for good.
 
         Of a block one of whose rows was changed since its export and sent again, nothing proves that the others are what was sent: a
-        repair sends them as new. And of a repeated event, a repair sends no row but the one that went out, which may be gone.
+        repair sends them as new. Of a repeated event, a repair sends no row but the one that went out, which may be gone. And an
+        erasure that names events which a requeue brought back explains no other entry whose row is gone.
         """
         changed = {pk for pk, row in self.book.all_rows() if row.earlier and (row.requeued or row.cleared)}
         sent: defaultdict[int, set[int]] = defaultdict(set)
@@ -385,11 +386,14 @@ class World:
                 sent[block.inserted_at_ms] |= {*block.pks}
         rows = self.mysql.tables[OUTBOX].rows
         there = {at_ms: {rows[pk]["event_id"] for pk in pks & rows.keys()} for at_ms, pks in sent.items()}
-        return Counter(
-            entry.inserted_at_ms
+        lost = (
+            entry
             for entry in self.gone["lost"]
             if sent[entry.inserted_at_ms] & changed or entry.key[3] not in there.get(entry.inserted_at_ms, ())
         )
+        back = [one for one in self.erasures() if any(names(one, entry.key) for entry in self.clickhouse.entries())]
+        erased = (entry for entry in self.gone["erased"] if any(names(one, entry.key) for one in back))
+        return Counter(entry.inserted_at_ms for entry in (*lost, *erased))
 
     def named(self, pks: set[int]) -> set[str]:
         """The events of these rows: of several rows of one event, a reconciliation names one."""
